@@ -1,0 +1,1 @@
+"""Calibration data sources, observers and scale tables."""

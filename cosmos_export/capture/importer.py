@@ -1,0 +1,239 @@
+"""From an exported program to the IR: named dims in place of the exporter's symbols, one spelling for each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from cosmos_export.diagnostics import InternalError
+from cosmos_export.ir.dims import Size, equal, simplify
+from cosmos_export.ir.graph import Graph, Node, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.spec import TensorSpec, WeightBinding
+
+_END = 2**63 - 1
+
+
+class Importer:
+    """Rewrites one exported graph. ``sizes`` gives the named shape of every tensor input."""
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        name: str,
+        sizes: Mapping[str, tuple[Size, ...]],
+        bindings: Mapping[str, WeightBinding],
+        constants: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._exported = exported
+        self._graph = Graph(name)
+        self._sizes = sizes
+        self._bindings = bindings
+        self._constants = constants
+        self._values: dict[fx.Node, Node] = {}
+        self._expressions: dict[sympy.Expr, Size] = {}
+        self._symbols: dict[sympy.Symbol, Size] = {}
+
+    def run(self) -> Graph:
+        signature = {s.arg.name: s for s in self._exported.graph_signature.input_specs}
+        for node in self._exported.graph.nodes:
+            if node.op == "placeholder" and signature[node.name].kind is InputKind.USER_INPUT:
+                for size, named in zip(node.meta["val"].shape, self._sizes[node.name], strict=True):
+                    if isinstance(size, torch.SymInt):
+                        self._symbols[size.node.expr] = named
+        for node in self._exported.graph.nodes:
+            if node.op == "placeholder":
+                self._values[node] = self._placeholder(node, signature[node.name])
+            elif node.op == "call_function":
+                self._operation(node)
+        (output,) = (n for n in self._exported.graph.nodes if n.op == "output")
+        names = list(torch.utils._pytree.tree_unflatten(output.args[0], self._exported.call_spec.out_spec).items())
+        self._graph.set_outputs({name: self._values[node] for name, node in names})
+        return self._graph
+
+    # -- leaves -------------------------------------------------------------------------------------------------------
+
+    def _placeholder(self, node: fx.Node, spec: Any) -> Node:
+        if spec.kind is InputKind.PARAMETER:
+            key = spec.target.split(".", 1)[1]
+            return self._graph.add_weight(node.name.removeprefix("p_transformer_"), self._bindings[key])
+        if spec.kind is InputKind.BUFFER:
+            key = spec.target.split(".", 1)[1]
+            return self._graph.add_constant(node.name.removeprefix("b_transformer_"), self._constants[key])
+        return self._graph.add_input(node.name, self._spec(node.meta["val"]))
+
+    def _spec(self, value: torch.Tensor) -> TensorSpec:
+        return TensorSpec(value.dtype, tuple(self._size(s) for s in value.shape))
+
+    def _size(self, value: Any) -> Size:
+        if isinstance(value, int):
+            return value
+        expr = value.node.expr if isinstance(value, torch.SymInt) else value
+        if expr not in self._expressions:
+            unknown = expr.free_symbols - self._symbols.keys()
+            if unknown:
+                raise InternalError("CX202", f"the exporter's symbols {unknown} belong to no input")
+            self._expressions[expr] = simplify(expr.subs(self._symbols, simultaneous=True))
+        return self._expressions[expr]
+
+    def _argument(self, value: Any) -> Any:
+        """Operand in the IR: values as nodes, sizes as expressions."""
+        if isinstance(value, fx.Node):
+            meta = value.meta.get("val")
+            return self._size(meta) if isinstance(meta, (torch.SymInt, int)) else self._values[value]
+        if isinstance(value, (list, tuple)):
+            return [self._argument(v) for v in value]
+        return self._size(value) if isinstance(value, torch.SymInt) else value
+
+    # -- operations ---------------------------------------------------------------------------------------------------
+
+    def _operation(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return  # integer arithmetic and assertions: sizes are expressions here
+        args = [self._argument(a) for a in node.args]
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
+        stack = node.meta.get("nn_module_stack") or {}
+        module = next(reversed(stack.values()))[0] if stack else ""
+        module = module.removeprefix("transformer").removeprefix(".")
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+            new = self._graph.call(target, *args, **kwargs)
+            new.meta["module"] = module
+            return new
+
+        rewrite = _SPELLINGS.get(node.target)
+        result = rewrite(call, self._spec(value), *args, **kwargs) if rewrite else call(node.target, *args, **kwargs)
+        known, expected = spec_of(result), self._spec(value)
+        if known.dtype != expected.dtype or not all(map(equal, known.shape, expected.shape)):
+            raise InternalError("CX203", f"`{node.name}` is {expected} in the exported program, {known} by the IR's rules")
+        self._values[node] = result
+
+
+# Each takes (call, spec of the result, *operands) and returns the value.
+Call = Callable[..., Node]
+
+
+def _identity(call: Call, spec: TensorSpec, x: Node, *_: Any, **__: Any) -> Node:
+    return x
+
+
+def _view(call: Call, spec: TensorSpec, x: Node, *_: Any) -> Node:
+    return x if spec_of(x) == spec else call(aten.view.default, x, list(spec.shape))
+
+
+def _transpose(call: Call, spec: TensorSpec, x: Node, a: int, b: int) -> Node:
+    order = list(range(spec.rank))
+    order[a], order[b] = order[b], order[a]
+    return call(aten.permute.default, x, order)
+
+
+def _stack(call: Call, spec: TensorSpec, tensors: list[Node], dim: int = 0) -> Node:
+    at = dim % spec.rank
+    return call(aten.cat.default, [call(aten.unsqueeze.default, t, at) for t in tensors], at)
+
+
+def _squeeze(call: Call, spec: TensorSpec, x: Node, dim: int) -> Node:
+    return x if spec_of(x).rank == spec.rank else call(aten.squeeze.dim, x, dim)
+
+
+def _expand(call: Call, spec: TensorSpec, x: Node, *_: Any, **__: Any) -> Node:
+    return x if spec_of(x) == spec else call(aten.expand.default, x, list(spec.shape))
+
+
+def _convert(call: Call, spec: TensorSpec, x: Node, **_: Any) -> Node:
+    return x if spec_of(x).dtype == spec.dtype else call(aten._to_copy.default, x, dtype=spec.dtype)
+
+
+def _slice(call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Node:
+    axis = dim % spec.rank
+    size = spec_of(x).shape[axis]
+    first = 0 if start is None else start
+    if isinstance(first, int) and first < 0:
+        first = simplify(sympy.sympify(size) + first)
+    last = size if end is None or end == _END else end
+    if isinstance(last, int) and last < 0:
+        last = simplify(sympy.sympify(size) + last)
+    if step == 1 and equal(sympy.sympify(last) - first, size):
+        return x
+    return call(aten.slice.Tensor, x, axis, first, last, *([step] if step != 1 else []))
+
+
+def _slice_scatter(
+    call: Call, spec: TensorSpec, x: Node, src: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Node:
+    axis = dim % spec.rank
+    first = 0 if start is None else start
+    last = spec.shape[axis] if end is None or end == _END else end
+    return call(aten.slice_scatter.default, x, src, axis, first, last, step)
+
+
+def _full(value: float | None) -> Callable[..., Node]:
+    def rewrite(call: Call, spec: TensorSpec, *args: Any, **_: Any) -> Node:
+        return call(aten.full.default, list(spec.shape), args[-1] if value is None else value, dtype=spec.dtype)
+
+    return rewrite
+
+
+def _arange(call: Call, spec: TensorSpec, *args: Any, **_: Any) -> Node:
+    start, end = (0, args[0]) if len(args) == 1 else args[:2]
+    return call(aten.arange.start, start, end, dtype=spec.dtype)
+
+
+def _pad(call: Call, spec: TensorSpec, x: Node, pad: list[Size], mode: str = "constant", value: Any = None) -> Node:
+    if mode != "constant":
+        raise InternalError("CX202", f"padding mode {mode!r}")
+    return call(aten.constant_pad_nd.default, x, pad, 0.0 if value is None else value)
+
+
+def _copy(call: Call, spec: TensorSpec, destination: Node, source: Node, *_: Any) -> Node:
+    source = _convert(call, TensorSpec(spec.dtype, spec_of(source).shape), source)
+    return _expand(call, spec, source)
+
+
+def _select(call: Call, spec: TensorSpec, x: Node, dim: int, index: int) -> Node:
+    return call(aten.select.int, x, dim % spec_of(x).rank, index)
+
+
+def _embedding(call: Call, spec: TensorSpec, weight: Node, indices: Node, *_: Any) -> Node:
+    return call(aten.embedding.default, weight, indices)
+
+
+_SPELLINGS: dict[Any, Callable[..., Node]] = {
+    aten.clone.default: _identity,
+    aten.alias.default: _identity,
+    aten.contiguous.default: _identity,
+    aten.dropout.default: _identity,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.reshape.default: _view,
+    aten.flatten.using_ints: _view,
+    aten.transpose.int: _transpose,
+    aten.t.default: lambda call, spec, x: _transpose(call, spec, x, 0, 1),
+    aten.stack.default: _stack,
+    aten.squeeze.dim: _squeeze,
+    aten.expand.default: _expand,
+    aten._to_copy.default: _convert,
+    aten.slice.Tensor: _slice,
+    aten.slice_scatter.default: _slice_scatter,
+    aten.zeros.default: _full(0.0),
+    aten.ones.default: _full(1.0),
+    aten.new_zeros.default: _full(0.0),
+    aten.new_ones.default: _full(1.0),
+    aten.full.default: _full(None),
+    aten.arange.default: _arange,
+    aten.arange.start: _arange,
+    aten.pad.default: _pad,
+    aten.copy.default: _copy,
+    aten.select.int: _select,
+    aten.embedding.default: _embedding,
+    aten.square.default: lambda call, spec, x: call(aten.pow.Tensor_Scalar, x, 2),
+    aten.mm.default: lambda call, spec, a, b: call(aten.matmul.default, a, b),
+}
+

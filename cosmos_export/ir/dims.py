@@ -1,0 +1,117 @@
+"""Symbolic dimensions: shapes are integers or expressions over named dims (`und_len`, `frames`, `height`, `width` …).
+
+A dim is never a node of a graph. Every graph binds its dims from the shapes of its inputs, so the same expression means
+the same thing in every graph of a program. ``str(expr)`` is valid Python over the dim names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+from torch.utils._sympy.functions import FloorDiv
+
+Size = int | sympy.Expr
+Shape = tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A named dimension and the inclusive range in which the program is valid."""
+
+    name: str
+    min: int
+    max: int
+    meaning: str = ""
+
+    @property
+    def symbol(self) -> sympy.Symbol:
+        return symbol(self.name)
+
+
+@lru_cache(maxsize=None)
+def symbol(name: str) -> sympy.Symbol:
+    """The symbol of a dim: a non-negative integer."""
+    return sympy.Symbol(name, integer=True, nonnegative=True)
+
+
+def floor_div(value: Size, divisor: int) -> Size:
+    return simplify(FloorDiv(sympy.sympify(value), sympy.Integer(divisor)))
+
+
+@lru_cache(maxsize=65536)
+def _simplify(expr: sympy.Expr) -> Size:
+    expanded = sympy.expand(expr)
+    return int(expanded) if expanded.is_Integer else expanded
+
+
+def simplify(value: Size) -> Size:
+    """Canonical form: a Python int where the value is one, an expanded expression otherwise."""
+    return value if isinstance(value, int) else _simplify(sympy.sympify(value))
+
+
+def simplify_shape(shape: Iterable[Size]) -> Shape:
+    return tuple(simplify(s) for s in shape)
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Provably equal for every value of the dims."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return simplify(sympy.sympify(a) - sympy.sympify(b)) == 0
+
+
+def non_negative(value: Size) -> bool:
+    """Provably ``>= 0`` for every value of the dims: a sum of products of non-negative terms."""
+    value = simplify(value)
+    return value >= 0 if isinstance(value, int) else bool(value.is_nonnegative)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    result: sympy.Expr = sympy.Integer(1)
+    for size in sizes:
+        result = result * size
+    return simplify(result)
+
+
+def evaluate(value: Size, binding: Mapping[str, int]) -> int:
+    """The integer that ``value`` has when every dim has its bound value."""
+    if isinstance(value, int):
+        return value
+    result = value.subs({s: binding[s.name] for s in value.free_symbols})
+    if not result.is_Integer:
+        raise ValueError(f"{value} is not an integer under {dict(binding)}")
+    return int(result)
+
+
+def bind(shapes: Iterable[tuple[str, Shape, tuple[int, ...]]]) -> dict[str, int]:
+    """Dim values from actual shapes; ``shapes`` holds (what, symbolic shape, actual shape).
+
+    Raises ValueError where two inputs disagree, a fixed size differs, or a size does not follow from the dims.
+    """
+    binding: dict[str, int] = {}
+    derived: list[tuple[str, int, sympy.Expr, int]] = []
+    for what, shape, actual in shapes:
+        if len(shape) != len(actual):
+            raise ValueError(f"`{what}` has rank {len(actual)}, expected {len(shape)}: {shape}")
+        for axis, (size, value) in enumerate(zip(shape, actual, strict=True)):
+            if isinstance(size, int):
+                if size != value:
+                    raise ValueError(f"`{what}` has size {value} on axis {axis}, expected {size}")
+            elif size.is_Symbol:
+                known = binding.setdefault(size.name, value)
+                if known != value:
+                    raise ValueError(f"`{what}` has {size} = {value} on axis {axis}, another input has {known}")
+            else:
+                derived.append((what, axis, size, value))
+    for what, axis, size, value in derived:
+        # A composite size checks the dims where they are all known; otherwise it stands for itself (`sizes_of`).
+        if all(s.name in binding for s in size.free_symbols):
+            expected = evaluate(size, binding)
+            if expected != value:
+                raise ValueError(f"`{what}` has size {value} on axis {axis}, expected {size} = {expected}")
+        else:
+            binding[str(size)] = value
+    return binding

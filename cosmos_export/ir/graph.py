@@ -1,0 +1,206 @@
+"""A graph: functional operations between named inputs, weights and constants, and named outputs.
+
+It wraps ``torch.fx.Graph``. Node metadata:
+
+``spec``       TensorSpec of the value
+``module``     path of the module the node comes from
+``passes``     names of the passes that made or touched it
+``weight``     WeightBinding (weight placeholders only)
+``constant``   small tensor (constant placeholders only)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from cosmos_export.ir import ops
+from cosmos_export.ir.spec import TensorSpec, WeightBinding
+
+Node = fx.Node
+
+
+def spec_of(node: Node) -> TensorSpec:
+    spec = node.meta["spec"]
+    assert isinstance(spec, TensorSpec)
+    return spec
+
+
+def is_op(value: Any, *targets: Any) -> bool:
+    """``value`` is a node that calls one of ``targets``."""
+    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+
+
+def is_weight(node: Node) -> bool:
+    return node.op == "placeholder" and "weight" in node.meta
+
+
+def is_constant(node: Node) -> bool:
+    return node.op == "placeholder" and "constant" in node.meta
+
+
+def is_input(node: Node) -> bool:
+    return node.op == "placeholder" and not is_weight(node) and not is_constant(node)
+
+
+def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorSpec:
+    """Spec of ``target(*args, **kwargs)``; raises SpecError where the operands do not fit, KeyError for an unknown op."""
+    rule = ops.RULES[target]
+    return rule(*map_arg(tuple(args), spec_of), **map_arg(dict(kwargs), spec_of))
+
+
+class Graph:
+    """Operations with typed, named inputs and outputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fx = fx.Graph()
+        self._output = self.fx.output({})
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        return (n for n in self.fx.nodes if n.op != "output")
+
+    def calls(self, *targets: Any) -> list[Node]:
+        """Operation nodes in order; of the given targets where any is given."""
+        return [n for n in self.fx.nodes if n.op == "call_function" and (not targets or n.target in targets)]
+
+    def placeholders(self, kind: Callable[[Node], bool]) -> dict[str, Node]:
+        return {n.name: n for n in self.fx.nodes if n.op == "placeholder" and kind(n)}
+
+    @property
+    def inputs(self) -> dict[str, Node]:
+        return self.placeholders(is_input)
+
+    @property
+    def weights(self) -> dict[str, Node]:
+        return self.placeholders(is_weight)
+
+    @property
+    def constants(self) -> dict[str, Node]:
+        return self.placeholders(is_constant)
+
+    @property
+    def outputs(self) -> dict[str, Node]:
+        return dict(self._output.args[0])  # type: ignore[arg-type]
+
+    def symbols(self) -> set[str]:
+        """Names of the dims that appear anywhere in the graph."""
+        found: set[str] = set()
+
+        def collect(value: Any) -> None:
+            if isinstance(value, sympy.Expr):
+                found.update(s.name for s in value.free_symbols)
+            elif isinstance(value, (tuple, list)):
+                for item in value:
+                    collect(item)
+            elif isinstance(value, TensorSpec):
+                collect(value.shape)
+
+        for node in self.nodes:
+            collect(node.args)
+            collect(node.meta["spec"])
+        return found
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
+        first = next(iter(self.fx.nodes))
+        # After the placeholders that are there, before the first operation: the order of declaration.
+        while first.op == "placeholder":
+            first = first.next
+        with self.fx.inserting_before(first):
+            node = self.fx.placeholder(name)
+        node.meta.update(meta)
+        node.meta.setdefault("passes", ())
+        return node
+
+    def add_input(self, name: str, spec: TensorSpec) -> Node:
+        if name in self.placeholders(lambda _: True):
+            raise ValueError(f"graph `{self.name}` has an input `{name}` already")
+        return self._placeholder(name, {"spec": spec, "module": ""})
+
+    def add_weight(self, name: str, binding: WeightBinding, *, module: str = "") -> Node:
+        spec = TensorSpec(binding.dtype, binding.shape)
+        return self._placeholder(name, {"spec": spec, "weight": binding, "module": module})
+
+    def add_constant(self, name: str, value: torch.Tensor, *, module: str = "") -> Node:
+        spec = TensorSpec(value.dtype, tuple(value.shape))
+        return self._placeholder(name, {"spec": spec, "constant": value, "module": module})
+
+    def call(
+        self, target: Any, *args: Any, before: Node | None = None, like: Node | None = None, by: str = "", **kwargs: Any
+    ) -> Node:
+        """A new operation, inserted before ``before`` (default: at the end), with ``like``'s origin, made by pass ``by``."""
+        spec = infer(target, args, kwargs)
+        with self.fx.inserting_before(before if before is not None else self._output):
+            node = self.fx.call_function(target, tuple(args), kwargs)
+        origin = like.meta if like is not None else {}
+        touched = (*origin.get("passes", ()), *((by,) if by and by not in origin.get("passes", ()) else ()))
+        node.meta.update(spec=spec, module=origin.get("module", ""), passes=touched)
+        return node
+
+    def set_outputs(self, outputs: Mapping[str, Node]) -> None:
+        self._output.args = (dict(outputs),)
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Readers of ``old`` read ``new``; ``old`` goes with the next ``eliminate_dead_code``."""
+        old.replace_all_uses_with(new)
+
+    def eliminate_dead_code(self) -> list[Node]:
+        """Remove operations, weights and constants nothing reads (inputs are a contract and stay); returns what went."""
+        removed = []
+        for node in reversed(list(self.nodes)):
+            if not node.users and not is_input(node):
+                removed.append(node)
+                self.fx.erase_node(node)
+        return removed
+
+    def remove_unread_inputs(self) -> list[str]:
+        names = [name for name, node in self.inputs.items() if not node.users]
+        for name in names:
+            self.fx.erase_node(self.inputs[name])
+        return names
+
+    def drop_names(self, names: Iterable[str]) -> None:
+        """Remove outputs by name; what fed only them is dead code then."""
+        gone = set(names)
+        self.set_outputs({k: v for k, v in self.outputs.items() if k not in gone})
+
+    def copy(self, name: str | None = None) -> Graph:
+        """An independent graph; bindings and constants are shared, they are immutable."""
+        result = Graph(name or self.name)
+        mapping: dict[Node, Node] = {}
+        for node in self.nodes:
+            mapping[node] = copy_node(result, node, mapping)
+        result.set_outputs({k: mapping[v] for k, v in self.outputs.items()})
+        return result
+
+    def misplaced(self) -> Node | None:
+        """The first node that reads a value made after it, if any."""
+        seen: set[Node] = set()
+        for node in self.fx.nodes:
+            if not seen.issuperset(node.all_input_nodes):
+                return node
+            seen.add(node)
+        return None
+
+
+def copy_node(into: Graph, node: Node, mapping: Mapping[Node, Node]) -> Node:
+    """``node`` again in graph ``into``, its operands through ``mapping``."""
+    if node.op == "placeholder":
+        new = into._placeholder(node.name, dict(node.meta))
+    else:
+        args = map_arg(node.args, lambda n: mapping[n])
+        kwargs = map_arg(node.kwargs, lambda n: mapping[n])
+        with into.fx.inserting_before(into._output):
+            new = into.fx.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        new.meta.update(node.meta)
+    return new

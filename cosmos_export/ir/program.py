@@ -1,0 +1,70 @@
+"""A program: a few graphs, the edges between them, the denoising loop, and the dims they share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cosmos_export.ir.dims import Dim
+from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.spec import Rate
+
+
+@dataclass(frozen=True)
+class Edge:
+    """``output`` of graph ``source`` is ``input`` of graph ``target``."""
+
+    source: str
+    output: str
+    target: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The denoising loop: ``body`` runs once a step.
+
+    ``carried`` maps an input of the body to the output from which the sampler computes its next value.
+    """
+
+    body: str
+    carried: dict[str, str]
+
+
+@dataclass
+class Program:
+    """Graphs in the order in which they run, and what connects them."""
+
+    graphs: dict[str, Graph]
+    dims: dict[str, Dim]
+    rates: dict[str, Rate]
+    """Binding time of every input that the caller supplies."""
+    loop: Loop
+    edges: list[Edge] = field(default_factory=list)
+    unused_keys: dict[str, str] = field(default_factory=dict)
+    """Checkpoint tensor → why no graph reads it."""
+    history: list[str] = field(default_factory=list)
+    """Passes that have run."""
+
+    def free_inputs(self, graph: str) -> list[str]:
+        """Inputs of ``graph`` that the caller supplies: those without an edge."""
+        fed = {e.input for e in self.edges if e.target == graph}
+        return [name for name in self.graphs[graph].inputs if name not in fed]
+
+    def edges_into(self, graph: str) -> Iterator[Edge]:
+        return (e for e in self.edges if e.target == graph)
+
+    def bound_keys(self) -> set[str]:
+        """Checkpoint tensors that some graph reads."""
+        return {key for g in self.graphs.values() for node in g.weights.values() for key in node.meta["weight"].keys}
+
+    def copy(self) -> Program:
+        return Program(
+            graphs={name: g.copy() for name, g in self.graphs.items()},
+            dims=dict(self.dims),
+            rates=dict(self.rates),
+            loop=self.loop,
+            edges=list(self.edges),
+            unused_keys=dict(self.unused_keys),
+            history=list(self.history),
+        )

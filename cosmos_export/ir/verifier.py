@@ -1,0 +1,100 @@
+"""What must hold of every program between two passes. A breach is a bug of the pass that ran last."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cosmos_export.diagnostics import InternalError
+from cosmos_export.ir import ops
+from cosmos_export.ir.dims import equal
+from cosmos_export.ir.graph import Graph, Node, infer, is_input, is_weight, spec_of
+from cosmos_export.ir.program import Program
+
+
+def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = ()) -> None:
+    """Check every law of the IR.
+
+    * each operation is in the dialect and none is in ``forbidden`` (operations an earlier pass must have removed);
+    * types and shapes follow from the operands;
+    * each weight is bound to data of its shape, is read, and is bound under one name in a graph;
+    * each edge joins an output to an input of equal type and shape, and none runs backwards: no value of the reasoner
+      follows from a value of the generator;
+    * the loop's carried values are inputs and outputs of its body.
+
+    Raises InternalError (CX201) naming the first offending node.
+    """
+    gone = frozenset(forbidden)
+    for graph in program.graphs.values():
+        _verify_graph(program, graph, gone, stage)
+    order = list(program.graphs)
+    for edge in program.edges:
+        where = f"edge {edge.source}.{edge.output} → {edge.target}.{edge.input}"
+        if edge.source not in program.graphs or edge.target not in program.graphs:
+            _fail(stage, where, "names a graph that is not there")
+        source = program.graphs[edge.source].outputs.get(edge.output)
+        target = program.graphs[edge.target].inputs.get(edge.input)
+        if source is None or target is None:
+            _fail(stage, where, "names a value that is not there")
+        elif not _same(source, target):
+            _fail(stage, where, f"joins {spec_of(source)} to {spec_of(target)}")
+        if order.index(edge.source) >= order.index(edge.target):
+            _fail(stage, where, "runs backwards")
+    body = program.graphs.get(program.loop.body)
+    if body is None:
+        _fail(stage, f"loop body `{program.loop.body}`", "is not a graph")
+        return
+    for carried, result in program.loop.carried.items():
+        if carried not in body.inputs or result not in body.outputs:
+            _fail(stage, f"loop value `{carried}` → `{result}`", "is not an input and an output of the body")
+
+
+def _same(a: Node, b: Node) -> bool:
+    x, y = spec_of(a), spec_of(b)
+    return x.dtype == y.dtype and x.rank == y.rank and all(map(equal, x.shape, y.shape))
+
+
+def _verify_graph(program: Program, graph: Graph, forbidden: frozenset[object], stage: str) -> None:
+    misplaced = graph.misplaced()
+    if misplaced is not None:
+        _fail(stage, f"graph `{graph.name}`, node `{misplaced.name}`", "reads a value that is made after it")
+    bound: dict[object, str] = {}
+    for node in graph.nodes:
+        where = f"graph `{graph.name}`, node `{node.name}` ({node.meta.get('module') or 'no module'})"
+        if "spec" not in node.meta:
+            _fail(stage, where, "has no spec")
+        if is_weight(node):
+            binding = node.meta["weight"]
+            if not node.users:
+                _fail(stage, where, "is a weight nothing reads")
+            if any(source.shape == () for source in binding.sources) and len(binding.sources) > 1:
+                _fail(stage, where, "merges scalars")
+            other = bound.setdefault(binding, node.name)
+            if other != node.name:
+                _fail(stage, where, f"is bound to the same data as `{other}`")
+        elif node.op == "placeholder":
+            if is_input(node) and node.name not in program.rates and not _fed(program, graph, node):
+                _fail(stage, where, "is an input that neither the caller nor an edge supplies")
+        elif node.op != "call_function" or node.target not in ops.RULES:
+            _fail(stage, where, f"is not in the dialect: {node.target}")
+        else:
+            if node.target in forbidden:
+                _fail(stage, where, f"`{node.target}` is not legal any more")
+            try:
+                spec = infer(node.target, node.args, node.kwargs)
+            except ops.SpecError as error:
+                _fail(stage, where, str(error))
+            else:
+                known = spec_of(node)
+                if spec.dtype != known.dtype or spec.rank != known.rank or not all(map(equal, spec.shape, known.shape)):
+                    _fail(stage, where, f"says {known}, but its operands give {spec}")
+    for name, node in graph.outputs.items():
+        if not isinstance(node, Node):
+            _fail(stage, f"graph `{graph.name}`, output `{name}`", "is not a value")
+
+
+def _fed(program: Program, graph: Graph, node: Node) -> bool:
+    return any(e.input == node.name for e in program.edges_into(graph.name))
+
+
+def _fail(stage: str, where: str, what: str) -> None:
+    raise InternalError("CX201", f"{'after ' + stage + ': ' if stage else ''}{where} {what}")

@@ -1,0 +1,269 @@
+"""Recognise the model's building blocks in the exporter's primitives."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from cosmos_export.ir import ops
+from cosmos_export.ir.dims import equal
+from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.rewriting import Slicer, eliminate_common, uniform_value
+
+
+class Normalize(Pass):
+    """One node for each norm, rotation, gated activation and attention; equal values once.
+
+    * ``rms_norm(x, w) = cast(x · rsqrt(mean(x²) + eps)) · w``, with the cast where the model rounds;
+    * ``rotary(x, c, s) = x · [c, c] + rotate_half(x) · [s, s]``, where the tables are shown to repeat their halves;
+    * ``swiglu(g, u) = silu(g) · u``;
+    * ``attention`` on rows [N, heads, d] in place of the transposed, batched form;
+    * writes into a strided part become ``where`` with a constant mask; multiplication by ones goes.
+
+    Numerical effect: none, the same operations in the same order of rounding.
+    Left alone: a look-alike with another axis, another exponent, or tables that do not repeat their halves.
+    """
+
+    name = "normalize"
+    removes: ClassVar[frozenset[object]] = frozenset({
+        aten.rsqrt.default, aten.mean.dim, aten.scaled_dot_product_attention.default, aten.slice_scatter.default,
+        aten.select_scatter.default,
+    })  # fmt: skip
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        for graph in program.graphs.values():
+            for simplify in (self._forward, self._scatters):
+                simplify(graph, result)
+            result.changes["common subexpressions"] += eliminate_common(graph)
+            for recognise in (self._norms, self._gates, self._attention, self._rotations):
+                recognise(graph, result)
+                graph.eliminate_dead_code()
+            result.changes["common subexpressions"] += eliminate_common(graph)
+        result.changes = +result.changes
+        return result
+
+    # -- clean-up -----------------------------------------------------------------------------------------------------
+
+    def _forward(self, graph: Graph, result: PassResult) -> None:
+        """Values that pass through an operation unchanged."""
+        for node in graph.calls():
+            value = _unchanged(graph, node, self.name)
+            if value is not None:
+                graph.replace(node, value)
+                result.changes["identities"] += 1
+        graph.eliminate_dead_code()
+
+    def _scatters(self, graph: Graph, result: PassResult) -> None:
+        """``slice_scatter(x, y[r], r) = where(r, y, x)``: what a model writes in place, as a selection."""
+        for node in graph.calls(aten.slice_scatter.default):
+            base, source, axis, start, end, step = node.args
+            same = is_op(source, aten.slice.Tensor) and tuple(source.args[1:]) == (axis, start, end, step)  # type: ignore[union-attr]
+            size = spec_of(node).shape[axis]  # type: ignore[index]
+            if not same or not isinstance(size, int):
+                result.decline(node, "writes a part that is not the same part of another value of fixed size")
+                continue
+            mask = torch.zeros(size, dtype=torch.bool)
+            mask[start:end:step] = True  # type: ignore[misc]
+            shape = [1] * spec_of(node).rank
+            shape[axis] = size  # type: ignore[index]
+            constant = graph.add_constant(f"{node.name}_mask", mask.reshape(shape), module=node.meta["module"])
+            whole = source.args[0]  # type: ignore[union-attr]
+            new = graph.call(aten.where.self, constant, whole, base, before=node, like=node, by=self.name)
+            graph.replace(node, new)
+            result.changes["writes in place"] += 1
+        for node in graph.calls(aten.select_scatter.default):
+            base, written, *place = node.args
+            for user in list(node.users):
+                if not is_op(user, aten.select.int) or user.args[1] != place[0]:
+                    continue
+                if list(user.args[1:]) == place:
+                    graph.replace(user, written)  # type: ignore[arg-type]
+                else:
+                    user.replace_input_with(node, base)  # type: ignore[arg-type]
+        graph.eliminate_dead_code()
+
+    # -- building blocks ----------------------------------------------------------------------------------------------
+
+    def _norms(self, graph: Graph, result: PassResult) -> None:
+        for root in graph.calls(aten.rsqrt.default):
+            match = _match_norm(root)
+            if match is None:
+                result.decline(root, "rsqrt that is not the root mean square of one value along its last axis")
+                continue
+            x, weight, eps, end = match
+            new = graph.call(ops.RMS_NORM, x, weight, eps, before=end, like=end, by=self.name)
+            graph.replace(end, new)
+            result.changes["norms"] += 1
+
+    def _gates(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(aten.mul.Tensor):
+            for gate, up in (node.args, node.args[::-1]):
+                same = is_op(gate, aten.silu.default) and isinstance(up, Node) and spec_of(gate) == spec_of(up)
+                if same and len(gate.users) == 1:  # type: ignore[union-attr]
+                    source = gate.args[0]  # type: ignore[union-attr]
+                    graph.replace(node, graph.call(ops.SWIGLU, source, up, before=node, like=node, by=self.name))
+                    result.changes["gated activations"] += 1
+                    break
+
+    def _attention(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(aten.scaled_dot_product_attention.default):
+            rows = [_rows(a) for a in node.args[:3]]
+            end = _sole_user(_sole_user(node, aten.permute.default), aten.squeeze.dim)
+            mask = node.args[3] if len(node.args) > 3 else None
+            plain = mask is None and (len(node.args) < 5 or node.args[4] == 0.0)
+            if end is None or not plain or any(r is None for r in rows):
+                result.decline(node, "attention with a mask, dropout, a batch, or another layout")
+                continue
+            causal = bool(node.args[5]) if len(node.args) > 5 else bool(node.kwargs.get("is_causal", False))
+            scale = node.kwargs.get("scale")
+            head = spec_of(node).shape[-1]
+            scale = float(head) ** -0.5 if scale is None else float(scale)  # type: ignore[arg-type]
+            new = graph.call(ops.ATTENTION, *rows, causal, scale, before=end, like=node, by=self.name)
+            graph.replace(end, new)
+            result.changes["attentions"] += 1
+
+    def _rotations(self, graph: Graph, result: PassResult) -> None:
+        slicer = Slicer(graph, self.name)
+        for node in graph.calls(aten.add.Tensor):
+            match = _match_rotation(node)
+            if match is None:
+                continue
+            x, cos, sin = match
+            half = spec_of(x).shape[-1] // 2
+            if not (_repeats_halves(cos) and _repeats_halves(sin)):
+                result.decline(node, "the two halves of its tables are not shown to be equal")
+                continue
+            tables = []
+            for table in (cos, sin):
+                after = table.next
+                tables.append(slicer.of(table, 1, 0, half, after))
+            new = graph.call(ops.ROTARY, x, *tables, before=node, like=node, by=self.name)
+            graph.replace(node, new)
+            result.changes["rotations"] += 1
+
+
+def _unchanged(graph: Graph, node: Node, by: str) -> Node | None:
+    """The operand that ``node`` equals, where it changes nothing."""
+    if is_op(node, aten.cat.default) and len(node.args[0]) == 1:  # type: ignore[arg-type]
+        return node.args[0][0]  # type: ignore[index, return-value]
+    if is_op(node, aten.permute.default) and is_op(node.args[0], aten.permute.default):
+        inner: Node = node.args[0]  # type: ignore[assignment]
+        if [inner.args[1][i] for i in node.args[1]] == list(range(spec_of(node).rank)):  # type: ignore[index, union-attr]
+            return inner.args[0]  # type: ignore[return-value]
+    if is_op(node, aten.mul.Tensor):
+        for x, factor in (node.args, node.args[::-1]):
+            if not isinstance(x, Node) or spec_of(x).dtype != spec_of(node).dtype:
+                continue
+            if isinstance(factor, (int, float)) and factor == 1:
+                return x
+            if uniform_value(factor) == 1.0:
+                if spec_of(x).shape == spec_of(node).shape:
+                    return x
+                # `a + ones · x` is `a + x`: the sum repeats the rows itself.
+                if all(is_op(u, aten.add.Tensor) and _covers(u, node) for u in node.users):
+                    return x
+    return None
+
+
+def _covers(user: Node, node: Node) -> bool:
+    other = next((a for a in user.args if a is not node), None)
+    return isinstance(other, Node) and all(map(equal, spec_of(other).shape, spec_of(user).shape))
+
+
+def _uncast(node: Any, dtype: torch.dtype) -> Any:
+    """The operand of a cast to ``dtype``, or the node."""
+    return node.args[0] if is_op(node, aten._to_copy.default) and node.kwargs["dtype"] == dtype else node
+
+
+def _match_norm(root: Node) -> tuple[Node, Node, float, Node] | None:
+    """(x, weight, eps, last node) of the norm whose reciprocal root is ``root``."""
+    total = root.args[0]
+    if not is_op(total, aten.add.Tensor) or not isinstance(total.args[1], float):  # type: ignore[union-attr]
+        return None
+    mean, eps = total.args  # type: ignore[union-attr]
+    if not is_op(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or mean.args[2] is not True:
+        return None
+    square = mean.args[0]
+    if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
+        return None
+    wide = square.args[0]
+    x = _uncast(wide, torch.float32)
+    scaled = _sole_user(root, aten.mul.Tensor)
+    if scaled is None or not ({wide, x} & set(scaled.args)):
+        return None
+    rounded = _sole_user(scaled, aten._to_copy.default) or scaled
+    end = _sole_user(rounded, aten.mul.Tensor)
+    if end is None:
+        return None
+    weight = end.args[1] if end.args[0] is rounded else end.args[0]
+    if not isinstance(weight, Node) or spec_of(weight).rank != 1 or spec_of(weight).dtype != spec_of(end).dtype:
+        return None
+    if spec_of(rounded).dtype != spec_of(weight).dtype:
+        return None
+    return x, weight, float(eps), end
+
+
+def _sole_user(node: Node | None, target: Any) -> Node | None:
+    if node is None or len(node.users) != 1:
+        return None
+    user = next(iter(node.users))
+    return user if is_op(user, target) else None
+
+
+def _rows(value: Any) -> Node | None:
+    """x of ``permute(unsqueeze(x, 0), [0, 2, 1, 3])``: the batched, transposed form of rows."""
+    if is_op(value, aten.permute.default) and list(value.args[1]) == [0, 2, 1, 3]:
+        inner = value.args[0]
+        if is_op(inner, aten.unsqueeze.default) and inner.args[1] == 0:
+            return inner.args[0]  # type: ignore[no-any-return]
+    return None
+
+
+def _match_rotation(node: Node) -> tuple[Node, Node, Node] | None:
+    """(x, cos, sin) of ``x · cos + cat(-x[d/2:], x[:d/2]) · sin``."""
+    for straight, turned in (node.args, node.args[::-1]):
+        if not (is_op(straight, aten.mul.Tensor) and is_op(turned, aten.mul.Tensor)):
+            continue
+        x, cos = straight.args  # type: ignore[union-attr]
+        rotated, sin = turned.args  # type: ignore[union-attr]
+        if not (isinstance(x, Node) and is_op(rotated, aten.cat.default) and len(rotated.args[0]) == 2):
+            continue
+        rank, size = spec_of(x).rank, spec_of(x).shape[-1]
+        negated, first = rotated.args[0]
+        second = negated.args[0] if is_op(negated, aten.neg.default) else None
+        if rank != 3 or not isinstance(size, int) or rotated.args[1] not in (-1, rank - 1):
+            continue
+        halves = (x, rank - 1, size // 2, size), (x, rank - 1, 0, size // 2)
+        if not (is_op(second, aten.slice.Tensor) and second.args == halves[0]):
+            continue
+        if not (is_op(first, aten.slice.Tensor) and first.args == halves[1]):
+            continue
+        tables = [t.args[0] if is_op(t, aten.unsqueeze.default) and t.args[1] == 1 else None for t in (cos, sin)]
+        if all(isinstance(t, Node) and spec_of(t).rank == 2 for t in tables):
+            return x, tables[0], tables[1]  # type: ignore[return-value]
+    return None
+
+
+def _repeats_halves(table: Node) -> bool:
+    """``table`` [rows, d] is shown to be ``[t, t]``: elementwise work on ``cat(f, f)`` along its last axis."""
+    node = table
+    while True:
+        rank = spec_of(node).rank
+        if is_op(node, aten.cat.default):
+            parts = node.args[0]
+            last = (node.args[1] if len(node.args) > 1 else 0) in (-1, rank - 1)
+            return last and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type, index]
+        if is_op(node, aten.cos.default, aten.sin.default, aten._to_copy.default):
+            pass
+        elif is_op(node, aten.squeeze.dim, aten.slice.Tensor):
+            source: Node = node.args[0]  # type: ignore[assignment]
+            if ops.axis_of(node.args[1], spec_of(source).rank) == spec_of(source).rank - 1:  # type: ignore[arg-type]
+                return False
+        else:
+            return False
+        node = node.args[0]  # type: ignore[assignment]

@@ -1,0 +1,102 @@
+"""Take the packed sequence apart again."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from cosmos_export.ir.dims import Size, equal
+from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.rewriting import BINARY, MOVES, UNARY, Slicer, eliminate_common
+
+
+class ResolvePacking(Pass):
+    """Rows that are written into one buffer and read back are passed on directly.
+
+    * ``index_put`` of ranges that tile the buffer = ``cat`` of the parts, whatever filled the buffer before;
+    * ``index`` by a range = ``slice``;
+    * a slice of rows that were joined, through every elementwise operation between, is the part itself.
+  Layers are never passed: rows that a layer computes together stay together.
+
+    Numerical effect: none, only rows move.
+    Left alone: indices that are not ranges, ranges that overlap or leave a gap, slices that cut through a part.
+    """
+
+    name = "resolve_packing"
+    removes: ClassVar[frozenset[object]] = frozenset({aten.index_put.default, aten.index.Tensor})
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        for graph in program.graphs.values():
+            self._writes(graph, result)
+            self._reads(graph, result)
+            self._slices(graph, result)
+            graph.eliminate_dead_code()
+            eliminate_common(graph)
+        result.changes = +result.changes
+        return result
+
+    def _writes(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(aten.index_put.default):
+            if any(is_op(user, aten.index_put.default) and user.args[0] is node for user in node.users):
+                continue  # the last write of a chain stands for the buffer
+            parts = _tiles(node)
+            if parts is None:
+                result.decline(node, "its ranges do not tile the buffer")
+                continue
+            new = graph.call(aten.cat.default, parts, 0, before=node, like=node, by=self.name)
+            graph.replace(node, new)
+            result.changes["packed buffers"] += 1
+        graph.eliminate_dead_code()
+
+    def _reads(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(aten.index.Tensor):
+            rows = _range(node.args[1][0])  # type: ignore[index]
+            if rows is None:
+                result.decline(node, "its index is not a range")
+                continue
+            new = graph.call(aten.slice.Tensor, node.args[0], 0, *rows, before=node, like=node, by=self.name)
+            graph.replace(node, new)
+            result.changes["reads by index"] += 1
+        graph.eliminate_dead_code()
+
+    def _slices(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(aten.slice.Tensor):
+            source, axis, start, end, *step = node.args
+            slicer = Slicer(graph, self.name, through=UNARY | BINARY | MOVES)
+            if step or source.op == "placeholder":  # type: ignore[union-attr]
+                continue
+            new = slicer.of(source, axis, start, end, node)  # type: ignore[arg-type]
+            # Progress is a part itself, or one slice of a part; more slices than before would only be other work.
+            if slicer.residual and not (is_op(new, aten.slice.Tensor) and new.args[0] is not source):
+                continue
+            graph.replace(node, new)
+            result.changes["slices of joined rows"] += 1
+
+
+def _range(index: Any) -> tuple[Size, Size] | None:
+    return index.args[:2] if is_op(index, aten.arange.start) else None
+
+
+def _tiles(node: Node) -> list[Node] | None:
+    """Values written by a chain of ``index_put``, in order, where their ranges tile the buffer."""
+    written: list[tuple[Size, Size, Node]] = []
+    while is_op(node, aten.index_put.default):
+        base, indices, values = node.args
+        rows = _range(indices[0])  # type: ignore[index]
+        if rows is None:
+            return None
+        written.append((*rows, values))  # type: ignore[arg-type]
+        node = base  # type: ignore[assignment]
+    position: Size = 0
+    parts: list[Node] = []
+    while written:
+        found = next((w for w in written if equal(w[0], position)), None)
+        if found is None:
+            return None
+        written.remove(found)
+        parts.append(found[2])
+        position = found[1]
+    return parts if equal(position, spec_of(node).shape[0]) else None
