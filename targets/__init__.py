@@ -1,0 +1,8 @@
+"""Targets: one description a GPU, shape profiles, and the backends that turn graphs into engines.
+
+Importing this package imports no backend.
+"""
+
+from cosmos_export.targets.description import Target, load_target, require_backend, target_names
+
+__all__ = ["Target", "load_target", "require_backend", "target_names"]

@@ -1,0 +1,150 @@
+"""What a target is: data about one GPU, read from the TOML file of that name beside this module.
+
+Knows no backend and imports none; ``plan``, the build and the tuning read the same figures.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+
+from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
+
+BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
+BUILDABLE_BACKENDS = frozenset({"tensorrt-rtx", "onnxruntime"})
+PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
+"""``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
+
+_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU (or the CPU) that bundles are built for."""
+
+    name: str
+    title: str
+    backend: str
+    compute_capability: str | None
+    """``major.minor``; none for the CPU."""
+    memory_bytes: int | None
+    """Nominal gigabytes, decimal: a little less than the driver reports, so that a plan never promises too much."""
+    bandwidth_bytes_per_s: int | None
+    unified_memory: bool
+    peak_flops: Mapping[str, float]
+    """Dense tensor-core rate per operand type, FP32 accumulation; a type without a published figure is absent."""
+    precisions: tuple[str, ...]
+    """Schemes with a kernel that computes in them."""
+    refused: Mapping[str, str]
+    """Schemes that would build but not pay, and why."""
+    traps: tuple[str, ...]
+    source: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem:
+            raise InternalError("CX402", f"the description of target `{self.name}` is invalid: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.backend not in BACKENDS:
+            return f"backend `{self.backend}` is none of {', '.join(BACKENDS)}"
+        if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OPTIONAL):
+            return f"a GPU needs {', '.join(_OPTIONAL)}"
+        capability = self.compute_capability
+        if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
+            return f"compute capability `{capability}` is not of the form 12.0"
+        unknown = set(self.precisions) - set(PRECISIONS)
+        if unknown:
+            return f"unknown precisions {sorted(unknown)}"
+        both = set(self.precisions) & set(self.refused)
+        if both:
+            return f"{sorted(both)} are both legal and refused"
+        figures = [*self.peak_flops.values(), self.memory_bytes, self.bandwidth_bytes_per_s]
+        if any(figure is not None and not figure > 0 for figure in figures):
+            return "figures must be positive"
+        return None if self.source else "no source is given"
+
+
+def target_names() -> tuple[str, ...]:
+    """Names of all targets, sorted."""
+    return tuple(sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml")))
+
+
+@cache
+def load_target(name: str) -> Target:
+    """The target called ``name``; a `UserError` names the nearest one if there is none."""
+    if name not in target_names():
+        near = difflib.get_close_matches(name.lower(), target_names(), n=1, cutoff=0.5)
+        raise UserError(
+            "CX401",
+            f"unknown target `{name}`; known: {', '.join(target_names())}",
+            f"did you mean `{near[0]}`?" if near else "`cosmos-export targets` describes them",
+        )
+    return parse_target(name, (_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def parse_target(name: str, text: str) -> Target:
+    """A `Target` from TOML text. Unknown, missing and mistyped fields are errors."""
+    try:
+        data: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
+    known = {field.name for field in fields(Target)} - {"name"}
+    unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_OPTIONAL))
+    if unknown or missing:
+        raise InternalError("CX402", f"target `{name}`: its description has unknown fields {unknown}, lacks {missing}")
+    for field, kind in _FIELD_TYPES.items():
+        if field in data and type(data[field]) is not kind:
+            found = type(data[field]).__name__
+            raise InternalError("CX402", f"field `{field}` of target `{name}` is a {found}, not a {kind.__name__}")
+    return Target(
+        name=name,
+        title=data["title"],
+        backend=data["backend"],
+        compute_capability=data.get("compute_capability"),
+        memory_bytes=data.get("memory_bytes"),
+        bandwidth_bytes_per_s=data.get("bandwidth_bytes_per_s"),
+        unified_memory=data["unified_memory"],
+        peak_flops=MappingProxyType({key: float(rate) for key, rate in data["peak_flops"].items()}),
+        precisions=tuple(data["precisions"]),
+        refused=MappingProxyType(dict(data["refused"])),
+        traps=tuple(data["traps"]),
+        source=tuple(data["source"]),
+    )
+
+
+def require_backend(target: Target) -> None:
+    """Return if engines for ``target`` can be built by this version, else raise `UnsupportedError`."""
+    if target.backend in BUILDABLE_BACKENDS:
+        return
+    others = [name for name in target_names() if load_target(name).backend in BUILDABLE_BACKENDS]
+    raise UnsupportedError(
+        "CX403",
+        f"target `{target.name}` needs the `{target.backend}` backend, which this version does not have",
+        f"these targets build: {', '.join(others)}; `cpu` runs the same graphs through ONNX Runtime",
+    )
+
+
+_FIELD_TYPES: Mapping[str, type] = {
+    "title": str,
+    "backend": str,
+    "compute_capability": str,
+    "memory_bytes": int,
+    "bandwidth_bytes_per_s": int,
+    "unified_memory": bool,
+    "peak_flops": dict,
+    "precisions": list,
+    "refused": dict,
+    "traps": list,
+    "source": list,
+}
+
+
+def _folder() -> Any:
+    return files("cosmos_export.targets")

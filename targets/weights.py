@@ -1,0 +1,126 @@
+"""Weights on their way from the checkpoint into one mapped file: streamed, each written once, never a tensor in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from cosmos_export.diagnostics import UserError
+from cosmos_export.ir.dims import product
+from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
+from cosmos_export.progress import Progress
+
+ALIGNMENT = 4096
+"""Offsets are multiples of a page, so that every tensor can be mapped by itself."""
+_CHUNK_BYTES = 16 << 20
+
+_NUMPY = {
+    torch.float32: np.dtype(np.float32),
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
+    torch.int64: np.dtype(np.int64),
+    torch.bool: np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a binding's value lies in the weight file."""
+
+    offset: int
+    size_bytes: int
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
+    return _NUMPY[dtype]
+
+
+def map_source(source: WeightSource) -> np.ndarray:
+    """A read-only view of the tensor in its file."""
+    return np.memmap(
+        source.file, dtype=numpy_dtype(source.dtype), mode="r", offset=source.offset, shape=source.shape or (1,)
+    ).reshape(source.shape)
+
+
+def size_bytes(binding: WeightBinding) -> int:
+    return int(product(binding.shape)) * binding.dtype.itemsize
+
+
+def layout(bindings: Iterable[WeightBinding]) -> dict[WeightBinding, Stored]:
+    """Offsets of every binding in the file that `write_weights` writes for the same bindings in the same order."""
+    result: dict[WeightBinding, Stored] = {}
+    offset = 0
+    for binding in bindings:
+        if binding not in result:
+            result[binding] = Stored(offset, size_bytes(binding))
+            offset += -(-size_bytes(binding) // ALIGNMENT) * ALIGNMENT
+    return result
+
+
+def file_size(stored: dict[WeightBinding, Stored]) -> int:
+    return max((s.offset + s.size_bytes for s in stored.values()), default=0)
+
+
+def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, progress: Progress) -> None:
+    """Write every binding at its place. Peak memory is a few chunks of 16 MiB, whatever the model.
+
+    Raises UserError (CX440) where the disk is full.
+    """
+    progress.begin(task, file_size(stored))
+    try:
+        with path.open("wb") as file:
+            for binding, place in stored.items():
+                file.seek(place.offset)
+                _write(binding, file)
+                progress.update(task, place.offset + place.size_bytes)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            "CX440",
+            f"writing {path.name} ({file_size(stored) / 1e9:.2f} GB) failed: {error.strerror}",
+            "free disk space or choose another output directory",
+        ) from error
+    finally:
+        progress.end(task)
+
+
+def _write(binding: WeightBinding, file: BinaryIO) -> None:
+    dtype = numpy_dtype(binding.dtype)
+    sources = [map_source(s) for s in binding.sources]
+    if binding.transform is Transform.INTERLEAVE:
+        rows = _rows_per_chunk(sources[0], len(sources))
+        for start in range(0, len(sources[0]), rows):
+            block = np.stack([s[start : start + rows].astype(dtype, copy=False) for s in sources], axis=1)
+            file.write(np.ascontiguousarray(block).view(np.uint8).data)
+        return
+    for source in sources:
+        if source.ndim == 0:
+            file.write(source.astype(dtype).tobytes())
+            continue
+        rows = _rows_per_chunk(source, 1)
+        for start in range(0, len(source), rows):
+            block = np.ascontiguousarray(source[start : start + rows].astype(dtype, copy=False))
+            file.write(block.view(np.uint8).data)
+
+
+def _rows_per_chunk(array: np.ndarray, sources: int) -> int:
+    row = max(1, array[:1].nbytes) * sources
+    return max(1, _CHUNK_BYTES // row)
+
+
+def read_source(source: WeightSource) -> torch.Tensor:
+    """The tensor itself, for the interpreter (a copy, in memory)."""
+    array = np.array(map_source(source))
+    if source.dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        bits = torch.from_numpy(array.view(np.uint16 if source.dtype is torch.bfloat16 else np.uint8))
+        return bits.view(source.dtype).reshape(source.shape)
+    return torch.from_numpy(array).reshape(source.shape)

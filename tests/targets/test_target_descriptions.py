@@ -1,0 +1,114 @@
+"""Targets as data: complete, strict, and clear about what cannot be built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from cosmos_export.diagnostics import ExitCode, InternalError, UnsupportedError, UserError
+from cosmos_export.targets import load_target, require_backend, target_names
+from cosmos_export.targets.description import parse_target
+
+NAMES = (
+    *("b200", "b300", "cpu", "dgx-spark", "h100", "h200"),
+    *("jetson-thor", "l40s", "rtx-5090", "rtx-pro-6000"),
+)
+
+VALID = """
+title = "a GPU"
+backend = "tensorrt-rtx"
+compute_capability = "12.0"
+memory_bytes = 1
+bandwidth_bytes_per_s = 1
+unified_memory = false
+precisions = ["bf16"]
+traps = []
+source = ["a data sheet"]
+[peak_flops]
+bf16 = 1e12
+[refused]
+mxfp8 = "slow"
+"""
+
+
+def test_every_target_loads() -> None:
+    assert target_names() == NAMES
+    for name in NAMES:
+        target = load_target(name)
+        assert target.name == name
+        assert (target.compute_capability is None) == (name == "cpu")
+
+
+def test_capabilities_and_order_of_rates() -> None:
+    capabilities = {name: load_target(name).compute_capability for name in NAMES}
+    assert capabilities["rtx-pro-6000"] == capabilities["rtx-5090"] == "12.0"
+    assert capabilities["dgx-spark"] == "12.1" and capabilities["l40s"] == "8.9"
+    assert capabilities["h100"] == capabilities["h200"] == "9.0"
+    assert (capabilities["b200"], capabilities["b300"], capabilities["jetson-thor"]) == ("10.0", "10.3", "11.0")
+    for name in NAMES:
+        peaks = load_target(name).peak_flops
+        rates = [peaks[kind] for kind in ("bf16", "fp8", "nvfp4") if kind in peaks]
+        assert rates == sorted(rates)
+
+
+def test_fp4_is_legal_only_where_tensor_cores_have_it() -> None:
+    assert [name for name in NAMES if "nvfp4" in load_target(name).precisions] == [
+        *("b200", "b300", "dgx-spark", "rtx-5090", "rtx-pro-6000")
+    ]
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(UserError) as caught:
+        load_target("rtx-pro-600")
+    assert caught.value.code == "CX401"
+    assert "rtx-pro-6000" in caught.value.hint
+    assert all(name in caught.value.message for name in NAMES)
+
+
+@pytest.mark.parametrize("name", ["../pyproject", "", "zzz"])
+def test_names_are_looked_up_not_opened(name: str) -> None:
+    with pytest.raises(UserError, match="unknown target"):
+        load_target(name)
+
+
+def test_backend_that_is_not_built_says_what_works() -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        require_backend(load_target("h200"))
+    assert caught.value.exit_code == ExitCode.UNSUPPORTED == 3
+    assert "`tensorrt`" in caught.value.message and "rtx-pro-6000" in caught.value.hint and "cpu" in caught.value.hint
+    for name in ("rtx-pro-6000", "l40s", "cpu"):
+        require_backend(load_target(name))
+
+
+def test_valid_text_parses() -> None:
+    assert parse_target("test", VALID).peak_flops["bf16"] == 1e12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('title = "a GPU"', 'title = "a GPU"\ncolour = "green"', "colour"),
+        ("traps = []\n", "", "traps"),
+        ("memory_bytes = 1", 'memory_bytes = "1"', "not a int"),
+        ("memory_bytes = 1\n", "", "a GPU needs"),
+        ("memory_bytes = 1", "memory_bytes = -1", "positive"),
+        ('"tensorrt-rtx"', '"opencl"', "opencl"),
+        ('"12.0"', '"sm120"', "sm120"),
+        ('["bf16"]', '["bf17"]', "bf17"),
+        ('mxfp8 = "slow"', 'bf16 = "slow"', "both"),
+        ('source = ["a data sheet"]', "source = []", "source"),
+        ("title", "= title", "TOML"),
+    ],
+)
+def test_a_wrong_description_fails(old: str, new: str, message: str) -> None:
+    with pytest.raises(InternalError, match=message):
+        parse_target("test", VALID.replace(old, new, 1))
+
+
+def test_importing_targets_imports_nothing_heavy() -> None:
+    modules = "cosmos_export.targets.tensorrt_rtx, cosmos_export.targets.plan_inspector, cosmos_export.cli.targets"
+    code = f"import sys, {modules}; print([m for m in ('torch', 'onnx', 'tensorrt_rtx', 'numpy') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,50 @@
+"""``cosmos-export targets``."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cosmos_export.cli.targets import register
+from cosmos_export.diagnostics import UserError
+from cosmos_export.targets import target_names
+
+pytest.importorskip("cosmos_export.cli.console", reason="the console module is not part of this tree yet")
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    application = typer.Typer()
+    application.callback()(lambda: None)
+    register(application)
+    return application
+
+
+def test_json_is_one_document(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["targets", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [target["name"] for target in document["targets"]] == list(target_names())
+    by_name = {target["name"]: target for target in document["targets"]}
+    assert by_name["rtx-pro-6000"]["buildable"] and not by_name["h100"]["buildable"]
+    assert by_name["cpu"]["compute_capability"] is None
+
+
+def test_table_names_every_target(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["targets"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert all(name in result.stdout for name in target_names())
+
+
+def test_one_target_shows_its_traps(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["targets", "l40s"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "8.9" in result.stdout and "trap:" in result.stdout and "source:" in result.stdout
+
+
+def test_unknown_target(app: typer.Typer) -> None:
+    result = CliRunner().invoke(app, ["targets", "l40"])
+    assert isinstance(result.exception, UserError) and "l40s" in result.exception.hint
