@@ -1,0 +1,20 @@
+"""The checkpoint, read without loading it: layout, configuration, and where every tensor lies.
+
+Opening reads JSON and safetensors headers only and validates all of it; weights are mapped, never copied, and nothing
+is ever unpickled. No torch here except in ``demo``, which is imported only to write a demo checkpoint.
+"""
+
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
+from cosmos_export.checkpoint.reader import Checkpoint, open_checkpoint
+from cosmos_export.checkpoint.safetensors_header import TensorEntry
+
+__all__ = [
+    "Checkpoint",
+    "ExpectedTensor",
+    "Geometry",
+    "TensorEntry",
+    "Tower",
+    "expected_tensors",
+    "open_checkpoint",
+]

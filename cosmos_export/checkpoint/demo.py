@@ -1,0 +1,241 @@
+"""Writes a checkpoint with random weights that everything else accepts as a Cosmos 3 checkpoint.
+
+It is what makes the whole compiler testable without a download, on a laptop, in seconds; at true width it is what makes
+engines of the real cost. The same options and seed give the same bytes. Tensors are generated one piece at a time, so
+a checkpoint of any size is written in little memory, and the directory appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cosmos_export.checkpoint import demo_components as components
+from cosmos_export.checkpoint import random_weights
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
+from cosmos_export.checkpoint.published import PUBLISHED
+from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.progress import Progress, Silent
+
+VARIANTS = ("omni", "edge")
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+DEFAULT_SHARD_SIZE = 5_000_000_000
+TINY = {
+    "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "intermediate_size": 96, "vocab_size": 512, "latent_channel": 4,
+}  # fmt: skip
+_TINY_SOUND = 8
+_TRUE_WIDTH_LAYERS = 2
+_SPARE_BYTES = 4 << 20
+"""Room for configurations and the tokenizer."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """Sizes; None means the default of the preset (tiny, or the published width named by ``true_width``)."""
+
+    variant: str = "omni"
+    true_width: str | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    layers: int | None = None
+    hidden: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate: int | None = None
+    vocab: int | None = None
+    latent_channels: int | None = None
+    action_dim: int | None = None
+    domains: int | None = None
+    sound_dim: int | None = None
+    shard_size: int = DEFAULT_SHARD_SIZE
+
+    def geometry(self) -> Geometry:
+        """The transformer these options describe, or CX132."""
+        if self.variant not in VARIANTS:
+            _refuse(f"variant {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        if self.dtype not in DTYPES:
+            _refuse(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if self.true_width is not None and self.true_width not in PUBLISHED:
+            _refuse(f"true width {self.true_width!r} is not one of {', '.join(PUBLISHED)}")
+        if self.shard_size <= 0:
+            _refuse(f"shard size {self.shard_size} is not positive")
+        base = self._preset()
+        if base.family != self.variant:
+            _refuse(f"the width of {self.true_width} belongs to variant {base.family}, not {self.variant}")
+        chosen = {
+            "num_hidden_layers": self.layers, "hidden_size": self.hidden, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.intermediate,
+            "vocab_size": self.vocab, "latent_channel": self.latent_channels, "action_dim": self.action_dim,
+            "num_embodiment_domains": self.domains, "sound_dim": self.sound_dim,
+        }  # fmt: skip
+        changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        if self.sound_dim is not None and not base.sound_gen:
+            _refuse(f"variant {self.variant} has no sound")
+        vocab = changes.get("vocab_size", base.vocab_size)
+        if vocab < components.MIN_VOCAB:
+            _refuse(f"a vocabulary of {vocab} cannot hold the tokenizer's {components.MIN_VOCAB} tokens")
+        try:
+            return _derived(base, changes)
+        except UserError as error:
+            _refuse(error.message.removeprefix("transformer/config.json: "))
+
+    def _preset(self) -> Geometry:
+        if self.true_width is not None:
+            return replace(PUBLISHED[self.true_width], num_hidden_layers=_TRUE_WIDTH_LAYERS)
+        family = PUBLISHED["edge" if self.variant == "edge" else "nano"]
+        return _derived(family, TINY | ({"sound_dim": _TINY_SOUND} if family.sound_gen else {}))
+
+
+def _derived(base: Geometry, changes: dict[str, Any]) -> Geometry:
+    """``base`` with ``changes`` and with what follows from them: patch width, and rotary sections in 6 : 5 : 5."""
+    channels = changes.get("latent_channel", base.latent_channel)
+    half = changes.get("head_dim", base.head_dim) // 2
+    space = half * 5 // 16
+    return replace(
+        base,
+        **changes,
+        patch_latent_dim=channels * base.latent_patch_size**2,
+        rope_axes_dim=(half - 2 * space, space, space),
+    )
+
+
+def write_demo_checkpoint(
+    output: Path, variant: str = "omni", *, force: bool = False, progress: Progress | None = None, **options: Any
+) -> Path:
+    """Writes the checkpoint directory ``output`` and returns it. ``options`` are the fields of ``DemoOptions``.
+
+    CX130: ``output`` exists; CX131: no room; CX132: an option; CX802: torch or diffusers is not installed.
+    """
+    chosen = DemoOptions(variant=variant, **options)
+    geometry, dtype = chosen.geometry(), DTYPES[chosen.dtype]
+    _check_output(output, force)
+    _require_libraries()
+    expected = expected_tensors(geometry)
+    config, vision = components.reasoner(geometry, dtype)
+    parts = [
+        components.Component(
+            "transformer",
+            "diffusion_pytorch_model",
+            components.transformer_config(geometry),
+            tuple(TensorSpec(tensor.name, dtype, tensor.shape) for tensor in expected.values()),
+        ),
+        components.vae(geometry, dtype),
+        *([components.sound_tokenizer(geometry, dtype)] if geometry.sound_gen else []),
+        vision,
+    ]
+    _check_space(output, sum(spec.size_bytes for part in parts for spec in part.tensors) + _SPARE_BYTES)
+    with _new_directory(output, force) as folder:
+        weight_maps = {part.folder: _write_component(folder, part, geometry, chosen, progress) for part in parts}
+        write_json(folder / "model_index.json", components.model_index(geometry))
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config(geometry))
+        components.write_tokenizer(folder / "text_tokenizer")
+        write_json(folder / "config.json", config)
+        write_json(folder / "model.safetensors.index.json", _root_index(weight_maps, parts, expected, geometry))
+    return output
+
+
+def _write_component(
+    root: Path, part: components.Component, geometry: Geometry, options: DemoOptions, progress: Progress | None
+) -> dict[str, str]:
+    folder, report = root / part.folder, progress or Silent()
+    folder.mkdir()
+    if part.config is not None:
+        write_json(folder / "config.json", part.config)
+    written = 0
+
+    def on_bytes(size: int) -> None:
+        nonlocal written
+        written += size
+        report.update(part.folder, written)
+
+    report.begin(part.folder, sum(spec.size_bytes for spec in part.tensors))
+    # The weight of a domain-aware layer is a matrix flattened into a row, so its shape hides what it sums over.
+    hidden_sums = {
+        "action_proj_in.fc.weight": geometry.action_dim or 1,
+        "action_proj_out.fc.weight": geometry.hidden_size,
+    }
+    produce = random_weights.produce(options.seed, hidden_sums, on_bytes)
+    weight_map = write_shards(folder, part.stem, part.tensors, produce, options.shard_size)
+    report.end(part.folder)
+    return {name: f"{part.folder}/{file}" for name, file in weight_map.items()}
+
+
+def _root_index(
+    weight_maps: dict[str, dict[str, str]],
+    parts: list[components.Component],
+    expected: dict[str, ExpectedTensor],
+    geometry: Geometry,
+) -> dict[str, Any]:
+    """What transformers reads the reasoner from. Edge lists the reasoner's tensors only; the others list all."""
+    weight_map = weight_maps["transformer"] | weight_maps["vision_encoder"]
+    if not geometry.gated:
+        generator = {tensor.name for tensor in expected.values() if tensor.tower is Tower.GENERATOR}
+        weight_map = {name: file for name, file in weight_map.items() if name not in generator}
+    sizes = {spec.name: spec.size_bytes for part in parts for spec in part.tensors}
+    total = sum(sizes[name] for name in weight_map)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+@contextmanager
+def _new_directory(output: Path, force: bool) -> Iterator[Path]:
+    """A directory beside ``output`` that takes its place when the block succeeds, and vanishes when it does not."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    building = output.with_name(f".{output.name}.writing-{os.getpid()}")
+    building.mkdir()
+    try:
+        yield building
+        if force and output.exists():
+            old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+            output.rename(old)
+            building.rename(output)
+            shutil.rmtree(old)
+        else:
+            building.rename(output)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise UserError("CX130", f"{output} exists", "choose another directory, or --force to replace it")
+    replaceable = output.is_dir() and not output.is_symlink()
+    if not replaceable or not ((output / "model_index.json").is_file() or not any(output.iterdir())):
+        raise UserError("CX130", f"{output} exists and is not a checkpoint directory", "choose another directory")
+
+
+def _check_space(output: Path, needed: int) -> None:
+    parent = next(folder for folder in (output.absolute().parent, *output.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(
+            "CX131",
+            f"the checkpoint needs {needed / 1e9:,.1f} GB, {parent} has {free / 1e9:,.1f} GB free",
+            "fewer --layers, --dtype bfloat16, or another disk",
+        )
+
+
+def _require_libraries() -> None:
+    try:
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            "CX802", f"a demo checkpoint needs {error.name}", "pip install 'cosmos-export[compile]'"
+        ) from error
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UserError("CX132", what, "see cosmos-export demo-checkpoint --help")

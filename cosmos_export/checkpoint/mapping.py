@@ -1,0 +1,176 @@
+"""Accounts for every tensor of the transformer's files: part of the model, or not needed for a stated reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.layout import (
+    QUANTIZED_DTYPE,
+    SCALES,
+    WEIGHT_DTYPES,
+    ExpectedTensor,
+    canonical_name,
+    leftover_reason,
+)
+from cosmos_export.checkpoint.quantization import Quantization
+from cosmos_export.checkpoint.safetensors_header import TensorEntry
+from cosmos_export.diagnostics import UserError
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """The tensors of the model by name (scales beside quantized weights), and every other tensor with its reason."""
+
+    tensors: dict[str, TensorEntry]
+    unused: dict[str, str]
+    precision: str
+
+
+def map_tensors(
+    entries: Iterable[TensorEntry],
+    expected: Mapping[str, ExpectedTensor],
+    geometry: Geometry,
+    quantization: Quantization | None,
+) -> Mapped:
+    """Raises CX114 and CX120 … CX124 when the files and the configuration are not of one model."""
+    found, unused = _match(entries, expected, geometry)
+    _check_shapes_and_types(found, expected)
+    tensors, stray = _take_scales(found, expected, quantization)
+    return Mapped(tensors, unused | stray, _precision(tensors, expected, quantization))
+
+
+def _match(
+    entries: Iterable[TensorEntry], expected: Mapping[str, ExpectedTensor], geometry: Geometry
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Tensors by expected name, and the reason of each that is not expected. Scales stay under ``module.scale``."""
+    found: dict[str, TensorEntry] = {}
+    unused: dict[str, str] = {}
+    unexpected: list[str] = []
+    for entry in sorted(entries, key=lambda entry: (canonical_name(entry.name) != entry.name, entry.name)):
+        name = canonical_name(entry.name)
+        module, _, leaf = name.rpartition(".")
+        scale_of = expected.get(f"{module}.weight") if leaf in SCALES else None
+        if name in expected or (scale_of is not None and scale_of.linear):
+            if name not in found:
+                found[name] = entry
+            elif _same_bytes(found[name], entry):
+                unused[entry.name] = f"identical copy of {found[name].name}"
+            else:
+                raise UserError(
+                    "CX114",
+                    f"{found[name].name} and {entry.name} are the same tensor under two names, with different contents",
+                    "files of two downloads are mixed: download the folder again",
+                )
+        elif (reason := leftover_reason(entry.name) or _disabled_head(name, geometry)) is not None:
+            unused[entry.name] = reason
+        else:
+            unexpected.append(entry.name)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        also = f"; not recognised: {_some(unexpected)}" if unexpected else ""
+        raise UserError(
+            "CX120",
+            f"{_count(missing, 'tensor')} of the model missing from transformer/: {_some(missing)}{also}",
+            "the configuration and the weights are of different models, or the download is incomplete",
+        )
+    if unexpected:
+        raise UserError(
+            "CX121",
+            f"{_count(unexpected, 'tensor')} in transformer/ that the model does not have: {_some(unexpected)}",
+            "the configuration and the weights are of different models, or this variant is newer than cosmos-export",
+        )
+    return found, unused
+
+
+def _disabled_head(name: str, geometry: Geometry) -> str | None:
+    for head, enabled in (("action", geometry.action_gen), ("audio", geometry.sound_gen)):
+        if not enabled and name.startswith((f"{head}_proj_in.", f"{head}_proj_out.", f"{head}_modality_embed")):
+            return f"the configuration turns this head off ({'sound' if head == 'audio' else head}_gen is false)"
+    return None
+
+
+def _check_shapes_and_types(tensors: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor]) -> None:
+    for name, want in expected.items():
+        entry = tensors[name]
+        if entry.shape != want.shape:
+            raise UserError(
+                "CX122",
+                f"{name} in {entry.file.name} has the shape {list(entry.shape)}; "
+                f"the configuration needs {list(want.shape)}",
+                "the configuration and the weights are of different models",
+            )
+        if entry.dtype not in WEIGHT_DTYPES and not (entry.dtype == QUANTIZED_DTYPE and want.linear):
+            legal = (*WEIGHT_DTYPES, QUANTIZED_DTYPE) if want.linear else WEIGHT_DTYPES
+            raise UserError(
+                "CX123",
+                f"{name} in {entry.file.name} has the type {entry.dtype}; legal here: {', '.join(legal)}",
+                "use the BF16 revision or the published FP8 revision",
+            )
+
+
+def _take_scales(
+    found: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor], quantization: Quantization | None
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Each quantized weight has its scales, and only those; scales of a weight that is not quantized are unused."""
+    quantized = [name for name, want in expected.items() if want.linear and found[name].dtype == QUANTIZED_DTYPE]
+    if quantized and quantization is None:
+        _bad_scales(
+            f"{_count(quantized, 'weight')} in FP8 ({_some(quantized)}), but the configuration has no "
+            "quantization_config, so nothing says what the numbers mean"
+        )
+    if quantization is not None and not quantized:
+        _bad_scales("the configuration says FP8, but no weight is")
+    needed = SCALES[:1] if quantization is not None and quantization.weight_only else SCALES
+    kept = {name: found[name] for name in expected}
+    for name in quantized:
+        module = name.removesuffix("weight")
+        for scale in needed:
+            entry = found.get(module + scale)
+            if entry is None:
+                _bad_scales(f"{name} is FP8 but has no {scale}")
+            if entry.dtype != "F32" or entry.elements != 1:
+                _bad_scales(
+                    f"{entry.name} is {entry.dtype} {list(entry.shape)}; the published layout has one F32 number"
+                )
+            kept[module + scale] = entry
+    unused = {
+        entry.name: "the scale of a weight that is not quantized" for name, entry in found.items() if name not in kept
+    }
+    return kept, unused
+
+
+def _precision(
+    tensors: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor], quantization: Quantization | None
+) -> str:
+    if quantization is not None:
+        return quantization.label
+    kinds = {tensors[name].dtype for name in expected if not name.startswith("time_embedder.")}
+    return {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}[kinds.pop()] if len(kinds) == 1 else "mixed"
+
+
+def _same_bytes(a: TensorEntry, b: TensorEntry) -> bool:
+    """Compares contents; reached only when a file has a tensor under two names."""
+    same_kind = a.dtype == b.dtype and a.shape == b.shape
+    return same_kind and bool(np.array_equal(a.raw(), b.raw()))
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _count(names: list[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def _bad_scales(what: str) -> NoReturn:
+    raise UserError(
+        "CX124", what, "use the published revision=fp8, or the BF16 revision and quantize with cosmos-export"
+    )

@@ -1,0 +1,104 @@
+"""The ``quantization_config`` of a checkpoint: which scheme, and which denoising steps must not use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from cosmos_export.checkpoint.strict_json import shown
+from cosmos_export.diagnostics import UserError
+
+MODELOPT_FP8 = "fp8-modelopt"
+
+
+@dataclass(frozen=True)
+class StepPolicy:
+    """Steps that run with 16-bit activations: the first and last of the loop. A loop of one step stays in FP8."""
+
+    first_steps: int
+    last_steps: int
+    reasoner: str
+    """``a16``: always 16-bit activations; ``native``: as quantized."""
+    overlap: str
+    """What a step is that counts as first and as last."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Static per-tensor FP8 (E4M3) by ModelOpt, the published revision."""
+
+    weight_only: bool
+    ignored: tuple[str, ...]
+    step_policy: StepPolicy | None
+
+    @property
+    def label(self) -> str:
+        return MODELOPT_FP8
+
+
+_POLICY: Mapping[str, Any] = {
+    "schema_version": 1,
+    "type": "first_last_n",
+    "index_space": "denoising_loop_iteration",
+    "scope": ["transformer"],
+    "default_mode": "native",
+}
+_POLICY_KEYS = {*_POLICY, "first_steps", "last_steps", "overlap", "reasoner"}
+
+
+def parse_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """What ``transformer/config.json`` says; CX124 for a scheme or policy this compiler does not know."""
+    raw = config.get("quantization_config")
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        _refuse(f"quantization_config = {shown(raw)} is not an object")
+    method, algorithm = raw.get("quant_method"), raw.get("quant_algo", raw.get("quant_type"))
+    if method != "modelopt" or algorithm not in ("FP8", "FP8_FP8"):
+        _refuse(f"quantization {shown(method)} / {shown(algorithm)} is not supported; supported: modelopt / FP8")
+    weight_only = raw.get("weight_only", False)
+    ignored = raw.get("ignore", [])
+    if not isinstance(weight_only, bool):
+        _refuse(f"weight_only = {shown(weight_only)} is not true or false")
+    if not isinstance(ignored, list) or not all(isinstance(item, str) for item in ignored):
+        _refuse("ignore is not a list of module names")
+    runtime = raw.get("runtime")
+    if runtime is not None and not isinstance(runtime, dict):
+        _refuse(f"runtime = {shown(runtime)} is not an object")
+    policy = runtime.get("diffusion_step_policy") if runtime else None
+    return Quantization(weight_only, tuple(ignored), None if policy is None else _step_policy(policy))
+
+
+def _step_policy(raw: Any) -> StepPolicy:
+    """The policy changes the result of every video, so an unknown field is refused, not skipped."""
+    if not isinstance(raw, dict):
+        _refuse(f"diffusion_step_policy = {shown(raw)} is not an object")
+    if raw.keys() != _POLICY_KEYS:
+        missing, extra = sorted(_POLICY_KEYS - raw.keys()), sorted(raw.keys() - _POLICY_KEYS)
+        _refuse(f"diffusion_step_policy lacks {missing} and has the unknown {shown(extra)}")
+    for key, value in _POLICY.items():
+        if type(raw[key]) is not type(value) or raw[key] != value:
+            _refuse(f"diffusion_step_policy.{key} = {shown(raw[key])}; this compiler knows {value!r}")
+    for key in ("overlap", "reasoner"):
+        if raw[key] not in ("a16", "native"):
+            _refuse(f"diffusion_step_policy.{key} = {shown(raw[key])}; this compiler knows 'a16' and 'native'")
+    return StepPolicy(_count(raw, "first_steps"), _count(raw, "last_steps"), raw["reasoner"], raw["overlap"])
+
+
+def _count(raw: Mapping[str, Any], key: str) -> int:
+    value = raw[key]
+    if not isinstance(value, dict) or value.keys() != {"count", "mode"} or value["mode"] != "a16":
+        _refuse(f"diffusion_step_policy.{key} = {shown(value)} is not a count of steps in mode 'a16'")
+    count = value["count"]
+    if type(count) is not int or not 0 <= count <= 10_000:
+        _refuse(f"diffusion_step_policy.{key}.count = {shown(count)} is not a number of steps")
+    return count
+
+
+def _refuse(what: str) -> NoReturn:
+    raise UserError(
+        "CX124",
+        f"transformer/config.json: {what}",
+        "use the BF16 revision and quantize with cosmos-export, or the published revision=fp8",
+    )

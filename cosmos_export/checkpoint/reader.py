@@ -1,0 +1,171 @@
+"""Opens a checkpoint directory: everything cheap is checked before anything is built on it.
+
+After ``open_checkpoint`` returns, each tensor of the model is in one known place with the right shape and a known type,
+and every other tensor in the files has a stated reason to be there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from cosmos_export.checkpoint import schedule, variants
+from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
+from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
+from cosmos_export.checkpoint.mapping import map_tensors
+from cosmos_export.checkpoint.published import published_size
+from cosmos_export.checkpoint.quantization import Quantization, parse_quantization
+from cosmos_export.checkpoint.safetensors_header import TensorEntry
+from cosmos_export.checkpoint.shards import Shards, read_shards
+from cosmos_export.checkpoint.strict_json import optional_object, read_object, shown
+from cosmos_export.diagnostics import UserError
+
+WEIGHT_STEMS: Mapping[str, str] = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "sound_tokenizer": "diffusion_pytorch_model",
+    "vision_encoder": "model",
+}
+"""Components with weights, and what their weight files are called."""
+COMPONENTS = (*WEIGHT_STEMS, "scheduler", "text_tokenizer")
+_INPUT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint. Nothing of it is in memory but names, shapes and places."""
+
+    root: Path
+    variant: str
+    origin: variants.Origin
+    geometry: Geometry
+    tensors: Mapping[str, TensorEntry]
+    """Transformer tensors by diffusers' name, and beside each quantized weight its scales."""
+    expected: Mapping[str, ExpectedTensor]
+    unused: tuple[tuple[str, str], ...]
+    """Every other tensor in the shards, and why it is not needed."""
+    ignored_files: tuple[tuple[Path, str], ...]
+    """Files in component folders that are not read, and why."""
+    scheduler: Mapping[str, Any]
+    model_index: Mapping[str, Any]
+    components: Mapping[str, Path]
+    component_tensors: Mapping[str, Mapping[str, TensorEntry]]
+    """Tensors of the other components under the names in their files."""
+    precision: str
+    """``bf16``, ``fp32``, ``fp16``, ``mixed`` or ``fp8-modelopt``; the time embedder may be wider than the rest."""
+    quantization: Quantization | None
+    distilled_sigmas: tuple[float, ...] | None
+    policy: Mapping[str, Any] | None
+    input_files: tuple[Path, ...]
+
+    def files(self) -> tuple[Path, ...]:
+        """Every input file, sorted; links are not resolved, so that paths stay relative to ``root``."""
+        return self.input_files
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Reads and checks the directory ``path``. Raises ``UserError`` CX1xx with what to do."""
+    root = Path(path)
+    _require_checkpoint(root)
+    model_index = optional_object(root / "model_index.json") or optional_object(root / "modular_model_index.json") or {}
+    components = _components(root, model_index)
+    config = read_object(components["transformer"] / "config.json")
+    geometry = parse_geometry(config)
+    quantization = parse_quantization(config)
+    scheduler = schedule.read_scheduler(components["scheduler"])
+    sigmas = schedule.distilled_sigmas(root, scheduler)
+    policy = _policy(root)
+    shards = {name: read_shards(components[name], stem) for name, stem in WEIGHT_STEMS.items() if name in components}
+    expected = expected_tensors(geometry)
+    mapped = map_tensors(shards["transformer"].tensors(), expected, geometry, quantization)
+    origin = variants.origin(root)
+    traits = variants.Traits(
+        size=published_size(geometry),
+        base_fps=geometry.base_fps,
+        steps=None if sigmas is None else len(sigmas),
+        policy=None if policy is None else str(policy.get("domain_name", "custom")),
+    )
+    return Checkpoint(
+        root=root,
+        variant=variants.variant_name(root, origin, traits),
+        origin=origin,
+        geometry=geometry,
+        tensors=MappingProxyType(mapped.tensors),
+        expected=MappingProxyType(expected),
+        unused=tuple(sorted(mapped.unused.items())),
+        ignored_files=tuple(item for shard in shards.values() for item in shard.ignored),
+        scheduler=MappingProxyType(scheduler),
+        model_index=MappingProxyType(model_index),
+        components=MappingProxyType(components),
+        component_tensors=MappingProxyType(
+            {name: _by_name(shard) for name, shard in shards.items() if name != "transformer"}
+        ),
+        precision=mapped.precision,
+        quantization=quantization,
+        distilled_sigmas=sigmas,
+        policy=policy,
+        input_files=_input_files(root, components, shards),
+    )
+
+
+def _require_checkpoint(root: Path) -> None:
+    if not root.exists():
+        repository = not root.is_absolute() and len(root.parts) == 2
+        hint = f"download it first: hf download {root}" if repository else "give the path of a local checkpoint"
+        _not_a_checkpoint(f"{root} does not exist", hint)
+    if not root.is_dir():
+        _not_a_checkpoint(f"{root} is not a directory", "give the directory that contains model_index.json")
+    if (root / "transformer").is_dir():
+        return
+    snapshots = sorted(child.name for child in (root / "snapshots").glob("*/") if child.is_dir())
+    if snapshots:
+        hint = f"this is a Hugging Face cache folder: give {root / 'snapshots' / snapshots[-1]}"
+    elif (root / "config.json").is_file() and any(root.glob("diffusion_pytorch_model*")):
+        hint = f"this is one component: give its parent, {root.absolute().parent}"
+    elif (root / "manifest.json").is_file():
+        hint = "this looks like a bundle, which is what a checkpoint compiles to"
+    else:
+        hint = "give the directory that contains model_index.json and transformer/"
+    _not_a_checkpoint(f"{root} is not a Cosmos 3 checkpoint: it has no transformer/ folder", hint)
+
+
+def _components(root: Path, model_index: Mapping[str, Any]) -> dict[str, Path]:
+    components = {name: root / name for name in COMPONENTS if (root / name).is_dir()}
+    for name, value in model_index.items():
+        wanted = isinstance(value, list) and len(value) >= 2 and value[0] is not None and value[1] is not None
+        if wanted and name in COMPONENTS and name not in components:
+            raise UserError(
+                "CX102",
+                f"{root} has no {name}/ folder, which its model index lists as {shown(value[1])}",
+                "the download is incomplete: run it again",
+            )
+    if "scheduler" not in components:
+        raise UserError("CX102", f"{root} has no scheduler/ folder", "the download is incomplete: run it again")
+    return components
+
+
+def _policy(root: Path) -> Mapping[str, Any] | None:
+    policy = (optional_object(root / "checkpoint.json") or {}).get("policy")
+    if policy is not None and not isinstance(policy, dict):
+        raise UserError("CX103", f"checkpoint.json: policy = {shown(policy)} is not an object", "restore the file")
+    return None if policy is None else MappingProxyType(policy)
+
+
+def _by_name(shards: Shards) -> Mapping[str, TensorEntry]:
+    return MappingProxyType({entry.name: entry for entry in shards.tensors()})
+
+
+def _input_files(root: Path, components: Mapping[str, Path], shards: Mapping[str, Shards]) -> tuple[Path, ...]:
+    files = {
+        path for folder in (root, *components.values()) for path in folder.iterdir() if path.suffix in _INPUT_SUFFIXES
+    }
+    for shard in shards.values():
+        files |= {header.file for header in shard.headers}
+    return tuple(sorted(path for path in files if path.is_file()))
+
+
+def _not_a_checkpoint(what: str, hint: str) -> NoReturn:
+    raise UserError("CX105", what, hint)

@@ -1,0 +1,108 @@
+"""Writes safetensors files whose tensors never exist in memory at once: the header first, then bytes as they come.
+
+Tensors keep the order they are given in, so a reader that walks the model walks the files forward. Sharding and file
+names follow the convention of the published repositories.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_export.checkpoint import dtypes
+from cosmos_export.checkpoint.safetensors_header import LENGTH_BYTES, element_count
+
+_ALIGNMENT = 8
+"""The data starts at a multiple of this, so that a mapped tensor of any type is aligned."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return element_count(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.elements * dtypes.BITS[self.dtype] // 8
+
+
+Produce = Callable[[TensorSpec], Iterable[bytes | memoryview]]
+
+
+def encode_header(specs: Sequence[TensorSpec]) -> bytes:
+    """Length and header of a file that holds ``specs`` in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.size_bytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def split_shards(specs: Sequence[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
+    """Consecutive tensors in files of at most ``shard_size`` bytes; a larger tensor gets a file of its own."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled = 0
+    for spec in specs:
+        if shards[-1] and filled + spec.size_bytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append(spec)
+        filled += spec.size_bytes
+    return shards
+
+
+def shard_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+
+
+def write_shards(
+    folder: Path, stem: str, specs: Sequence[TensorSpec], produce: Produce, shard_size: int
+) -> dict[str, str]:
+    """Writes the files, and their index when there are several. Returns which file holds which tensor."""
+    shards = split_shards(specs, shard_size)
+    weight_map: dict[str, str] = {}
+    for name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
+        _write_file(folder / name, shard, produce)
+        weight_map.update(dict.fromkeys((spec.name for spec in shard), name))
+    if len(shards) > 1:
+        total = sum(spec.size_bytes for spec in specs)
+        write_json(
+            folder / f"{stem}.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
+        )
+    return weight_map
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Produce) -> None:
+    with path.open("wb") as file:
+        file.write(encode_header(specs))
+        for spec in specs:
+            written = sum(file.write(chunk) for chunk in _nonempty(produce(spec)))
+            if written != spec.size_bytes:
+                raise ValueError(f"{spec.name}: {written} bytes produced, {spec.size_bytes} declared")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _nonempty(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    return (chunk for chunk in chunks if len(chunk))

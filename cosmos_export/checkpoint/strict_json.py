@@ -1,0 +1,92 @@
+"""JSON as input from a stranger: of limited size, without duplicate keys or NaN; every failure is a ``UserError``."""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from pathlib import Path
+from typing import Any
+
+from cosmos_export.diagnostics import UserError
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""No published configuration or index comes near; a larger file is not one."""
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object names the same key twice, so readers would disagree about its value."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"duplicate key {shown(key)}")
+        self.key = key
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """``value`` as it may appear in a message: escaped, and short whatever the file holds."""
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """``text`` as a JSON object. Raises ``ValueError`` (``DuplicateKeyError`` for a repeated key)."""
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"the top level is {type(value).__name__}, not an object")
+    return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``, or CX101."""
+    require_file(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ValueError(f"{size:,} bytes is more than the {MAX_JSON_BYTES:,} a configuration may have")
+        return parse_object(path.read_bytes())
+    except OSError as error:
+        raise UserError("CX101", f"cannot read {path}: {error.strerror or error}", "check the permissions") from error
+    except ValueError as error:
+        raise UserError("CX101", f"{path} is not valid JSON: {error}", "download the file again") from error
+
+
+def optional_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in ``path``; None where there is no such file (a dangling link is an error)."""
+    return read_object(path) if path.exists() or path.is_symlink() else None
+
+
+def require_file(path: Path) -> None:
+    """``path`` exists and is a regular file (through symbolic links), or CX102."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        dangling = path.is_symlink()
+        raise UserError(
+            "CX102",
+            f"{path} is a symbolic link to a file that is not there" if dangling else f"{path} is missing",
+            "the download is incomplete: run it again, or copy the directory with its links resolved (cp -rL)"
+            if dangling
+            else "the download is incomplete: run it again",
+        ) from error
+    if not stat.S_ISREG(mode):
+        raise UserError("CX102", f"{path} is not a regular file", "expected a file of the checkpoint")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise DuplicateKeyError(key)
+        result[key] = value
+    return result
+
+
+def _finite(text: str) -> float:
+    """A number of the file: neither NaN nor Infinity, nor one too large to be told from it."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{shown(text)} is not a finite number")
+    return number
