@@ -65,13 +65,16 @@ class ResolvePacking(Pass):
     def _slices(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.slice.Tensor):
             source, axis, start, end, *step = node.args
-            slicer = Slicer(graph, self.name, through=UNARY | BINARY | MOVES)
             if step or source.op == "placeholder":  # type: ignore[union-attr]
                 continue
+            slicer = Slicer(graph, self.name, through=UNARY | BINARY | MOVES)
             new = slicer.of(source, axis, start, end, node)  # type: ignore[arg-type]
-            # Progress is a part itself, or one slice of a part; more slices than before would only be other work.
-            if slicer.residual and not (is_op(new, aten.slice.Tensor) and new.args[0] is not source):
-                continue
+            if slicer.residual:
+                # Not a part itself. A slice of one part still frees the others of it.
+                slicer = Slicer(graph, self.name, through=frozenset({aten.cat.default}))
+                new = slicer.of(source, axis, start, end, node)  # type: ignore[arg-type]
+                if not is_op(new, aten.slice.Tensor) or new.args[0] is source:
+                    continue
             graph.replace(node, new)
             result.changes["slices of joined rows"] += 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cosmos_export.capture.adapter import JointStep
 from cosmos_export.capture.importer import Importer
-from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
 from cosmos_export.ir.dims import Dim, Size, floor_div, symbol
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.ir.spec import Rate, Transform, WeightBinding, WeightSource
@@ -142,6 +143,12 @@ def capture(
             f"modalities {sorted(modalities)} asked for; this checkpoint generates {', '.join(available)}",
             "`vision` is always part of a step; leave --modalities out for all the checkpoint has",
         )
+    if not config.get("unified_3d_mrope_reset_spatial_ids", True):
+        raise UnsupportedError(
+            "CX211",
+            "this checkpoint does not restart spatial positions at generation (unified_3d_mrope_reset_spatial_ids: false)",
+            "no published checkpoint is made so; please report it if yours is right",
+        )
     model = build_empty_model(config)
     names = [name for name, _ in model.named_parameters()]
     missing = [n for n in names if n not in sources]
@@ -208,7 +215,8 @@ def _export(
         return composite.setdefault(str(size), torch.export.Dim(f"grid_{len(composite)}", min=2, max=512))
 
     dynamic_shapes = {name: {i: dynamic(s) for i, s in enumerate(shape)} for name, shape in shapes.items()}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of what it deprecates
         exported = torch.export.export(
             step,
             (),

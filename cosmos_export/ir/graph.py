@@ -11,8 +11,9 @@ It wraps ``torch.fx.Graph``. Node metadata:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import sympy
 import torch
@@ -22,7 +23,32 @@ from torch.fx.node import map_arg
 from cosmos_export.ir import ops
 from cosmos_export.ir.spec import TensorSpec, WeightBinding
 
-Node = fx.Node
+if TYPE_CHECKING:
+
+    class Node:
+        """What passes use of ``fx.Node``. What an operand is follows from the operation, which a type checker cannot see."""
+
+        name: str
+        op: str
+        target: Any
+        args: tuple[Any, ...]
+        kwargs: dict[str, Any]
+        meta: dict[str, Any]
+        users: dict[Node, None]
+        all_input_nodes: list[Node]
+        next: Node
+
+        def replace_all_uses_with(self, replace_with: Node) -> list[Node]: ...
+
+        def replace_input_with(self, old_input: Node, new_input: Node) -> None: ...
+
+else:
+    Node = fx.Node
+
+
+def map_operands(operands: Any, function: Callable[[Node], Any]) -> Any:
+    """``operands`` with ``function`` applied to every node in them."""
+    return map_arg(operands, cast(Any, function))
 
 
 def spec_of(node: Node) -> TensorSpec:
@@ -31,7 +57,7 @@ def spec_of(node: Node) -> TensorSpec:
     return spec
 
 
-def is_op(value: Any, *targets: Any) -> bool:
+def is_op(value: Any, *targets: Any) -> TypeGuard[Node]:
     """``value`` is a node that calls one of ``targets``."""
     return isinstance(value, Node) and value.op == "call_function" and value.target in targets
 
@@ -49,9 +75,15 @@ def is_input(node: Node) -> bool:
 
 
 def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorSpec:
-    """Spec of ``target(*args, **kwargs)``; raises SpecError where the operands do not fit, KeyError for an unknown op."""
-    rule = ops.RULES[target]
-    return rule(*map_arg(tuple(args), spec_of), **map_arg(dict(kwargs), spec_of))
+    """Spec of ``target(*args, **kwargs)``; raises SpecError for an unknown operation and where the operands do not fit."""
+    rule = ops.RULES.get(target)
+    if rule is None:
+        raise ops.SpecError(f"`{target}` is not in the dialect")
+    try:
+        operands = inspect.signature(rule).bind(*map_operands(tuple(args), spec_of), **map_operands(dict(kwargs), spec_of))
+    except TypeError as error:
+        raise ops.SpecError(f"operands of `{target}`: {error}") from error
+    return rule(*operands.args, **operands.kwargs)
 
 
 class Graph:

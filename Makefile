@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` creates. PYTHON is the interpreter to create it with (3.11 or later).
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3 2>/dev/null))
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed-from-constraints
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.PHONY: setup test demo lint coverage schema clean
+
+setup: $(STAMP)
+
+# torch alone and exactly first: where a file or an index with its CPU build is configured, that one is taken, and the
+# second call finds the requirement satisfied.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[compile,rtx,dev]" -c constraints.txt
+	touch $@
+
+test: setup
+	$(PYTEST) -n 2
+
+demo: setup
+	$(BIN)/cosmos-export demo-checkpoint --variant omni -o demo/checkpoint --dtype bfloat16 --force
+	$(BIN)/cosmos-export build demo/checkpoint -o demo/bundle --target rtx-pro-6000 --force
+	$(BIN)/cosmos-export bundle verify demo/bundle
+
+# mypy sees the installed form: in the source tree passes/, kernels/, calibration/ and targets/ lie beside the package.
+# The whole of build/ goes first, since setuptools would install what an earlier tree left there.
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml \
+		--cache-dir ../../.mypy_cache --strict -p cosmos_export
+
+coverage: setup
+	$(PYTEST) -n 2 --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
+
+schema: setup
+	$(BIN)/python -c "from cosmos_export.bundle.manifest import schema_text; print(schema_text(), end='')" \
+		> docs/manifest.schema.json
+
+clean:
+	rm -rf build demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,0 +1,126 @@
+"""The manifest of a build."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+
+import cosmos_export
+from cosmos_export.build.options import Plan
+from cosmos_export.bundle import (
+    DimRecord,
+    EdgeRecord,
+    EngineRecord,
+    GraphContract,
+    InputFile,
+    LoopRecord,
+    Manifest,
+    Model,
+    ProfileRecord,
+    TargetRecord,
+    Tensor,
+    Verdict,
+    Volatile,
+)
+from cosmos_export.ir.graph import Graph, Node, spec_of
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from cosmos_export.build.driver import BuildResult
+
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
+_GEOMETRY = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "hidden_act", "vocab_size", "latent_channel", "action_dim", "sound_dim",
+)  # fmt: skip
+
+
+def manifest(
+    plan: Plan,
+    program: Program,
+    result: BuildResult,
+    inputs: tuple[InputFile, ...],
+    steps: torch.Tensor,
+    created: str,
+) -> Manifest:
+    """Everything a reader needs to know of this build, but for the files, which the writer adds."""
+    checkpoint, options = plan.checkpoint, plan.options
+    return Manifest(
+        model=Model(
+            id=checkpoint.origin.repository or checkpoint.root.resolve().name,
+            variant=checkpoint.variant,
+            revision=checkpoint.origin.revision,
+            geometry={name: getattr(checkpoint.geometry, name) for name in _GEOMETRY},
+        ),
+        inputs=inputs,
+        target=TargetRecord(plan.target.name, plan.target.backend, plan.target.compute_capability),
+        profiles=tuple(
+            ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in plan.profiles
+        ),
+        recipe=checkpoint.precision,
+        graphs={name: _contract(graph) for name, graph in program.graphs.items()},
+        edges=tuple(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
+        loop=LoopRecord(program.loop.body, dict(program.loop.carried)),
+        engines=tuple(
+            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded")
+            for e in result.engines
+        ),
+        tools=_tools(result),
+        options={
+            "modalities": plan.modalities,
+            "outputs": tuple(program.loop.carried.values()),
+            "parity": options.parity,
+            "steps": len(steps),
+            "timesteps": tuple(float(t) for t in steps),
+            "passes": tuple(program.history),
+        },
+        evaluation=_verdicts(result),
+        plan_checks=tuple(check for engine in result.engines for check in engine.checks),
+        volatile=Volatile(
+            created=created,
+            build_seconds=round(result.seconds, 3),
+            peak_memory_bytes=result.peak_memory_bytes,
+            stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
+        ),
+    )
+
+
+def _contract(graph: Graph) -> GraphContract:
+    return GraphContract(_tensors(graph.inputs), _tensors(graph.outputs))
+
+
+def _tensors(nodes: Mapping[str, Node]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(
+            name,
+            DTYPE_NAMES[spec_of(node).dtype],
+            tuple(size if isinstance(size, int) else str(size) for size in spec_of(node).shape),
+        )
+        for name, node in nodes.items()
+    )
+
+
+def _tools(result: BuildResult) -> dict[str, str]:
+    tools = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
+    tools |= {name: metadata.version(name) for name in _TOOLS}
+    return tools | {e.report.builder: e.report.builder_version for e in result.engines}
+
+
+def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
+    if not result.parity:
+        return (Verdict("all", "transformer", "relative L2", None, None, "not-measured", result.parity_note),)
+    measured = [
+        # Two digits: the last bits follow the machine's threads, and a manifest is compared between builds.
+        Verdict(m.stage, "transformer", m.metric, float(f"{m.value:.1e}"), m.limit, "pass" if m.passed else "fail", m.case)
+        for m in result.parity
+    ]
+    engines = [
+        Verdict("engine", e.graph, "relative L2", None, None, "not-measured", "needs the target's GPU")
+        for e in result.engines
+    ]
+    return (*measured, *engines)

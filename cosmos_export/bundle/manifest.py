@@ -1,0 +1,362 @@
+"""The manifest: the schema of ``manifest.json``, the only entry point of a bundle, and what must hold within it.
+
+The classes are the schema; ``docs/manifest.schema.json`` is generated from them by ``make schema``.
+Everything but ``volatile`` is a function of the inputs, the options and the tools.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from cosmos_export.bundle import strict
+from cosmos_export.bundle.strict import AtLeast, Pattern, StrictError, shown
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 1024 * 1024
+"""The manifest of Super has some tens of kilobytes; what is larger was not written by a build."""
+MAX_PATH_LENGTH = 240
+MAX_PATH_DEPTH = 8
+
+# Each component starts with a letter or digit and ends with neither dot nor anything a file system might drop. The list
+# is one of what is allowed: `..`, absolute paths, backslashes, drive letters, control characters and all Unicode
+# look-alikes are outside it and need no rule of their own.
+_COMPONENT = r"[A-Za-z0-9](?:[A-Za-z0-9._+\-]*[A-Za-z0-9_+\-])?"
+BundlePath = Annotated[
+    str,
+    Pattern(
+        rf"(?=[\s\S]{{1,{MAX_PATH_LENGTH}}}$){_COMPONENT}(?:/{_COMPONENT}){{0,{MAX_PATH_DEPTH - 1}}}",
+        "a relative path of letters, digits and ._+- that stays in the bundle",
+    ),
+]
+# The build reads these and no reader of a bundle opens them, so any name a checkpoint may have is allowed.
+InputPath = Annotated[
+    str,
+    Pattern(
+        r"(?!/)(?![\s\S]*(?:^|/)\.{0,2}(?:/|$))[^\x00-\x1f\x7f\\]{1,1024}",
+        "a normalised relative path below the checkpoint",
+    ),
+]
+Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}", "a SHA-256 digest in lower-case hexadecimal")]
+Bytes = Annotated[int, AtLeast(0)]
+Name = Annotated[str, Pattern(r"[^\x00-\x1f\x7f-\x9f]{1,256}", "a name of at most 256 printable characters")]
+Scalar = str | int | float | bool | None
+
+# Names that Windows resolves to devices in every directory, whatever the extension.
+_DEVICE_NAMES = frozenset(
+    ["con", "prn", "aux", "nul", *(f"{port}{digit}" for port in ("com", "lpt") for digit in range(10))]
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model the bundle was built from."""
+
+    id: Name
+    """As published, or the name of the checkpoint directory."""
+    variant: Name
+    revision: Name | None
+    """The commit of the published repository where it is known."""
+    geometry: Mapping[str, Scalar]
+    """Layers, widths and heads: enough to see which model it is."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of the checkpoint that the build read."""
+
+    path: InputPath
+    size_bytes: Bytes
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """What the engines were built for."""
+
+    name: Name
+    backend: Name
+    compute_capability: Name | None
+
+
+@dataclass(frozen=True)
+class DimRecord:
+    """The range of one dynamic dimension."""
+
+    min: Bytes
+    opt: Bytes
+    max: Bytes
+
+
+@dataclass(frozen=True)
+class ProfileRecord:
+    """A shape profile the engines accept."""
+
+    name: Name
+    dims: Mapping[str, DimRecord]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a graph; a dim is a size or an expression over the profile's dims."""
+
+    name: Name
+    dtype: Name
+    dims: tuple[Bytes | Name, ...]
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """The tensors that go in and out of a graph, in order."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class EdgeRecord:
+    """`output` of graph `source` is `input` of graph `target`."""
+
+    source: Name
+    output: Name
+    target: Name
+    input: Name
+
+
+@dataclass(frozen=True)
+class LoopRecord:
+    """The denoising loop: `body` runs once a step; `carried` maps its inputs to the outputs they follow from."""
+
+    body: Name
+    carried: Mapping[str, Name]
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """An engine file and the graph it runs."""
+
+    name: Name
+    graph: Name
+    path: BundlePath
+    profiles: tuple[Name, ...]
+    weights: Literal["embedded", "external"]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle."""
+
+    path: BundlePath
+    size_bytes: Bytes
+    sha256: Sha256
+    role: Name
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One measured comparison against the reference; `not-measured` says so instead of leaving it out."""
+
+    stage: Name
+    subject: Name
+    metric: Name
+    value: float | None
+    threshold: float | None
+    verdict: Literal["pass", "fail", "not-measured"]
+    note: str
+
+
+@dataclass(frozen=True)
+class PlanCheck:
+    """What the engine really contains against what was planned."""
+
+    engine: Name
+    check: Name
+    expected: str
+    found: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Volatile:
+    """The only fields that may differ between two builds of the same inputs with the same options and tools."""
+
+    created: Annotated[str, Pattern(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "a UTC time like 2026-01-31T12:00:00Z")]
+    build_seconds: float
+    peak_memory_bytes: Bytes | None
+    stage_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle: what it was built from, what is in it, and what was measured."""
+
+    model: Model
+    inputs: tuple[InputFile, ...]
+    target: TargetRecord
+    profiles: tuple[ProfileRecord, ...]
+    recipe: Name
+    graphs: Mapping[str, GraphContract]
+    edges: tuple[EdgeRecord, ...]
+    loop: LoopRecord | None
+    engines: tuple[EngineRecord, ...]
+    tools: Mapping[str, str]
+    options: Mapping[str, Scalar | tuple[Scalar, ...]]
+    evaluation: tuple[Verdict, ...]
+    plan_checks: tuple[PlanCheck, ...]
+    volatile: Volatile
+    files: tuple[FileRecord, ...] = ()
+    """Left empty by the build: `BundleWriter.commit` fills it in."""
+    schema_version: Literal[1] = 1
+
+    def to_bytes(self) -> bytes:
+        """The canonical form, as written to ``manifest.json``."""
+        return strict.canonical(self)
+
+
+def schema_text() -> str:
+    """The JSON Schema of a manifest, as checked in. It cannot say what `problems` says."""
+    schema = strict.json_schema(Manifest, f"cosmos-export bundle manifest, version {SCHEMA_VERSION}")
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in ``data``. Raises `StrictError` for anything that is not a consistent manifest."""
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise StrictError("", f"larger than the {MAX_MANIFEST_BYTES:,} bytes a manifest may have")
+    document = strict.parse_object(data)
+    version = document.get("schema_version")
+    if isinstance(version, int) and not isinstance(version, bool) and version != SCHEMA_VERSION:
+        raise StrictError("schema_version", f"{shown(version)} is not {SCHEMA_VERSION}, the version this reader knows")
+    manifest = strict.decode(Manifest, document)
+    for problem in problems(manifest):
+        raise problem
+    return manifest
+
+
+def check_path(path: str, where: str = "") -> None:
+    """``path`` may name a file of a bundle, or `StrictError`."""
+    strict.decode(_PathOnly, {"path": path}, where)
+    for component in path.split("/"):
+        if component.split(".")[0].lower() in _DEVICE_NAMES:
+            raise StrictError(where, f"{shown(path)} is a device name on some systems")
+    if path.lower() == MANIFEST_NAME:
+        raise StrictError(where, f"{shown(path)} is the manifest itself")
+
+
+@dataclass(frozen=True)
+class _PathOnly:
+    path: BundlePath
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Consistency
+
+
+def problems(manifest: Manifest) -> Iterator[StrictError]:
+    """What does not hold within ``manifest``, although each field by itself is well formed."""
+    yield from _path_problems(manifest)
+    yield from _engine_problems(manifest)
+    yield from _edge_problems(manifest)
+    yield from _loop_problems(manifest)
+
+
+def _path_problems(manifest: Manifest) -> Iterator[StrictError]:
+    directories: dict[str, str] = {}
+    for i, record in enumerate(manifest.files):
+        try:
+            check_path(record.path, f"files[{i}].path")
+        except StrictError as error:
+            yield error
+        # One spelling for each directory, too: `A/x` and `a/y` are one directory on some systems and two on others.
+        for parent in list(PurePosixPath(record.path).parents)[:-1]:
+            spelling = directories.setdefault(str(parent).lower(), str(parent))
+            if spelling != str(parent):
+                yield StrictError(f"files[{i}].path", f"{shown(str(parent))} and {shown(spelling)} differ only in case")
+    folded = Counter(record.path.lower() for record in manifest.files)
+    for i, record in enumerate(manifest.files):
+        if folded[record.path.lower()] > 1:
+            yield StrictError(
+                f"files[{i}].path", f"{shown(record.path)} is listed twice (upper and lower case are one)"
+            )
+        if record.path.lower() in directories:
+            yield StrictError(f"files[{i}].path", f"{shown(record.path)} is a file and a directory")
+    yield from _repeated("inputs", "path", [record.path for record in manifest.inputs])
+
+
+def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
+    yield from _repeated("engines", "name", [engine.name for engine in manifest.engines])
+    yield from _repeated("profiles", "name", [profile.name for profile in manifest.profiles])
+    for i, profile in enumerate(manifest.profiles):
+        for dim, span in profile.dims.items():
+            if not span.min <= span.opt <= span.max:
+                yield StrictError(f"profiles[{i}].dims", f"{shown(dim)} does not satisfy min <= opt <= max")
+    paths = {record.path for record in manifest.files}
+    profiles = {profile.name for profile in manifest.profiles}
+    engines = {engine.name for engine in manifest.engines}
+    for i, engine in enumerate(manifest.engines):
+        if engine.graph not in manifest.graphs:
+            yield StrictError(f"engines[{i}].graph", f"{shown(engine.graph)} is not a graph of this manifest")
+        if engine.path not in paths:
+            yield StrictError(f"engines[{i}].path", f"{shown(engine.path)} is not a file of this manifest")
+        for name in engine.profiles:
+            if name not in profiles:
+                yield StrictError(f"engines[{i}].profiles", f"{shown(name)} is not a profile of this manifest")
+    for i, check in enumerate(manifest.plan_checks):
+        if check.engine not in engines:
+            yield StrictError(f"plan_checks[{i}].engine", f"{shown(check.engine)} is not an engine of this manifest")
+
+
+def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
+    outputs = {(name, t.name): t for name, graph in manifest.graphs.items() for t in graph.outputs}
+    inputs = {(name, t.name): t for name, graph in manifest.graphs.items() for t in graph.inputs}
+    for name, graph in manifest.graphs.items():
+        yield from _repeated(f"graphs.{shown(name)}.inputs", "name", [t.name for t in graph.inputs])
+        yield from _repeated(f"graphs.{shown(name)}.outputs", "name", [t.name for t in graph.outputs])
+    fed = Counter((edge.target, edge.input) for edge in manifest.edges)
+    for i, edge in enumerate(manifest.edges):
+        source, target = outputs.get((edge.source, edge.output)), inputs.get((edge.target, edge.input))
+        if source is None:
+            yield StrictError(f"edges[{i}]", f"{shown(edge.source)} has no output {shown(edge.output)}")
+        if target is None:
+            yield StrictError(f"edges[{i}]", f"{shown(edge.target)} has no input {shown(edge.input)}")
+        if source is not None and target is not None and not _connects(source, target):
+            yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
+        if fed[edge.target, edge.input] > 1:
+            yield StrictError(f"edges[{i}]", f"input {shown(edge.input)} of {shown(edge.target)} has two edges")
+
+
+def _loop_problems(manifest: Manifest) -> Iterator[StrictError]:
+    if manifest.loop is None:
+        return
+    body = manifest.graphs.get(manifest.loop.body)
+    if body is None:
+        yield StrictError("loop.body", f"{shown(manifest.loop.body)} is not a graph of this manifest")
+        return
+    for name, output in manifest.loop.carried.items():
+        if name not in {t.name for t in body.inputs}:
+            yield StrictError("loop.carried", f"{shown(manifest.loop.body)} has no input {shown(name)}")
+        if output not in {t.name for t in body.outputs}:
+            yield StrictError("loop.carried", f"{shown(manifest.loop.body)} has no output {shown(output)}")
+
+
+def _connects(source: Tensor, target: Tensor) -> bool:
+    """Equal type and rank, and equal sizes where both are numbers; expressions are compared by the build."""
+    if source.dtype != target.dtype or len(source.dims) != len(target.dims):
+        return False
+    pairs = zip(source.dims, target.dims, strict=True)
+    return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{shown(tensor.name)} {shown(tensor.dtype)}{shown(list(tensor.dims))}"
+
+
+def _repeated(where: str, field: str, values: list[str]) -> Iterator[StrictError]:
+    for value, count in Counter(values).items():
+        if count > 1:
+            yield StrictError(where, f"{field} {shown(value)} is used {count} times")

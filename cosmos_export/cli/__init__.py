@@ -1,0 +1,64 @@
+"""The command line. One module a verb; no logic here.
+
+Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, 130 interrupted.
+Verb modules import what they need inside their functions, so that ``--help`` starts at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import cosmos_export
+from cosmos_export.cli import build, bundle, console, demo_checkpoint, inspect, targets, verbs, version
+from cosmos_export.diagnostics import ExitCode, UserError
+
+__all__ = ["app", "main"]
+
+app = verbs.Verbs(
+    name="cosmos-export",
+    help="Ahead-of-time compiler for NVIDIA Cosmos 3: checkpoint in, engines and the proof that they are right out.",
+    epilog="Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, "
+    "130 interrupted. Data goes to stdout, everything else to stderr.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (inspect, demo_checkpoint, build, bundle, targets, version):
+    verb.register(app)
+
+
+@app.callback()
+def _root(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"cosmos-export {cosmos_export.__version__}")
+        raise typer.Exit()
+    verbs.require_verb(context)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    console.configure()
+    # What typer itself refuses is reported here; the verb that would know about --json was never reached.
+    as_json = "--json" in sys.argv[1:]
+    try:
+        try:
+            status = app(prog_name="cosmos-export", standalone_mode=False)
+        except typer.TyperException as error:
+            verbs.fail(UserError("CX100", error.format_message(), _usage_hint(error)), as_json)
+        except (Exception, KeyboardInterrupt) as error:
+            verbs.fail_unexpected(error, as_json)
+    except typer.Exit as ending:
+        status = ending.exit_code
+    sys.exit(status if isinstance(status, int) else ExitCode.OK)
+
+
+def _usage_hint(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"`{context.command_path if context else 'cosmos-export'} --help` lists what there is"

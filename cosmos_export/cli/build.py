@@ -1,0 +1,179 @@
+"""``cosmos-export build``: a checkpoint into a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cosmos_export.build.driver import BuildResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to ``app``."""
+
+    @app.command("build")
+    def build(
+        checkpoint: Annotated[Path, typer.Argument(help="Checkpoint directory in the published layout.", show_default=False)],
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle directory to create.")] = None,
+        target: Annotated[str, typer.Option(help="What to build for; `cosmos-export targets` lists them.")] = "cpu",
+        profile: Annotated[
+            list[str] | None,
+            typer.Option(help="Shape profile: a name (480p-121f, 720p-189f+sound, policy-droid) and dim=min:opt:max items; may repeat."),
+        ] = None,
+        modalities: Annotated[
+            str | None, typer.Option(help="Of vision,sound,action; default: all that the checkpoint generates.")
+        ] = None,
+        outputs: Annotated[
+            str | None, typer.Option(help="Velocities to compute, e.g. action_velocity for inverse dynamics; default: all.")
+        ] = None,
+        steps: Annotated[
+            int | None, typer.Option(help="Denoising steps of the time table; default: the checkpoint's own, or 35.")
+        ] = None,
+        parity: Annotated[
+            str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")
+        ] = "auto",
+        until: Annotated[str | None, typer.Option(help="Stop after this pass; writes no bundle.")] = None,
+        dump: Annotated[Path | None, typer.Option(help="Directory for the graphs as text, one file a pass.")] = None,
+        force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    ) -> None:
+        """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
+        from cosmos_export.build.options import BuildOptions, require_compiler
+        from cosmos_export.cli import console
+        from cosmos_export.diagnostics import UserError
+
+        require_compiler()
+        if parity not in ("auto", "always", "never"):
+            raise UserError("CX451", f"--parity {parity}", "allowed: auto, always, never")
+        from cosmos_export.build.driver import build as run
+
+        options = BuildOptions(
+            checkpoint=checkpoint,
+            output=output,
+            target=target,
+            profiles=tuple(profile or BuildOptions.profiles),
+            modalities=_names(modalities),
+            outputs=_names(outputs),
+            steps=steps,
+            parity=parity,  # type: ignore[arg-type]
+            until=until,
+            dump=dump,
+            force=force,
+        )
+        result = run(options, console.progress())
+        if as_json:
+            console.emit_json(_document(result, output))
+        else:
+            _print(result)
+        console.verdict(_verdict(result, output), True)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _print(result: BuildResult) -> None:
+    from rich.table import Table
+
+    from cosmos_export.cli import console
+
+    out = console.out()
+    passes = Table("pass", "changed", "declined", "seconds", title="Passes", title_justify="left", box=None)
+    for report in result.passes:
+        changes = ", ".join(f"{count} × {kind}" for kind, count in report.result.changes.items()) or "nothing"
+        declined = ", ".join(f"{d.where}: {d.reason}" for d in report.result.declined)
+        passes.add_row(report.name, changes, declined or "–", f"{report.seconds:.2f}")
+    out.print(passes)
+    if result.parity:
+        table = Table(
+            "stage", "metric", "worst", "limit", "case", title="\nParity with diffusers", title_justify="left", box=None
+        )
+        for m in result.parity:
+            table.add_row(m.stage, m.metric, f"{m.value:.2g}", f"{m.limit:g}", m.case)
+        out.print(table)
+    elif result.parity_note:
+        out.print(f"\nParity with diffusers: not measured: {result.parity_note}")
+    if result.engines:
+        table = Table(
+            "engine", "size", "attention", "GEMMs", "activations", "build", "peak memory", "plan",
+            title="\nEngines", title_justify="left", box=None,
+        )  # fmt: skip
+        for engine in result.engines:
+            types = sum((g.gemm_types() for g in engine.plan.graphs), start=type(engine.plan.graphs[0].gemm_types())())
+            table.add_row(
+                engine.graph,
+                _size(engine.report.size_bytes),
+                f"{engine.fused_attention} fused of {engine.report.attention}",
+                ", ".join(f"{count} × {kind}" for kind, count in types.items()) or "–",
+                _size(max((g.activation_bytes for g in engine.plan.graphs), default=0)),
+                f"{engine.report.build_s:.1f} s",
+                _size(engine.report.peak_memory_bytes),
+                "; ".join(check.found for check in engine.checks),
+            )
+        out.print(table)
+    if result.manifest is not None:
+        files = result.manifest.files
+        out.print(
+            f"\n{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.seconds:.1f} s, "
+            f"peak memory {_size(result.peak_memory_bytes)}"
+        )
+    for path in result.dumps:
+        out.print(str(path), soft_wrap=True)
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _verdict(result: BuildResult, output: Path | None) -> str:
+    if result.manifest is None:
+        last = result.program.history[-1] if result.program else "nothing"
+        return f"stopped after {last}: {len(result.dumps)} dumps, no bundle"
+    attention = sum(e.fused_attention for e in result.engines)
+    proof = "parity not measured"
+    if result.parity:
+        proof = f"{len(result.parity)} stages within their limits of diffusers"
+    engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
+    return f"built {output}: {engines}{proof}"
+
+
+def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
+    return {
+        "output": None if output is None else str(output),
+        "passes": [
+            {
+                "name": r.name,
+                "changes": dict(r.result.changes),
+                "declined": [{"where": d.where, "reason": d.reason} for d in r.result.declined],
+                "seconds": round(r.seconds, 3),
+            }
+            for r in result.passes
+        ],
+        "parity": [
+            {"stage": m.stage, "metric": m.metric, "value": m.value, "limit": m.limit, "case": m.case, "passed": m.passed}
+            for m in result.parity
+        ],
+        "parity_note": result.parity_note,
+        "engines": [
+            {
+                "graph": e.graph,
+                "size_bytes": e.report.size_bytes,
+                "fused_attention": e.fused_attention,
+                "build_s": round(e.report.build_s, 3),
+                "peak_memory_bytes": e.report.peak_memory_bytes,
+                "checks": [{"check": c.check, "found": c.found, "passed": c.passed} for c in e.checks],
+            }
+            for e in result.engines
+        ],
+        "dumps": [str(p) for p in result.dumps],
+        "seconds": round(result.seconds, 3),
+        "peak_memory_bytes": result.peak_memory_bytes,
+    }

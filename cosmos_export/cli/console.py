@@ -1,0 +1,273 @@
+"""What a verb may print with: data on stdout, everything else on stderr.
+
+`out()` and `emit_json` are stdout; `err()`, `log` and `progress()` are stderr. Colour is never needed to understand a
+line, and ``NO_COLOR`` is respected. Rich is imported on first use, so that ``--help`` does not pay for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cosmos_export.diagnostics import InternalError
+from cosmos_export.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+PIPED_WIDTH = 200
+"""Columns of output that goes to a file or a pipe: wide enough that no table wraps."""
+
+_logger = logging.getLogger("cosmos_export")
+
+
+@dataclass
+class _State:
+    """The settings of the command that runs, and what it has printed."""
+
+    quiet: bool = False
+    verbose: bool = False
+    no_progress: bool = False
+    json_emitted: bool = False
+    resume_command: str | None = None
+    out: Console | None = None
+    err: Console | None = None
+    bars: list[RichProgress] = field(default_factory=list)
+
+
+_state = _State()
+
+
+def configure(quiet: bool = False, verbose: bool = False, no_progress: bool = False) -> None:
+    """Begin a command with these settings; whatever the one before left behind is forgotten."""
+    global _state
+    close()
+    _state = _State(quiet=quiet, verbose=verbose, no_progress=no_progress)
+    _logger.setLevel(logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO)
+    if not any(isinstance(handler, _ToStderr) for handler in _logger.handlers):
+        _logger.addHandler(_ToStderr())
+        _logger.propagate = False
+
+
+def close() -> None:
+    """End all progress bars, so that what is printed next starts on a line of its own."""
+    for bars in _state.bars:
+        bars.close()
+    _state.bars.clear()
+
+
+def out() -> Console:
+    """The console of stdout: data only."""
+    if _state.out is None:
+        _state.out = _console(sys.stdout)
+    return _state.out
+
+
+def err() -> Console:
+    """The console of stderr."""
+    if _state.err is None:
+        _state.err = _console(sys.stderr)
+    return _state.err
+
+
+def log(message: str, level: int = logging.INFO) -> None:
+    """A line on stderr. ``--quiet`` leaves warnings and errors, ``--verbose`` adds debug lines."""
+    _logger.log(level, "%s", message)
+
+
+def verdict(text: str, ok: bool) -> None:
+    """The last line of a command on stderr. ``--quiet`` silences a good one."""
+    close()
+    if not (ok and _state.quiet):
+        err().print(text, soft_wrap=True)
+
+
+def emit_json(document: Any) -> None:
+    """Print ``document`` on stdout. A command prints one; dataclasses, enums and paths are written as plain values."""
+    if _state.json_emitted:
+        raise InternalError("CX001", "a second JSON document on stdout")
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    _state.json_emitted = True
+    # A lone surrogate from a file name must not cost the whole document.
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    sys.stdout.flush()
+
+
+def json_emitted() -> bool:
+    """Whether this command has printed its document."""
+    return _state.json_emitted
+
+
+def progress() -> Progress:
+    """Where this command's long work reports: bars, lines, or nothing under ``--quiet`` and ``--no-progress``."""
+    if _state.quiet or _state.no_progress:
+        return Silent()
+    bars = RichProgress(err())
+    _state.bars.append(bars)
+    return bars
+
+
+def set_resume_command(command: str | None) -> None:
+    """From here on an interrupted run can be continued with ``command``; None: it cannot."""
+    _state.resume_command = command
+
+
+def resume_command() -> str | None:
+    """The command that continues this run after an interruption, if it can be continued."""
+    return _state.resume_command
+
+
+def is_verbose() -> bool:
+    """Whether ``--verbose`` was given."""
+    return _state.verbose
+
+
+class RichProgress:
+    """`Progress` on a console: bars with the time left on a terminal, elsewhere one line per 10 %."""
+
+    # A pipe gets a line for each tenth, but not faster than once a second, and once in 30 s if a tenth takes longer.
+    min_gap_s = 1.0
+    max_gap_s = 30.0
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+        self._bars: Bars | None = None
+        self._ids: dict[str, TaskID] = {}
+        self._lines: dict[str, _Line] = {}
+
+    def begin(self, task: str, total: int | None = None) -> None:
+        if not self._console.is_terminal:
+            now = self._clock()
+            self._lines[task] = _Line(total, started=now, printed=now)
+            return
+        if self._bars is None:
+            self._bars = _bars(self._console)
+            self._bars.start()
+        self._ids[task] = self._bars.add_task(task, total=total)
+
+    def update(self, task: str, completed: int) -> None:
+        if self._bars is not None and task in self._ids:
+            self._bars.update(self._ids[task], completed=completed)
+        elif task in self._lines:
+            self._advance(task, self._lines[task], completed)
+
+    def end(self, task: str) -> None:
+        if self._bars is not None and task in self._ids:
+            self._bars.remove_task(self._ids.pop(task))
+            if not self._ids:
+                self.close()
+        elif task in self._lines:
+            line = self._lines.pop(task)
+            elapsed = self._clock() - line.started
+            if elapsed >= self.min_gap_s:
+                self._print(f"{task}: done in {_duration(elapsed)}")
+
+    def close(self) -> None:
+        """Take the bars off the screen."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+            self._ids.clear()
+
+    def _advance(self, task: str, line: _Line, completed: int) -> None:
+        now = self._clock()
+        gap = now - line.printed
+        tenth = completed * 10 // line.total if line.total else 0
+        if (tenth > line.tenth and gap >= self.min_gap_s) or gap >= self.max_gap_s:
+            line.tenth, line.printed = tenth, now
+            self._print(f"{task}: {_share(completed, line.total)}{_left(completed, line.total, now - line.started)}")
+
+    def _print(self, text: str) -> None:
+        self._console.print(text)
+
+
+@dataclass
+class _Line:
+    total: int | None
+    started: float
+    printed: float
+    tenth: int = 0
+
+
+class _ToStderr(logging.Handler):
+    """Writes through the console, which knows about the bars on the screen."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
+        err().print(f"{prefix}{record.getMessage()}", soft_wrap=True)
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    # No markup and no highlighting: a path or a message is printed as it is, square brackets included.
+    return Console(
+        file=stream,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=None if stream.isatty() else PIPED_WIDTH,
+    )
+
+
+def _bars(console: Console) -> Bars:
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _share(completed: int, total: int | None) -> str:
+    return f"{min(completed * 100 // total, 100)} %" if total else f"{completed:,} done"
+
+
+def _left(completed: int, total: int | None, elapsed: float) -> str:
+    if not total or not 0 < completed < total:
+        return f" ({_duration(elapsed)})"
+    return f" ({_duration(elapsed)}, about {_duration(elapsed * (total - completed) / completed)} left)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -1,0 +1,139 @@
+"""What all verbs share: `--quiet`, `--verbose`, `--no-progress`, and how an error ends the process.
+
+A verb is a plain function registered on a `Verbs`; it raises `CosmosExportError` and knows nothing of exit codes.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from cosmos_export.cli import console
+from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+_SHARED: dict[str, Any] = {
+    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")],
+    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines, and tracebacks of errors.")],
+    "no_progress": Annotated[bool, typer.Option("--no-progress", help="No bars and no progress lines.")],
+}
+_REPORT = "this is a bug: please report it with the output of the same command under `--verbose`"
+
+
+class Verbs(typer.Typer):
+    """A `typer.Typer` whose commands take the shared options and turn errors into messages and exit codes."""
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Verb], Verb]:
+        register = super().command(name, **settings)
+
+        def decorate(verb: Verb) -> Verb:
+            register(_guarded(verb))
+            return verb
+
+        return decorate
+
+
+def require_verb(context: typer.Context) -> None:
+    """In the callback of a group: without a verb, show what there is and end as wrong usage."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(int(ExitCode.USAGE))
+
+
+def fail(error: CosmosExportError, as_json: bool) -> NoReturn:
+    """Report ``error`` and end the command with its exit code."""
+    console.close()
+    if as_json and not console.json_emitted():
+        console.emit_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+    # Written without the console: an error must come out whatever state the terminal is in, and it is never wrapped.
+    text = f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+    sys.stderr.write(text)
+    raise typer.Exit(int(error.exit_code))
+
+
+def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
+    """Report any other exception: what the system said, an interruption, or a bug of ours."""
+    console.close()
+    if isinstance(error, KeyboardInterrupt | typer.Abort):
+        _interrupted(as_json)
+    if isinstance(error, BrokenPipeError) and _stdout_is_gone():
+        raise typer.Exit(int(ExitCode.TOOL))  # the reader left, as in `| head`: nobody to tell
+    if console.is_verbose():
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, OSError):
+        hint = "free some space" if error.errno == errno.ENOSPC else "run again with `--verbose` to see where"
+        fail(ToolError("CX801", str(error), hint), as_json)
+    message = " ".join(f"unexpected {type(error).__name__}: {error}".split())
+    fail(ToolError("CX000", message, _REPORT), as_json)
+
+
+class Interrupted(CosmosExportError):
+    """The user stopped the command."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """``verb`` with the shared options in its signature, and no exception but typer's own getting out."""
+    signature = inspect.signature(verb, eval_str=True)
+    takes_json = "as_json" in signature.parameters
+
+    @functools.wraps(verb)
+    def run(*args: Any, quiet: bool, verbose: bool, no_progress: bool, **options: Any) -> None:
+        console.configure(quiet=quiet, verbose=verbose, no_progress=no_progress)
+        as_json = takes_json and bool(options["as_json"])
+        try:
+            verb(*args, **options)
+            sys.stdout.flush()
+        except (typer.Exit, typer.Abort, typer.TyperException):
+            raise
+        except CosmosExportError as error:
+            if console.is_verbose():
+                import traceback
+
+                traceback.print_exception(error)
+            fail(error, as_json)
+        except (Exception, KeyboardInterrupt) as error:
+            fail_unexpected(error, as_json)
+        finally:
+            console.close()
+
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in _SHARED.items()
+    ]
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *shared]
+    )
+    # Typer reads both; with the annotations resolved here it need not know where the verb was written.
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
+    return run
+
+
+def _interrupted(as_json: bool) -> NoReturn:
+    command = console.resume_command()
+    if command:
+        fail(Interrupted("CX002", "interrupted; what is finished is kept", f"continue with `{command}`"), as_json)
+    fail(Interrupted("CX002", "interrupted"), as_json)
+
+
+def _stdout_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads; if so it is pointed elsewhere, as Python flushes it at exit."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # an error is reported without being asked for
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True

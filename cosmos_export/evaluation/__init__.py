@@ -1,0 +1,1 @@
+"""How far a compiled program is from the published implementation."""

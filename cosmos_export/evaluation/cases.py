@@ -1,0 +1,91 @@
+"""Inputs to compare on: one denoising step each, between them all modes, masks and awkward sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmos_export.runtime import positions
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and conditioning of one step. ``clean_*`` are indices without noise; ``all`` means every one."""
+
+    name: str
+    prompt: int
+    frames: int
+    height: int
+    width: int
+    clean_frames: Sequence[int] | str = ()
+    sound: int = 0
+    actions: int = 0
+    clean_actions: Sequence[int] | str = ()
+    fps: float = 24.0
+    timestep: float = 437.0
+
+    def inputs(self, config: Mapping[str, Any], modalities: Sequence[str], seed: int = 0) -> dict[str, torch.Tensor]:
+        """Tensors of the step in float32 (ids int64), seeded noise for latents."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        base = float(config["base_fps"])
+        patch = config["latent_patch_size"]
+        rows, columns = (-(-size // patch) for size in (self.height, self.width))
+        result = {
+            "input_ids": torch.randint(0, config["vocab_size"], (self.prompt,), generator=generator),
+            "vision_latent": noise(1, config["latent_channel"], self.frames, self.height, self.width),
+            "vision_mask": _mask(self.frames, self.clean_frames),
+            "frame_positions": _tensor(positions.frame_positions(self.frames, self.fps, base)),
+            "row_positions": _tensor(positions.grid_positions(rows)),
+            "column_positions": _tensor(positions.grid_positions(columns)),
+            "timestep": torch.tensor([self.timestep]),
+        }
+        if "sound" in modalities:
+            result |= {
+                "sound_latent": noise(config["sound_dim"], self.sound),
+                "sound_positions": _tensor(positions.sound_positions(self.sound, config["sound_latent_fps"], base)),
+            }
+        if "action" in modalities:
+            result |= {
+                "action_latent": noise(self.actions, config["action_dim"]),
+                "action_mask": _mask(self.actions, self.clean_actions),
+                "action_positions": _tensor(positions.action_positions(self.actions, self.fps, base)),
+                "action_domain": torch.tensor([config["num_embodiment_domains"] // 4]),
+            }
+        return result
+
+
+def _mask(count: int, clean: Sequence[int] | str) -> torch.Tensor:
+    mask = torch.ones(count)
+    if clean == "all":
+        mask.zero_()
+    else:
+        for index in clean:
+            mask[int(index)] = 0.0
+    return mask
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+CASES = (
+    Case("text-to-image", prompt=33, frames=1, height=6, width=8),
+    Case("text-to-video", prompt=12, frames=5, height=5, width=6, sound=9, fps=16.0),
+    Case("image-to-video", prompt=1, frames=3, height=5, width=7, clean_frames=(0,)),
+    Case("video-to-video", prompt=70, frames=5, height=4, width=6, clean_frames=(0, 1), sound=3, fps=30.0),
+    Case("policy", prompt=20, frames=3, height=5, width=4, clean_frames=(0,), actions=8, fps=15.0),
+    Case(
+        "forward-dynamics", prompt=20, frames=3, height=4, width=5, clean_frames=(0,), actions=8, clean_actions="all",
+        fps=5.0,
+    ),
+    Case("inverse-dynamics", prompt=20, frames=3, height=4, width=4, clean_frames="all", actions=8, fps=10.0),
+)  # fmt: skip
+"""Small enough for a model of true width: at most a few hundred rows."""

@@ -1,0 +1,113 @@
+"""Stage by stage: how far a program, and what it was lowered to, is from the published implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.evaluation.cases import CASES, Case
+from cosmos_export.evaluation.reference import Reference, relative_error
+from cosmos_export.ir.graph import spec_of
+from cosmos_export.ir.interpreter import Weights, run_program
+from cosmos_export.ir.program import Program
+
+PROGRAM_LIMIT = 1e-5
+"""fp32, relative L2: a pass only reorders sums."""
+RUNTIME_LIMIT = 1e-4
+"""fp32, relative L2: ONNX Runtime has its own kernels."""
+PRECISION_LIMIT = 1.5
+"""In the model's precision: times the published implementation's own distance from fp32."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Worst value over the cases, with the case it comes from."""
+
+    stage: str
+    metric: str
+    value: float
+    limit: float
+    case: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+
+class Parity:
+    """Compares stages of one build with the stock model of the same checkpoint, loaded once in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint, modalities: Sequence[str], weights: Weights, cases: Sequence[Case] = CASES):
+        self._config = checkpoint.geometry.config
+        self._modalities = modalities
+        self._weights = weights
+        self._folder = checkpoint.components["transformer"]
+        self._cases = [c for c in cases if (not c.actions or "action" in modalities)]
+        reference = Reference(self._folder, torch.float32)
+        self._expected = {c.name: reference.step(self._inputs(c), c.fps) for c in self._cases}
+
+    def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
+        return case.inputs(self._config, self._modalities)
+
+    def _compare(self, case: Case, found: dict[str, torch.Tensor]) -> float:
+        expected = {k: v for k, v in self._expected[case.name].items() if k in found}
+        return relative_error(found, expected)
+
+    def program(self, program: Program, stage: str) -> Measured:
+        """The program in fp32 arithmetic, by the interpreter."""
+        errors = {
+            c.name: self._compare(c, run_program(program, self._inputs(c), self._weights, compute=torch.float32))
+            for c in self._cases
+        }
+        return _worst(stage, "relative L2, fp32", errors, PROGRAM_LIMIT)
+
+    def precision(self, program: Program, dtype: torch.dtype) -> Measured:
+        """The program in the model's own precision, against the stock model in that precision, both seen from fp32."""
+        stock = Reference(self._folder, dtype)
+        specs = {n: spec_of(v).dtype for g in program.graphs.values() for n, v in g.inputs.items()}
+        theirs, ours = [], []
+        for case in self._cases:
+            inputs = self._inputs(case)
+            theirs.append(self._compare(case, stock.step(inputs, case.fps)))
+            own = {n: t.to(specs[n]) for n, t in inputs.items() if n in specs}
+            ours.append(self._compare(case, run_program(program, own, self._weights)))
+        # Rounding is noise, and the ratio of two samples of it says little: root mean square over the cases.
+        ratio = float(np.linalg.norm(ours) / np.linalg.norm(theirs))
+        name = str(dtype).removeprefix("torch.")
+        return Measured(name, f"distance from fp32 / that of stock {name}", ratio, PRECISION_LIMIT, "all, rms")
+
+    def onnx(self, program: Program, folder: Path, suffix: str) -> Measured:
+        """The lowered graphs in ONNX Runtime on the CPU, one feeding the next."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        values: dict[str, dict[str, dict[str, np.ndarray]]] = {c.name: {} for c in self._cases}
+        for name, graph in program.graphs.items():
+            # One session at a time: the towers of a large model do not fit side by side.
+            session = onnxruntime.InferenceSession(str(folder / f"{name}{suffix}"), options, ["CPUExecutionProvider"])
+            for case in self._cases:
+                inputs, results = self._inputs(case), values[case.name]
+                feed = {i: inputs[i].numpy() for i in program.free_inputs(name)}
+                feed |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
+                names = list(graph.outputs)
+                results[name] = dict(zip(names, session.run(names, feed), strict=True))
+            del session
+        errors = {}
+        for case in self._cases:
+            found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
+            errors[case.name] = self._compare(case, found)
+        return _worst("ONNX Runtime", "relative L2, fp32", errors, RUNTIME_LIMIT)
+
+
+def _worst(stage: str, metric: str, errors: dict[str, float], limit: float) -> Measured:
+    case = max(errors, key=lambda name: errors[name])
+    return Measured(stage, metric, errors[case], limit, case)
+
+

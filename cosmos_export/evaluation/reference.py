@@ -1,0 +1,94 @@
+"""The published implementation as the reference: diffusers' transformer, called as diffusers' pipeline calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+class Reference:
+    """The stock transformer of a checkpoint in one precision."""
+
+    def __init__(self, transformer_folder: Path, dtype: torch.dtype) -> None:
+        from diffusers import Cosmos3OmniTransformer
+        from diffusers.utils import logging
+
+        # Its remarks on configuration keys that it does not know: the checkpoint reader has judged each of them.
+        logging.set_verbosity_error()
+        self.dtype = dtype
+        self.transformer = Cosmos3OmniTransformer.from_pretrained(
+            transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        ).eval()
+
+    def step(self, inputs: Mapping[str, torch.Tensor], fps: float) -> dict[str, torch.Tensor]:
+        """Velocities of one step for the inputs of `Case.inputs`; modalities without rows are left out.
+
+        Packing, indices and rotary positions come from the pipeline's own helpers; nothing of this project's.
+        """
+        from diffusers import Cosmos3OmniPipeline
+
+        host: Any = SimpleNamespace(transformer=self.transformer, vae_scale_factor_temporal=4)
+        pipeline: Any = Cosmos3OmniPipeline
+        ids = inputs["input_ids"].tolist()
+        text = pipeline._prepare_text_segment(host, ids, "cpu")
+        start, length = text["vision_start_temporal_offset"], text["und_len"]
+        latent = inputs["vision_latent"].to(self.dtype)
+        clean = (inputs["vision_mask"] == 0).nonzero().flatten().tolist()
+        vision = pipeline._prepare_vision_segment(
+            host, latent, False, start, fps, length, "cpu", condition_frame_indexes=clean
+        )
+        timestep = inputs["timestep"]
+        current = length + vision["num_vision_tokens"]
+        positions = [text["text_mrope_ids"], vision["vision_mrope_ids"]]
+        arguments = {k: v for k, v in vision.items() if k.startswith("vision_") and k != "vision_mrope_ids"}
+        arguments |= {
+            "vision_tokens": [latent],
+            "vision_timesteps": timestep.expand(vision["num_noisy_vision_tokens"]),
+        }
+        sound = inputs.get("sound_latent")
+        if sound is not None and sound.shape[1]:
+            rate = self.transformer.config.sound_latent_fps
+            segment = pipeline._prepare_sound_segment(host, sound, start, rate, current, "cpu")
+            positions.append(segment["sound_mrope_ids"])
+            arguments |= {k: v for k, v in segment.items() if k not in ("sound_mrope_ids", "sound_len")}
+            arguments |= {"sound_tokens": [sound.to(self.dtype)], "sound_timesteps": timestep.expand(sound.shape[1])}
+            current += sound.shape[1]
+        action = inputs.get("action_latent")
+        if action is not None and action.shape[0]:
+            clean = (inputs["action_mask"] == 0).nonzero().flatten().tolist()
+            segment = pipeline._prepare_action_segment(host, action, clean, start, fps, current, "cpu")
+            positions.append(segment["action_mrope_ids"])
+            left_out = ("action_mrope_ids", "action_len", "num_noisy_action_tokens")
+            arguments |= {k: v for k, v in segment.items() if k not in left_out}
+            arguments |= {
+                "action_tokens": [action.to(self.dtype)],
+                "action_timesteps": timestep.expand(segment["num_noisy_action_tokens"]),
+                "action_domain_ids": [inputs["action_domain"]],
+            }
+            current += action.shape[0]
+        with torch.no_grad():
+            results = self.transformer(
+                input_ids=text["input_ids"],
+                text_indexes=text["text_indexes"],
+                und_len=length,
+                position_ids=torch.cat(positions, dim=1),
+                sequence_length=current,
+                return_dict=False,
+                **arguments,
+            )
+        names = ("vision_velocity", "sound_velocity", "action_velocity")
+        return {name: value[0] for name, value in zip(names, results, strict=True) if value is not None}
+
+
+def relative_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """Largest ‖found − expected‖ / ‖expected‖ over the outputs; an output that is exactly zero must be found zero."""
+    worst = 0.0
+    for name, reference in expected.items():
+        difference = (found[name].double() - reference.double()).norm().item()
+        scale = reference.double().norm().item()
+        worst = max(worst, difference / scale if scale else (float("inf") if difference else 0.0))
+    return worst

@@ -1,0 +1,58 @@
+"""A small but complete bundle for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cosmos_export import bundle
+from cosmos_export.bundle import BundleWriter, Manifest
+
+FILES = {
+    "engines/generator.plan": ("engine", b"generator engine " * 1000),
+    "engines/reasoner.plan": ("engine", b"reasoner engine " * 500),
+    "tokenizer/tokenizer.json": ("tokenizer", b"{}"),
+    "empty.txt": ("note", b""),
+}
+
+
+def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5) -> Manifest:
+    key = ("und_len", 8, 128)
+    return Manifest(
+        model=bundle.Model(id="a", variant="omni", revision=None, geometry={"layers": 2, "eps": 1e-6, "moe": False}),
+        inputs=(bundle.InputFile("transformer/model file.safetensors", 10, "0" * 64),),
+        target=bundle.TargetRecord("rtx-pro-6000", "tensorrt-rtx", "12.0"),
+        profiles=(bundle.ProfileRecord("480p", {"und_len": bundle.DimRecord(1, 512, 4096)}),),
+        recipe="bf16",
+        graphs={
+            "reasoner": bundle.GraphContract(
+                inputs=(bundle.Tensor("input_ids", "int64", ("und_len",)),),
+                outputs=(bundle.Tensor("key_0", "bfloat16", key),),
+            ),
+            "generator": bundle.GraphContract(
+                inputs=(
+                    bundle.Tensor("und_key_0", "bfloat16", key),
+                    bundle.Tensor("latents", "float32", (16, "frames", "height", "width")),
+                ),
+                outputs=(bundle.Tensor("velocity", "float32", (16, "frames", "height", "width")),),
+            ),
+        },
+        edges=(bundle.EdgeRecord("reasoner", "key_0", "generator", "und_key_0"),),
+        loop=bundle.LoopRecord("generator", {"latents": "velocity"}),
+        engines=(
+            bundle.EngineRecord("reasoner", "reasoner", "engines/reasoner.plan", ("480p",), "embedded"),
+            bundle.EngineRecord("generator", "generator", "engines/generator.plan", ("480p",), "embedded"),
+        ),
+        tools={"python": "3.11"},
+        options={"target": "rtx-pro-6000", "profiles": ("480p",), "resume": False, "limit": None},
+        evaluation=(bundle.Verdict("split_towers", "velocity", "max_abs", 0.0, 0.0, "pass", "fp32"),),
+        plan_checks=(bundle.PlanCheck("generator", "attention is fused", "2 layers", "2 layers", True),),
+        volatile=bundle.Volatile(created, build_seconds, None, {"capture": 1.5}),
+    )
+
+
+def write(output: Path, force: bool = False, **volatile: float) -> Manifest:
+    """Write the sample bundle to ``output``."""
+    with BundleWriter(output, force=force) as writer:
+        for name, (role, content) in FILES.items():
+            writer.path(name, role).write_bytes(content)
+        return writer.commit(manifest(**volatile))  # type: ignore[arg-type]

@@ -1,0 +1,179 @@
+"""stdout is data, stderr is the rest; progress is bars on a terminal and few lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cosmos_export.cli import console
+from cosmos_export.progress import Silent
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def piped() -> tuple[Console, io.StringIO]:
+    stream = io.StringIO()
+    return Console(file=stream, width=console.PIPED_WIDTH, force_terminal=False), stream
+
+
+def run_task(step_s: float, steps: int = 100, total: int | None = 100) -> list[str]:
+    target, stream = piped()
+    clock = Clock()
+    progress = console.RichProgress(target, clock)
+    progress.begin("hash", total)
+    for i in range(1, steps + 1):
+        clock.now += step_s
+        progress.update("hash", i)
+    progress.end("hash")
+    return stream.getvalue().splitlines()
+
+
+def test_one_line_for_each_tenth() -> None:
+    lines = run_task(step_s=1.0)
+    assert len(lines) == 11
+    assert lines[0] == "hash: 10 % (10 s, about 90 s left)"
+    assert lines[-2] == "hash: 100 % (100 s)"
+    assert lines[-1] == "hash: done in 100 s"
+
+
+def test_quick_work_says_nothing() -> None:
+    assert run_task(step_s=0.001) == []
+
+
+def test_lines_come_at_most_once_a_second() -> None:
+    lines = run_task(step_s=0.03)
+    assert 2 <= len(lines) <= 4
+
+
+def test_slow_work_keeps_talking() -> None:
+    lines = run_task(step_s=20.0, steps=9)
+    assert len(lines) >= 5
+    assert lines[0] == "hash: 2 % (40 s, about 33 min left)"
+
+
+def test_unknown_total() -> None:
+    lines = run_task(step_s=20.0, steps=4, total=None)
+    assert lines == ["hash: 2 done (40 s)", "hash: 4 done (80 s)", "hash: done in 80 s"]
+
+
+def test_an_empty_task() -> None:
+    assert run_task(step_s=0.0, steps=0, total=0) == []
+
+
+def test_bars_on_a_terminal() -> None:
+    stream = io.StringIO()
+    progress = console.RichProgress(Console(file=stream, force_terminal=True, width=100))
+    progress.begin("build [generator]", 10)
+    progress.begin("inner")
+    progress.update("build [generator]", 5)
+    progress.update("inner", 1)
+    assert progress._bars is not None
+    progress._bars.refresh()
+    progress.end("inner")
+    progress.end("build [generator]")
+    shown = stream.getvalue()
+    assert "build [generator]" in shown, "a name is not markup"
+    assert "50%" in shown
+
+
+def test_updates_of_unknown_tasks_are_ignored() -> None:
+    for terminal in (True, False):
+        progress = console.RichProgress(Console(file=io.StringIO(), force_terminal=terminal))
+        progress.update("never begun", 1)
+        progress.end("never begun")
+
+
+@pytest.mark.parametrize("setting", ["quiet", "no_progress"])
+def test_no_progress(setting: str) -> None:
+    console.configure(**{setting: True})
+    assert isinstance(console.progress(), Silent)
+    console.configure()
+    assert isinstance(console.progress(), console.RichProgress)
+
+
+def test_log_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(**settings: bool) -> list[str]:
+        console.configure(**settings)
+        console.log("debug", logging.DEBUG)
+        console.log("info")
+        logging.getLogger("cosmos_export.build").warning("from the library: %s", "[x]")
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return captured.err.splitlines()
+
+    assert lines() == ["info", "warning: from the library: [x]"]
+    assert lines(quiet=True) == ["warning: from the library: [x]"]
+    assert lines(verbose=True) == ["debug: debug", "info", "warning: from the library: [x]"]
+
+
+def test_quiet_silences_good_verdicts_only(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure(quiet=True)
+    console.verdict("PASS", ok=True)
+    console.verdict("FAIL", ok=False)
+    assert capsys.readouterr() == ("", "FAIL\n")
+
+
+def test_no_colour_in_a_pipe_nor_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console.configure()
+    console.out().print("plain", style="red")
+    assert capsys.readouterr().out == "plain\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console.configure()
+    console.out().print("plain", style="red")
+    assert "31m" not in capsys.readouterr().out
+
+
+def test_wide_output_in_a_pipe_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    console.out().print("x" * 150 + " " + "y" * 40)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+class _Kind(Enum):
+    FP8 = "fp8"
+
+
+@dataclass(frozen=True)
+class _Inner:
+    kind: _Kind
+    path: Path
+
+
+@dataclass(frozen=True)
+class _Outer:
+    inner: tuple[_Inner, ...]
+    table: Any
+
+
+def test_emit_json_takes_plain_values_and_dataclasses(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    console.emit_json(_Outer((_Inner(_Kind.FP8, Path("a/b")),), MappingProxyType({"σ": 1.5, "name": "\udcff"})))
+    assert json.loads(capsys.readouterr().out) == {
+        "inner": [{"kind": "fp8", "path": "a/b"}],
+        "table": {"σ": 1.5, "name": "\udcff"},
+    }
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1j}])
+def test_emit_json_refuses_what_json_has_no_form_for(value: object) -> None:
+    console.configure()
+    with pytest.raises((TypeError, ValueError)):
+        console.emit_json(value)
+    assert not console.json_emitted()

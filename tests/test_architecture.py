@@ -1,0 +1,228 @@
+"""Dependencies point one way, heavy packages are imported late, and everything installs inside `cosmos_export`."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = ("passes", "kernels", "calibration", "targets")
+"""Folders at the root that install inside the package."""
+
+# Each part may import those of lower levels (and itself), and nothing else of this project.
+LEVELS = {
+    "cli": 6,
+    **dict.fromkeys(["build", "bench", "report"], 5),
+    "evaluation": 4,  # the build measures its own parity, and measuring runs graphs
+    "runtime": 3,
+    **dict.fromkeys(["targets", "calibration", "passes", "capture"], 2),
+    **dict.fromkeys(["ir", "checkpoint", "bundle", "kernels"], 1),
+    **dict.fromkeys(["diagnostics", "progress"], 0),
+}
+# Where the level alone would allow more than there should be.
+ONLY = {
+    "ir": {"diagnostics"},
+    "bundle": {"diagnostics", "progress"},
+    "checkpoint": {"diagnostics", "progress"},
+}
+BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
+HEAVY = {"torch", "diffusers", "transformers", *BACKENDS}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Dotted name and file of every module, as installed."""
+    for top in (ROOT / "cosmos_export", *(ROOT / folder for folder in OUTSIDE)):
+        for path in sorted(top.rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            name = ".".join(parts if parts[0] == "cosmos_export" else ("cosmos_export", *parts))
+            yield name.removesuffix(".__init__"), path
+
+
+MODULES = dict(modules())
+
+
+def part_of(name: str) -> str:
+    """The part of the project a module belongs to; empty for `cosmos_export` itself and its `__main__`."""
+    return [*name.split("."), ""][1].replace("__main__", "")
+
+
+def imports(path: Path, package: str, top_level_only: bool = False) -> set[str]:
+    """Names of the modules that ``path`` imports. ``from a import b`` counts as `a` and `a.b`."""
+    found: set[str] = set()
+    for node in _statements(ast.parse(path.read_text(encoding="utf-8")), top_level_only):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _statements(node: ast.AST, top_level_only: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if top_level_only and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if top_level_only and isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        yield child
+        yield from _statements(child, top_level_only)
+
+
+def package_of(name: str, path: Path) -> str:
+    return name if path.name == "__init__.py" else name.rpartition(".")[0]
+
+
+def parts_imported(name: str) -> set[str]:
+    path = MODULES[name]
+    own = {one for one in imports(path, package_of(name, path)) if one.split(".")[0] == "cosmos_export"}
+    # `from cosmos_export.ir import graph` names a module of ours; `from cosmos_export import __version__` does not.
+    return {part_of(one) for one in own} & set(LEVELS)
+
+
+def outside_imported(name: str, top_level_only: bool) -> set[str]:
+    path = MODULES[name]
+    return {one.split(".")[0] for one in imports(path, package_of(name, path), top_level_only)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrows
+
+
+def test_every_part_has_a_level() -> None:
+    unknown = {part_of(name) for name in MODULES} - set(LEVELS) - {""}
+    assert not unknown, f"give {unknown} a level in {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_arrows_point_down(name: str) -> None:
+    part = part_of(name)
+    if not part:
+        return
+    allowed = ONLY.get(part) or {other for other, level in LEVELS.items() if level < LEVELS[part]}
+    assert parts_imported(name) <= allowed | {part}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_imports_the_outside_folders_by_their_bare_name(name: str) -> None:
+    assert not outside_imported(name, top_level_only=False) & set(OUTSIDE)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if part_of(name) in ("ir", "passes", "capture")))
+def test_the_middle_knows_no_backend(name: str) -> None:
+    assert not outside_imported(name, top_level_only=False) & BACKENDS
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name in MODULES if part_of(name) in ("", "diagnostics", "progress", "bundle", "cli"))
+)
+def test_light_parts_import_nothing_heavy_at_the_top(name: str) -> None:
+    assert not outside_imported(name, top_level_only=True) & {*HEAVY, "numpy", "rich"}
+
+
+# These run in the build only, and the package does not import them.
+_HEAVY_BY_NATURE = {
+    name
+    for name in MODULES
+    if name.startswith("cosmos_export.targets.") and name.rpartition(".")[2] in ("onnx_lowering", "weights")
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(name for name in MODULES if part_of(name) in ("checkpoint", "targets") and name not in _HEAVY_BY_NATURE),
+)
+def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> None:
+    assert not outside_imported(name, top_level_only=True) & HEAVY
+
+
+@pytest.mark.parametrize("part", ["cli", "checkpoint", "bundle", "targets", "diagnostics", "progress"])
+def test_importing_loads_nothing_heavy(part: str) -> None:
+    code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_the_checks_see_what_they_should(tmp_path: Path) -> None:
+    """The reader of imports itself: late, guarded, relative and nested imports are told apart."""
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    import torch\n"
+        "try:\n    import onnx\nexcept ImportError:\n    pass\n"
+        "from . import sibling\nfrom ..ir import graph\n"
+        "class A:\n    import numpy\n    def f(self):\n        import tensorrt\n"
+    )
+    top = imports(path, "cosmos_export.passes", top_level_only=True)
+    assert {"onnx", "numpy", "cosmos_export.passes.sibling", "cosmos_export.ir.graph"} <= top
+    assert not {"torch", "tensorrt"} & top
+    assert {"torch", "tensorrt"} <= imports(path, "cosmos_export.passes")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Installation
+
+
+def test_the_source_tree_runs_without_installation(tmp_path: Path) -> None:
+    """A copy of the tree, so that an editable installation of this one cannot help."""
+    copy = tmp_path / "tree"
+    copy.mkdir()
+    for folder in ("cosmos_export", *OUTSIDE):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def python(*arguments: str) -> str:
+        result = subprocess.run([sys.executable, *arguments], cwd=copy, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "Usage: cosmos-export" in python("-m", "cosmos_export", "--help")
+    assert "rtx-pro-6000" in python("-m", "cosmos_export", "targets")
+    where = python("-c", "import cosmos_export as p; print(p.__file__)")
+    assert Path(where.strip()).is_relative_to(copy)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Names in the wheel of this tree, built offline from a copy (the build writes into its source)."""
+    pytest.importorskip("setuptools", minversion="77", reason="building the wheel needs setuptools 77 (dev extra)")
+    work = tmp_path_factory.mktemp("wheel")
+    tree = work / "tree"
+    tree.mkdir()
+    for folder in ("cosmos_export", *OUTSIDE):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(work), str(tree)], check=True, capture_output=True, text=True)
+    (built,) = work.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_has_one_top_level_package(wheel: list[str]) -> None:
+    assert {name.split("/")[0] for name in wheel if ".dist-info" not in name} == {"cosmos_export"}
+
+
+def test_the_wheel_has_every_module_and_data_file(wheel: list[str]) -> None:
+    expected = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "targets").glob("*.toml")}
+    expected.add("cosmos_export/py.typed")
+    installed = {name if name.startswith("cosmos_export") else f"cosmos_export/{name}" for name in expected}
+    assert installed <= set(wheel), "is a package missing in pyproject.toml?"
+
+
+def test_the_wheel_carries_its_licence(wheel: list[str]) -> None:
+    assert any(name.endswith("/licenses/LICENSE") for name in wheel)
