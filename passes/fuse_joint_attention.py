@@ -8,6 +8,7 @@ from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
+from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
 
 
@@ -32,26 +33,30 @@ class FuseJointAttention(Pass):
         graph.eliminate_dead_code()
         return result
 
-    def _fuse(self, graph: Graph, node: Node, rates: dict[Node, object], result: PassResult) -> None:
+    def _fuse(self, graph: Graph, node: Node, rates: dict[Node, Rate], result: PassResult) -> None:
         query, key, value, causal, scale = node.args
-        if not (is_op(key, aten.cat.default) and is_op(value, aten.cat.default)):
+        if not (_joins_rows(key) and _joins_rows(value)):
             result.decline(node, "its keys and values are not joined from parts")
             return
-        keys, values = (list(n.args[0]) for n in (key, value))  # type: ignore[union-attr, arg-type]
-        slowest = [rates[k] for k in keys]
-        if causal or len(keys) != 2 or len(values) != 2 or slowest[0] == slowest[1]:
+        keys, values = (list(n.args[0]) for n in (key, value))
+        changing, values_changing = ([rates[part] >= Rate.STEP for part in parts] for parts in (keys, values))
+        if causal or sorted(changing) != [False, True] or len(values) != 2:
             result.decline(node, "causal, or not one part that changes in the loop and one that does not")
             return
-        if [rates[v] for v in values] != slowest:
+        if values_changing != changing:
             result.decline(node, "keys and values are joined in different orders")
             return
         if not all(equal(spec_of(k).shape[0], spec_of(v).shape[0]) for k, v in zip(keys, values, strict=True)):
             result.decline(node, "keys and values are joined from parts of different lengths")
             return
-        own, prefix = (1, 0) if slowest[0] < slowest[1] else (0, 1)  # type: ignore[operator]
+        own, prefix = changing.index(True), changing.index(False)
         new = graph.call(
             ops.JOINT_ATTENTION, query, keys[own], values[own], keys[prefix], values[prefix], scale,
             before=node, like=node, by=self.name,
         )  # fmt: skip
         graph.replace(node, new)
         result.changes["joint attentions"] += 1
+
+
+def _joins_rows(value: Node) -> bool:
+    return is_op(value, aten.cat.default) and ops.axis_of(value.args[1] if len(value.args) > 1 else 0, 3) == 0

@@ -30,7 +30,7 @@ class MergeLinears(Pass):
         for graph in program.graphs.values():
             groups: dict[Node, list[Node]] = defaultdict(list)
             for node in graph.calls(aten.linear.default):
-                groups[node.args[0]].append(node)  # type: ignore[index]
+                groups[node.args[0]].append(node)
             for group in groups.values():
                 if len(group) > 1:
                     self._merge(graph, group, result)
@@ -39,20 +39,23 @@ class MergeLinears(Pass):
         return result
 
     def _merge(self, graph: Graph, group: list[Node], result: PassResult) -> None:
-        plain = [n for n in group if len(n.args) == 2 and _is_plain(n.args[1]) and len(n.args[1].users) == 1]  # type: ignore[union-attr]
-        for node in set(group) - set(plain):
-            result.decline(node, "reads the same value, but has a bias or a weight that is shared or transformed")
+        plain = [n for n in group if len(n.args) == 2 and _is_plain(n.args[1]) and len(n.args[1].users) == 1]
+        for node in group:
+            if node not in plain:
+                result.decline(node, "reads the same value, but has a bias or a weight that is shared or transformed")
         if len(plain) < 2:
             return
         gated = _gate_and_up(plain)
         ordered = list(gated) if gated else plain
-        bindings: list[WeightBinding] = [n.args[1].meta["weight"] for n in ordered]  # type: ignore[union-attr]
+        bindings: list[WeightBinding] = [n.args[1].meta["weight"] for n in ordered]
         transform = Transform.INTERLEAVE if gated else Transform.CONCATENATE
         binding = bindings[0].merged(tuple(bindings[1:]), transform)
-        name = "_".join([ordered[0].args[1].name, "merged"])  # type: ignore[union-attr]
+        name = "_".join([ordered[0].args[1].name, "merged"])
         weight = graph.add_weight(name, binding, module=ordered[0].meta["module"])
-        first = ordered[0] if list(graph.fx.nodes).index(ordered[0]) < list(graph.fx.nodes).index(ordered[-1]) else ordered[-1]
-        merged = graph.call(aten.linear.default, ordered[0].args[0], weight, before=first, like=ordered[0], by=self.name)
+        first = plain[0]
+        merged = graph.call(
+            aten.linear.default, ordered[0].args[0], weight, before=first, like=ordered[0], by=self.name
+        )
         sizes = [spec_of(n).shape[-1] for n in ordered]
         axis = spec_of(merged).rank - 1
         if gated:
@@ -86,5 +89,3 @@ def _gate_and_up(group: list[Node]) -> tuple[Node, Node] | None:
             if is_op(user, ops.SWIGLU) and user.args == (gate, up) and len(gate.users) == len(up.users) == 1:
                 return gate, up
     return None
-
-

@@ -19,23 +19,29 @@ def boundary(program: Program, graph: Graph, rates: Collection[Rate]) -> list[No
     rate_of = rates_of(program, graph)
     found = []
     for node in graph.calls():
-        if rate_of[node] in rates and any(rate_of[user] > rate_of[node] for user in node.users):
+        # A user without a rate is the graph's output, which is read in every step.
+        if rate_of[node] in rates and any(rate_of.get(user, Rate.CARRIED) > rate_of[node] for user in node.users):
             root = node
             while is_op(root, *ops.VIEWS):
-                root = root.args[0]  # type: ignore[assignment]
+                root = root.args[0]
             if not is_input(root):
                 found.append(node)
     return found
 
 
 def hoist(
-    program: Program, body: str, rates: Collection[Rate], name: str, names: Callable[[Node], str], order: Sequence[Node] = ()
+    program: Program,
+    body: str,
+    rates: Collection[Rate],
+    name: str,
+    label_of: Callable[[Node], str],
+    order: Sequence[Node] = (),
 ) -> dict[str, Node]:
     """Move what changes at ``rates`` out of graph ``body`` into a new graph ``name`` that runs before it.
 
-    Returns the values handed over by the name that ``names`` gives them (made unique): those in ``order`` first and in
-    its order, the others as the graph has them. Operations on constants alone
-    are repeated in both graphs. Does nothing where no value would be handed over.
+    Returns the values handed over by the name that ``label_of`` gives them (made unique): those in ``order`` first and
+    in its order, the others as the graph has them. Operations on constants alone are repeated in both graphs. Does
+    nothing where no value would be handed over.
     """
     graph = program.graphs[body]
     handed = boundary(program, graph, rates)
@@ -51,7 +57,7 @@ def hoist(
             mapping[node] = copy_node(moved, node, mapping)
     outputs: dict[str, Node] = {}
     for node in handed:
-        label = _unique(names(node), {*outputs, *(n.name for n in graph.nodes if n.op == "placeholder")})
+        label = _unique(label_of(node), graph.names())
         outputs[label] = mapping[node]
         replacement = graph.add_input(label, spec_of(node))
         replacement.meta["module"] = node.meta.get("module", "")
@@ -61,10 +67,9 @@ def hoist(
     for edge in list(program.edges_into(body)):
         if edge.input in moved.inputs:
             program.edges.append(Edge(edge.source, edge.output, name, edge.input))
-    order = list(program.graphs)
-    order.insert(order.index(body), name)
-    program.graphs[name] = moved
-    program.graphs = {key: program.graphs[key] for key in order}
+    names_in_order = list(program.graphs)
+    names_in_order.insert(names_in_order.index(body), name)
+    program.graphs = {key: moved if key == name else program.graphs[key] for key in names_in_order}
     program.edges += [Edge(name, label, body, label) for label in outputs]
     tidy(program, body)
     return outputs

@@ -11,8 +11,12 @@ from cosmos_export.ir.dims import equal
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.rewriting import Slicer, eliminate_common, uniform_value
+
+_SWAPPED = [0, 2, 1, 3]
+"""The permutation between [batch, rows, heads, d] and [batch, heads, rows, d]."""
 
 
 class Normalize(Pass):
@@ -52,7 +56,7 @@ class Normalize(Pass):
     def _forward(self, graph: Graph, result: PassResult) -> None:
         """Values that pass through an operation unchanged."""
         for node in graph.calls():
-            value = _unchanged(graph, node, self.name)
+            value = _unchanged(node)
             if value is not None:
                 graph.replace(node, value)
                 result.changes["identities"] += 1
@@ -61,18 +65,22 @@ class Normalize(Pass):
     def _scatters(self, graph: Graph, result: PassResult) -> None:
         """``slice_scatter(x, y[r], r) = where(r, y, x)``: what a model writes in place, as a selection."""
         for node in graph.calls(aten.slice_scatter.default):
-            base, source, axis, start, end, step = node.args
-            same = is_op(source, aten.slice.Tensor) and tuple(source.args[1:]) == (axis, start, end, step)  # type: ignore[union-attr]
-            size = spec_of(node).shape[axis]  # type: ignore[index]
-            if not same or not isinstance(size, int):
+            base, source, *part = node.args
+            axis, start, end, step = part
+            size = spec_of(node).shape[axis]
+            whole = source.args[0] if is_op(source, aten.slice.Tensor) and _part(source) == part else None
+            if (
+                whole is None
+                or spec_of(whole) != spec_of(node)
+                or not all(isinstance(i, int) for i in (size, start, end))
+            ):
                 result.decline(node, "writes a part that is not the same part of another value of fixed size")
                 continue
             mask = torch.zeros(size, dtype=torch.bool)
-            mask[start:end:step] = True  # type: ignore[misc]
+            mask[start:end:step] = True
             shape = [1] * spec_of(node).rank
-            shape[axis] = size  # type: ignore[index]
+            shape[axis] = size
             constant = graph.add_constant(f"{node.name}_mask", mask.reshape(shape), module=node.meta["module"])
-            whole = source.args[0]  # type: ignore[union-attr]
             new = graph.call(aten.where.self, constant, whole, base, before=node, like=node, by=self.name)
             graph.replace(node, new)
             result.changes["writes in place"] += 1
@@ -82,9 +90,10 @@ class Normalize(Pass):
                 if not is_op(user, aten.select.int) or user.args[1] != place[0]:
                     continue
                 if list(user.args[1:]) == place:
-                    graph.replace(user, written)  # type: ignore[arg-type]
+                    graph.replace(user, written)
                 else:
-                    user.replace_input_with(node, base)  # type: ignore[arg-type]
+                    user.replace_input_with(node, base)
+                result.changes["writes in place"] += 1
         graph.eliminate_dead_code()
 
     # -- building blocks ----------------------------------------------------------------------------------------------
@@ -104,25 +113,26 @@ class Normalize(Pass):
         for node in graph.calls(aten.mul.Tensor):
             for gate, up in (node.args, node.args[::-1]):
                 same = is_op(gate, aten.silu.default) and isinstance(up, Node) and spec_of(gate) == spec_of(up)
-                if same and len(gate.users) == 1:  # type: ignore[union-attr]
-                    source = gate.args[0]  # type: ignore[union-attr]
+                if same and len(gate.users) == 1:
+                    source = gate.args[0]
                     graph.replace(node, graph.call(ops.SWIGLU, source, up, before=node, like=node, by=self.name))
                     result.changes["gated activations"] += 1
                     break
 
     def _attention(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.scaled_dot_product_attention.default):
+            options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
+            options |= dict(zip(options, node.args[3:], strict=False)) | node.kwargs
             rows = [_rows(a) for a in node.args[:3]]
-            end = _sole_user(_sole_user(node, aten.permute.default), aten.squeeze.dim)
-            mask = node.args[3] if len(node.args) > 3 else None
-            plain = mask is None and (len(node.args) < 5 or node.args[4] == 0.0)
-            if end is None or not plain or any(r is None for r in rows):
+            back = _sole_user(node, aten.permute.default)
+            end = _sole_user(back, aten.squeeze.dim)
+            plain = options["attn_mask"] is None and options["dropout_p"] == 0.0
+            if not plain or back is None or end is None or None in rows or _order(back) != _SWAPPED or end.args[1] != 0:
                 result.decline(node, "attention with a mask, dropout, a batch, or another layout")
                 continue
-            causal = bool(node.args[5]) if len(node.args) > 5 else bool(node.kwargs.get("is_causal", False))
-            scale = node.kwargs.get("scale")
+            causal, scale = bool(options["is_causal"]), options["scale"]
             head = spec_of(node).shape[-1]
-            scale = float(head) ** -0.5 if scale is None else float(scale)  # type: ignore[arg-type]
+            scale = float(head) ** -0.5 if scale is None else float(scale)
             new = graph.call(ops.ATTENTION, *rows, causal, scale, before=end, like=node, by=self.name)
             graph.replace(end, new)
             result.changes["attentions"] += 1
@@ -138,23 +148,22 @@ class Normalize(Pass):
             if not (_repeats_halves(cos) and _repeats_halves(sin)):
                 result.decline(node, "the two halves of its tables are not shown to be equal")
                 continue
-            tables = []
-            for table in (cos, sin):
-                after = table.next
-                tables.append(slicer.of(table, 1, 0, half, after))
+            tables = [slicer.of(table, 1, 0, half) for table in (cos, sin)]
             new = graph.call(ops.ROTARY, x, *tables, before=node, like=node, by=self.name)
             graph.replace(node, new)
             result.changes["rotations"] += 1
 
 
-def _unchanged(graph: Graph, node: Node, by: str) -> Node | None:
+def _unchanged(node: Node) -> Node | None:
     """The operand that ``node`` equals, where it changes nothing."""
-    if is_op(node, aten.cat.default) and len(node.args[0]) == 1:  # type: ignore[arg-type]
-        return node.args[0][0]  # type: ignore[index, return-value]
-    if is_op(node, aten.permute.default) and is_op(node.args[0], aten.permute.default):
-        inner: Node = node.args[0]  # type: ignore[assignment]
-        if [inner.args[1][i] for i in node.args[1]] == list(range(spec_of(node).rank)):  # type: ignore[index, union-attr]
-            return inner.args[0]  # type: ignore[return-value]
+    if is_op(node, aten.cat.default) and len(node.args[0]) == 1:
+        (only,) = node.args[0]
+        assert isinstance(only, Node)
+        return only
+    if is_op(node, aten.permute.default) and is_op(_first(node), aten.permute.default):
+        inner = _first(node)
+        if [_order(inner)[i] for i in _order(node)] == list(range(spec_of(node).rank)):
+            return _first(inner)
     if is_op(node, aten.mul.Tensor):
         for x, factor in (node.args, node.args[::-1]):
             if not isinstance(x, Node) or spec_of(x).dtype != spec_of(node).dtype:
@@ -183,15 +192,17 @@ def _uncast(node: Any, dtype: torch.dtype) -> Any:
 def _match_norm(root: Node) -> tuple[Node, Node, float, Node] | None:
     """(x, weight, eps, last node) of the norm whose reciprocal root is ``root``."""
     total = root.args[0]
-    if not is_op(total, aten.add.Tensor) or not isinstance(total.args[1], float):  # type: ignore[union-attr]
+    if not is_op(total, aten.add.Tensor) or not isinstance(total.args[1], float):
         return None
-    mean, eps = total.args  # type: ignore[union-attr]
+    mean, eps = total.args
     if not is_op(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or mean.args[2] is not True:
         return None
     square = mean.args[0]
     if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
         return None
     wide = square.args[0]
+    if spec_of(wide).dtype != torch.float32:
+        return None
     x = _uncast(wide, torch.float32)
     scaled = _sole_user(root, aten.mul.Tensor)
     if scaled is None or not ({wide, x} & set(scaled.args)):
@@ -201,7 +212,7 @@ def _match_norm(root: Node) -> tuple[Node, Node, float, Node] | None:
     if end is None:
         return None
     weight = end.args[1] if end.args[0] is rounded else end.args[0]
-    if not isinstance(weight, Node) or spec_of(weight).rank != 1 or spec_of(weight).dtype != spec_of(end).dtype:
+    if not isinstance(weight, Node) or spec_of(weight) != TensorSpec(spec_of(end).dtype, spec_of(x).shape[-1:]):
         return None
     if spec_of(rounded).dtype != spec_of(weight).dtype:
         return None
@@ -217,11 +228,25 @@ def _sole_user(node: Node | None, target: Any) -> Node | None:
 
 def _rows(value: Any) -> Node | None:
     """x of ``permute(unsqueeze(x, 0), [0, 2, 1, 3])``: the batched, transposed form of rows."""
-    if is_op(value, aten.permute.default) and list(value.args[1]) == [0, 2, 1, 3]:
-        inner = value.args[0]
+    if is_op(value, aten.permute.default) and _order(value) == _SWAPPED:
+        inner: Node = value.args[0]
         if is_op(inner, aten.unsqueeze.default) and inner.args[1] == 0:
-            return inner.args[0]  # type: ignore[no-any-return]
+            return _first(inner)
     return None
+
+
+def _order(permutation: Node) -> list[int]:
+    return list(permutation.args[1])
+
+
+def _first(node: Node) -> Node:
+    operand: Node = node.args[0]
+    return operand
+
+
+def _part(part: Node) -> list[Any]:
+    """[axis, start, end, step] of a slice."""
+    return [*part.args[1:], 1][:4]
 
 
 def _match_rotation(node: Node) -> tuple[Node, Node, Node] | None:
@@ -229,8 +254,8 @@ def _match_rotation(node: Node) -> tuple[Node, Node, Node] | None:
     for straight, turned in (node.args, node.args[::-1]):
         if not (is_op(straight, aten.mul.Tensor) and is_op(turned, aten.mul.Tensor)):
             continue
-        x, cos = straight.args  # type: ignore[union-attr]
-        rotated, sin = turned.args  # type: ignore[union-attr]
+        x, cos = straight.args
+        rotated, sin = turned.args
         if not (isinstance(x, Node) and is_op(rotated, aten.cat.default) and len(rotated.args[0]) == 2):
             continue
         rank, size = spec_of(x).rank, spec_of(x).shape[-1]
@@ -243,9 +268,10 @@ def _match_rotation(node: Node) -> tuple[Node, Node, Node] | None:
             continue
         if not (is_op(first, aten.slice.Tensor) and first.args == halves[1]):
             continue
-        tables = [t.args[0] if is_op(t, aten.unsqueeze.default) and t.args[1] == 1 else None for t in (cos, sin)]
-        if all(isinstance(t, Node) and spec_of(t).rank == 2 for t in tables):
-            return x, tables[0], tables[1]  # type: ignore[return-value]
+        # [rows, d] for every head; both halves of a row are looked at by the caller.
+        tables = [_first(t) for t in (cos, sin) if is_op(t, aten.unsqueeze.default) and t.args[1] == 1]
+        if len(tables) == 2 and all(spec_of(t).shape == (spec_of(x).shape[0], size) for t in tables):
+            return x, tables[0], tables[1]
     return None
 
 
@@ -257,13 +283,13 @@ def _repeats_halves(table: Node) -> bool:
         if is_op(node, aten.cat.default):
             parts = node.args[0]
             last = (node.args[1] if len(node.args) > 1 else 0) in (-1, rank - 1)
-            return last and len(parts) == 2 and parts[0] is parts[1]  # type: ignore[arg-type, index]
+            return last and len(parts) == 2 and parts[0] is parts[1]
         if is_op(node, aten.cos.default, aten.sin.default, aten._to_copy.default):
             pass
         elif is_op(node, aten.squeeze.dim, aten.slice.Tensor):
-            source: Node = node.args[0]  # type: ignore[assignment]
-            if ops.axis_of(node.args[1], spec_of(source).rank) == spec_of(source).rank - 1:  # type: ignore[arg-type]
+            source: Node = node.args[0]
+            if ops.axis_of(node.args[1], spec_of(source).rank) == spec_of(source).rank - 1:
                 return False
         else:
             return False
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]

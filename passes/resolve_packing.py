@@ -18,7 +18,8 @@ class ResolvePacking(Pass):
     * ``index_put`` of ranges that tile the buffer = ``cat`` of the parts, whatever filled the buffer before;
     * ``index`` by a range = ``slice``;
     * a slice of rows that were joined, through every elementwise operation between, is the part itself.
-  Layers are never passed: rows that a layer computes together stay together.
+
+    Layers are never passed: rows that a layer computes together stay together.
 
     Numerical effect: none, only rows move.
     Left alone: indices that are not ranges, ranges that overlap or leave a gap, slices that cut through a part.
@@ -34,7 +35,7 @@ class ResolvePacking(Pass):
             self._reads(graph, result)
             self._slices(graph, result)
             graph.eliminate_dead_code()
-            eliminate_common(graph)
+            result.changes["common subexpressions"] += eliminate_common(graph)
         result.changes = +result.changes
         return result
 
@@ -53,7 +54,7 @@ class ResolvePacking(Pass):
 
     def _reads(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.index.Tensor):
-            rows = _range(node.args[1][0])  # type: ignore[index]
+            rows = _range(node.args[1][0])
             if rows is None:
                 result.decline(node, "its index is not a range")
                 continue
@@ -65,14 +66,14 @@ class ResolvePacking(Pass):
     def _slices(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.slice.Tensor):
             source, axis, start, end, *step = node.args
-            if step or source.op == "placeholder":  # type: ignore[union-attr]
+            if step or source.op == "placeholder":
                 continue
             slicer = Slicer(graph, self.name, through=UNARY | BINARY | MOVES)
-            new = slicer.of(source, axis, start, end, node)  # type: ignore[arg-type]
+            new = slicer.of(source, axis, start, end)
             if slicer.residual:
                 # Not a part itself. A slice of one part still frees the others of it.
                 slicer = Slicer(graph, self.name, through=frozenset({aten.cat.default}))
-                new = slicer.of(source, axis, start, end, node)  # type: ignore[arg-type]
+                new = slicer.of(source, axis, start, end)
                 if not is_op(new, aten.slice.Tensor) or new.args[0] is source:
                     continue
             graph.replace(node, new)
@@ -88,11 +89,11 @@ def _tiles(node: Node) -> list[Node] | None:
     written: list[tuple[Size, Size, Node]] = []
     while is_op(node, aten.index_put.default):
         base, indices, values = node.args
-        rows = _range(indices[0])  # type: ignore[index]
+        rows = _range(indices[0])
         if rows is None:
             return None
-        written.append((*rows, values))  # type: ignore[arg-type]
-        node = base  # type: ignore[assignment]
+        written.append((*rows, values))
+        node = base
     position: Size = 0
     parts: list[Node] = []
     while written:

@@ -41,7 +41,7 @@ def eliminate_common(graph: Graph) -> int:
         first = seen.setdefault(key, node)
         if first is not node:
             graph.replace(node, first)
-            graph.fx.erase_node(node)
+            graph.erase(node)
             count += 1
     return count
 
@@ -51,13 +51,13 @@ def _key(value: Any) -> Any:
         return tuple(_key(v) for v in value)
     if isinstance(value, dict):
         return tuple((k, _key(v)) for k, v in sorted(value.items()))
-    # 1, 1.0 and True are equal to Python and different operands.
-    return (type(value).__name__, value) if isinstance(value, (bool, int, float)) else value
+    # 1, 1.0 and True, 0.0 and -0.0 are equal to Python and different operands.
+    return repr(value) if isinstance(value, (bool, int, float)) else value
 
 
 def is_outer_product(node: Node) -> bool:
     """A matmul over an axis of size 1: every element is one product."""
-    return is_op(node, aten.matmul.default) and spec_of(node.args[0]).shape[-1] == 1  # type: ignore[arg-type]
+    return is_op(node, aten.matmul.default) and spec_of(node.args[0]).shape[-1] == 1
 
 
 def uniform_value(node: Any) -> float | None:
@@ -82,7 +82,7 @@ class Slicer:
         self._memo: dict[Any, Node] = {}
         self.residual = 0
 
-    def of(self, value: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+    def of(self, value: Node, axis: int, start: Size, end: Size) -> Node:
         start, end = simplify(start), simplify(end)
         if equal(start, 0) and equal(end, spec_of(value).shape[axis]):
             return value
@@ -90,22 +90,26 @@ class Slicer:
         if key not in self._memo:
             allowed = value.op == "call_function" and (self._through is None or value.target in self._through)
             rule = _RULES.get(value.target) if allowed or is_outer_product(value) else None
-            result = rule(self, value, axis, start, end, before) if rule else None
-            self._memo[key] = result if result is not None else self._leave(value, axis, start, end, before)
+            result = rule(self, value, axis, start, end) if rule else None
+            self._memo[key] = result if result is not None else self._leave(value, axis, start, end)
         return self._memo[key]
 
-    def _leave(self, value: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+    def _leave(self, value: Node, axis: int, start: Size, end: Size) -> Node:
         self.residual += 1
-        return self.call(value, before, aten.slice.Tensor, value, axis, start, end)
+        return self.call(value, aten.slice.Tensor, value, axis, start, end)
 
-    def call(self, like: Node, before: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+    def call(self, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A part of ``like``, made where ``like`` is: after all that it needs, before all that reads it."""
+        before = like.next
+        while before.op == "placeholder":
+            before = before.next
         return self._graph.call(target, *args, before=before, like=like, by=self._by, **kwargs)
 
 
-SliceRule = Callable[[Slicer, Node, int, Size, Size, Node], Node | None]
+SliceRule = Callable[[Slicer, Node, int, Size, Size], Node | None]
 
 
-def _elementwise(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+def _elementwise(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     rank = spec_of(node).rank
 
     def operand(value: Any) -> Any:
@@ -113,16 +117,16 @@ def _elementwise(s: Slicer, node: Node, axis: int, start: Size, end: Size, befor
             return value
         shape = spec_of(value).shape
         own = axis - rank + len(shape)
-        return value if own < 0 or equal(shape[own], 1) else s.of(value, own, start, end, before)
+        return value if own < 0 or equal(shape[own], 1) else s.of(value, own, start, end)
 
-    return s.call(node, before, node.target, *map(operand, node.args), **node.kwargs)
+    return s.call(node, node.target, *map(operand, node.args), **node.kwargs)
 
 
-def _cat(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
-    tensors: Sequence[Node] = node.args[0]  # type: ignore[assignment]
-    at = ops.axis_of(node.args[1] if len(node.args) > 1 else 0, spec_of(node).rank)  # type: ignore[arg-type]
+def _cat(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
+    tensors: Sequence[Node] = node.args[0]
+    at = ops.axis_of(node.args[1] if len(node.args) > 1 else 0, spec_of(node).rank)
     if at != axis:
-        return s.call(node, before, aten.cat.default, [s.of(t, axis, start, end, before) for t in tensors], at)
+        return s.call(node, aten.cat.default, [s.of(t, axis, start, end) for t in tensors], at)
     offsets: list[Size] = [0]
     for tensor in tensors:
         offsets.append(simplify(sympy.sympify(offsets[-1]) + spec_of(tensor).shape[axis]))
@@ -130,47 +134,47 @@ def _cat(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node)
     last = next((i for i, o in enumerate(offsets) if i > (first or 0) and equal(o, end)), None)
     if first is not None and last is not None:
         part = list(tensors[first:last])
-        return part[0] if len(part) == 1 else s.call(node, before, aten.cat.default, part, axis)
+        return part[0] if len(part) == 1 else s.call(node, aten.cat.default, part, axis)
     for i, tensor in enumerate(tensors):
         low, high = sympy.sympify(start) - offsets[i], sympy.sympify(offsets[i + 1]) - end
         if non_negative(low) and non_negative(high):
-            return s.of(tensor, axis, low, sympy.sympify(end) - offsets[i], before)
+            return s.of(tensor, axis, low, sympy.sympify(end) - offsets[i])
     return None
 
 
-def _unsqueeze(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
-    at = ops.axis_of(node.args[1], spec_of(node).rank)  # type: ignore[arg-type]
+def _unsqueeze(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
+    at = ops.axis_of(node.args[1], spec_of(node).rank)
     if at == axis:
         return None
-    inner = s.of(node.args[0], axis - (axis > at), start, end, before)  # type: ignore[arg-type]
-    return s.call(node, before, node.target, inner, at)
+    inner = s.of(node.args[0], axis - (axis > at), start, end)
+    return s.call(node, node.target, inner, at)
 
 
-def _dropped_axis(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+def _dropped_axis(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     """squeeze and select: the axes behind the dropped one move up."""
-    source: Node = node.args[0]  # type: ignore[assignment]
-    at = ops.axis_of(node.args[1], spec_of(source).rank)  # type: ignore[arg-type]
-    inner = s.of(source, axis + (axis >= at), start, end, before)
-    return s.call(node, before, node.target, inner, *node.args[1:])
+    source: Node = node.args[0]
+    at = ops.axis_of(node.args[1], spec_of(source).rank)
+    inner = s.of(source, axis + (axis >= at), start, end)
+    return s.call(node, node.target, inner, *node.args[1:])
 
 
-def _permute(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
-    order: Sequence[int] = node.args[1]  # type: ignore[assignment]
-    inner = s.of(node.args[0], order[axis], start, end, before)  # type: ignore[arg-type]
-    return s.call(node, before, node.target, inner, list(order))
+def _permute(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
+    order: Sequence[int] = node.args[1]
+    inner = s.of(node.args[0], order[axis], start, end)
+    return s.call(node, node.target, inner, list(order))
 
 
-def _slice(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
-    source, at, first, last, *step = node.args
+def _slice(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
+    source, at, first, _, *step = node.args
     if at != axis:
         left = s.residual
-        inner = s.of(source, axis, start, end, before)  # type: ignore[arg-type]
+        inner = s.of(source, axis, start, end)
         # Two slices of one value commute; exchanging them gains nothing and would never end.
-        return s.call(node, before, node.target, inner, *node.args[1:]) if s.residual == left else None
+        return s.call(node, node.target, inner, *node.args[1:]) if s.residual == left else None
     if step:
         return None
     offset = sympy.sympify(first)
-    return s.of(source, axis, offset + start, offset + end, before)  # type: ignore[arg-type]
+    return s.of(source, axis, offset + start, offset + end)
 
 
 def _resized(shape: Sequence[Size], axis: int, start: Size, end: Size) -> list[Size]:
@@ -179,33 +183,33 @@ def _resized(shape: Sequence[Size], axis: int, start: Size, end: Size) -> list[S
     return result
 
 
-def _expand(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
-    source: Node = node.args[0]  # type: ignore[assignment]
+def _expand(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
+    source: Node = node.args[0]
     shape = spec_of(source).shape
     own = axis - spec_of(node).rank + len(shape)
-    inner = source if own < 0 or equal(shape[own], 1) else s.of(source, own, start, end, before)
-    return s.call(node, before, node.target, inner, _resized(spec_of(node).shape, axis, start, end))
+    inner = source if own < 0 or equal(shape[own], 1) else s.of(source, own, start, end)
+    return s.call(node, node.target, inner, _resized(spec_of(node).shape, axis, start, end))
 
 
-def _view(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
+def _view(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
     """A view keeps an axis when the axes before it, taken together, and its size are the same on both sides."""
-    source: Node = node.args[0]  # type: ignore[assignment]
+    source: Node = node.args[0]
     shape, original = spec_of(node).shape, spec_of(source).shape
     for own, size in enumerate(original):
         if equal(size, shape[axis]) and equal(product(original[:own]), product(shape[:axis])):
-            inner = s.of(source, own, start, end, before)
-            return s.call(node, before, node.target, inner, _resized(shape, axis, start, end))
+            inner = s.of(source, own, start, end)
+            return s.call(node, node.target, inner, _resized(shape, axis, start, end))
     return None
 
 
-def _linear(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
+def _linear(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
     if axis == spec_of(node).rank - 1:
         return None
-    inner = s.of(node.args[0], axis, start, end, before)  # type: ignore[arg-type]
-    return s.call(node, before, node.target, inner, *node.args[1:])
+    inner = s.of(node.args[0], axis, start, end)
+    return s.call(node, node.target, inner, *node.args[1:])
 
 
-def _matmul(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+def _matmul(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     a, b = node.args
     rank = spec_of(node).rank
 
@@ -214,46 +218,46 @@ def _matmul(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: No
         own = axis - rank + len(shape)
         if axis == rank - skip or own < 0 or (axis < rank - 2 and equal(shape[own], 1)):
             return value
-        return s.of(value, own, start, end, before)
+        return s.of(value, own, start, end)
 
     # Rows of the product are rows of `a`, columns are columns of `b`; batch axes belong to both.
-    return s.call(node, before, node.target, along(a, 1), along(b, 2))
+    return s.call(node, node.target, along(a, 1), along(b, 2))
 
 
-def _rows_of_first(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
+def _rows_of_first(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
     """rms_norm along any axis but the last; attention along its query rows."""
     if axis == spec_of(node).rank - 1 or (is_op(node, ops.ATTENTION) and (axis != 0 or node.args[3])):
         return None
     if is_op(node, ops.JOINT_ATTENTION) and axis != 0:
         return None
-    inner = s.of(node.args[0], axis, start, end, before)  # type: ignore[arg-type]
-    return s.call(node, before, node.target, inner, *node.args[1:])
+    inner = s.of(node.args[0], axis, start, end)
+    return s.call(node, node.target, inner, *node.args[1:])
 
 
-def _rotary(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
+def _rotary(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
     if axis != 0:
         return None
-    return s.call(node, before, node.target, *(s.of(a, 0, start, end, before) for a in node.args))  # type: ignore[arg-type]
+    return s.call(node, node.target, *(s.of(a, 0, start, end) for a in node.args))
 
 
-def _scatter(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node | None:
+def _scatter(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
     base, src, at, *rest = node.args
     if at == axis:
         return None
-    own = axis - (axis > at) if is_op(node, aten.select_scatter.default) else axis  # type: ignore[operator]
-    parts = s.of(base, axis, start, end, before), s.of(src, own, start, end, before)  # type: ignore[arg-type]
-    return s.call(node, before, node.target, *parts, at, *rest)
+    own = axis - (axis > at) if is_op(node, aten.select_scatter.default) else axis
+    parts = s.of(base, axis, start, end), s.of(src, own, start, end)
+    return s.call(node, node.target, *parts, at, *rest)
 
 
-def _arange(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+def _arange(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     first = sympy.sympify(node.args[0])
-    dtype: torch.dtype = node.kwargs["dtype"]  # type: ignore[assignment]
-    return s.call(node, before, node.target, simplify(first + start), simplify(first + end), dtype=dtype)
+    dtype: torch.dtype = node.kwargs["dtype"]
+    return s.call(node, node.target, simplify(first + start), simplify(first + end), dtype=dtype)
 
 
-def _full(s: Slicer, node: Node, axis: int, start: Size, end: Size, before: Node) -> Node:
+def _full(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     shape = _resized(spec_of(node).shape, axis, start, end)
-    return s.call(node, before, node.target, shape, node.args[1], **node.kwargs)
+    return s.call(node, node.target, shape, node.args[1], **node.kwargs)
 
 
 _RULES: dict[Any, SliceRule] = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -13,9 +14,13 @@ from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.rewriting import UNARY
 
-_THROUGH = ops.VIEWS | UNARY | {aten.slice.Tensor, aten.select.int}
+_PLACES = ops.VIEWS | {aten.slice.Tensor, aten.select.int}
+_ON_THE_WAY = _PLACES | {aten.cat.default, aten.where.self, aten.matmul.default, aten.cos.default, aten.sin.default}
+"""Operations between a position and the rotary tables made from it."""
+
+_Moved: TypeAlias = dict[int, list[tuple[Size, Node]]]
+"""Per axis: the amounts by which its rows are moved and the additions that do it."""
 
 
 class ShiftRope(Pass):
@@ -27,9 +32,14 @@ class ShiftRope(Pass):
         positions of generated rows  p + c   →  p
         positions of prompt rows     i       →  i − c        on that axis; the other axes stay
 
-    Done only where it is shown that (1) every value rotated by any table is read by attention alone, as query or key,
-    and (2) on one axis every position is either moved by one common amount ``c`` that depends on dims, or belongs to
-    the tables that are not.
+    Done only where it is shown that
+
+    1. every rotated value is read as query or key of attention and in no other way, and where one of the two is
+       rotated so is the other;
+    2. all tables are cosine and sine of one and the same function of positions, linear in them;
+    3. on one axis every position is either moved by one common amount ``c`` that depends on dims, or is of a table
+       none of whose positions is, and nothing else reads it.
+
     The sum p + c of the model rounds p to the grid of fp32 near c (2⁻¹⁰ at 15,000). The constant part of c is added and
     taken off again, so that positions stay on that grid: the published ones, as long as the prompt's length does not
     carry the sum past the next power of two.
@@ -49,43 +59,71 @@ class ShiftRope(Pass):
     def _shift(self, graph: Graph, result: PassResult) -> None:
         rotations = graph.calls(ops.ROTARY)
         for rotation in rotations:
-            stray = _reader_besides_attention(rotation)
+            stray = _other_reader(rotation, frozenset({aten.cat.default}), _scores)
             if stray is not None:
                 result.decline(stray, "reads a rotated value, and not as query or key of attention")
                 return
+        for attention in graph.calls(ops.ATTENTION):
+            if _rotated(attention.args[0]) != _rotated(attention.args[1]):
+                result.decline(attention, "rotates only one of query and key, so that its scores depend on positions")
+                return
         positions: dict[Node, None] = {}
+        functions: set[Any] = set()
         for rotation in rotations:
-            for table in rotation.args[1:]:
-                found = _positions(table)  # type: ignore[arg-type]
-                if found is None:
-                    result.decline(rotation, "its angles are not shown to be a product with positions [axes, rows]")
-                    return
-                positions[found] = None
+            angle = _angle(rotation)
+            found = _positions(angle) if angle is not None else None
+            if found is None:
+                result.decline(rotation, "its angles are not shown to be a product with positions [axes, rows]")
+                return
+            positions[found] = None
+            functions.add(_function(angle, found))
+        if len(functions) > 1:
+            result.decline(rotations[-1], "its angles are another function of positions than those of other tables")
+            return
         moved = {p: _moved_axes(p) for p in positions}
-        axes = {axis for found in moved.values() if found for axis in found}
-        for axis in sorted(axes):
-            amounts = {amount for found in moved.values() for amount, _ in found.get(axis, [])}
-            steady = [p for p in positions if axis not in moved[p]]
-            partial = [p for p in positions if axis in moved[p] and not _all_moved(p, axis)]
-            if len(amounts) != 1 or partial:
-                node = partial[0] if partial else next(iter(positions))
-                result.decline(node, f"rows of axis {axis} are not all moved by one amount: {sorted(map(str, amounts))}")
-                continue
-            (amount,) = amounts
-            for found in moved.values():
-                for _, add in found.get(axis, []):
-                    graph.replace(add, self._without_prompt(graph, add, amount))
-                    result.changes["positions made independent of the prompt"] += 1
-            for node in steady:
-                self._subtract(graph, node, axis, amount)
-                result.changes["positions moved instead"] += 1
+        amounts = self._amounts(moved, result)
+        sums: dict[Node, set[int]] = {}
+        for found_axes in moved.values():
+            for axis, adds in found_axes.items():
+                for _, add in adds:
+                    sums.setdefault(add, set()).add(axis)
+        steady = [(p, axis) for axis in amounts for p in positions if axis not in moved[p]]
+        for node in (*sums, *(p for p, _ in steady)):
+            stray = _other_reader(node, _ON_THE_WAY, _rotates_by)
+            if stray is not None:
+                result.decline(stray, "reads a position, and not as angle of a rotation")
+                return
+            if not sums.get(node, set()) <= amounts.keys():
+                result.decline(node, "moves an axis that cannot be moved everywhere")
+                return
+        for add, axes in sums.items():
+            graph.replace(add, self._without_prompt(graph, add, amounts[min(axes)]))
+            result.changes["positions made independent of the prompt"] += 1
+        for node, axis in steady:
+            self._subtract(graph, node, axis, amounts[axis])
+            result.changes["positions moved instead"] += 1
+
+    def _amounts(self, moved: Mapping[Node, _Moved], result: PassResult) -> dict[int, Size]:
+        """The one amount by which each axis is moved, for every axis that is moved as a whole or not at all."""
+        amounts: dict[int, Size] = {}
+        for axis in sorted({axis for found in moved.values() for axis in found}):
+            found = {amount for axes in moved.values() for amount, _ in axes.get(axis, [])}
+            partial = [p for p, axes in moved.items() if axis in axes and not _all_moved(p, axis)]
+            if len(found) != 1 or partial:
+                node = partial[0] if partial else next(iter(moved))
+                reason = f"rows of axis {axis} are not all moved by one amount: {sorted(map(str, found))}"
+                result.decline(node, reason)
+            else:
+                (amounts[axis],) = found
+        return amounts
 
     def _without_prompt(self, graph: Graph, add: Node, amount: Size) -> Node:
         """p for p + c, on the grid to which the sum rounds p: (p + k) − k with the constant part k of c."""
         margin = int(sympy.sympify(amount).as_coeff_Add()[0])
+        position: Node = add.args[0]
         if margin == 0:
-            return add.args[0]  # type: ignore[return-value]
-        rounded = graph.call(aten.add.Tensor, add.args[0], margin, before=add, like=add, by=self.name)
+            return position
+        rounded = graph.call(aten.add.Tensor, position, margin, before=add, like=add, by=self.name)
         return graph.call(aten.sub.Tensor, rounded, margin, before=add, like=add, by=self.name)
 
     def _subtract(self, graph: Graph, positions: Node, axis: int, amount: Size) -> None:
@@ -104,46 +142,81 @@ class ShiftRope(Pass):
             reader.replace_input_with(positions, new)
 
 
-def _reader_besides_attention(rotation: Node) -> Node | None:
-    for user in rotation.users:
-        if is_op(user, aten.cat.default):
-            bad = _reader_besides_attention(user)
-            if bad is not None:
-                return bad
-        elif not (is_op(user, ops.ATTENTION) and rotation in user.args[:2] and rotation is not user.args[2]):
+def _other_reader(node: Node, through: Collection[object], proper: Callable[[Node, Node], bool]) -> Node | None:
+    """The first operation that reads ``node``, past those in ``through``, in a way that is not ``proper``."""
+    for user in node.users:
+        if is_op(user, *through):
+            found = _other_reader(user, through, proper)
+            if found is not None:
+                return found
+        elif not proper(user, node):
             return user
     return None
 
 
-def _positions(table: Node) -> Node | None:
-    """P [axes, rows] (float) of a table that is elementwise work on ``frequencies @ P``."""
-    node = table
-    while True:
-        if is_op(node, aten.matmul.default):
-            return _behind_views(node.args[1])  # type: ignore[arg-type]
-        if is_op(node, aten.where.self):
-            # Both branches are parts of one product: the axes laid into one another.
-            found = {_positions(b) for b in node.args[1:]}  # type: ignore[arg-type]
-            return found.pop() if len(found) == 1 else None
-        if not is_op(node, *_THROUGH):
-            return None
-        node = node.args[0]  # type: ignore[assignment]
+def _scores(user: Node, node: Node) -> bool:
+    return is_op(user, ops.ATTENTION) and node is not user.args[2]
+
+
+def _rotates_by(user: Node, node: Node) -> bool:
+    return is_op(user, ops.ROTARY) and node is not user.args[0]
+
+
+def _rotated(value: Node) -> set[bool]:
+    """Whether the parts of ``value`` are rotated."""
+    if is_op(value, aten.cat.default):
+        return set[bool]().union(*map(_rotated, value.args[0]))
+    return {is_op(value, ops.ROTARY)}
+
+
+def _angle(rotation: Node) -> Node | None:
+    """The one value of which the tables of ``rotation`` are cosine and sine."""
+    found: list[Node | None] = []
+    for table, function in zip(rotation.args[1:], (aten.cos.default, aten.sin.default), strict=True):
+        node: Node = table
+        while is_op(node, *_PLACES):
+            node = node.args[0]
+        found.append(node.args[0] if is_op(node, function) else None)
+    cos, sin = found
+    return cos if cos is sin else None
+
+
+def _positions(angle: Node) -> Node | None:
+    """P [axes, rows] (float) of angles that are placed from ``frequencies @ P``."""
+    node = angle
+    while is_op(node, *_PLACES):
+        node = node.args[0]
+    if is_op(node, aten.matmul.default):
+        return _behind_views(node.args[1])
+    if is_op(node, aten.where.self):
+        # Both branches are parts of one product: the axes laid into one another.
+        found = {_positions(branch) for branch in node.args[1:]}
+        return found.pop() if len(found) == 1 else None
+    return None
+
+
+def _function(value: Any, positions: Node) -> Any:
+    """How ``value`` follows from ``positions``, equal for two values where it is the same function."""
+    if value is positions:
+        return "positions"
+    if isinstance(value, Node) and value.op == "call_function":
+        return value.target, *(_function(a, positions) for a in (*value.args, *value.kwargs.values()))
+    return tuple(_function(v, positions) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def _behind_views(node: Node) -> Node | None:
     """The value [axes, rows] that ``node`` [axes, 1, 1, rows] shows."""
     while is_op(node, aten.unsqueeze.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node if spec_of(node).rank == 2 and spec_of(node).dtype == torch.float32 else None
 
 
-def _moved_axes(positions: Node) -> dict[int, list[tuple[Size, Node]]]:
-    """Per axis, the ``x + amount`` nodes that its rows are made from."""
-    found: dict[int, list[tuple[Size, Node]]] = {}
+def _moved_axes(positions: Node) -> _Moved:
+    found: _Moved = {}
     for axis, rows in _rows_by_axis(positions):
         add = _addition(rows)
         if add is not None:
-            found.setdefault(axis, []).append((simplify(add.args[1]), add))  # type: ignore[arg-type]
+            found.setdefault(axis, []).append((simplify(add.args[1]), add))
     return found
 
 
@@ -153,7 +226,7 @@ def _all_moved(positions: Node, axis: int) -> bool:
 
 def _rows_by_axis(positions: Node) -> list[tuple[int, Node]]:
     """(axis, part) for every part of ``positions``: joins along rows first, then joins along axes."""
-    parts = list(positions.args[0]) if is_op(positions, aten.cat.default) and _axis(positions) == 1 else [positions]  # type: ignore[arg-type]
+    parts = list(positions.args[0]) if is_op(positions, aten.cat.default) and _axis(positions) == 1 else [positions]
     found: list[tuple[int, Node]] = []
     for part in parts:
         offset = 0
@@ -168,13 +241,13 @@ def _rows_by_axis(positions: Node) -> list[tuple[int, Node]]:
 
 
 def _axis(cat: Node) -> int:
-    return ops.axis_of(cat.args[1] if len(cat.args) > 1 else 0, spec_of(cat).rank)  # type: ignore[arg-type]
+    return ops.axis_of(cat.args[1] if len(cat.args) > 1 else 0, spec_of(cat).rank)
 
 
 def _addition(node: Node) -> Node | None:
     """The ``x + amount`` behind views, where the amount depends on dims."""
     while is_op(node, *ops.VIEWS):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if is_op(node, aten.add.Tensor) and isinstance(node.args[1], sympy.Expr) and not equal(node.args[1], 0):
         return node
     return None

@@ -29,7 +29,8 @@ class SliceOutputs(Pass):
     A value is narrowed only when all its readers read rows of it, to the one range that covers them; it stops where
     every row is needed, at the keys and values of attention. ``outputs`` names the velocities a mode reads (default:
     all): inverse dynamics reads actions alone, 60 of 6,300 rows.
-    Numerical effect: none, rows are independent in every operation passed.
+    Numerical effect: rows are independent in every operation passed; a GEMM of fewer rows may order its sums differently
+    (≤ 1e-6 in fp32).
     """
 
     name = "slice_outputs"
@@ -68,7 +69,7 @@ class SliceOutputs(Pass):
                 return count
             slicer = Slicer(graph, self.name, through=frozenset({node.target}))
             readers = list(node.users)
-            narrowed = slicer.of(node, 0, start, end, node)
+            narrowed = slicer.of(node, 0, start, end)
             for reader in readers:
                 first = simplify(sympy.sympify(reader.args[2]) - start)
                 last = simplify(sympy.sympify(reader.args[3]) - start)
@@ -92,7 +93,7 @@ class SliceOutputs(Pass):
             ranges = [u.args[2:4] for u in node.users if is_op(u, aten.slice.Tensor) and u.args[1] == 0]
             if len(ranges) != len(node.users) or any(len(u.args) > 4 for u in node.users):
                 continue
-            cover = _cover(ranges)  # type: ignore[arg-type]
+            cover = _cover(ranges)
             rows = spec_of(node).shape[0]
             if cover is None or (equal(cover[0], 0) and equal(cover[1], rows)) or not _passable(node):
                 continue
@@ -105,7 +106,7 @@ def _passable(node: Node) -> bool:
     if is_op(node, ops.ATTENTION) and node.args[3]:
         return False
     if is_op(node, aten.view.default):
-        source: Node = node.args[0]  # type: ignore[assignment]
+        source: Node = node.args[0]
         return equal(spec_of(source).shape[0], spec_of(node).shape[0])
     return True
 
@@ -136,5 +137,3 @@ def _drop_unread_results(program: Program) -> None:
             tidy(program, name)
         if not graph.outputs:
             del program.graphs[name]
-
-

@@ -56,12 +56,12 @@ class SplitTowers(Pass):
             if rates[node] < Rate.STEP or _feeds_attention_memory(node):
                 continue
             for operand in node.all_input_nodes:
-                if rates[operand] is Rate.PROMPT and operand.op == "call_function":
+                if rates[operand] is Rate.PROMPT and not (is_op(node, ops.ATTENTION) and operand is not node.args[0]):
                     raise CannotApply(
                         self.name,
                         node,
-                        f"reads the prompt's value `{operand.name}` together with what changes in every step, and not as "
-                        "key or value of attention: the reasoner cannot leave the loop",
+                        f"reads the prompt's value `{operand.name}` together with what changes in every step, and not "
+                        "as key or value of attention: the reasoner cannot leave the loop",
                     )
 
 
@@ -81,7 +81,7 @@ def _memory_names(graph: Graph) -> dict[Node, str]:
         if len(joined) != 2:
             continue
         for kind, cat in zip(("key", "value"), joined, strict=True):
-            labels |= {part: f"{kind}_{index}" for part in cat.args[0]}  # type: ignore[union-attr]
+            labels |= dict.fromkeys(cat.args[0], f"{kind}_{index}")
         index += 1
     return labels
 

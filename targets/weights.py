@@ -1,4 +1,4 @@
-"""Weights on their way from the checkpoint into one mapped file: streamed, each written once, never a tensor in memory."""
+"""Weights on their way from the checkpoint into one mapped file: streamed, each written once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.dims import product
+from cosmos_export.ir.interpreter import weight_norm
 from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
@@ -21,7 +22,7 @@ ALIGNMENT = 4096
 """Offsets are multiples of a page, so that every tensor can be mapped by itself."""
 _CHUNK_BYTES = 16 << 20
 
-_NUMPY = {
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
@@ -39,7 +40,7 @@ class Stored:
     size_bytes: int
 
 
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _NUMPY[dtype]
 
 
@@ -102,6 +103,13 @@ def _write(binding: WeightBinding, file: BinaryIO) -> None:
             block = np.stack([s[start : start + rows].astype(dtype, copy=False) for s in sources], axis=1)
             file.write(np.ascontiguousarray(block).view(np.uint8).data)
         return
+    if binding.transform is Transform.WEIGHT_NORM:
+        magnitudes, directions = sources
+        rows = _rows_per_chunk(directions, 2)
+        for start in range(0, len(directions), rows):
+            parts = [_tensor(s[start : start + rows], binding.sources[0].dtype) for s in (magnitudes, directions)]
+            file.write(weight_norm(parts[0], parts[1], binding.dtype).view(torch.uint8).numpy().data)
+        return
     for source in sources:
         if source.ndim == 0:
             file.write(source.astype(dtype).tobytes())
@@ -119,8 +127,13 @@ def _rows_per_chunk(array: np.ndarray, sources: int) -> int:
 
 def read_source(source: WeightSource) -> torch.Tensor:
     """The tensor itself, for the interpreter (a copy, in memory)."""
-    array = np.array(map_source(source))
-    if source.dtype in (torch.bfloat16, torch.float8_e4m3fn):
-        bits = torch.from_numpy(array.view(np.uint16 if source.dtype is torch.bfloat16 else np.uint8))
-        return bits.view(source.dtype).reshape(source.shape)
-    return torch.from_numpy(array).reshape(source.shape)
+    return _tensor(map_source(source), source.dtype)
+
+
+def _tensor(mapped: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """A copy in memory. numpy has no name for some types, so their bits are handed over."""
+    array = np.array(mapped)
+    if dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        bits = torch.from_numpy(array.view(np.uint16 if dtype is torch.bfloat16 else np.uint8))
+        return bits.view(dtype).reshape(mapped.shape)
+    return torch.from_numpy(array).reshape(mapped.shape)

@@ -24,7 +24,7 @@ LEVELS = {
     "evaluation": 4,  # the build measures its own parity, and measuring runs graphs
     "runtime": 3,
     **dict.fromkeys(["targets", "calibration", "passes", "capture"], 2),
-    **dict.fromkeys(["ir", "checkpoint", "bundle", "kernels"], 1),
+    **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(["diagnostics", "progress"], 0),
 }
 # Where the level alone would allow more than there should be.
@@ -32,6 +32,7 @@ ONLY = {
     "ir": {"diagnostics"},
     "bundle": {"diagnostics", "progress"},
     "checkpoint": {"diagnostics", "progress"},
+    "sampling": {"diagnostics"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", *BACKENDS}
@@ -140,13 +141,17 @@ _HEAVY_BY_NATURE = {
 
 @pytest.mark.parametrize(
     "name",
-    sorted(name for name in MODULES if part_of(name) in ("checkpoint", "targets") and name not in _HEAVY_BY_NATURE),
+    sorted(
+        name
+        for name in MODULES
+        if part_of(name) in ("checkpoint", "sampling", "targets") and name not in _HEAVY_BY_NATURE
+    ),
 )
 def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> None:
     assert not outside_imported(name, top_level_only=True) & HEAVY
 
 
-@pytest.mark.parametrize("part", ["cli", "checkpoint", "bundle", "targets", "diagnostics", "progress"])
+@pytest.mark.parametrize("part", ["cli", "checkpoint", "sampling", "bundle", "targets", "diagnostics", "progress"])
 def test_importing_loads_nothing_heavy(part: str) -> None:
     code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

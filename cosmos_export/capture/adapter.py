@@ -8,6 +8,7 @@ the stock forward. No layer, norm, attention, projection or position embedding i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -92,10 +93,11 @@ def _unpack_action(
 
 
 def _domain_linear(self: Any, x: torch.Tensor, domain_id: torch.Tensor) -> torch.Tensor:
-    """``x @ weight[domain] + bias[domain]``; stock: checks the ids' values, which a graph cannot. Callers check them."""
+    """``x @ weight[domain] + bias[domain]``; stock: checks the ids' values. Here callers check them."""
     weight = self.fc(domain_id).reshape(self.input_size, self.output_size)
     bias = self.bias(domain_id).reshape(1, self.output_size)
-    return torch.matmul(x, weight) + bias
+    result: torch.Tensor = torch.matmul(x, weight) + bias
+    return result
 
 
 class JointStep(nn.Module):
@@ -115,14 +117,16 @@ class JointStep(nn.Module):
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
-        for name, replacement in {
+        self.config: Any = transformer.config
+        replacements: dict[str, Callable[..., Any]] = {
             "_apply_timestep_embeds_to_noisy_tokens": _add_time_to_noisy_rows,
             "_patchify_and_pack_latents": _patchify,
             "_unpatchify_and_unpack_latents": _unpatchify,
             "_unpack_sound_latents": _unpack_sound,
             "_pack_action_latents": _pack_action,
             "_unpack_action_latents": _unpack_action,
-        }.items():
+        }
+        for name, replacement in replacements.items():
             setattr(transformer, name, MethodType(replacement, transformer))
         for head in ("action_proj_in", "action_proj_out"):
             module = getattr(transformer, head, None)
@@ -146,13 +150,13 @@ class JointStep(nn.Module):
         action_positions: torch.Tensor | None = None,
         action_domain: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        patch = self.transformer.config.latent_patch_size
+        patch = self.config.latent_patch_size
         text = input_ids.shape[0]
         frames, height, width = vision_latent.shape[2:]
         rows, columns = (height + patch - 1) // patch, (width + patch - 1) // patch
         vision = frames * rows * columns
         # The published rule: generation starts a fixed margin after the prompt on the temporal axis.
-        start = text + self.transformer.config.unified_3d_mrope_temporal_modality_margin
+        start = text + self.config.unified_3d_mrope_temporal_modality_margin
 
         grid = (frames, rows, columns)
         positions = [

@@ -1,7 +1,8 @@
-"""From an exported program to the IR: named dims in place of the exporter's symbols, one spelling for each operation."""
+"""From an exported program to the IR: named dims for the exporter's symbols, one spelling for each operation."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch.export.graph_signature import InputKind
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import Size, equal, simplify
 from cosmos_export.ir.graph import Graph, Node, spec_of
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import SpecError, aten
 from cosmos_export.ir.spec import TensorSpec, WeightBinding
 
 _END = 2**63 - 1
+_CAST = aten._to_copy.default
 
 
 class Importer:
@@ -46,7 +48,7 @@ class Importer:
             if node.op == "placeholder" and signature[node.name].kind is InputKind.USER_INPUT:
                 for size, named in zip(node.meta["val"].shape, self._sizes[node.name], strict=True):
                     if isinstance(size, torch.SymInt):
-                        self._symbols[size.node.expr] = named
+                        self._declare(size.node.expr, sympy.sympify(named))
         for node in self._exported.graph.nodes:
             if node.op == "placeholder":
                 self._values[node] = self._placeholder(node, signature[node.name])
@@ -61,12 +63,19 @@ class Importer:
 
     def _placeholder(self, node: fx.Node, spec: Any) -> Node:
         if spec.kind is InputKind.PARAMETER:
-            key = spec.target.split(".", 1)[1]
-            return self._graph.add_weight(node.name.removeprefix("p_transformer_"), self._bindings[key])
+            key = spec.target.split(".", 1)[1]  # without the adapter's name for the model
+            weight = self._graph.add_weight(key.replace(".", "_"), self._bindings[key])
+            wanted = node.meta["val"].dtype
+            return weight if spec_of(weight).dtype == wanted else self._graph.call(_CAST, weight, dtype=wanted)
         if spec.kind is InputKind.BUFFER:
             key = spec.target.split(".", 1)[1]
-            return self._graph.add_constant(node.name.removeprefix("b_transformer_"), self._constants[key])
+            return self._graph.add_constant(key.replace(".", "_"), self._constants[key])
         return self._graph.add_input(node.name, self._spec(node.meta["val"]))
+
+    def _declare(self, expr: sympy.Expr, named: sympy.Expr) -> None:
+        """The exporter's size ``expr`` of an input is ``named``: its symbol, or a multiple of it."""
+        factor, symbol = expr.as_coeff_Mul()
+        self._symbols[symbol] = simplify(named / factor)
 
     def _spec(self, value: torch.Tensor) -> TensorSpec:
         return TensorSpec(value.dtype, tuple(self._size(s) for s in value.shape))
@@ -96,23 +105,30 @@ class Importer:
     def _operation(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
-            return  # integer arithmetic and assertions: sizes are expressions here
-        args = [self._argument(a) for a in node.args]
+            return  # integer arithmetic, assertions, tuples: sizes are expressions here, parts are taken by `getitem`
+        parts = node.args[0] if node.target is operator.getitem else None
+        operands = node.args if parts is None else (*parts.args, node.args[1])  # type: ignore[union-attr]
+        args = [self._argument(a) for a in operands]
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
         stack = node.meta.get("nn_module_stack") or {}
-        module = next(reversed(stack.values()))[0] if stack else ""
-        module = module.removeprefix("transformer").removeprefix(".")
+        module = next(reversed(stack.values()))[0].partition(".")[2] if stack else ""
 
         def call(target: Any, *args: Any, **kwargs: Any) -> Node:
             new = self._graph.call(target, *args, **kwargs)
             new.meta["module"] = module
             return new
 
-        rewrite = _SPELLINGS.get(node.target)
-        result = rewrite(call, self._spec(value), *args, **kwargs) if rewrite else call(node.target, *args, **kwargs)
-        known, expected = spec_of(result), self._spec(value)
-        if known.dtype != expected.dtype or not all(map(equal, known.shape, expected.shape)):
-            raise InternalError("CX203", f"`{node.name}` is {expected} in the exported program, {known} by the IR's rules")
+        rewrite = _SPELLINGS.get(node.target) if parts is None else _PARTS.get(parts.target)  # type: ignore[union-attr]
+        spec = self._spec(value)
+        try:
+            result = rewrite(call, spec, *args, **kwargs) if rewrite else call(node.target, *args, **kwargs)
+        except SpecError as error:
+            raise InternalError("CX202", f"`{node.name}` of module `{module}`: {error}") from error
+        known = spec_of(result)
+        if known.dtype != spec.dtype or not all(map(equal, known.shape, spec.shape)):
+            raise InternalError(
+                "CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules"
+            )
         self._values[node] = result
 
 
@@ -147,11 +163,13 @@ def _expand(call: Call, spec: TensorSpec, x: Node, *_: Any, **__: Any) -> Node:
     return x if spec_of(x) == spec else call(aten.expand.default, x, list(spec.shape))
 
 
-def _convert(call: Call, spec: TensorSpec, x: Node, **_: Any) -> Node:
+def _convert(call: Call, spec: TensorSpec, x: Node, *_: Any, **__: Any) -> Node:
     return x if spec_of(x).dtype == spec.dtype else call(aten._to_copy.default, x, dtype=spec.dtype)
 
 
-def _slice(call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Node:
+def _slice(
+    call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Node:
     axis = dim % spec.rank
     size = spec_of(x).shape[axis]
     first = 0 if start is None else start
@@ -160,6 +178,8 @@ def _slice(call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = Non
     last = size if end is None or end == _END else end
     if isinstance(last, int) and last < 0:
         last = simplify(sympy.sympify(size) + last)
+    if isinstance(size, int):  # a slice may reach over the ends
+        first, last = (min(max(v, 0), size) if isinstance(v, int) else v for v in (first, last))
     if step == 1 and equal(sympy.sympify(last) - first, size):
         return x
     return call(aten.slice.Tensor, x, axis, first, last, *([step] if step != 1 else []))
@@ -205,6 +225,35 @@ def _embedding(call: Call, spec: TensorSpec, weight: Node, indices: Node, *_: An
     return call(aten.embedding.default, weight, indices)
 
 
+def _chunk(call: Call, spec: TensorSpec, x: Node, chunks: int, dim: int, index: int) -> Node:
+    axis = dim % spec.rank
+    size = spec.shape[axis]
+    if not equal(sympy.sympify(size) * chunks, spec_of(x).shape[axis]):
+        raise InternalError("CX202", f"{chunks} chunks of {spec_of(x)} along {dim} are not of one size")
+    return call(aten.slice.Tensor, x, axis, simplify(sympy.sympify(size) * index), simplify(sympy.sympify(size) * (index + 1)))
+
+
+def _repeat(call: Call, spec: TensorSpec, x: Node, times: int, dim: int) -> Node:
+    """Every element ``times`` times in a row along ``dim``."""
+    at = dim % spec.rank + 1
+    shape = spec_of(x).shape
+    wide = call(aten.expand.default, call(aten.unsqueeze.default, x, at), [*shape[:at], times, *shape[at:]])
+    return call(aten.view.default, wide, list(spec.shape))
+
+
+def _nearest(call: Call, spec: TensorSpec, x: Node, size: Any, factors: list[float]) -> Node:
+    if size is not None or any(f != int(f) for f in factors):
+        raise InternalError("CX202", f"nearest resampling to {size} by {factors}")
+    batch, channels, height, width = spec_of(x).shape
+    rows, columns = map(int, factors)
+    spread = call(aten.view.default, x, [batch, channels, height, 1, width, 1])
+    spread = call(aten.expand.default, spread, [batch, channels, height, rows, width, columns])
+    return call(aten.view.default, spread, list(spec.shape))
+
+
+_PARTS: dict[Any, Callable[..., Node]] = {aten.chunk.default: _chunk}
+"""Operations with several results: one part, chosen by its index."""
+
 _SPELLINGS: dict[Any, Callable[..., Node]] = {
     aten.clone.default: _identity,
     aten.alias.default: _identity,
@@ -234,6 +283,11 @@ _SPELLINGS: dict[Any, Callable[..., Node]] = {
     aten.select.int: _select,
     aten.embedding.default: _embedding,
     aten.square.default: lambda call, spec, x: call(aten.pow.Tensor_Scalar, x, 2),
+    aten.expand_as.default: _expand,
+    aten.to.dtype: _convert,
+    aten.to.dtype_layout: _convert,
+    aten.type_as.default: _convert,
+    aten.repeat_interleave.self_int: _repeat,
+    aten._upsample_nearest_exact2d.vec: _nearest,
     aten.mm.default: lambda call, spec, a, b: call(aten.matmul.default, a, b),
 }
-

@@ -102,7 +102,7 @@ def build_empty_model(config: Mapping[str, Any]) -> nn.Module:
     from diffusers import Cosmos3OmniTransformer
 
     with torch.device("meta"):
-        model = Cosmos3OmniTransformer(**config)
+        model: nn.Module = Cosmos3OmniTransformer(**config)
     return model.eval()
 
 
@@ -146,7 +146,8 @@ def capture(
     if not config.get("unified_3d_mrope_reset_spatial_ids", True):
         raise UnsupportedError(
             "CX211",
-            "this checkpoint does not restart spatial positions at generation (unified_3d_mrope_reset_spatial_ids: false)",
+            "this checkpoint does not restart spatial positions at generation "
+            "(unified_3d_mrope_reset_spatial_ids: false)",
             "no published checkpoint is made so; please report it if yours is right",
         )
     model = build_empty_model(config)
@@ -217,7 +218,7 @@ def _export(
     dynamic_shapes = {name: {i: dynamic(s) for i, s in enumerate(shape)} for name, shape in shapes.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of what it deprecates
-        exported = torch.export.export(
+        exported: torch.export.ExportedProgram = torch.export.export(
             step,
             (),
             kwargs=example,
@@ -226,4 +227,5 @@ def _export(
             # Equalities between inputs (every `frames` is the same number) become checks, not constraints to solve.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        return exported.run_decompositions({})
+        decomposed: torch.export.ExportedProgram = exported.run_decompositions({})
+        return decomposed

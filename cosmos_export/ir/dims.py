@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import TypeAlias
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
-Size = int | sympy.Expr
-Shape = tuple[Size, ...]
+Size: TypeAlias = int | sympy.Expr
+Shape: TypeAlias = tuple[Size, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Dim:
         return symbol(self.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def symbol(name: str) -> sympy.Symbol:
     """The symbol of a dim: a non-negative integer."""
     return sympy.Symbol(name, integer=True, nonnegative=True)
@@ -77,10 +78,13 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def evaluate(value: Size, binding: Mapping[str, int]) -> int:
-    """The integer that ``value`` has when every dim has its bound value."""
+    """The integer that ``value`` has under the bound dims and composite sizes. ValueError where it has none."""
     if isinstance(value, int):
         return value
-    result = value.subs({s: binding[s.name] for s in value.free_symbols})
+    known = {
+        part: sympy.Integer(binding[str(part)]) for part in value.atoms(sympy.Symbol, FloorDiv) if str(part) in binding
+    }
+    result = value.xreplace(known)
     if not result.is_Integer:
         raise ValueError(f"{value} is not an integer under {dict(binding)}")
     return int(result)
@@ -104,10 +108,19 @@ def bind(shapes: Iterable[tuple[str, Shape, tuple[int, ...]]]) -> dict[str, int]
                 known = binding.setdefault(size.name, value)
                 if known != value:
                     raise ValueError(f"`{what}` has {size} = {value} on axis {axis}, another input has {known}")
+            elif size.as_coeff_Mul()[1].is_Symbol:
+                factor, dim = size.as_coeff_Mul()
+                if value % factor:
+                    raise ValueError(f"`{what}` has size {value} on axis {axis}, expected a multiple of {factor}")
+                known = binding.setdefault(dim.name, value // int(factor))
+                if known * factor != value:
+                    raise ValueError(
+                        f"`{what}` has {size} = {value} on axis {axis}, another input has {dim} = {known}"
+                    )
             else:
                 derived.append((what, axis, size, value))
     for what, axis, size, value in derived:
-        # A composite size checks the dims where they are all known; otherwise it stands for itself (`sizes_of`).
+        # A composite size checks the dims where they are all known; otherwise it stands for itself.
         if all(s.name in binding for s in size.free_symbols):
             expected = evaluate(size, binding)
             if expected != value:

@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
-import sympy
 import torch
 from torch import fx
 from torch.fx.node import map_arg
@@ -26,7 +25,7 @@ from cosmos_export.ir.spec import TensorSpec, WeightBinding
 if TYPE_CHECKING:
 
     class Node:
-        """What passes use of ``fx.Node``. What an operand is follows from the operation, which a type checker cannot see."""
+        """What passes use of ``fx.Node``. The type of an operand follows from the operation; no checker sees it."""
 
         name: str
         op: str
@@ -75,12 +74,14 @@ def is_input(node: Node) -> bool:
 
 
 def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorSpec:
-    """Spec of ``target(*args, **kwargs)``; raises SpecError for an unknown operation and where the operands do not fit."""
+    """Spec of ``target(*args, **kwargs)``. SpecError for an unknown operation and for operands that do not fit."""
     rule = ops.RULES.get(target)
     if rule is None:
         raise ops.SpecError(f"`{target}` is not in the dialect")
     try:
-        operands = inspect.signature(rule).bind(*map_operands(tuple(args), spec_of), **map_operands(dict(kwargs), spec_of))
+        operands = inspect.signature(rule).bind(
+            *map_operands(tuple(args), spec_of), **map_operands(dict(kwargs), spec_of)
+        )
     except TypeError as error:
         raise ops.SpecError(f"operands of `{target}`: {error}") from error
     return rule(*operands.args, **operands.kwargs)
@@ -92,20 +93,23 @@ class Graph:
     def __init__(self, name: str) -> None:
         self.name = name
         self.fx = fx.Graph()
-        self._output = self.fx.output({})
+        self._output = _node(self.fx.output({}))
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
     @property
     def nodes(self) -> Iterator[Node]:
-        return (n for n in self.fx.nodes if n.op != "output")
+        return (_node(n) for n in self.fx.nodes if n.op != "output")
+
+    def names(self) -> set[str]:
+        return {n.name for n in self.nodes}
 
     def calls(self, *targets: Any) -> list[Node]:
         """Operation nodes in order; of the given targets where any is given."""
-        return [n for n in self.fx.nodes if n.op == "call_function" and (not targets or n.target in targets)]
+        return [n for n in self.nodes if n.op == "call_function" and (not targets or n.target in targets)]
 
     def placeholders(self, kind: Callable[[Node], bool]) -> dict[str, Node]:
-        return {n.name: n for n in self.fx.nodes if n.op == "placeholder" and kind(n)}
+        return {n.name: n for n in self.nodes if n.op == "placeholder" and kind(n)}
 
     @property
     def inputs(self) -> dict[str, Node]:
@@ -121,43 +125,28 @@ class Graph:
 
     @property
     def outputs(self) -> dict[str, Node]:
-        return dict(self._output.args[0])  # type: ignore[arg-type]
-
-    def symbols(self) -> set[str]:
-        """Names of the dims that appear anywhere in the graph."""
-        found: set[str] = set()
-
-        def collect(value: Any) -> None:
-            if isinstance(value, sympy.Expr):
-                found.update(s.name for s in value.free_symbols)
-            elif isinstance(value, (tuple, list)):
-                for item in value:
-                    collect(item)
-            elif isinstance(value, TensorSpec):
-                collect(value.shape)
-
-        for node in self.nodes:
-            collect(node.args)
-            collect(node.meta["spec"])
-        return found
+        return dict(self._output.args[0])
 
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
-        first = next(iter(self.fx.nodes))
+        first = _node(next(iter(self.fx.nodes)))
         # After the placeholders that are there, before the first operation: the order of declaration.
         while first.op == "placeholder":
             first = first.next
-        with self.fx.inserting_before(first):
-            node = self.fx.placeholder(name)
+        with self.fx.inserting_before(cast(fx.Node, first)):
+            node = _node(self.fx.placeholder(name))
         node.meta.update(meta)
         node.meta.setdefault("passes", ())
         return node
 
     def add_input(self, name: str, spec: TensorSpec) -> Node:
-        if name in self.placeholders(lambda _: True):
-            raise ValueError(f"graph `{self.name}` has an input `{name}` already")
-        return self._placeholder(name, {"spec": spec, "module": ""})
+        """A new input. Its name is a contract: it is exactly ``name``, or ValueError where a value has that name."""
+        if name in self.names():
+            raise ValueError(f"graph `{self.name}` has a value `{name}` already")
+        node = self._placeholder(name, {"spec": spec, "module": ""})
+        node.name = name  # fx avoids names that erased nodes had, too
+        return node
 
     def add_weight(self, name: str, binding: WeightBinding, *, module: str = "") -> Node:
         spec = TensorSpec(binding.dtype, binding.shape)
@@ -170,14 +159,19 @@ class Graph:
     def call(
         self, target: Any, *args: Any, before: Node | None = None, like: Node | None = None, by: str = "", **kwargs: Any
     ) -> Node:
-        """A new operation, inserted before ``before`` (default: at the end), with ``like``'s origin, made by pass ``by``."""
+        """A new operation before ``before`` (default: at the end), with ``like``'s origin, made by pass ``by``."""
         spec = infer(target, args, kwargs)
-        with self.fx.inserting_before(before if before is not None else self._output):
-            node = self.fx.call_function(target, tuple(args), kwargs)
+        node = self._operation(target, tuple(args), kwargs, self._output if before is None else before)
         origin = like.meta if like is not None else {}
         touched = (*origin.get("passes", ()), *((by,) if by and by not in origin.get("passes", ()) else ()))
         node.meta.update(spec=spec, module=origin.get("module", ""), passes=touched)
         return node
+
+    def _operation(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Node, name: str | None = None
+    ) -> Node:
+        with self.fx.inserting_before(cast(fx.Node, before)):
+            return _node(self.fx.create_node("call_function", target, args, kwargs, name))
 
     def set_outputs(self, outputs: Mapping[str, Node]) -> None:
         self._output.args = (dict(outputs),)
@@ -187,28 +181,32 @@ class Graph:
         old.replace_all_uses_with(new)
 
     def eliminate_dead_code(self) -> list[Node]:
-        """Remove operations, weights and constants nothing reads (inputs are a contract and stay); returns what went."""
+        """Remove operations, weights and constants nothing reads (inputs are a contract and stay), and return them."""
         removed = []
         for node in reversed(list(self.nodes)):
             if not node.users and not is_input(node):
                 removed.append(node)
-                self.fx.erase_node(node)
+                self.erase(node)
         return removed
 
     def remove_unread_inputs(self) -> list[str]:
-        names = [name for name, node in self.inputs.items() if not node.users]
-        for name in names:
-            self.fx.erase_node(self.inputs[name])
-        return names
+        unread = {name: node for name, node in self.inputs.items() if not node.users}
+        for node in unread.values():
+            self.erase(node)
+        return list(unread)
+
+    def erase(self, node: Node) -> None:
+        """Remove a value that nothing reads."""
+        self.fx.erase_node(cast(fx.Node, node))
 
     def drop_names(self, names: Iterable[str]) -> None:
         """Remove outputs by name; what fed only them is dead code then."""
         gone = set(names)
         self.set_outputs({k: v for k, v in self.outputs.items() if k not in gone})
 
-    def copy(self, name: str | None = None) -> Graph:
+    def copy(self) -> Graph:
         """An independent graph; bindings and constants are shared, they are immutable."""
-        result = Graph(name or self.name)
+        result = Graph(self.name)
         mapping: dict[Node, Node] = {}
         for node in self.nodes:
             mapping[node] = copy_node(result, node, mapping)
@@ -218,7 +216,7 @@ class Graph:
     def misplaced(self) -> Node | None:
         """The first node that reads a value made after it, if any."""
         seen: set[Node] = set()
-        for node in self.fx.nodes:
+        for node in (*self.nodes, self._output):
             if not seen.issuperset(node.all_input_nodes):
                 return node
             seen.add(node)
@@ -226,13 +224,17 @@ class Graph:
 
 
 def copy_node(into: Graph, node: Node, mapping: Mapping[Node, Node]) -> Node:
-    """``node`` again in graph ``into``, its operands through ``mapping``."""
-    if node.op == "placeholder":
-        new = into._placeholder(node.name, dict(node.meta))
+    """``node`` again in graph ``into`` under its name, its operands through ``mapping``."""
+    if is_input(node):
+        new = into.add_input(node.name, spec_of(node))
+    elif node.op == "placeholder":
+        return into._placeholder(node.name, dict(node.meta))
     else:
-        args = map_arg(node.args, lambda n: mapping[n])
-        kwargs = map_arg(node.kwargs, lambda n: mapping[n])
-        with into.fx.inserting_before(into._output):
-            new = into.fx.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        new.meta.update(node.meta)
+        args, kwargs = (map_operands(operands, mapping.__getitem__) for operands in (node.args, node.kwargs))
+        new = into._operation(node.target, args, kwargs, into._output, node.name)
+    new.meta.update(node.meta)
     return new
+
+
+def _node(node: fx.Node) -> Node:
+    return cast(Node, node)

@@ -7,11 +7,10 @@ from typing import Any
 
 import sympy
 import torch
-from torch.fx.node import map_arg
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, Node, spec_of
+from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
 
@@ -23,7 +22,16 @@ _NATIVE: dict[Any, Callable[..., torch.Tensor]] = {
     ops.aten._to_copy.default: lambda x, dtype: x.to(dtype),
     ops.aten.view.default: lambda x, shape: x.reshape(shape),
     ops.aten.full.default: lambda size, value, dtype: torch.full(size, value, dtype=dtype),
+    # Layout in memory is not part of a graph, but it chooses among kernels that round differently: always the plain one.
+    ops.aten.scaled_dot_product_attention.default: lambda query, key, value, *rest, **options: (
+        ops.aten.scaled_dot_product_attention.default(*(t.contiguous() for t in (query, key, value)), *rest, **options)
+    ),
 }
+
+
+def weight_norm(magnitudes: torch.Tensor, directions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a weight that is stored as magnitudes and directions, computed in ``dtype`` by torch's own function."""
+    return torch._weight_norm(directions.to(dtype), magnitudes.to(dtype), 0)
 
 
 def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
@@ -35,6 +43,8 @@ def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
             result = torch.cat(parts, dim=0)
         elif binding.transform is Transform.INTERLEAVE:
             result = torch.stack(parts, dim=1).flatten(0, 1)
+        elif binding.transform is Transform.WEIGHT_NORM:
+            result = weight_norm(parts[0], parts[1], binding.dtype)
         else:
             result = parts[0]
         return result.to(binding.dtype)
@@ -109,13 +119,12 @@ def _value(
         if isinstance(value, sympy.Expr):
             return evaluate(value, binding)
         if isinstance(value, (tuple, list)):
-            return type(value)(concrete(v) for v in value)
+            return [concrete(v) for v in value]
         return widen(value) if isinstance(value, torch.dtype) else value
 
-    args = concrete(map_arg(node.args, lambda n: values[n]))
-    kwargs = {k: concrete(v) for k, v in map_arg(node.kwargs, lambda n: values[n]).items()}
+    args, kwargs = (map_operands(operands, values.__getitem__) for operands in (node.args, node.kwargs))
     function = _NATIVE.get(node.target, node.target)
-    result = function(*args, **kwargs)  # type: ignore[operator]
+    result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
     spec = spec_of(node)
     expected = tuple(evaluate(s, binding) for s in spec.shape)
     if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
@@ -129,6 +138,7 @@ def run_program(
 ) -> dict[str, torch.Tensor]:
     """One pass through the program's graphs in order: the step of the loop for the given inputs.
 
+    A graph that an edge wants as another instance runs once more, on the inputs that carry the instance's prefix.
     Returns the outputs of the loop body.
     """
     shapes = [
@@ -138,9 +148,12 @@ def run_program(
         if name in inputs
     ]
     binding = bind(shapes)
-    results: dict[str, dict[str, torch.Tensor]] = {}
+    results: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, graph in program.graphs.items():
-        fed = {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-        supplied = {i: inputs[i] for i in program.free_inputs(name)}
-        results[name] = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute)
-    return results[program.loop.body]
+        fed = {e.input: results[e.source, e.instance][e.output] for e in program.edges_into(name)}
+        for instance in program.instances(name):
+            prefix = f"{instance}_" if instance else ""
+            supplied = {i: inputs[prefix + i] for i in program.free_inputs(name) if prefix + i in inputs}
+            run = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute)
+            results[name, instance] = run
+    return results[program.loop.body, ""]

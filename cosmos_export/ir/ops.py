@@ -1,6 +1,6 @@
 """The operations a graph may hold: for each, how type and shape follow from its operands.
 
-The table is the specification of the dialect: the verifier refuses what is not in it and re-derives every shape from it.
+The table is the specification of the dialect: the verifier refuses what is not in it and derives every shape again.
 The operations that ATen lacks are declared here with their CPU reference, which is also what the interpreter runs.
 """
 
@@ -13,7 +13,7 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from cosmos_export.ir.dims import Shape, Size, equal, product, simplify
+from cosmos_export.ir.dims import Shape, Size, equal, floor_div, product, simplify
 from cosmos_export.ir.spec import TensorSpec
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 @torch.library.custom_op("cosmos_export::rms_norm", mutates_args=())
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``cast(x / sqrt(mean(x², -1) + eps), weight.dtype) * weight`` with the statistics in fp32; result in weight's type."""
+    """``cast(x / sqrt(mean(x², -1) + eps), weight.dtype) * weight`` statistics in fp32, result in weight's type."""
     wide = x.to(torch.float32)
     normal = x * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normal.to(weight.dtype) * weight
@@ -46,9 +46,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @torch.library.custom_op("cosmos_export::attention", mutates_args=())
-def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float
-) -> torch.Tensor:
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
     """Grouped-query attention over rows: query [N, heads, d], key and value [M, kv_heads, d], result [N, heads, d]."""
     q, k, v = (t.unsqueeze(0).transpose(1, 2) for t in (query, key, value))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
@@ -64,10 +62,10 @@ def joint_attention(
     prefix_value: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of ``query`` over own and prefix rows together; the prefix comes last, so that its tail can be masked."""
-    return attention(
-        query, torch.cat((key, prefix_key), dim=0), torch.cat((value, prefix_value), dim=0), False, scale
-    )
+    """Attention of ``query`` over own and prefix rows together; the prefix is last, so that its tail can be masked."""
+    keys, values = torch.cat((key, prefix_key), dim=0), torch.cat((value, prefix_value), dim=0)
+    result: torch.Tensor = attention(query, keys, values, False, scale)
+    return result
 
 
 _ours = torch.ops.cosmos_export
@@ -174,13 +172,23 @@ def _elementwise(a: Any, b: Any) -> TensorSpec:
 
 
 @_rule(aten.cos.default, aten.sin.default, aten.exp.default, aten.rsqrt.default, aten.silu.default, aten.relu.default)
-@_rule(aten.neg.default)
+@_rule(aten.neg.default, aten.reciprocal.default)
 def _unary(x: TensorSpec) -> TensorSpec:
     return x
 
 
 @_rule(aten.pow.Tensor_Scalar)
 def _pow(x: TensorSpec, exponent: float) -> TensorSpec:
+    return x
+
+
+@_rule(aten.clamp_min.default)
+def _clamp_min(x: TensorSpec, low: float) -> TensorSpec:
+    return x
+
+
+@_rule(aten.clamp.default)
+def _clamp(x: TensorSpec, low: float, high: float) -> TensorSpec:
     return x
 
 
@@ -202,6 +210,12 @@ def _mean(x: TensorSpec, dims: Sequence[int], keepdim: bool = False) -> TensorSp
     return TensorSpec(x.dtype, tuple(kept))
 
 
+@_rule(aten.linalg_vector_norm.default)
+def _vector_norm(x: TensorSpec, order: float, dims: Sequence[int], keepdim: bool = False) -> TensorSpec:
+    _require(order == 2, f"a norm of order {order}")
+    return _mean(x, dims, keepdim)
+
+
 @_rule(aten.linear.default)
 def _linear(x: TensorSpec, weight: TensorSpec, bias: TensorSpec | None = None) -> TensorSpec:
     _require(weight.rank == 2 and equal(x.shape[-1], weight.shape[1]), f"linear of {x} by {weight}")
@@ -210,11 +224,52 @@ def _linear(x: TensorSpec, weight: TensorSpec, bias: TensorSpec | None = None) -
     return TensorSpec(x.dtype, (*x.shape[:-1], weight.shape[0]))
 
 
-@_rule(aten.matmul.default, aten.mm.default)
+@_rule(aten.matmul.default)
 def _matmul(a: TensorSpec, b: TensorSpec) -> TensorSpec:
     _require(a.rank >= 2 and b.rank >= 2 and equal(a.shape[-1], b.shape[-2]), f"matmul of {a} and {b}")
     _require(a.dtype == b.dtype, f"matmul of {a} and {b}: types differ")
     return TensorSpec(a.dtype, (*broadcast([a.shape[:-2], b.shape[:-2]]), a.shape[-2], b.shape[-1]))
+
+
+def spatial(values: Sequence[int], axes: int) -> list[int]:
+    """One value an axis: a convolution takes one for all, too."""
+    return list(values) * axes if len(values) == 1 else list(values)
+
+
+@_rule(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+def _convolution(
+    x: TensorSpec,
+    weight: TensorSpec,
+    bias: TensorSpec | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> TensorSpec:
+    axes = x.rank - 2
+    fits = weight.rank == x.rank and equal(x.shape[1], simplify(weight.shape[1] * sympy.Integer(groups)))
+    _require(fits and x.dtype == weight.dtype, f"convolution of {x} by {weight}")
+    _require(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype), f"bias {bias} of {weight}")
+    steps = zip(x.shape[2:], weight.shape[2:], *(spatial(v, axes) for v in (stride, padding, dilation)), strict=True)
+    sizes = [floor_div(sympy.sympify(n) + 2 * p - d * (k - 1) - 1, s) + 1 for n, k, s, p, d in steps]
+    return TensorSpec(x.dtype, (x.shape[0], weight.shape[0], *sizes))
+
+
+@_rule(aten.conv_transpose1d.default)
+def _transposed_convolution(
+    x: TensorSpec,
+    weight: TensorSpec,
+    bias: TensorSpec | None = None,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    output_padding: Sequence[int] = (0,),
+    groups: int = 1,
+    dilation: Sequence[int] = (1,),
+) -> TensorSpec:
+    fits = weight.rank == x.rank == 3 and equal(x.shape[1], weight.shape[0]) and groups == 1
+    _require(fits and x.dtype == weight.dtype, f"transposed convolution of {x} by {weight}")
+    span = dilation[0] * (weight.shape[2] - 1) - 2 * padding[0] + output_padding[0] + 1
+    return TensorSpec(x.dtype, (x.shape[0], weight.shape[1], (sympy.sympify(x.shape[2]) - 1) * stride[0] + span))
 
 
 @_rule(aten.view.default)
@@ -368,7 +423,12 @@ def _attention(query: TensorSpec, key: TensorSpec, value: TensorSpec, causal: bo
 
 @_rule(JOINT_ATTENTION)
 def _joint_attention(
-    query: TensorSpec, key: TensorSpec, value: TensorSpec, prefix_key: TensorSpec, prefix_value: TensorSpec, scale: float
+    query: TensorSpec,
+    key: TensorSpec,
+    value: TensorSpec,
+    prefix_key: TensorSpec,
+    prefix_value: TensorSpec,
+    scale: float,
 ) -> TensorSpec:
     _check_attention(query, key, value)
     _check_attention(query, prefix_key, prefix_value)
@@ -395,11 +455,5 @@ VIEWS = frozenset({
     aten._to_copy.default,
 })  # fmt: skip
 """Operations that move or repeat elements and compute nothing: free to repeat where they are read."""
-
-CAPTURED_ONLY = frozenset({
-    aten.index_put.default, aten.index.Tensor, aten.slice_scatter.default, aten.select_scatter.default,
-    aten.scaled_dot_product_attention.default, aten.rsqrt.default, aten.mean.dim,
-})  # fmt: skip
-"""Legal in a captured program, gone once packing is resolved and the model's own building blocks are recognised."""
 
 COMMUTATIVE = frozenset({aten.add.Tensor, aten.mul.Tensor})

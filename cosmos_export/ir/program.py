@@ -12,23 +12,32 @@ from cosmos_export.ir.spec import Rate
 
 @dataclass(frozen=True)
 class Edge:
-    """``output`` of graph ``source`` is ``input`` of graph ``target``."""
+    """``output`` of graph ``source`` is ``input`` of graph ``target``.
+
+    ``instance`` names the run of ``source`` that is meant where it runs more than once a request (the reasoner on the
+    negative prompt); its caller's inputs then carry ``{instance}_`` before their names.
+    """
 
     source: str
     output: str
     target: str
     input: str
+    instance: str = ""
 
 
 @dataclass(frozen=True)
 class Loop:
     """The denoising loop: ``body`` runs once a step.
 
-    ``carried`` maps an input of the body to the output from which the sampler computes its next value.
+    ``carried`` maps an input of the body to the output that its next value follows from: through a sampler on the host,
+    or, once `fuse_denoise_loop` has put the sampler into the body, the output itself. The loop is closed then:
+    ``steps`` is its trip count and ``rows`` are the inputs that take the step's row of a table.
     """
 
     body: str
     carried: dict[str, str]
+    rows: tuple[str, ...] = ()
+    steps: int | None = None
 
 
 @dataclass
@@ -53,6 +62,10 @@ class Program:
 
     def edges_into(self, graph: str) -> Iterator[Edge]:
         return (e for e in self.edges if e.target == graph)
+
+    def instances(self, graph: str) -> list[str]:
+        """The runs of ``graph`` that edges want, its own first."""
+        return list(dict.fromkeys(["", *(e.instance for e in self.edges if e.source == graph)]))
 
     def bound_keys(self) -> set[str]:
         """Checkpoint tensors that some graph reads."""

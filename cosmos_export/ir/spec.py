@@ -67,6 +67,8 @@ class Transform(Enum):
     """Along axis 0."""
     INTERLEAVE = "interleave"
     """Rows of the sources alternate along axis 0: a0, b0, a1, b1 …"""
+    WEIGHT_NORM = "weight_norm"
+    """Sources are magnitudes g and directions v: ``g · v / ‖v‖``, the norm over all axes but the first."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,16 @@ class WeightBinding:
             raise ValueError("an identity binding has one source")
         if self.transform is Transform.INTERLEAVE and len({s.shape for s in self.sources}) != 1:
             raise ValueError("interleaved sources have one shape")
+        if self.transform is Transform.WEIGHT_NORM and len(self.sources) != 2:
+            raise ValueError("a normalised weight has two sources: magnitudes and directions")
+        if self.transform is not Transform.IDENTITY and any(s.shape == () for s in self.sources):
+            raise ValueError("scalars have no axis to merge along")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = sum(s.shape[0] for s in self.sources) if self.transform is not Transform.IDENTITY else None
-        first = self.sources[0].shape
-        return first if rows is None else (rows, *first[1:])
+        if self.transform in (Transform.IDENTITY, Transform.WEIGHT_NORM):
+            return self.sources[-1].shape
+        return (sum(s.shape[0] for s in self.sources), *self.sources[0].shape[1:])
 
     @property
     def keys(self) -> tuple[str, ...]:

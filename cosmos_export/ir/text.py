@@ -5,23 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx.node import map_arg
 
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_weight, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES
 
 
-class _Raw(str):
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 def _format(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}={_format(v)}" for k, v in value.items())
+    if isinstance(value, Node):
+        return f"%{value.name}"
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_format, value))}]"
     if isinstance(value, torch.dtype):
@@ -31,10 +23,7 @@ def _format(value: Any) -> str:
 
 def _operation(node: Node) -> str:
     name = str(node.target).removesuffix(".default")
-    args = map_arg(node.args, lambda n: _Raw(f"%{n.name}"))
-    parts = [_format(a) for a in args]
-    if node.kwargs:
-        parts.append(_format(map_arg(node.kwargs, lambda n: _Raw(f"%{n.name}"))))
+    parts = [_format(a) for a in node.args] + [f"{k}={_format(v)}" for k, v in node.kwargs.items()]
     return f"{name}({', '.join(parts)})"
 
 

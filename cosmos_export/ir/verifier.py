@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import NoReturn
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import equal
+from cosmos_export.ir.dims import equal, symbol
 from cosmos_export.ir.graph import Graph, Node, infer, is_input, is_weight, spec_of
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import TensorSpec
 
 
 def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = ()) -> None:
@@ -35,21 +37,27 @@ def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = (
         target = program.graphs[edge.target].inputs.get(edge.input)
         if source is None or target is None:
             _fail(stage, where, "names a value that is not there")
-        elif not _same(source, target):
+        if not _same(_in_instance(spec_of(source), edge.instance, program.dims), spec_of(target)):
             _fail(stage, where, f"joins {spec_of(source)} to {spec_of(target)}")
         if order.index(edge.source) >= order.index(edge.target):
             _fail(stage, where, "runs backwards")
     body = program.graphs.get(program.loop.body)
     if body is None:
         _fail(stage, f"loop body `{program.loop.body}`", "is not a graph")
-        return
     for carried, result in program.loop.carried.items():
         if carried not in body.inputs or result not in body.outputs:
             _fail(stage, f"loop value `{carried}` → `{result}`", "is not an input and an output of the body")
 
 
-def _same(a: Node, b: Node) -> bool:
-    x, y = spec_of(a), spec_of(b)
+def _in_instance(spec: TensorSpec, instance: str, dims: Collection[str]) -> TensorSpec:
+    """``spec`` in another run of its graph: dims that run has of its own carry its name."""
+    if not instance:
+        return spec
+    own = {symbol(name.removeprefix(f"{instance}_")): symbol(name) for name in dims if name.startswith(f"{instance}_")}
+    return TensorSpec(spec.dtype, tuple(s if isinstance(s, int) else s.subs(own) for s in spec.shape))
+
+
+def _same(x: TensorSpec, y: TensorSpec) -> bool:
     return x.dtype == y.dtype and x.rank == y.rank and all(map(equal, x.shape, y.shape))
 
 
@@ -66,8 +74,8 @@ def _verify_graph(program: Program, graph: Graph, forbidden: frozenset[object], 
             binding = node.meta["weight"]
             if not node.users:
                 _fail(stage, where, "is a weight nothing reads")
-            if any(source.shape == () for source in binding.sources) and len(binding.sources) > 1:
-                _fail(stage, where, "merges scalars")
+            if spec_of(node) != TensorSpec(binding.dtype, binding.shape):
+                _fail(stage, where, f"says {spec_of(node)}, but is bound to {TensorSpec(binding.dtype, binding.shape)}")
             other = bound.setdefault(binding, node.name)
             if other != node.name:
                 _fail(stage, where, f"is bound to the same data as `{other}`")
@@ -83,10 +91,8 @@ def _verify_graph(program: Program, graph: Graph, forbidden: frozenset[object], 
                 spec = infer(node.target, node.args, node.kwargs)
             except ops.SpecError as error:
                 _fail(stage, where, str(error))
-            else:
-                known = spec_of(node)
-                if spec.dtype != known.dtype or spec.rank != known.rank or not all(map(equal, spec.shape, known.shape)):
-                    _fail(stage, where, f"says {known}, but its operands give {spec}")
+            if not _same(spec, spec_of(node)):
+                _fail(stage, where, f"says {spec_of(node)}, but its operands give {spec}")
     for name, node in graph.outputs.items():
         if not isinstance(node, Node):
             _fail(stage, f"graph `{graph.name}`, output `{name}`", "is not a value")
@@ -96,5 +102,5 @@ def _fed(program: Program, graph: Graph, node: Node) -> bool:
     return any(e.input == node.name for e in program.edges_into(graph.name))
 
 
-def _fail(stage: str, where: str, what: str) -> None:
+def _fail(stage: str, where: str, what: str) -> NoReturn:
     raise InternalError("CX201", f"{'after ' + stage + ': ' if stage else ''}{where} {what}")

@@ -1,0 +1,43 @@
+"""Sampling as data and arithmetic: schedules, coefficient tables and the steps they drive. Needs numpy only."""
+
+from cosmos_export.sampling.schedule import (
+    GRIDS,
+    MODES,
+    CheckpointSampling,
+    Grid,
+    Mode,
+    Overrides,
+    Sampler,
+    Schedule,
+    resolve_schedule,
+)
+from cosmos_export.sampling.solvers import (
+    COLUMNS,
+    State,
+    coefficient_table,
+    distilled_step,
+    distilled_table,
+    guide,
+    unipc_step,
+    unipc_table,
+)
+
+__all__ = [
+    "COLUMNS",
+    "GRIDS",
+    "MODES",
+    "CheckpointSampling",
+    "Grid",
+    "Mode",
+    "Overrides",
+    "Sampler",
+    "Schedule",
+    "State",
+    "coefficient_table",
+    "distilled_step",
+    "distilled_table",
+    "guide",
+    "resolve_schedule",
+    "unipc_step",
+    "unipc_table",
+]
