@@ -55,9 +55,9 @@ class BatchGuidance(Pass):
         if any(edge.instance == NEGATIVE for edge in program.edges):
             return result
         rates = rates_of(program, body)
-        prompt = [name for name, node in body.inputs.items() if rates[node] is Rate.PROMPT]
+        prompt = [e.input for e in program.edges_into(body.name) if rates[body.inputs[e.input]] is Rate.PROMPT]
         if not prompt:
-            return result
+            return result  # not split: there is no value of the prompt to have a second of
         rewrite = _Batch(body, prompt, self.name)
         program.graphs[program.loop.body] = rewrite.run()
         length = program.dims["und_len"]

@@ -157,3 +157,25 @@ def run_program(
             run = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute)
             results[name, instance] = run
     return results[program.loop.body, ""]
+
+
+def run_loop(
+    program: Program, inputs: Tensors, rows: Tensors, weights: Weights, *, compute: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The closed loop of ``program``: every step of it, the reference for what it is lowered to.
+
+    ``rows`` holds the tables of the loop's step inputs, [steps, …]; carried inputs that ``inputs`` lacks begin as zeros.
+    Returns the carried values after the last step, by the name of their input.
+    """
+    loop, body = program.loop, program.graphs[program.loop.body]
+    known = dict(inputs)
+    shapes = [(n, spec_of(node).shape, tuple(known[n].shape)) for n, node in body.inputs.items() if n in known]
+    binding = bind(shapes)
+    for name in loop.carried:
+        spec = spec_of(body.inputs[name])
+        known.setdefault(name, torch.zeros([evaluate(s, binding) for s in spec.shape], dtype=spec.dtype))
+    for step in range(loop.steps or 0):
+        known |= {name: rows[name][step] for name in loop.rows}
+        results = run_graph(body, known, weights, binding, compute=compute)
+        known |= {name: results[next_name] for name, next_name in loop.carried.items()}
+    return {name: known[name] for name in loop.carried}
