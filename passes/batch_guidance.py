@@ -40,10 +40,10 @@ class BatchGuidance(Pass):
         generator(x, K), generator(x, K')  =  rows of both branches through one linear, norm and gate,
                                               attention of each branch over its own prompt
 
-    What does not follow from a prompt (the embedding of the latents, the first layer's query, key and value) is computed
-    once. From the first attention on the rows of both branches lie in one value of twice as many rows, so every weight
-    is read once; attention takes the rows of a branch, with the keys of that branch, so prompts of different lengths
-    need no padding and no mask. Outputs of the negative branch carry the prefix ``negative_``.
+    What does not follow from a prompt (the embedding of the latents, the first layer's query, key and value) is
+    computed once. From the first attention on the rows of both branches lie in one value of twice as many rows, so
+    every weight is read once; attention takes the rows of a branch, with the keys of that branch, so prompts of
+    different lengths need no padding and no mask. Outputs of the negative branch carry the prefix ``negative_``.
     Numerical effect: none but for a GEMM's order of summation at another number of rows (≤ 1e-6 in fp32).
     """
 
@@ -124,7 +124,8 @@ class _Batch:
         if rows is not None and all(v.second is None for v in operands):
             self.stacked += 1
             return _Value(self._emit_stacked(node, rows), stacked=True)
-        return _Value(*self._both(node))
+        first, second = self._both(node)
+        return _Value(first, second)
 
     def _both(self, node: Node) -> list[Node]:
         return [
@@ -136,7 +137,7 @@ class _Batch:
         return self._call(node, node.target, *map_operands(node.args, operand), **map_operands(node.kwargs, operand))
 
     def _emit_stacked(self, node: Node, rows: list[Node]) -> Node:
-        """``node`` on the rows of both branches; operands that are the same for both are repeated where they have rows."""
+        """``node`` on the rows of both branches; operands that are the same for both are repeated if they have rows."""
         spec = spec_of(node)
 
         def operand(value: Node) -> Node:

@@ -6,6 +6,7 @@ from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_input, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Loop, Program
+from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.batch_guidance import NEGATIVE
@@ -48,7 +49,9 @@ class FuseDenoiseLoop(Pass):
             )
         body = program.graphs[loop.body]
         if guided == {True} and not any(name.startswith(f"{NEGATIVE}_") for name in body.outputs):
-            raise UnsupportedError("CX223", "the schedule is guided, and the loop's body has one branch", "run batch_guidance first")
+            raise UnsupportedError(
+                "CX223", "the schedule is guided, and the loop's body has one branch", "run batch_guidance first"
+            )
         latents = {name.removesuffix(_LATENT): spec_of(body.inputs[name]) for name in loop.carried}
         sampler = sampler_graph(self._schedule, latents, guided=guided == {True})
         new = Graph(body.name)
@@ -74,11 +77,9 @@ class FuseDenoiseLoop(Pass):
         new.eliminate_dead_code()
         program.graphs[loop.body] = new
         carried = carried_state(self._schedule, latents)
-        step_inputs = tuple(
-            name for name in new.inputs
-            if name == COEFFICIENTS or any(e.input == name and e.source == "schedule" for e in program.edges_into(new.name))
-        )  # fmt: skip
-        program.loop = Loop(loop.body, carried, step_inputs, self._schedule.steps)
+        rates = rates_of(program, new)
+        rows = tuple(name for name, node in new.inputs.items() if rates[node] is Rate.STEP)
+        program.loop = Loop(loop.body, carried, rows, self._schedule.steps)
         for name in list(program.rates):
             if name in loop.carried:
                 del program.rates[name]
@@ -112,5 +113,3 @@ class FuseDenoiseLoop(Pass):
         if name in {mask for along in MASKS.values() for mask in along.values()}:
             return Rate.REQUEST
         return Rate.STEP if name == COEFFICIENTS else Rate.CARRIED
-
-

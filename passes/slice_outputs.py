@@ -29,8 +29,8 @@ class SliceOutputs(Pass):
     A value is narrowed only when all its readers read rows of it, to the one range that covers them; it stops where
     every row is needed, at the keys and values of attention. ``outputs`` names the velocities a mode reads (default:
     all): inverse dynamics reads actions alone, 60 of 6,300 rows.
-    Numerical effect: rows are independent in every operation passed; a GEMM of fewer rows may order its sums differently
-    (≤ 1e-6 in fp32).
+    Numerical effect: rows are independent in every operation passed; a GEMM of fewer rows may order its sums
+    differently (≤ 1e-6 in fp32).
     """
 
     name = "slice_outputs"

@@ -1,13 +1,13 @@
 """The denoising loop as one ONNX model: what does not change in it outside, one `Loop` with a constant trip count.
 
 Measured on the builder (TensorRT-RTX 1.7.1): a `Loop` without a condition input, whose body returns a constant true, is
-a counting loop that a CUDA graph can capture; with a condition input it is not. `Attention` in a loop fails to build, and
-matrix products around a softmax become the same fused kernel, with the query heads of a key head on an axis of their own.
+a counting loop that a CUDA graph can capture; with a condition input it is not. `Attention` in a loop fails to build;
+matrix products around a softmax become the same fused kernel, with the query heads of a key head on their own axis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -128,7 +128,7 @@ class _LoopLowering(Lowering):
         self.nodes = nodes
         return result
 
-    def ints(self, values: list[Size]) -> str:  # type: ignore[override]
+    def ints(self, values: Sequence[Size]) -> str:
         nodes, self.nodes = self.nodes, self._outside
         result = super().ints(values)
         self.nodes = nodes
@@ -168,5 +168,3 @@ def _varying(graph: Graph, loop: Loop) -> set[Node]:
         elif found.intersection(node.all_input_nodes):
             found.add(node)
     return found
-
-
