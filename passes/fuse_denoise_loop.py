@@ -13,7 +13,7 @@ from cosmos_export.passes.batch_guidance import NEGATIVE
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
 from cosmos_export.sampling import Schedule
 
-_LATENT, _VELOCITY = "_latent", "_velocity"
+_LATENT, _NOISE = "_latent", "_noise"
 
 
 class FuseDenoiseLoop(Pass):
@@ -22,8 +22,8 @@ class FuseDenoiseLoop(Pass):
         x' = sampler(x, generator(cast(x)), generator'(cast(x)), coefficients[step])
 
     The state is fp32; the generator reads it in its own type, as the published pipeline casts its latents. Guidance is
-    ``u + g·(c − u)`` in fp32. What the body takes of a step is one row of the time table and one of the sampler's
-    coefficients. Runs after `batch_guidance` where the schedule is guided.
+    ``u + g·(c − u)`` in fp32. What the body takes of a step is one row of the time table, one of the sampler's
+    coefficients, and for a stochastic sampler its noise. Runs after `batch_guidance` where the schedule is guided.
     Numerical effect: none, the sampler's own arithmetic.
     Refused: a schedule in which only some steps are guided (CX223): its loop has several bodies.
     """
@@ -78,7 +78,7 @@ class FuseDenoiseLoop(Pass):
         program.graphs[loop.body] = new
         carried = carried_state(self._schedule, latents)
         rates = rates_of(program, new)
-        rows = tuple(name for name, node in new.inputs.items() if rates[node] is Rate.STEP)
+        rows = tuple(n for n, node in new.inputs.items() if rates[node] is Rate.STEP or n.endswith(_NOISE))
         program.loop = Loop(loop.body, carried, rows, self._schedule.steps)
         for name in list(program.rates):
             if name in loop.carried:

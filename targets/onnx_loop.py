@@ -36,8 +36,9 @@ def lower_loop(
 ) -> onnx.ModelProto:
     """The closed ``loop`` over ``graph``.
 
-    ``tables`` holds, for every input in ``loop.rows``, its value in every step, [steps, …]. Inputs of the model are the
-    body's inputs but for those, and of the carried state the samples alone: the sampler's memory begins as zeros.
+    ``tables`` holds values of inputs in ``loop.rows`` in every step, [steps, …]; one it lacks (noise) becomes an input
+    of that shape. The other inputs of the model are the body's, but of the carried state the samples alone: the
+    sampler's memory begins as zeros.
     Outputs are the samples after the last step, under their input's name with ``_final``. ``explicit_attention`` writes
     attention as matrix products, for a builder that takes no `Attention` in a loop.
     """
@@ -70,6 +71,8 @@ class _LoopLowering(Lowering):
             self.values[node] = name
             if name in self._loop.rows:
                 self.values[node] = self._row(name, node)
+                if name not in self._tables:
+                    inputs.append(self._steps_of(name, node))
             elif name in self._loop.carried:
                 self.values[node] = f"{name}_now"
             if name in samples or (name not in self._loop.carried and name not in self._loop.rows):
@@ -85,13 +88,20 @@ class _LoopLowering(Lowering):
     def _row(self, name: str, node: Node) -> str:
         """The step's row of a table, as the body takes it."""
         spec = spec_of(node)
-        dtype = self.dtype(spec.dtype)
-        table = self.constant(self._tables[name].astype(numpy_dtype(dtype)), f"{name}_table")
+        table = name
+        if name in self._tables:
+            values = self._tables[name].astype(numpy_dtype(self.dtype(spec.dtype)))
+            table = self.constant(values, f"{name}_table")
         self.nodes = self._inside
         row = self.op("Gather", table, "step", axis=0)
         row = self.reshape(row, spec.shape)
         self.nodes = self._outside
         return row
+
+    def _steps_of(self, name: str, node: Node) -> onnx.ValueInfoProto:
+        info = self.value_info(name, node)
+        shape = [self._loop.steps, *(d.dim_value or d.dim_param for d in info.type.tensor_type.shape.dim)]
+        return helper.make_tensor_value_info(name, info.type.tensor_type.elem_type, shape)
 
     def _close(self, samples: list[str]) -> list[onnx.ValueInfoProto]:
         nodes = self.graph.inputs

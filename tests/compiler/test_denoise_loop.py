@@ -51,7 +51,9 @@ def closed(compiled: Compiled, plan: Schedule) -> Program:
 
 
 def case_of(compiled: Compiled) -> Case:
-    return CASE if compiled.config["sound_gen"] else Case("policy", 3, 5, 6, 9, clean=(0,), actions=5, clean_actions=(1,))
+    return (
+        CASE if compiled.config["sound_gen"] else Case("policy", 3, 5, 6, 9, clean=(0,), actions=5, clean_actions=(1,))
+    )
 
 
 def tables(compiled: Compiled, program: Program, plan: Schedule) -> dict[str, np.ndarray]:
@@ -125,7 +127,9 @@ def test_the_loop_equals_the_published_pipeline(compiled: Compiled, guidance: fl
     expected = published_loop(compiled, inputs, plan)
 
     found = run_loop(program, known, {n: torch.from_numpy(v) for n, v in rows.items()}, compiled.weights)
-    model = lower_loop(program.graphs["generator"], program.loop, rows, write(compiled, program, tmp_path), "loop.weights")
+    model = lower_loop(
+        program.graphs["generator"], program.loop, rows, write(compiled, program, tmp_path), "loop.weights"
+    )
     lowered = run_onnx(model, tmp_path, known)
     for name, latent in expected.items():
         scale = latent.norm()
@@ -202,3 +206,31 @@ def test_the_state_is_fp32_whatever_the_model_computes_in(omni: Compiled) -> Non
     assert {spec_of(body.inputs[n]).dtype for n in program.loop.carried} == {torch.float32}
 
 
+def test_the_distilled_loop_takes_its_noise_as_an_input(omni: Compiled, tmp_path: Path) -> None:
+    """x ← (1 − σ')·x0 + σ'·ε with the checkpoint's own sigmas, one branch, clean frames pinned in every step."""
+    sigmas = (1.0, 0.9375, 0.8333333333333334, 0.625)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0}
+    plan = resolve_schedule(CheckpointSampling(config, False, sigmas, False, None), "i2v")
+    program = closed(omni, plan)
+    case = Case("i2v", 3, 5, 6, 9, clean=(0,))
+    inputs = request(omni.config, case)
+    known = loop_inputs(omni, program, inputs)
+    body = program.graphs[program.loop.body]
+    noise = {n: torch.randn(4, *known[n.replace("_noise", "_sample")].shape) for n in body.inputs if n.endswith("_noise")}
+    rows = tables(omni, program, plan)
+
+    latent = inputs["vision_latent"]
+    for i, sigma in enumerate(sigmas):
+        step = inputs | {"vision_latent": latent, "timestep": torch.tensor([sigma * 1000])}
+        clean = latent - sigma * stock_forward(omni.model, step)["vision_velocity"]
+        following = (*sigmas, 0.0)[i + 1]
+        moved = (1 - following) * clean + following * noise["vision_noise"][i]
+        mask = inputs["vision_mask"].view(1, 1, -1, 1, 1)
+        latent = mask * moved + (1 - mask) * latent
+
+    tensors = {n: torch.from_numpy(v) for n, v in rows.items()}
+    found = run_loop(program, known, tensors | noise, omni.weights)["vision_sample"]
+    assert (found - latent).norm() / latent.norm() <= 1e-5
+    model = lower_loop(body, program.loop, rows, write(omni, program, tmp_path), "loop.weights")
+    lowered = run_onnx(model, tmp_path, known | noise)["vision"]
+    assert (lowered - latent).norm() / latent.norm() <= 1e-4
