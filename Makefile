@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadgroup
 
 demo: setup
 	$(BIN)/cosmos-export demo-checkpoint --variant omni -o demo/checkpoint --dtype bfloat16 --force
@@ -38,7 +38,7 @@ lint: setup
 		--cache-dir ../../.mypy_cache --strict -p cosmos_export
 
 coverage: setup
-	$(PYTEST) -n 2 --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(PYTEST) -n 2 --dist loadgroup --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 schema: setup
 	$(BIN)/python -c "from cosmos_export.bundle.manifest import schema_text; print(schema_text(), end='')" \

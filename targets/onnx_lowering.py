@@ -264,6 +264,11 @@ def _matmul(low: Lowering, node: Node) -> str:
 _CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
+def _operands(node: Node, *defaults: Any) -> list[Any]:
+    """All operands of ``node``, those it leaves out as their defaults."""
+    return [*node.args, *defaults[len(node.args) :]]
+
+
 def _is_zero_frame(node: Node) -> bool:
     """``node`` pads spatial axes with zeros, and only convolutions read it: they can pad themselves."""
     pad, value = node.args[1:]
@@ -272,39 +277,47 @@ def _is_zero_frame(node: Node) -> bool:
 
 
 def _convolution(low: Lowering, node: Node) -> str:
-    x, weight, bias, *given = (*node.args, *(None,) * (7 - len(node.args)))
+    x, weight, bias, stride, padding, dilation, groups = _operands(node, None, None, None, [1], [0], [1], 1)
     axes = spec_of(node).rank - 2
-    stride, padding, dilation = (ops.spatial(v or [default], axes) for v, default in zip(given, (1, 0, 1), strict=False))
-    before, after = list(padding), list(padding)
+    before, after = ops.spatial(padding, axes), ops.spatial(padding, axes)
     if is_op(x, aten.constant_pad_nd.default) and _is_zero_frame(x):
         frame = x.args[1]
         for i in range(len(frame) // 2):  # pairs count from the last axis
             before[axes - 1 - i] += frame[2 * i]
             after[axes - 1 - i] += frame[2 * i + 1]
     inputs = [low.values[n] for n in (x, weight, bias) if n is not None]
-    attributes = {"strides": stride, "pads": [*before, *after], "dilations": dilation, "group": given[3] or 1}
-    return low.op("Conv", *inputs, kernel_shape=list(spec_of(weight).shape[2:]), **attributes)
+    steps = {"strides": ops.spatial(stride, axes), "dilations": ops.spatial(dilation, axes)}
+    return low.op("Conv", *inputs, pads=[*before, *after], group=groups, **steps)
 
 
 def _transposed_convolution(low: Lowering, node: Node) -> str:
-    x, weight, bias, *given = (*node.args, *(None,) * (8 - len(node.args)))
-    stride, padding, output_padding = (list(v or [default]) for v, default in zip(given, (1, 0, 0), strict=False))
+    x, weight, bias, stride, padding, output_padding, _, dilation = _operands(
+        node, None, None, None, [1], [0], [0], 1, [1]
+    )
     # TensorRT-RTX 1.7 has no transposed convolution in bf16 (its type inference fails), only in fp32 and fp16.
     inputs = [low.operand(n, torch.float32) for n in (x, weight, bias) if n is not None]
-    attributes = {"strides": stride, "pads": padding * 2, "output_padding": output_padding}
-    result = low.op("ConvTranspose", *inputs, dilations=list(given[4] or [1]), **attributes)
+    attributes = {"strides": stride, "pads": padding * 2, "output_padding": output_padding, "dilations": dilation}
+    result = low.op("ConvTranspose", *inputs, **attributes)
     return low.cast(result, torch.float32, spec_of(node).dtype)
 
 
-def _reduction(kind: str) -> Rule:
-    """``axes`` are the last list among the operands; axes go unless the operation keeps them."""
+def _mean(low: Lowering, node: Node) -> str:
+    x, axes, *keep = node.args
+    return low.op("ReduceMean", low.values[x], low.ints(axes), keepdims=int(bool(keep and keep[0])))
 
-    def rule(low: Lowering, node: Node) -> str:
-        axes = next(a for a in node.args if isinstance(a, (list, tuple)))
-        keeps = bool(node.args[-1]) if isinstance(node.args[-1], bool) else False
-        return low.op(kind, low.values[node.args[0]], low.ints([int(a) for a in axes]), keepdims=int(keeps))
 
-    return rule
+def _vector_norm(low: Lowering, node: Node) -> str:
+    x, _, axes, *keep = node.args
+    keeps, shape = bool(keep and keep[0]), spec_of(x).shape
+    widened = is_op(x, aten._to_copy.default) and low.dtype(spec_of(x.args[0]).dtype) != low.dtype(spec_of(x).dtype)
+    if not (widened and keeps and list(axes) == [1] and len(shape) > 3):
+        return low.op("ReduceL2", low.values[x], low.ints(axes), keepdims=int(keeps))
+    # TensorRT stores a widened value that two kernels read, 1.9 GB of the video decoder at 720p. Widened again, and in
+    # another shape so that it does not see they are the same, each kernel reads the narrow one.
+    source: Node = x.args[0]
+    flat = low.op("Reshape", low.values[source], low.ints([shape[0], shape[1], -1]))
+    norm = low.op("ReduceL2", low.cast(flat, spec_of(source).dtype, spec_of(x).dtype), low.ints([1]), keepdims=1)
+    return low.reshape(norm, spec_of(node).shape)
 
 
 def _clamp(low: Lowering, node: Node) -> str:
@@ -436,8 +449,8 @@ _RULES: dict[Any, Rule] = {
     aten.reciprocal.default: _unary("Reciprocal"),
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
-    aten.mean.dim: _reduction("ReduceMean"),
-    aten.linalg_vector_norm.default: _reduction("ReduceL2"),
+    aten.mean.dim: _mean,
+    aten.linalg_vector_norm.default: _vector_norm,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
     aten.conv_transpose1d.default: _transposed_convolution,
     aten.scaled_dot_product_attention.default: _sdpa,

@@ -245,7 +245,8 @@ _OPERATION = re.compile(r"^  ([a-z_]+)=\{ (.*)", re.M)
 _INPUTS = re.compile(r"\s(?:input_args|input)=\{" + _LIST)
 _OUTPUTS = re.compile(r"\s(?:output_args|output)=\{" + _LIST)
 _NODES = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_REGION = re.compile(r"^  region = \{ name=devmem_topdown_\d+ size=(\d+)", re.M)
+# One region where every shape is fixed, several where some are not.
+_REGION = re.compile(r"^  region = \{ name=devmem(?:_topdown_\d+)? size=(\d+)", re.M)
 _PROFILE = re.compile(r"\[profile (\d+)\]")
 _BINARY = re.compile(r"\sbinary ?= ?(\d+)")
 _SOURCE = re.compile(

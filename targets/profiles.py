@@ -81,16 +81,20 @@ class Profile:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a checkpoint can be asked for. None: no limit of its own."""
+    """What a checkpoint can be asked for. The defaults are the range of the captured graph."""
 
     max_position: int
     """Rotary positions the model was trained for (``max_position_embeddings``)."""
     temporal_margin: int = 15_000
     """Positions between the prompt and the first frame."""
     max_und_len: int = 4096
-    max_frames: int | None = None
-    max_height: int | None = None
-    max_width: int | None = None
+    max_frames: int = 4096
+    min_grid: int = 3
+    """Latent rows and columns: torch.export reasons with patch grids of two and more."""
+    max_height: int = 1024
+    max_width: int = 1024
+    max_rows: int = 65_536
+    """Of sound and of actions."""
     sound: bool = True
     action: bool = True
 
@@ -214,19 +218,24 @@ def _known_dims() -> str:
 
 def check_limits(profile: Profile, limits: ModelLimits) -> None:
     """Return if the model can serve every shape of ``profile``, else raise one `UserError` listing all violations."""
-    allowed: dict[str, int | None] = {
+    allowed = {
         "und_len": limits.max_und_len,
         "frames": limits.max_frames,
         "height": limits.max_height,
         "width": limits.max_width,
-        "sound_len": None if limits.sound else 0,
-        "action_len": None if limits.action else 0,
+        "sound_len": limits.max_rows if limits.sound else 0,
+        "action_len": limits.max_rows if limits.action else 0,
     }
     problems = [
         f"`{dim}` reaches {profile.dims[dim].max}, allowed {ceiling}"
-        + (f" (the model has no {dim.removesuffix('_len')})" if dim in _MAY_BE_ZERO else "")
+        + ("" if ceiling else f" (no {dim.removesuffix('_len')} is generated)")
         for dim, ceiling in allowed.items()
-        if ceiling is not None and profile.dims[dim].max > ceiling
+        if profile.dims[dim].max > ceiling
+    ]
+    problems += [
+        f"`{dim}` goes down to {profile.dims[dim].min}, allowed from {limits.min_grid}"
+        for dim in ("height", "width")
+        if profile.dims[dim].min < limits.min_grid
     ]
     last = profile.dims["und_len"].max + limits.temporal_margin + profile.dims["frames"].max
     if last > limits.max_position:
@@ -235,7 +244,7 @@ def check_limits(profile: Profile, limits: ModelLimits) -> None:
         raise UserError(
             "CX411",
             f"profile `{profile.name}` is outside the model's limits: {'; '.join(problems)}",
-            "lower the maximum with an item such as `und_len=1:512:4096`",
+            "give another range with an item such as `und_len=1:512:4096`",
         )
 
 

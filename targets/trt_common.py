@@ -3,6 +3,9 @@
 Both have nearly the same Python API, so the module is data (`TrtFlavor`). The builder runs in a subprocess, because it
 can crash; this module never imports it. The engine is streamed to a temporary file beside the output and renamed only
 when it is complete. `cosmos_export.targets._trt_worker` is the other side of the pipe.
+
+The builder orders some things by their addresses, so equal engines need equal memory: the worker gets the same
+environment and the same relative paths wherever it builds, one heap, and (where the system allows) fixed addresses.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ PROGRESS_STEPS = 1000
 _POLL_S = 0.1
 _GRACE_S = 5.0
 _LOG_LINES = 20
+_PASSED_ON = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "SYSTEMROOT")
+_FIXED = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -118,17 +123,18 @@ def run_build(
     require_module(flavor)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{secrets.token_hex(6)}.partial")
+    folder = onnx_path.resolve().parent
     request = {
         "module": flavor.module,
-        "onnx": str(onnx_path.resolve()),
-        "output": str(partial.resolve()),
+        "onnx": onnx_path.name,
+        "output": os.path.relpath(partial.resolve(), folder),
         "compute_capability": capability if flavor.capabilities else None,
         "profiles": [{key: [list(shape) for shape in span] for key, span in profile.items()} for profile in profiles],
         "allow_tf32": allow_tf32,
         "decomposable_attention": decomposable_attention,
     }
     try:
-        result, anonymous = _run_worker(request, f"build {output.name}", progress or Silent(), timeout_s)
+        result, anonymous = _run_worker(request, folder, f"build {output.name}", progress or Silent(), timeout_s)
         report = EngineReport(
             path=output,
             size_bytes=partial.stat().st_size,
@@ -156,18 +162,20 @@ def run_build(
 
 
 def _run_worker(
-    request: Mapping[str, Any], task: str, progress: Progress, timeout_s: float | None
+    request: Mapping[str, Any], folder: Path, task: str, progress: Progress, timeout_s: float | None
 ) -> tuple[dict[str, Any], int | None]:
-    """Run the worker to its end; the result message and the peak of its anonymous memory."""
+    """Run the worker in ``folder`` to its end; the result message and the peak of its anonymous memory."""
     # -P and an explicit path: the working directory must not decide what the worker imports.
     root = str(Path(cosmos_export.__file__).resolve().parent.parent)
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join([root, *(str(Path(entry).absolute()) for entry in given)])
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "cosmos_export.targets._trt_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": path},
+        cwd=folder,
+        env={**{k: os.environ[k] for k in _PASSED_ON if k in os.environ}, **_FIXED, "PYTHONPATH": path},
     )
     assert process.stdin and process.stdout and process.stderr
     messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import weight_norm
 from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
@@ -73,7 +73,7 @@ def file_size(stored: dict[WeightBinding, Stored]) -> int:
 def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, progress: Progress) -> None:
     """Write every binding at its place. Peak memory is a few chunks of 16 MiB, whatever the model.
 
-    Raises UserError (CX440) where the disk is full.
+    Raises ToolError (CX440) where the disk is full.
     """
     progress.begin(task, file_size(stored))
     try:
@@ -85,7 +85,7 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(
+        raise ToolError(
             "CX440",
             f"writing {path.name} ({file_size(stored) / 1e9:.2f} GB) failed: {error.strerror}",
             "free disk space or choose another output directory",

@@ -1,19 +1,24 @@
-"""What a build was asked for, checked before any work."""
+"""What a build is asked for, and everything that can be refused before work begins. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.build.schedule import schedule
+from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.sampling import Overrides
 from cosmos_export.targets import Target, load_target, require_backend
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
 ParityMode = Literal["auto", "always", "never"]
-_COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "safetensors")
+_COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
+_BUILDABLE = ("bf16", "fp32")
+_MAX_PROFILE_NAME = 256
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class BuildOptions:
     target: str = "cpu"
     profiles: tuple[str, ...] = ("480p-121f",)
     modalities: tuple[str, ...] | None = None
+    """None: all that the checkpoint generates."""
     outputs: tuple[str, ...] | None = None
     """Velocities to compute; None: all of the modalities."""
     steps: int | None = None
@@ -43,33 +49,32 @@ class Plan:
     target: Target
     profiles: tuple[Profile, ...]
     modalities: tuple[str, ...]
-    limits: ModelLimits = field(repr=False)
+    outputs: tuple[str, ...]
+    steps: int
 
 
-def resolve(options: BuildOptions, checkpoint: Checkpoint) -> Plan:
-    """Everything that can be refused without work is refused here: target, backend, profiles, modalities, packages."""
+def resolve(options: BuildOptions) -> Plan:
+    """Check the request against itself, the target, this installation and the checkpoint, in that order."""
+    _require_consistent(options)
     target = load_target(options.target)
     require_backend(target)
+    profiles = _profiles(options.profiles)
+    require_compiler()
     if target.backend == "tensorrt-rtx":
         from cosmos_export.targets.tensorrt_rtx import FLAVOR
         from cosmos_export.targets.trt_common import require_module
 
         require_module(FLAVOR)
-    require_compiler()
-    has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
-    available = tuple(name for name, present in has.items() if present)
-    modalities = available if options.modalities is None else tuple(m for m in available if m in options.modalities)
-    if options.modalities is not None and (set(options.modalities) - set(available) or "vision" not in modalities):
-        raise UserError(
-            "CX210",
-            f"modalities {', '.join(options.modalities)} asked for; this checkpoint generates {', '.join(available)}",
-            "`vision` is part of every step; leave --modalities out for all the checkpoint has",
-        )
+    checkpoint = open_checkpoint(options.checkpoint)
+    _require_buildable(checkpoint)
+    modalities = _modalities(options.modalities, checkpoint)
+    outputs = _outputs(options.outputs, modalities)
+    steps = schedule(checkpoint, overrides=Overrides(steps=options.steps)).steps
     limits = model_limits(checkpoint, modalities)
-    profiles = tuple(parse_profile(text) for text in options.profiles)
     for profile in profiles:
         check_limits(profile, limits)
-    return Plan(options, checkpoint, target, profiles, modalities, limits)
+        _require_rows(profile, outputs)
+    return Plan(options, checkpoint, target, profiles, modalities, outputs, steps)
 
 
 def require_compiler() -> None:
@@ -81,19 +86,108 @@ def require_compiler() -> None:
         )
 
 
-def model_limits(checkpoint: Checkpoint, modalities: tuple[str, ...]) -> ModelLimits:
+def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimits:
     """The shapes a checkpoint can be asked for."""
     from cosmos_export.checkpoint.strict_json import optional_object
 
     transformer = optional_object(checkpoint.components["transformer"] / "config.json") or {}
-    root = optional_object(checkpoint.root / "config.json") or {}
-    text = root.get("text_config") or {}
-    published = 262_144 if checkpoint.geometry.gated else 131_072
-    position = transformer.get("max_position_embeddings") or text.get("max_position_embeddings") or published
-    margin = checkpoint.geometry.unified_3d_mrope_temporal_modality_margin
+    text = (optional_object(checkpoint.root / "config.json") or {}).get("text_config")
+    stated = [
+        config["max_position_embeddings"]
+        for config in (transformer, text)
+        if isinstance(config, dict) and config.get("max_position_embeddings") is not None
+    ]
+    position = stated[0] if stated else 262_144 if checkpoint.geometry.gated else 131_072
+    if type(position) is not int or position < 1:
+        raise UserError(
+            "CX103", f"max_position_embeddings = {position!r} is not a positive integer", "restore config.json"
+        )
     return ModelLimits(
-        max_position=int(position),
-        temporal_margin=margin,
+        max_position=position,
+        temporal_margin=checkpoint.geometry.unified_3d_mrope_temporal_modality_margin,
         sound="sound" in modalities,
         action="action" in modalities,
     )
+
+
+def _require_consistent(options: BuildOptions) -> None:
+    if options.parity not in get_args(ParityMode):
+        allowed = ", ".join(get_args(ParityMode))
+        raise UserError("CX451", f"parity `{options.parity}` is none of {allowed}", f"pass one of {allowed}")
+    if options.output is None and options.until is None:
+        raise UserError(
+            "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"
+        )
+    if options.until is not None and options.output is not None:
+        raise UserError(
+            "CX451", "`--until` stops before there is a bundle to write", "leave `--output` out, use `--dump`"
+        )
+    if options.dump is not None and options.dump.exists() and not options.dump.is_dir():
+        raise UserError("CX451", f"{options.dump} is not a directory", "`--dump` takes a directory for one file a pass")
+
+
+def _profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
+    profiles = tuple(parse_profile(text) for text in texts)
+    if not profiles:
+        raise UserError("CX410", "a build needs at least one profile", "480p-121f is the default")
+    names = [profile.name for profile in profiles]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError("CX410", f"profile `{repeated[0]}` is given twice", "an engine has each profile once")
+    long = [name for name in names if len(name) > _MAX_PROFILE_NAME]
+    if long:
+        raise UserError(
+            "CX410", f"profile `{long[0][:40]}…` has {len(long[0])} characters, allowed {_MAX_PROFILE_NAME}"
+        )
+    return profiles
+
+
+def _require_buildable(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantization is not None:
+        raise UnsupportedError(
+            "CX150",
+            f"{checkpoint.root} is quantized ({checkpoint.precision}); this version builds from unquantized weights",
+            "build from the bf16 revision of the same model; `inspect` reads both",
+        )
+    if checkpoint.precision not in _BUILDABLE:
+        raise UnsupportedError(
+            "CX150",
+            f"{checkpoint.root} has {checkpoint.precision} weights; this version takes {' or '.join(_BUILDABLE)}",
+            "build from the published bf16 weights, or convert these",
+        )
+
+
+def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
+    available = tuple(name for name, present in has.items() if present)
+    if asked is None:
+        return available
+    if set(asked) - set(available) or "vision" not in asked:
+        raise UserError(
+            "CX210",
+            f"modalities {', '.join(asked) or 'none'} asked for; this checkpoint generates {', '.join(available)}",
+            "`vision` is part of every step; leave --modalities out for all the checkpoint has",
+        )
+    return tuple(name for name in available if name in asked)
+
+
+def _outputs(asked: Sequence[str] | None, modalities: Sequence[str]) -> tuple[str, ...]:
+    available = tuple(f"{name}_velocity" for name in modalities)
+    if asked is None:
+        return available
+    unknown = [name for name in asked if name not in available]
+    if unknown or not asked:
+        what = f"no output {', '.join(f'`{name}`' for name in unknown)}" if unknown else "no output is left"
+        raise UserError("CX221", f"{what}; the step computes {', '.join(available)}", "leave --outputs out for all")
+    return tuple(name for name in available if name in asked)
+
+
+def _require_rows(profile: Profile, outputs: Sequence[str]) -> None:
+    """An engine that computes nothing at a profile's minimum cannot be built; of the vision there is always a row."""
+    lengths = [f"{name.removesuffix('_velocity')}_len" for name in outputs]
+    if "vision_len" not in lengths and not any(profile.dims[dim].min for dim in lengths):
+        raise UserError(
+            "CX411",
+            f"profile `{profile.name}` allows no row of {', '.join(outputs)}: {' and '.join(lengths)} may be 0",
+            f"raise the minimum, for example `{profile.name},{lengths[0]}=16:32:64`",
+        )

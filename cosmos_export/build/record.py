@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 import cosmos_export
-from cosmos_export.build.options import Plan
 from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
@@ -31,7 +30,7 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES
 
 if TYPE_CHECKING:
-    from cosmos_export.build.driver import BuildResult
+    from cosmos_export.build.stages import BuildResult
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 _GEOMETRY = (
@@ -41,15 +40,14 @@ _GEOMETRY = (
 
 
 def manifest(
-    plan: Plan,
-    program: Program,
     result: BuildResult,
+    program: Program,
     inputs: tuple[InputFile, ...],
     steps: torch.Tensor,
     created: str,
 ) -> Manifest:
     """Everything a reader needs to know of this build, but for the files, which the writer adds."""
-    checkpoint, options = plan.checkpoint, plan.options
+    plan, checkpoint = result.plan, result.plan.checkpoint
     return Manifest(
         model=Model(
             id=checkpoint.origin.repository or checkpoint.root.resolve().name,
@@ -67,25 +65,28 @@ def manifest(
         edges=tuple(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
         loop=LoopRecord(program.loop.body, dict(program.loop.carried)),
         engines=tuple(
-            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded")
+            EngineRecord(
+                e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded"
+            )
             for e in result.engines
         ),
         tools=_tools(result),
         options={
             "modalities": plan.modalities,
-            "outputs": tuple(program.loop.carried.values()),
-            "parity": options.parity,
+            "outputs": plan.outputs,
+            "parity": plan.options.parity,
             "steps": len(steps),
             "timesteps": tuple(float(t) for t in steps),
             "passes": tuple(program.history),
         },
         evaluation=_verdicts(result),
-        plan_checks=tuple(check for engine in result.engines for check in engine.checks),
+        plan_checks=tuple(engine.check for engine in result.engines),
         volatile=Volatile(
             created=created,
             build_seconds=round(result.seconds, 3),
             peak_memory_bytes=result.peak_memory_bytes,
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
+            measured={m.stage: m.value for m in result.parity},
         ),
     )
 
@@ -113,14 +114,13 @@ def _tools(result: BuildResult) -> dict[str, str]:
 
 def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
     if not result.parity:
-        return (Verdict("all", "transformer", "relative L2", None, None, "not-measured", result.parity_note),)
+        return (Verdict("all", "transformer", "relative L2", None, "not-measured", result.parity_note),)
     measured = [
-        # Two digits: the last bits follow the machine's threads, and a manifest is compared between builds.
-        Verdict(m.stage, "transformer", m.metric, float(f"{m.value:.1e}"), m.limit, "pass" if m.passed else "fail", m.case)
+        Verdict(m.stage, "transformer", m.metric, m.limit, "pass" if m.passed else "fail", m.over)
         for m in result.parity
     ]
     engines = [
-        Verdict("engine", e.graph, "relative L2", None, None, "not-measured", "needs the target's GPU")
+        Verdict("engine", e.graph, "relative L2", None, "not-measured", "needs the target's GPU")
         for e in result.engines
     ]
     return (*measured, *engines)

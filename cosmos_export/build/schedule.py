@@ -1,14 +1,22 @@
-"""The schedule a checkpoint is sampled with, and the table of time embeddings at its timesteps."""
+"""The schedule a checkpoint is sampled with, and the table of time embeddings at its timesteps.
+
+What a checkpoint is asked for is checked with the first before torch is imported for the second.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.ir.interpreter import Weights, run_graph
-from cosmos_export.ir.program import Program
-from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, resolve_schedule
+
+if TYPE_CHECKING:
+    import torch
+
+    from cosmos_export.ir.interpreter import Weights
+    from cosmos_export.ir.program import Program
 
 DEFAULT_MODE = "t2v"
 
@@ -35,13 +43,34 @@ def timesteps(checkpoint: Checkpoint, steps: int | None) -> torch.Tensor:
 
     Raises UserError (CX460) for a step count the checkpoint does not sample with.
     """
+    import torch
+
     resolved = schedule(checkpoint, overrides=Overrides(steps=steps))
     return torch.tensor(resolved.timesteps, dtype=torch.float32)
 
 
 def schedule_table(program: Program, steps: torch.Tensor, weights: Weights) -> dict[str, torch.Tensor]:
     """The schedule graph's results at every timestep, stacked: ``time_embedding`` [steps, hidden]."""
+    import torch
+
+    from cosmos_export.ir.interpreter import run_graph
+    from cosmos_export.passes.fold_schedule import SCHEDULE
+
     graph = program.graphs[SCHEDULE]
     (name,) = graph.inputs
-    rows = [run_graph(graph, {name: step.reshape(1)}, weights) for step in steps]
+    with _one_thread():
+        rows = [run_graph(graph, {name: step.reshape(1)}, weights) for step in steps]
     return {output: torch.cat([row[output] for row in rows]) for output in graph.outputs}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The table is part of the bundle, and the order of sums may follow the number of threads."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

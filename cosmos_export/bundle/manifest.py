@@ -159,12 +159,14 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One measured comparison against the reference; `not-measured` says so instead of leaving it out."""
+    """One comparison against the reference; `not-measured` says so instead of leaving it out.
+
+    The number itself is in `Volatile.measured`: its last digits follow the machine's CPU and threads.
+    """
 
     stage: Name
     subject: Name
     metric: Name
-    value: float | None
     threshold: float | None
     verdict: Literal["pass", "fail", "not-measured"]
     note: str
@@ -189,6 +191,8 @@ class Volatile:
     build_seconds: float
     peak_memory_bytes: Bytes | None
     stage_seconds: Mapping[str, float]
+    measured: Mapping[str, float]
+    """The value behind each verdict, by stage."""
 
 
 @dataclass(frozen=True)

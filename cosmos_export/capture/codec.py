@@ -1,15 +1,16 @@
 """Capture of the codecs from the installed diffusers: video decoder and encoder as streams, and the sound decoder.
 
-The published video autoencoder already works a few frames at a time, with a list of caches that it fills as it goes. The
-adapters hand it that list and return it: a clip is then one call of a `…_first` graph and one of a `…_next` graph for
-each further latent frame, with the caches as values between them. Decoding a part of a clip is the first part of
-decoding it, and memory does not depend on its length. No layer is written here; no weight is read.
+The published video autoencoder works a few frames at a time already, with a list of caches that it fills as it goes.
+The adapters hand it that list and return it: a clip is then one call of a `…_first` graph and one of a `…_next` graph
+for each further latent frame, with the caches as values between them. Decoding the beginning of a clip is the beginning
+of decoding it, and memory does not depend on its length. No layer is written here; no weight is read.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -33,6 +34,9 @@ _DIMS = {
 }
 _EXAMPLE = {"height": 6, "width": 10, "sound_len": 13}
 
+_Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""A value and the caches by the names of their convolutions."""
+
 
 def capture_vae_decoder(config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Program:
     """Latents to pixels, one latent frame a call.
@@ -49,9 +53,9 @@ def capture_vae_decoder(config: Mapping[str, Any], sources: Mapping[str, WeightS
 def capture_vae_encoder(config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Program:
     """Pixels to normalised latents, one latent frame a call; the mode of the distribution, never a sample.
 
-    ``vae_encoder_first``: ``pixels`` float32 [1, 3, 1, 16·height, 16·width] → ``latent`` float32 [1, C, 1, height, width]
-    and the caches: all that an image or a policy needs. ``vae_encoder_next``: the next four frames and the caches → the
-    next ``latent`` and the new caches. First and next are five frames, and so on.
+    ``vae_encoder_first``: ``pixels`` float32 [1, 3, 1, 16·height, 16·width] in [−1, 1] → ``latent`` float32
+    [1, C, 1, height, width] and the caches: all that an image or a policy needs. ``vae_encoder_next``: the next four
+    frames and the caches → the next ``latent`` and the new caches. First and next are five frames, and so on.
     """
     vae = _video_autoencoder(config)
     vae.decoder = None
@@ -111,10 +115,10 @@ class _Stream(nn.Module):
     input_scale: int
     """Rows of the input a latent row."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model: Any = model
-        self.config: Any = model.config
+        self.model = model
+        self.config = model.config
         self.statistics = _Statistics(self.config)
 
     def codec(self) -> nn.Module:
@@ -147,9 +151,6 @@ class _Stream(nn.Module):
         return y, caches
 
 
-_Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
 def _steady(kept: Any, before: torch.Tensor | None, convolution: Any) -> torch.Tensor:
     """A cache after the first frame in the form that it has from then on.
 
@@ -165,7 +166,7 @@ def _steady(kept: Any, before: torch.Tensor | None, convolution: Any) -> torch.T
 
 
 class _Decoder(_Stream):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.input_channels, self.input_frames, self.input_scale = self.config.z_dim, (1, 1), 1
 
@@ -173,9 +174,7 @@ class _Decoder(_Stream):
         decoder: nn.Module = self.model.decoder
         return decoder
 
-    def forward(
-        self, latent: torch.Tensor, cache: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, latent: torch.Tensor, cache: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         dtype = self.model.post_quant_conv.weight.dtype
@@ -188,7 +187,7 @@ class _Decoder(_Stream):
 
 
 class _Encoder(_Stream):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model)
         self.input_channels = self.config.in_channels // (self.config.patch_size or 1) ** 2
         self.input_frames = (1, self.config.scale_factor_temporal)
@@ -198,9 +197,7 @@ class _Encoder(_Stream):
         encoder: nn.Module = self.model.encoder
         return encoder
 
-    def forward(
-        self, pixels: torch.Tensor, cache: Mapping[str, torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, pixels: torch.Tensor, cache: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
         from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
@@ -219,9 +216,9 @@ def _named(caches: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _SoundDecoder(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
 
     def forward(self, sound_latent: torch.Tensor) -> dict[str, torch.Tensor]:
         dtype = self.model.decoder.conv1.bias.dtype
@@ -254,12 +251,12 @@ def _video_autoencoder(config: Mapping[str, Any]) -> Any:
     return vae
 
 
-class _quiet(warnings.catch_warnings):
+@contextmanager
+def _quiet() -> Iterator[None]:
     """The libraries' own use of what torch deprecates is not the user's concern."""
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _remove_weight_norm(model: nn.Module) -> list[str]:
@@ -350,8 +347,7 @@ class _Capture:
         self._bindings = bindings
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         self._constants: dict[str, torch.Tensor] = {}
-        types = [b.dtype for b in bindings.values() if b.transform is Transform.IDENTITY]
-        self._dtype = types[0]
+        self._dtype = next(b.dtype for b in bindings.values() if b.transform is Transform.IDENTITY)
         with self._mode:
             for path, owner in adapter.named_modules():
                 for leaf, parameter in list(owner.named_parameters(recurse=False)):
@@ -373,9 +369,7 @@ class _Capture:
             dynamic["cache"] = {k.removeprefix("cache_"): _dynamic(shape, declared) for k, shape in caches.items()}
         with torch.no_grad(), _quiet():
             # These forwards change nothing in place, so there is nothing to decompose: half the time saved.
-            exported = torch.export.export(
-                self._adapter, (), kwargs=example, dynamic_shapes=dynamic, strict=False
-            )
+            exported = torch.export.export(self._adapter, (), kwargs=example, dynamic_shapes=dynamic, strict=False)
         graph = Importer(exported, name, {**inputs, **caches}, self._bindings, self._constants).run()
         graph.eliminate_dead_code()
         return graph

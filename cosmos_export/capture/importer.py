@@ -227,10 +227,10 @@ def _embedding(call: Call, spec: TensorSpec, weight: Node, indices: Node, *_: An
 
 def _chunk(call: Call, spec: TensorSpec, x: Node, chunks: int, dim: int, index: int) -> Node:
     axis = dim % spec.rank
-    size = spec.shape[axis]
-    if not equal(sympy.sympify(size) * chunks, spec_of(x).shape[axis]):
+    size = sympy.sympify(spec.shape[axis])
+    if not equal(size * chunks, spec_of(x).shape[axis]):
         raise InternalError("CX202", f"{chunks} chunks of {spec_of(x)} along {dim} are not of one size")
-    return call(aten.slice.Tensor, x, axis, simplify(sympy.sympify(size) * index), simplify(sympy.sympify(size) * (index + 1)))
+    return call(aten.slice.Tensor, x, axis, simplify(size * index), simplify(size * (index + 1)))
 
 
 def _repeat(call: Call, spec: TensorSpec, x: Node, times: int, dim: int) -> Node:

@@ -28,6 +28,12 @@ class Case:
     fps: float = 24.0
     timestep: float = 437.0
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Velocities this case has rows of."""
+        rows = {"vision": self.frames, "sound": self.sound, "action": self.actions}
+        return tuple(f"{name}_velocity" for name, count in rows.items() if count)
+
     def inputs(self, config: Mapping[str, Any], modalities: Sequence[str], seed: int = 0) -> dict[str, torch.Tensor]:
         """Tensors of the step in float32 (ids int64), seeded noise for latents."""
         generator = torch.Generator().manual_seed(seed)
@@ -35,28 +41,29 @@ class Case:
         def noise(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator)
 
-        base = float(config["base_fps"])
+        base, fps = float(config["base_fps"]), self.fps if config["enable_fps_modulation"] else None
         patch = config["latent_patch_size"]
         rows, columns = (-(-size // patch) for size in (self.height, self.width))
         result = {
             "input_ids": torch.randint(0, config["vocab_size"], (self.prompt,), generator=generator),
             "vision_latent": noise(1, config["latent_channel"], self.frames, self.height, self.width),
             "vision_mask": _mask(self.frames, self.clean_frames),
-            "frame_positions": _tensor(positions.frame_positions(self.frames, self.fps, base)),
+            "frame_positions": _tensor(positions.frame_positions(self.frames, fps, base)),
             "row_positions": _tensor(positions.grid_positions(rows)),
             "column_positions": _tensor(positions.grid_positions(columns)),
             "timestep": torch.tensor([self.timestep]),
         }
         if "sound" in modalities:
+            rate = None if fps is None else config["sound_latent_fps"]
             result |= {
                 "sound_latent": noise(config["sound_dim"], self.sound),
-                "sound_positions": _tensor(positions.sound_positions(self.sound, config["sound_latent_fps"], base)),
+                "sound_positions": _tensor(positions.sound_positions(self.sound, rate, base)),
             }
         if "action" in modalities:
             result |= {
                 "action_latent": noise(self.actions, config["action_dim"]),
                 "action_mask": _mask(self.actions, self.clean_actions),
-                "action_positions": _tensor(positions.action_positions(self.actions, self.fps, base)),
+                "action_positions": _tensor(positions.action_positions(self.actions, fps, base)),
                 "action_domain": torch.tensor([config["num_embodiment_domains"] // 4]),
             }
         return result

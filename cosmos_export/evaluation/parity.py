@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,14 @@ PRECISION_LIMIT = 1.5
 
 @dataclass(frozen=True)
 class Measured:
-    """Worst value over the cases, with the case it comes from."""
+    """A value over all cases: the worst with its case, or a mean."""
 
     stage: str
     metric: str
     value: float
     limit: float
+    over: str
+    """What the value is taken over."""
     case: str
 
     @property
@@ -42,21 +44,32 @@ class Measured:
 class Parity:
     """Compares stages of one build with the stock model of the same checkpoint, loaded once in fp32."""
 
-    def __init__(self, checkpoint: Checkpoint, modalities: Sequence[str], weights: Weights, cases: Sequence[Case] = CASES):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        modalities: Sequence[str],
+        outputs: Sequence[str],
+        weights: Weights,
+        cases: Sequence[Case] = CASES,
+    ) -> None:
         self._config = checkpoint.geometry.config
         self._modalities = modalities
         self._weights = weights
         self._folder = checkpoint.components["transformer"]
-        self._cases = [c for c in cases if (not c.actions or "action" in modalities)]
+        # Nothing generates a row of a modality without rows: there is nothing to compare then.
+        self._cases = [c for c in cases if (not c.actions or "action" in modalities) and set(c.outputs) & set(outputs)]
         reference = Reference(self._folder, torch.float32)
-        self._expected = {c.name: reference.step(self._inputs(c), c.fps) for c in self._cases}
+        self._expected = {c.name: self._wanted(reference.step(self._inputs(c), c.fps), outputs) for c in self._cases}
 
     def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
         return case.inputs(self._config, self._modalities)
 
-    def _compare(self, case: Case, found: dict[str, torch.Tensor]) -> float:
-        expected = {k: v for k, v in self._expected[case.name].items() if k in found}
-        return relative_error(found, expected)
+    @staticmethod
+    def _wanted(results: dict[str, torch.Tensor], outputs: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in results.items() if name in outputs}
+
+    def _compare(self, case: Case, found: Mapping[str, torch.Tensor]) -> float:
+        return relative_error(found, self._expected[case.name])
 
     def program(self, program: Program, stage: str) -> Measured:
         """The program in fp32 arithmetic, by the interpreter."""
@@ -79,7 +92,8 @@ class Parity:
         # Rounding is noise, and the ratio of two samples of it says little: root mean square over the cases.
         ratio = float(np.linalg.norm(ours) / np.linalg.norm(theirs))
         name = str(dtype).removeprefix("torch.")
-        return Measured(name, f"distance from fp32 / that of stock {name}", ratio, PRECISION_LIMIT, "all, rms")
+        metric = f"distance from fp32 / that of stock {name}"
+        return Measured(name, metric, ratio, PRECISION_LIMIT, f"rms of {len(ours)} cases", "all")
 
     def onnx(self, program: Program, folder: Path, suffix: str) -> Measured:
         """The lowered graphs in ONNX Runtime on the CPU, one feeding the next."""
@@ -108,6 +122,4 @@ class Parity:
 
 def _worst(stage: str, metric: str, errors: dict[str, float], limit: float) -> Measured:
     case = max(errors, key=lambda name: errors[name])
-    return Measured(stage, metric, errors[case], limit, case)
-
-
+    return Measured(stage, metric, errors[case], limit, f"worst of {len(errors)} cases", case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import inf, isfinite
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,10 +86,19 @@ class Reference:
 
 
 def relative_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
-    """Largest ‖found − expected‖ / ‖expected‖ over the outputs; an output that is exactly zero must be found zero."""
-    worst = 0.0
-    for name, reference in expected.items():
-        difference = (found[name].double() - reference.double()).norm().item()
-        scale = reference.double().norm().item()
-        worst = max(worst, difference / scale if scale else (float("inf") if difference else 0.0))
-    return worst
+    """Largest ‖found − expected‖ / ‖expected‖ over the outputs.
+
+    Infinite where an output is missing, of another shape or not finite, and where a zero output is not found zero.
+    """
+    return max((_relative_error(found.get(name), reference) for name, reference in expected.items()), default=inf)
+
+
+def _relative_error(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+    if found is None or found.shape != expected.shape:
+        return inf
+    difference = (found.double() - expected.double()).norm().item()
+    scale = expected.double().norm().item()
+    if difference == 0.0:
+        return 0.0
+    # Not `max` or a comparison alone: both pass over NaN.
+    return difference / scale if scale > 0.0 and isfinite(difference) else inf

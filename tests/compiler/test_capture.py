@@ -210,7 +210,7 @@ def test_inputs_have_types_rates_and_dims(compiled: Any) -> None:
 def test_a_source_that_is_missing_is_named(model: Any) -> None:
     sources = sources_of_model(model)
     del sources["layers.1.self_attn.to_q.weight"]
-    with pytest.raises(InternalError, match="no source for 1 parameters, first `layers.1.self_attn.to_q.weight`"):
+    with pytest.raises(InternalError, match=r"no source for 1 parameters, first `layers\.1\.self_attn\.to_q\.weight`"):
         capture(CONFIG, sources)
 
 

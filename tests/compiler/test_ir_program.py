@@ -122,7 +122,7 @@ def no_loop_value(p: Program) -> None:
 
 
 def misplaced(p: Program) -> None:
-    linear, add, neg = p.graphs["body"].calls()
+    linear, _, neg = p.graphs["body"].calls()
     linear.args = (neg, linear.args[1])
 
 

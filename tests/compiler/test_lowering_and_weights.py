@@ -1,9 +1,10 @@
-"""The weight file equals the interpreter's values; the ONNX models are legal, run anywhere, and are made for builders."""
+"""The weight file equals the interpreter's values; the ONNX models are legal, run, and have the form builders want."""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_places_are_aligned_and_do_not_overlap(bindings: list[WeightBinding]) ->
     assert len(stored) == len(bindings)
     places = sorted(stored.values(), key=lambda s: s.offset)
     assert all(p.offset % ALIGNMENT == 0 for p in places)
-    assert all(a.offset + a.size_bytes <= b.offset for a, b in zip(places, places[1:], strict=False))
+    assert all(a.offset + a.size_bytes <= b.offset for a, b in pairwise(places))
     assert file_size({}) == 0
 
 
@@ -326,8 +327,8 @@ def test_bf16_constants_are_computed_in_the_type_asked_for() -> None:
 
 def test_an_operation_without_an_onnx_form_is_named() -> None:
     s = Sketch()
-    program = s.program(y=s.call(aten.index_put.default, s.input("x", (4, 2)),
-                                 [s.call(aten.arange.start, 0, 4, dtype=torch.int64)], s.input("v", (4, 2))))  # fmt: skip
+    rows = s.call(aten.arange.start, 0, 4, dtype=torch.int64)
+    program = s.program(y=s.call(aten.index_put.default, s.input("x", (4, 2)), [rows], s.input("v", (4, 2))))
     with pytest.raises(InternalError) as refused:
         lower(program.graphs["body"], {}, "none")
     assert refused.value.message == "`index_put_default`: no ONNX form of aten.index_put.default"

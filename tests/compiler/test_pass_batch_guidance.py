@@ -18,7 +18,9 @@ from cosmos_export.passes.split_towers import GENERATOR
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (1, 300), (40, 2)])
-@pytest.mark.parametrize("case", [Case("everything", 3, 5, 6, 0, clean=(0,), sound=4, actions=5), Case("t2i", 1, 4, 5, 0)])
+@pytest.mark.parametrize(
+    "case", [Case("everything", 3, 5, 6, 0, clean=(0,), sound=4, actions=5), Case("t2i", 1, 4, 5, 0)]
+)
 def test_both_branches_at_once_equal_each_alone(compiled: Compiled, case: Case, lengths: tuple[int, int]) -> None:
     if not compiled.config["sound_gen"]:
         case = Case(case.mode, case.frames, case.height, case.width, 0, case.clean, 0, case.actions)

@@ -65,7 +65,7 @@ def test_the_prompt_is_last_in_any_order_of_joining(parts: str) -> None:
             "keys and values are joined from parts of different lengths",
         ),
     ],
-    ids=["causal", "three parts", "both given", "both change (schedule)", "both change", "not joined", "joined by heads",
+    ids=["causal", "three parts", "both given", "schedule", "both change", "not joined", "joined by heads",
          "other order of values", "other lengths"],
 )  # fmt: skip
 def test_other_attention_stays(options: dict[str, Any], reason: str) -> None:

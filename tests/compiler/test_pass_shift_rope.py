@@ -65,6 +65,10 @@ def towers(
     return s.program(y=y, **read(s, nodes))
 
 
+def attend(s: Sketch, query: Any, key: Any, value: Any) -> Any:
+    return s.call(ops.ATTENTION, query, key, value, False, 1.0)
+
+
 def test_counts_follow_from_the_model(compiled: Any) -> None:
     """One move a modality, and the prompt's positions instead; nothing declined."""
     result = compiled.reports["shift_rope"].result
@@ -127,7 +131,7 @@ def is_undone(add: Any) -> bool:
             "reads a rotated value, and not as query or key of attention",
         ),
         (
-            lambda: towers(read=lambda s, v: {"z": s.call(ops.ATTENTION, v["query"], v["keys"], v["keys"], False, 1.0)}),
+            lambda: towers(read=lambda s, v: {"z": attend(s, v["query"], v["keys"], v["keys"])}),
             "reads a rotated value, and not as query or key of attention",
         ),
         (
@@ -148,7 +152,7 @@ def test_where_scores_could_change_nothing_moves(program: Any, reason: str) -> N
 
 
 def test_what_is_moved_on_some_axes_is_moved_back_on_the_others() -> None:
-    """The prompt is moved on three axes by one sum, generated rows on one: there both lose it, elsewhere it changes sides."""
+    """The prompt is moved on three axes by one sum, generated rows on one: there both lose it, elsewhere they swap."""
     program = towers(steady_prompt=False, constant=0)
     result = apply(ShiftRope(), program, tolerance=2e-5)
     assert result.changes == {"positions made independent of the prompt": 3, "positions moved instead": 2}

@@ -139,7 +139,7 @@ def test_slicing_is_computing_all_rows(action_program: Any, backbone: str) -> No
 
 @pytest.mark.parametrize("backbone", ["omni", "edge"])
 def test_the_last_layer_computes_action_rows_only(action_program: Any, backbone: str) -> None:
-    """Query, attention, output, MLP and the last norm of the last generator layer; its keys and values need all rows."""
+    """Query, attention, output, MLP and last norm of the last generator layer; its keys and values need all rows."""
     _, program, _ = action_program(backbone)
     graph = program.graphs["generator"]
     of = {n.meta["module"]: [] for n in graph.calls()}

@@ -106,7 +106,7 @@ def test_a_planted_crossing_in_the_real_model_is_named(compiled: Any) -> None:
     row = graph.call(aten.slice.Tensor, embedded, 0, 0, 1, before=victim)
     mixed = graph.call(aten.add.Tensor, victim.args[0], row, before=victim, like=victim)
     victim.replace_input_with(victim.args[0], mixed)
-    with pytest.raises(CannotApply, match="of module `layers.0.self_attn.add_q_proj`: reads the prompt's value"):
+    with pytest.raises(CannotApply, match=r"of module `layers\.0\.self_attn\.add_q_proj`: reads the prompt's value"):
         SplitTowers().run(program)
 
 

@@ -281,7 +281,7 @@ def test_no_pass_holds_a_checkpoint_key(compile_tiny: Any) -> None:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_final_program_is_the_golden_one(compile_tiny: Any, backbone: str) -> None:
     """Every operation of a compiled tiny model. To accept a change: UPDATE_GOLDEN=1 pytest tests/compiler -k golden."""
-    text = print_program(compile_tiny(backbone, layers=2).final)
+    text = print_program(compile_tiny(backbone).final)
     path = GOLDEN / f"tiny_{backbone}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""One layer of true Nano, Super and Edge width in bf16: after all passes no further from fp32 than the stock model is."""
+"""One layer of true Nano, Super and Edge width in bf16: after all passes as near to fp32 as the stock model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny model of each backbone, requests in every mode, and the oracle: the stock forward called with its own arguments.
+"""A tiny model of each backbone, requests in every mode, and the oracle: the stock forward with its own arguments.
 
 Nothing here uses the adapter of the capture. Positions follow the published rule (facts §2.4): generation starts 15,000
 after the prompt on the temporal axis.

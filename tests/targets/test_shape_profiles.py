@@ -113,7 +113,7 @@ def test_limits() -> None:
     assert caught.value.code == "CX411"
     message = caught.value.message
     assert "`frames` reaches 48, allowed 38" in message and "`width` reaches 80, allowed 52" in message
-    assert "`sound_len` reaches 197, allowed 0 (the model has no sound)" in message
+    assert "`sound_len` reaches 197, allowed 0 (no sound is generated)" in message
     with pytest.raises(UserError, match="`und_len` reaches 5000, allowed 4096"):
         check_limits(parse_profile("480p,und_len=1:512:5000"), nano)
     with pytest.raises(UserError, match="reach position 19144, allowed 16000"):

@@ -8,15 +8,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from cosmos_export.cli import console
 from cosmos_export.cli.targets import register
 from cosmos_export.diagnostics import UserError
 from cosmos_export.targets import target_names
 
-pytest.importorskip("cosmos_export.cli.console", reason="the console module is not part of this tree yet")
-
 
 @pytest.fixture
 def app() -> typer.Typer:
+    console.configure()  # or it would print to the stream of the test before
     application = typer.Typer()
     application.callback()(lambda: None)
     register(application)

@@ -1,0 +1,345 @@
+"""The stages of a build in order. Each writes into the staged bundle; the first that finds something wrong ends it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from cosmos_export.build.options import Plan
+from cosmos_export.build.record import manifest
+from cosmos_export.build.schedule import schedule_table, timesteps
+from cosmos_export.build.sources import weight_sources
+from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck
+from cosmos_export.bundle.verify import hash_file
+from cosmos_export.capture.model import capture
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.diagnostics import FindingError
+from cosmos_export.evaluation.parity import Measured, Parity
+from cosmos_export.ir import ops
+from cosmos_export.ir.dims import product
+from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.interpreter import read_weights
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import WeightSource
+from cosmos_export.ir.text import print_program
+from cosmos_export.passes.fold_schedule import SCHEDULE
+from cosmos_export.passes.pipeline import Report, default_passes, run_passes
+from cosmos_export.progress import Progress
+from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
+from cosmos_export.targets.profiles import input_shapes
+from cosmos_export.targets.trt_common import EngineReport
+from cosmos_export.targets.weights import file_size, layout, read_source, write_weights
+
+PARITY_MEMORY_SHARE = 0.4
+"""Parity loads the stock model in fp32; above this share of the available memory it is left out and said to be."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of the bundle, what its build reported and what its plan contains."""
+
+    graph: str
+    report: EngineReport
+    plan: PlanSummary
+    check: PlanCheck
+
+    @property
+    def fused_attention(self) -> int:
+        """Fused attention kernels in the plan of one profile."""
+        return min((len(g.attention) for g in self.plan.graphs), default=0)
+
+
+@dataclass
+class BuildResult:
+    """What a build did and measured. ``manifest`` is None where it stopped at a pass."""
+
+    plan: Plan
+    program: Program | None = None
+    passes: list[Report] = field(default_factory=list)
+    parity: list[Measured] = field(default_factory=list)
+    parity_note: str = ""
+    engines: list[Engine] = field(default_factory=list)
+    dumps: list[Path] = field(default_factory=list)
+    manifest: Manifest | None = None
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stage_seconds.values())
+
+
+def compile_only(plan: Plan, progress: Progress) -> BuildResult:
+    """The graphs up to ``--until``, and their text."""
+    result = BuildResult(plan)
+    _compile(plan, weight_sources(plan.checkpoint), None, result, _Stages(result, progress))
+    result.peak_memory_bytes = _peak_memory()
+    return result
+
+
+def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
+    """Every stage, into ``writer``; commits the bundle."""
+    result = BuildResult(plan)
+    stages = _Stages(result, progress)
+    sources, steps = weight_sources(plan.checkpoint), timesteps(plan.checkpoint, plan.steps)
+    weights = read_weights(read_source)
+    result.parity_note = _parity_refusal(plan)
+    parity = None
+    if not result.parity_note:
+        with stages("parity"):
+            parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights)
+    program = _compile(plan, sources, parity, result, stages)
+    with stages("time table"):
+        table = {"timesteps": steps, **schedule_table(program, steps, weights)}
+        writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
+    with stages("weights and ONNX", shown=False):
+        suffix = _write_onnx(program, plan, writer, stages.progress)
+    if parity is not None:
+        with stages("parity"):
+            dtype = model_dtype(program)
+            if dtype != torch.float32:
+                result.parity.append(parity.precision(program, dtype))
+            folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
+            result.parity.append(parity.onnx(program, folder, suffix))
+        _require_parity(result.parity)
+    if plan.target.backend == "tensorrt-rtx":
+        with stages("engines", shown=False):
+            for name, graph in program.graphs.items():
+                if name != SCHEDULE:
+                    result.engines.append(_build_engine(name, graph, program, plan, writer, stages.progress))
+        _require_plans(result.engines)
+    with stages("hashing inputs", shown=False):
+        inputs = _hash_inputs(plan.checkpoint, stages.progress)
+    result.peak_memory_bytes = _peak_memory()
+    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    result.manifest = writer.commit(manifest(result, program, inputs, steps, created))
+    return result
+
+
+class _Stages:
+    """Times stages and shows them."""
+
+    def __init__(self, result: BuildResult, progress: Progress) -> None:
+        self._result = result
+        self.progress = progress
+
+    @contextmanager
+    def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
+        start = time.perf_counter()
+        with self._task(name) if shown else nullcontext():
+            yield
+        self._result.stage_seconds[name] = self._result.stage_seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _task(self, name: str) -> Iterator[None]:
+        self.progress.begin(name)
+        try:
+            yield
+        finally:
+            self.progress.end(name)
+
+
+def _peak_memory() -> int:
+    """Largest resident set of this process or of a builder process."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+# -- graphs -----------------------------------------------------------------------------------------------------------
+
+
+def _compile(
+    plan: Plan, sources: Mapping[str, WeightSource], parity: Parity | None, result: BuildResult, stages: _Stages
+) -> Program:
+    options = plan.options
+    dump = _Dump(options.dump, result)
+    with stages("capture"):
+        program = capture(plan.checkpoint.geometry.config, sources, modalities=plan.modalities)
+
+    def compare(stage: str) -> None:
+        dump(program)
+        if parity is not None:
+            with stages("parity"):
+                result.parity.append(parity.program(program, stage))
+
+    def after_each(_: Program, report: Report) -> None:
+        result.passes.append(report)
+        result.stage_seconds["passes"] = result.stage_seconds.get("passes", 0.0) + report.seconds
+        compare(report.name)
+
+    compare("capture")
+    run_passes(program, default_passes(options.outputs), until=options.until, after_each=after_each)
+    result.program = program
+    return program
+
+
+class _Dump:
+    """Writes the program's text after each pass where a directory is given."""
+
+    def __init__(self, folder: Path | None, result: BuildResult) -> None:
+        self._folder = folder
+        self._result = result
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, program: Program) -> None:
+        if self._folder is None:
+            return
+        path = self._folder / f"{len(self._result.dumps):02d}-{program.history[-1]}.txt"
+        path.write_text(print_program(program), encoding="utf-8")
+        self._result.dumps.append(path)
+
+
+# -- the bundle -------------------------------------------------------------------------------------------------------
+
+
+def model_dtype(program: Program) -> torch.dtype:
+    """The type in which the loop's body computes: that of its first carried value."""
+    body = program.graphs[program.loop.body]
+    return spec_of(body.inputs[next(iter(program.loop.carried))]).dtype
+
+
+def _parity_refusal(plan: Plan) -> str:
+    """Why parity is not measured; empty where it is."""
+    mode = plan.options.parity
+    if mode == "never":
+        return "not asked for (--parity never)"
+    needed = 4 * sum(int(product(e.shape)) for e in plan.checkpoint.tensors.values())
+    if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
+        share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
+        return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
+    return ""
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping; what the page cache holds is to be had."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def _require_parity(measured: Sequence[Measured]) -> None:
+    failed = [m for m in measured if not m.passed]
+    if failed:
+        lines = "; ".join(f"{m.stage}: {m.value:.2e} > {m.limit:.0e} ({m.case})" for m in failed)
+        raise FindingError(
+            "CX601",
+            f"the program does not compute what the published implementation computes: {lines}",
+            "this is a bug of the compiler: please report it with `build --until PASS --dump DIR`",
+        )
+
+
+def _write_onnx(program: Program, plan: Plan, writer: BundleWriter, progress: Progress) -> str:
+    """Every graph with its weights; returns the suffix of the models that run on a CPU."""
+    import onnx
+
+    from cosmos_export.targets.onnx_lowering import lower
+
+    narrow = model_dtype(program) != torch.float32
+    for_cpu_only = plan.target.backend == "onnxruntime"
+    suffix = ".cpu.onnx" if narrow else ".onnx"
+    for name, graph in program.graphs.items():
+        stored = layout(node.meta["weight"] for node in graph.weights.values())
+        file = f"{name}.weights"
+        if file_size(stored):
+            write_weights(writer.path(f"onnx/{file}", "weights"), stored, f"weights of {name}", progress)
+        if narrow:
+            path = writer.path(f"onnx/{name}.cpu.onnx", "onnx")
+            path.write_bytes(_bytes(lower(graph, stored, file, compute=torch.float32)))
+            onnx.checker.check_model(str(path))
+        if not narrow or not for_cpu_only:
+            path = writer.path(f"onnx/{name}.onnx", "onnx")
+            path.write_bytes(_bytes(lower(graph, stored, file)))
+            onnx.checker.check_model(str(path))
+    return suffix
+
+
+def _bytes(model: object) -> bytes:
+    return model.SerializeToString(deterministic=True)  # type: ignore[attr-defined, no-any-return]
+
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def _build_engine(
+    name: str, graph: Graph, program: Program, plan: Plan, writer: BundleWriter, progress: Progress
+) -> Engine:
+    from cosmos_export.targets.tensorrt_rtx import build_engine
+
+    spec = {i: [s if isinstance(s, int) else str(s) for s in spec_of(n).shape] for i, n in graph.inputs.items()}
+    dtype = model_dtype(program)
+    fused = dtype != torch.float32
+    report = build_engine(
+        writer.path(f"onnx/{name}.onnx", "onnx"),
+        writer.path(f"engines/{name}.engine", "engine"),
+        target=plan.target,
+        profiles=[input_shapes(profile, spec) for profile in plan.profiles],
+        progress=progress,
+        # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
+        decomposable_attention=not fused,
+    )
+    summary = inspect_plan(report.path)
+    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype))
+
+
+def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype) -> PlanCheck:
+    """What the plan was meant to contain, and whether it does."""
+    attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
+    capability = plan.target.compute_capability or ""
+    if not attention:  # tables: a few element-wise kernels, nothing that could fall back
+        found = ", ".join(summary.header.compute_capabilities) or "none"
+        return PlanCheck(name, "compute capability", capability, found, found == capability)
+    fused, kind = dtype != torch.float32, _TYPES[dtype]
+    scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    expected = PlanExpectation(
+        attention=len(attention) if fused else 0,
+        gemm_type=kind,
+        compute_capability=capability,
+        profiles=len(plan.profiles),
+        attention_type=kind if fused else None,
+        attention_scale=float(scale),
+    )
+    wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
+    if not fused:
+        wanted = (
+            f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
+        )
+    problems = check_plan(summary, expected)
+    return PlanCheck(name, "plan", f"{wanted}, every GEMM in {kind}", "; ".join(problems) or "as planned", not problems)
+
+
+def _require_plans(engines: Sequence[Engine]) -> None:
+    missed = [engine.check for engine in engines if not engine.check.passed]
+    if missed:
+        raise FindingError(
+            "CX450",
+            "engines do not contain what was planned: " + " | ".join(f"{c.engine}: {c.found}" for c in missed),
+            "nothing was written; a narrower profile or another target may avoid it",
+        )
+
+
+def _hash_inputs(checkpoint: Checkpoint, progress: Progress) -> tuple[InputFile, ...]:
+    files = checkpoint.files()
+    task, done = "hashing inputs", 0
+    progress.begin(task, sum(f.stat().st_size for f in files))
+
+    def advance(before: int, read: int) -> None:
+        progress.update(task, before + read)
+
+    records = []
+    try:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                size, digest = hash_file(file.fileno(), partial(advance, done))
+            done += size
+            records.append(InputFile(path.relative_to(checkpoint.root).as_posix(), size, digest))
+    finally:
+        progress.end(task)
+    return tuple(records)

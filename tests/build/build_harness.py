@@ -1,0 +1,131 @@
+"""Builds for the tests: through the command line in a process of their own, or in this one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cosmos_export.bundle import Manifest, read_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle and what the command said about it."""
+
+    path: Path
+    document: Mapping[str, Any]
+    stderr: str
+
+    @property
+    def manifest(self) -> Manifest:
+        return read_bundle(self.path)
+
+
+def cosmos_export(*arguments: object, threads: int = 1, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """`cosmos-export ARGUMENTS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "cosmos_export", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(threads),
+        **{"cwd": ROOT, **settings},
+    )
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+
+
+def once(path: Path, make: Callable[[], None]) -> Path:
+    """``path``, made by ``make`` in the first process of this test run that asks; the others wait for it."""
+    done = path.with_name(f"{path.name}.done")
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            make()
+            done.touch()
+    return path
+
+
+def checkpoint(folder: Path, variant: str, dtype: str) -> Path:
+    from cosmos_export.checkpoint.demo import write_demo_checkpoint
+
+    path = folder / f"{variant}-{dtype}"
+
+    def make() -> None:
+        write_demo_checkpoint(path, variant, dtype=dtype)
+
+    return once(path, make)
+
+
+def command_line_build(folder: Path, name: str, *arguments: object, threads: int = 1, **settings: Any) -> Built:
+    """`build ARGUMENTS -o folder/name --json`, which must succeed."""
+    path, document, log = folder / name, folder / f"{name}.json", folder / f"{name}.log"
+
+    def make() -> None:
+        result = cosmos_export("build", *arguments, "-o", path, "--json", threads=threads, **settings)
+        assert result.returncode == 0, result.stderr
+        document.write_text(result.stdout)
+        log.write_text(result.stderr)
+
+    once(path, make)
+    return Built(path, json.loads(document.read_text()), log.read_text())
+
+
+_captures: dict[object, Any] = {}
+
+
+def remembered_capture(config: Mapping[str, Any], sources: Mapping[str, Any], *, modalities: Collection[str]) -> Any:
+    from cosmos_export.capture.model import capture
+
+    first = next(iter(sources.values()))
+    key = (str(first.file), tuple(modalities))
+    if key not in _captures:
+        _captures[key] = capture(config, sources, modalities=modalities)
+    return _captures[key].copy()
+
+
+def copy_checkpoint(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(source, target)
+    return target
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Names in ``folder``, hidden ones too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any]:
+    """Run the ONNX form of every graph of a bundle on the CPU, along the manifest's edges; the loop body's results.
+
+    What a reader of bundles would write: it knows the manifest and ONNX Runtime, nothing of the compiler.
+    """
+    import onnxruntime
+
+    manifest = read_bundle(bundle)
+    paths = {Path(f.path).name.removesuffix(suffix): f.path for f in manifest.files if f.path.endswith(suffix)}
+    results: dict[str, dict[str, Any]] = {}
+    waiting = set(manifest.graphs)
+    while waiting:
+        feeds = {name: [e for e in manifest.edges if e.target == name] for name in waiting}
+        name = min(name for name, edges in feeds.items() if all(e.source in results for e in edges))
+        contract = manifest.graphs[name]
+        feed = {e.input: results[e.source][e.output] for e in feeds[name]}
+        feed |= {t.name: inputs[t.name] for t in contract.inputs if t.name not in feed}
+        session = onnxruntime.InferenceSession(str(bundle / paths[name]), providers=["CPUExecutionProvider"])
+        names = [t.name for t in contract.outputs]
+        results[name] = dict(zip(names, session.run(names, feed), strict=True))
+        waiting.remove(name)
+    assert manifest.loop is not None
+    return results[manifest.loop.body]
