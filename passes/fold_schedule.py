@@ -8,7 +8,7 @@ from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.motion import hoist
 
-SCHEDULE = "schedule"
+SCHEDULE, TIME_EMBEDDING = "schedule", "time_embedding"
 
 
 class FoldSchedule(Pass):
@@ -33,4 +33,4 @@ class FoldSchedule(Pass):
 
 
 def _name(node: Node) -> str:
-    return "time_embedding"
+    return TIME_EMBEDDING

@@ -13,6 +13,8 @@ from cosmos_export.passes.batch_guidance import NEGATIVE
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
 from cosmos_export.sampling import Schedule
 
+LOOP = "denoise"
+"""Name of the model in which the loop runs by itself."""
 _LATENT, _NOISE = "_latent", "_noise"
 
 

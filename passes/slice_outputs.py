@@ -86,9 +86,8 @@ class SliceOutputs(Pass):
 
     def _candidate(self, graph: Graph) -> tuple[Node, Size, Size] | None:
         """The last row-wise operation of which only some rows are read, with the range that covers them."""
-        results = set(graph.outputs.values())
         for node in reversed(graph.calls()):
-            if node.target not in _LAYERS or node in results or not node.users or spec_of(node).rank == 0:
+            if node.target not in _LAYERS or not node.users or spec_of(node).rank == 0:
                 continue
             ranges = [u.args[2:4] for u in node.users if is_op(u, aten.slice.Tensor) and u.args[1] == 0]
             if len(ranges) != len(node.users) or any(len(u.args) > 4 for u in node.users):

@@ -352,7 +352,9 @@ def _gemm(kind: str, name: str, body: str, inputs: list[_Tensor], outputs: list[
         computes = "nvfp4" if narrow == "fp4" else narrow
     else:
         computes = f"{narrow}-weight"
+    # A product with a weight has none, whatever the layout of its result (sound is written [channels, rows]).
     dynamic = any(tensor.dims and tensor.dims[-1] is None for tensor in (*operands, *outputs))
+    dynamic &= not any(tensor.constant for tensor in operands)
     nodes = tuple(dict.fromkeys(_NODES.findall(body)))
     return Gemm(
         name="+".join(nodes) or name,

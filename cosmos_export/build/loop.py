@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 
 from cosmos_export.build.schedule import schedule_table
-from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.interpreter import Weights
-from cosmos_export.ir.program import Program
+from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.program import Loop, Program
 from cosmos_export.ir.verifier import verify
+from cosmos_export.passes.base import Pass
 from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
+from cosmos_export.passes.fuse_denoise_loop import LOOP, FuseDenoiseLoop
+from cosmos_export.passes.fold_schedule import TIME_EMBEDDING
 from cosmos_export.passes.sampler import COEFFICIENTS
 from cosmos_export.sampling import Schedule, coefficient_table
 
+__all__ = ["LOOP", "LOOP_TABLES", "close_loop", "loop_inputs", "loop_tables"]
 
-def require_one_body(schedule: Schedule) -> None:
-    """Raise UnsupportedError (CX223) for a schedule whose loop needs more than one body."""
-    if len(set(schedule.guided)) > 1:
-        raise UnsupportedError(
-            "CX223",
-            f"{sum(schedule.guided)} of {schedule.steps} steps are guided (guidance interval "
-            f"{schedule.guidance_interval}); a loop in one graph has one body",
-            "pass `--guidance-interval 0:1000` to guide every step, or `--loop host`",
-        )
+LOOP_TABLES = (TIME_EMBEDDING, COEFFICIENTS)
 
 
 def close_loop(program: Program, schedule: Schedule) -> Program:
     """A copy of ``program`` whose loop runs by itself, verified."""
     closed = program.copy()
-    for step in ([BatchGuidance()] if schedule.guided[0] else []) + [FuseDenoiseLoop(schedule)]:
+    passes: list[Pass] = [BatchGuidance()] if schedule.guided[0] else []
+    for step in [*passes, FuseDenoiseLoop(schedule)]:
         step.run(closed)
         closed.history.append(step.name)
         verify(closed, stage=step.name)
@@ -38,7 +36,18 @@ def close_loop(program: Program, schedule: Schedule) -> Program:
 
 
 def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[str, np.ndarray]:
-    """The closed loop's step inputs at every step, [steps, …], in float32: time embeddings and coefficients."""
+    """The closed loop's step inputs at every step, [steps, …], in float32: time embeddings and coefficients.
+
+    A model that computes in a narrower type rounds them once, as the stock model rounds its time embedding.
+    """
     steps = torch.tensor(schedule.timesteps, dtype=torch.float32)
-    rows = {name: row.float().numpy()[:, None, :] for name, row in schedule_table(closed, steps, weights).items()}
+    table = schedule_table(closed, steps, weights, compute=torch.float32)
+    rows = {name: row.numpy()[:, None, :] for name, row in table.items()}
     return {**rows, COEFFICIENTS: coefficient_table(schedule).astype(np.float32)}
+
+
+def loop_inputs(body: Graph, loop: Loop, tables: Collection[str]) -> list[str]:
+    """Inputs of the model of a closed loop with ``tables`` inside: of the carried state the samples alone."""
+    return [
+        name for name in body.inputs if name not in tables and (name not in loop.carried or name.endswith("_sample"))
+    ]

@@ -8,14 +8,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from cosmos_export.build.schedule import schedule
+from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.sampling import Overrides
+from cosmos_export.sampling import Overrides, Schedule
 from cosmos_export.targets import Target, load_target, require_backend
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
 ParityMode = Literal["auto", "always", "never"]
+LoopMode = Literal["host", "device"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
@@ -33,7 +34,15 @@ class BuildOptions:
     """None: all that the checkpoint generates."""
     outputs: tuple[str, ...] | None = None
     """Velocities to compute; None: all of the modalities."""
+    mode: str = DEFAULT_MODE
+    """What the schedule's defaults are for: `cosmos_export.sampling.MODES`."""
     steps: int | None = None
+    grid: str | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    loop: LoopMode = "host"
+    """``device``: guidance and sampler inside one engine that runs every step; ``host``: one step a call."""
     parity: ParityMode = "auto"
     until: str | None = None
     dump: Path | None = None
@@ -50,7 +59,7 @@ class Plan:
     profiles: tuple[Profile, ...]
     modalities: tuple[str, ...]
     outputs: tuple[str, ...]
-    steps: int
+    schedule: Schedule
 
 
 def resolve(options: BuildOptions) -> Plan:
@@ -69,12 +78,15 @@ def resolve(options: BuildOptions) -> Plan:
     _require_buildable(checkpoint)
     modalities = _modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
-    steps = schedule(checkpoint, overrides=Overrides(steps=options.steps)).steps
+    asked = Overrides(options.grid, options.steps, options.shift, options.guidance, options.guidance_interval)
+    plan = schedule(checkpoint, options.mode, asked)
+    if options.loop == "device":
+        _require_one_body(plan)
     limits = model_limits(checkpoint, modalities)
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, steps)
+    return Plan(options, checkpoint, target, profiles, modalities, outputs, plan)
 
 
 def require_compiler() -> None:
@@ -110,10 +122,23 @@ def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimi
     )
 
 
+def _require_one_body(plan: Schedule) -> None:
+    if len(set(plan.guided)) > 1:
+        raise UnsupportedError(
+            "CX223",
+            f"{sum(plan.guided)} of {plan.steps} steps are guided (guidance interval {plan.guidance_interval}); "
+            "a loop in one engine has one body",
+            "pass `--guidance-interval 0:1000` to guide every step, or `--loop host`",
+        )
+
+
 def _require_consistent(options: BuildOptions) -> None:
     if options.parity not in get_args(ParityMode):
         allowed = ", ".join(get_args(ParityMode))
         raise UserError("CX451", f"parity `{options.parity}` is none of {allowed}", f"pass one of {allowed}")
+    if options.loop not in get_args(LoopMode):
+        allowed = ", ".join(get_args(LoopMode))
+        raise UserError("CX451", f"loop `{options.loop}` is none of {allowed}", f"pass one of {allowed}")
     if options.output is None and options.until is None:
         raise UserError(
             "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-import torch
-
 import cosmos_export
+from cosmos_export.build.loop import LOOP, LOOP_TABLES, loop_inputs
 from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
@@ -42,11 +42,14 @@ _GEOMETRY = (
 def manifest(
     result: BuildResult,
     program: Program,
+    closed: Program | None,
     inputs: tuple[InputFile, ...],
-    steps: torch.Tensor,
     created: str,
 ) -> Manifest:
-    """Everything a reader needs to know of this build, but for the files, which the writer adds."""
+    """Everything a reader needs to know of this build, but for the files, which the writer adds.
+
+    ``closed`` is the program whose loop runs by itself, where the bundle has one.
+    """
     plan, checkpoint = result.plan, result.plan.checkpoint
     return Manifest(
         model=Model(
@@ -61,9 +64,12 @@ def manifest(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in plan.profiles
         ),
         recipe=checkpoint.precision,
-        graphs={name: _contract(graph) for name, graph in program.graphs.items()},
-        edges=tuple(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
-        loop=LoopRecord(program.loop.body, dict(program.loop.carried)),
+        graphs={name: _contract(graph) for name, graph in program.graphs.items()} | _loop_contract(closed),
+        edges=(
+            *(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
+            *_loop_edges(closed),
+        ),
+        loop=_loop(program, closed),
         engines=tuple(
             EngineRecord(
                 e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded"
@@ -75,8 +81,9 @@ def manifest(
             "modalities": plan.modalities,
             "outputs": plan.outputs,
             "parity": plan.options.parity,
-            "steps": len(steps),
-            "timesteps": tuple(float(t) for t in steps),
+            "mode": plan.options.mode,
+            "loop": plan.options.loop,
+            **{f"schedule.{name}": value for name, value in asdict(plan.schedule).items()},
             "passes": tuple(program.history),
         },
         evaluation=_verdicts(result),
@@ -89,6 +96,34 @@ def manifest(
             measured={m.stage: m.value for m in result.parity},
         ),
     )
+
+
+def _loop(program: Program, closed: Program | None) -> LoopRecord:
+    """The loop a host runs, or the one that runs by itself."""
+    if closed is None:
+        return LoopRecord(program.loop.body, dict(program.loop.carried))
+    samples = {n: f"{n}_final" for n in closed.loop.carried if n.endswith("_sample")}
+    noise = tuple(n for n in closed.loop.rows if n not in LOOP_TABLES)
+    return LoopRecord(LOOP, samples, closed.loop.steps, noise)
+
+
+def _loop_contract(closed: Program | None) -> dict[str, GraphContract]:
+    if closed is None:
+        return {}
+    body, loop = closed.graphs[closed.loop.body], closed.loop
+    inputs = []
+    for tensor in _tensors({n: body.inputs[n] for n in loop_inputs(body, loop, LOOP_TABLES)}):
+        every = (loop.steps or 0, *tensor.dims) if tensor.name in loop.rows else tensor.dims
+        inputs.append(Tensor(tensor.name, tensor.dtype, every))
+    samples = {f"{n}_final": body.inputs[n] for n in loop.carried if n.endswith("_sample")}
+    return {LOOP: GraphContract(tuple(inputs), _tensors(samples))}
+
+
+def _loop_edges(closed: Program | None) -> list[EdgeRecord]:
+    if closed is None:
+        return []
+    into = [e for e in closed.edges_into(closed.loop.body) if e.input not in LOOP_TABLES]
+    return [EdgeRecord(e.source, e.output, LOOP, e.input, e.instance or None) for e in into]
 
 
 def _contract(graph: Graph) -> GraphContract:

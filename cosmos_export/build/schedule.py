@@ -49,8 +49,13 @@ def timesteps(checkpoint: Checkpoint, steps: int | None) -> torch.Tensor:
     return torch.tensor(resolved.timesteps, dtype=torch.float32)
 
 
-def schedule_table(program: Program, steps: torch.Tensor, weights: Weights) -> dict[str, torch.Tensor]:
-    """The schedule graph's results at every timestep, stacked: ``time_embedding`` [steps, hidden]."""
+def schedule_table(
+    program: Program, steps: torch.Tensor, weights: Weights, *, compute: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """The schedule graph's results at every timestep, stacked: ``time_embedding`` [steps, hidden].
+
+    In the model's type; ``compute`` replaces bfloat16, for a model that computes in fp32.
+    """
     import torch
 
     from cosmos_export.ir.interpreter import run_graph
@@ -59,7 +64,7 @@ def schedule_table(program: Program, steps: torch.Tensor, weights: Weights) -> d
     graph = program.graphs[SCHEDULE]
     (name,) = graph.inputs
     with _one_thread():
-        rows = [run_graph(graph, {name: step.reshape(1)}, weights) for step in steps]
+        rows = [run_graph(graph, {name: step.reshape(1)}, weights, compute=compute) for step in steps]
     return {output: torch.cat([row[output] for row in rows]) for output in graph.outputs}
 
 

@@ -11,12 +11,14 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
+from cosmos_export.build.loop import LOOP, LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
-from cosmos_export.build.schedule import schedule_table, timesteps
+from cosmos_export.build.schedule import schedule_table
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck
 from cosmos_export.bundle.verify import hash_file
@@ -31,9 +33,11 @@ from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.text import print_program
+from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
+from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
 from cosmos_export.targets.profiles import input_shapes
 from cosmos_export.targets.trt_common import EngineReport
@@ -51,6 +55,8 @@ class Engine:
     report: EngineReport
     plan: PlanSummary
     check: PlanCheck
+    attention: int
+    """Attentions of the graph: as many fused kernels are due in each profile, or a multiple where a loop is unrolled."""
 
     @property
     def fused_attention(self) -> int:
@@ -90,38 +96,51 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
     stages = _Stages(result, progress)
-    sources, steps = weight_sources(plan.checkpoint), timesteps(plan.checkpoint, plan.steps)
+    sources, steps = weight_sources(plan.checkpoint), torch.tensor(plan.schedule.timesteps, dtype=torch.float32)
     weights = read_weights(read_source)
     result.parity_note = _parity_refusal(plan)
     parity = None
     if not result.parity_note:
-        with stages("parity"):
+        with stages("parity", "reference"):
             parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights)
     program = _compile(plan, sources, parity, result, stages)
     with stages("time table"):
-        table = {"timesteps": steps, **schedule_table(program, steps, weights)}
+        coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
+        table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
+    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else None
     with stages("weights and ONNX", shown=False):
         suffix = _write_onnx(program, plan, writer, stages.progress)
+        if closed is not None:
+            _write_loop(closed, loop_tables(closed, plan.schedule, weights), plan, writer)
     if parity is not None:
-        with stages("parity"):
+        with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
             if dtype != torch.float32:
                 result.parity.append(parity.precision(program, dtype))
             folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
             result.parity.append(parity.onnx(program, folder, suffix))
+            if closed is not None:
+                result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
         _require_parity(result.parity)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
-                if name != SCHEDULE:
-                    result.engines.append(_build_engine(name, graph, program, plan, writer, stages.progress))
+                if name != SCHEDULE and (closed is None or name != program.loop.body):
+                    inputs = list(graph.inputs)
+                    engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
+                    result.engines.append(engine)
+            if closed is not None:
+                body = closed.graphs[closed.loop.body]
+                inputs = loop_inputs(body, closed.loop, LOOP_TABLES)
+                engine = _build_engine(LOOP, body, inputs, program, plan, writer, stages.progress)
+                result.engines.append(engine)
         _require_plans(result.engines)
     with stages("hashing inputs", shown=False):
-        inputs = _hash_inputs(plan.checkpoint, stages.progress)
+        hashed = _hash_inputs(plan.checkpoint, stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result.manifest = writer.commit(manifest(result, program, inputs, steps, created))
+    result.manifest = writer.commit(manifest(result, program, closed, hashed, created))
     return result
 
 
@@ -133,9 +152,9 @@ class _Stages:
         self.progress = progress
 
     @contextmanager
-    def __call__(self, name: str, *, shown: bool = True) -> Iterator[None]:
+    def __call__(self, name: str, detail: str = "", *, shown: bool = True) -> Iterator[None]:
         start = time.perf_counter()
-        with self._task(name) if shown else nullcontext():
+        with self._task(f"{name} {detail}".strip()) if shown else nullcontext():
             yield
         self._result.stage_seconds[name] = self._result.stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
@@ -167,7 +186,7 @@ def _compile(
     def compare(stage: str) -> None:
         dump(program)
         if parity is not None:
-            with stages("parity"):
+            with stages("parity", f"of {stage}"):
                 result.parity.append(parity.program(program, stage))
 
     def after_each(_: Program, report: Report) -> None:
@@ -199,6 +218,12 @@ class _Dump:
 
 
 # -- the bundle -------------------------------------------------------------------------------------------------------
+
+
+def body_dtype(closed: Program) -> torch.dtype:
+    """The type in which a closed loop's body computes: that of its attention."""
+    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION)
+    return spec_of(attention[0]).dtype
 
 
 def model_dtype(program: Program) -> torch.dtype:
@@ -268,12 +293,44 @@ def _bytes(model: object) -> bytes:
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+def _write_loop(closed: Program, tables: Mapping[str, np.ndarray], plan: Plan, writer: BundleWriter) -> None:
+    """The loop as one model, on the weights that its body has already; an engine's form writes attention out."""
+    import onnx
+
+    from cosmos_export.targets.onnx_loop import lower_loop
+
+    body = closed.graphs[closed.loop.body]
+    stored = layout(node.meta["weight"] for node in body.weights.values())
+    file = f"{closed.loop.body}.weights"
+    narrow = body_dtype(closed) != torch.float32
+    forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
+    for suffix, compute in forms.items():
+        on_cpu = suffix == ".cpu.onnx" or plan.target.backend == "onnxruntime"
+        if narrow and suffix == ".onnx" and plan.target.backend == "onnxruntime":
+            continue
+        model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
+        path = writer.path(f"onnx/{LOOP}{suffix}", "onnx")
+        path.write_bytes(_bytes(model))
+        onnx.checker.check_model(str(path))
+
+
 def _build_engine(
-    name: str, graph: Graph, program: Program, plan: Plan, writer: BundleWriter, progress: Progress
+    name: str,
+    graph: Graph,
+    inputs: Sequence[str],
+    program: Program,
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
 ) -> Engine:
+    """The engine of ``graph`` from the model ``name``, which takes ``inputs`` of it."""
     from cosmos_export.targets.tensorrt_rtx import build_engine
 
-    spec = {i: [s if isinstance(s, int) else str(s) for s in spec_of(n).shape] for i, n in graph.inputs.items()}
+    # A profile says how long a prompt may be; that holds for the negative prompt too.
+    spec = {
+        i: [s if isinstance(s, int) else str(s).replace(NEGATIVE_LEN, "und_len") for s in spec_of(graph.inputs[i]).shape]
+        for i in inputs
+    }
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     report = build_engine(
@@ -286,7 +343,8 @@ def _build_engine(
         decomposable_attention=not fused,
     )
     summary = inspect_plan(report.path)
-    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype))
+    attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
+    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype), attention)
 
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype) -> PlanCheck:
@@ -298,8 +356,12 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         return PlanCheck(name, "compute capability", capability, found, found == capability)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    planned = len(attention)
+    if name == LOOP:  # a short body is unrolled a few times
+        found = {len(g.attention) for g in summary.graphs}
+        planned = next((n for n in found if len(found) == 1 and n and n % planned == 0), planned)
     expected = PlanExpectation(
-        attention=len(attention) if fused else 0,
+        attention=planned if fused else 0,
         gemm_type=kind,
         compute_capability=capability,
         profiles=len(plan.profiles),

@@ -126,6 +126,8 @@ class EdgeRecord:
     output: Name
     target: Name
     input: Name
+    instance: Name | None = None
+    """The run of `source` that is meant where it runs more than once: `negative` is the one on the negative prompt."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,10 @@ class LoopRecord:
 
     body: Name
     carried: Mapping[str, Name]
+    steps: int | None = None
+    """Trip count of a loop that runs by itself; none where a host runs the steps."""
+    rows: tuple[Name, ...] = ()
+    """Inputs that take one row of a table a step."""
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,7 @@ class Importer:
             raise InternalError("CX202", f"`{node.name}` of module `{module}`: {error}") from error
         known = spec_of(result)
         if known.dtype != spec.dtype or not all(map(equal, known.shape, spec.shape)):
-            raise InternalError(
-                "CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules"
-            )
+            raise InternalError("CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules")
         self._values[node] = result
 
 
@@ -209,6 +207,8 @@ def _arange(call: Call, spec: TensorSpec, *args: Any, **_: Any) -> Node:
 def _pad(call: Call, spec: TensorSpec, x: Node, pad: list[Size], mode: str = "constant", value: Any = None) -> Node:
     if mode != "constant":
         raise InternalError("CX202", f"padding mode {mode!r}")
+    if all(p == 0 for p in pad):
+        return x
     return call(aten.constant_pad_nd.default, x, pad, 0.0 if value is None else value)
 
 

@@ -33,8 +33,22 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="Velocities to compute, e.g. action_velocity for inverse dynamics; default: all."),
         ] = None,
         steps: Annotated[
-            int | None, typer.Option(help="Denoising steps of the time table; default: the checkpoint's own, or 35.")
+            int | None, typer.Option(help="Denoising steps; default: the checkpoint's own, or the mode's.")
         ] = None,
+        mode: Annotated[
+            str, typer.Option(help="What the schedule's defaults are for: t2i, t2v, i2v, v2v, policy, …")
+        ] = "t2v",
+        schedule: Annotated[
+            str | None, typer.Option(help="Grid of sigmas: karras, flow or native; default: the checkpoint's own.")
+        ] = None,
+        shift: Annotated[float | None, typer.Option(help="Shift of a flow or native grid.")] = None,
+        guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 runs one branch.")] = None,
+        guidance_interval: Annotated[
+            str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH; 0:1000 guides every step.")
+        ] = None,
+        loop: Annotated[
+            str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in one engine.")
+        ] = "host",
         parity: Annotated[
             str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")
         ] = "auto",
@@ -56,6 +70,12 @@ def register(app: typer.Typer) -> None:
             modalities=_names(modalities),
             outputs=_names(outputs),
             steps=steps,
+            mode=mode,
+            grid=schedule,
+            shift=shift,
+            guidance=guidance,
+            guidance_interval=_interval(guidance_interval),
+            loop=loop,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
             dump=dump,
@@ -67,6 +87,18 @@ def register(app: typer.Typer) -> None:
         else:
             _print(result)
         console.verdict(_verdict(result, output), True)
+
+
+def _interval(text: str | None) -> tuple[float, float] | None:
+    from cosmos_export.diagnostics import UserError
+
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError as error:
+        raise UserError("CX463", f"guidance interval `{text}` is not LOW:HIGH", "for example 400:1000") from error
+    return low, high
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -103,7 +135,7 @@ def _print(result: BuildResult) -> None:
             table.add_row(
                 engine.graph,
                 _size(engine.report.size_bytes),
-                f"{engine.fused_attention} fused of {engine.report.attention}" if engine.report.attention else "–",
+                f"{engine.fused_attention} fused of {engine.attention}" if engine.attention else "–",
                 _gemms(engine),
                 _size(max((g.activation_bytes for g in engine.plan.graphs), default=0)),
                 f"{engine.report.build_s:.1f} s",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ import torch
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.reference import Reference, relative_error
+from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampled, step_noise
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, run_program
 from cosmos_export.ir.program import Program
+from cosmos_export.sampling import Schedule
 
 PROGRAM_LIMIT = 1e-5
 """fp32, relative L2: a pass only reorders sums."""
@@ -58,8 +61,8 @@ class Parity:
         self._folder = checkpoint.components["transformer"]
         # Nothing generates a row of a modality without rows: there is nothing to compare then.
         self._cases = [c for c in cases if (not c.actions or "action" in modalities) and set(c.outputs) & set(outputs)]
-        reference = Reference(self._folder, torch.float32)
-        self._expected = {c.name: self._wanted(reference.step(self._inputs(c), c.fps), outputs) for c in self._cases}
+        self._stock = Reference(self._folder, torch.float32)
+        self._expected = {c.name: self._wanted(self._stock.step(self._inputs(c), c.fps), outputs) for c in self._cases}
 
     def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
         return case.inputs(self._config, self._modalities)
@@ -118,6 +121,24 @@ class Parity:
             found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
             errors[case.name] = self._compare(case, found)
         return _worst("ONNX Runtime", "relative L2, fp32", errors, RUNTIME_LIMIT)
+
+    def loop(
+        self, closed: Program, schedule: Schedule, scheduler: Mapping[str, Any], folder: Path, suffix: str
+    ) -> Measured:
+        """Every step in ONNX Runtime, against the stock model driven by diffusers' own scheduler from the same noise."""
+        errors = {}
+        for case in self._cases:
+            expected = sampled(self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler)
+            found = run_loop_model(closed, self._loop_inputs(closed, case, schedule), folder, suffix)
+            errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if k in found})
+        return _worst(f"loop of {schedule.steps} steps", "relative L2, fp32", errors, RUNTIME_LIMIT)
+
+    def _loop_inputs(self, closed: Program, case: Case, schedule: Schedule) -> dict[str, torch.Tensor]:
+        inputs = self._inputs(case)
+        samples = {n.replace("_latent", "_sample"): v for n, v in inputs.items() if n.endswith("_latent")}
+        columns = {"action_columns": torch.ones(self._config["action_dim"])} if "action_latent" in inputs else {}
+        negative = {"negative_input_ids": negative_ids(self._config)}
+        return inputs | samples | columns | negative | step_noise(samples, schedule)
 
 
 def _worst(stage: str, metric: str, errors: dict[str, float], limit: float) -> Measured:

@@ -130,6 +130,7 @@ def test_an_output_that_the_loop_does_not_change_is_handed_over() -> None:
     before = list(program.graphs["body"].outputs)
     apply(SplitTowers(), program)
     assert list(program.graphs["generator"].outputs) == before
+    assert "ids" not in program.graphs["generator"].inputs
 
 
 def test_without_a_prompt_there_is_nothing_to_split() -> None:

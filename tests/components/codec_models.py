@@ -83,7 +83,7 @@ def write_codec(folder: Path, model_class: Any, config: Mapping[str, Any], dtype
     specs = [
         TensorSpec(name, dtype, shape)
         for name, shape in names.items()
-        if name.startswith(part) or name.startswith(("quant_conv", "post_quant_conv"))
+        if name.startswith((part, "quant_conv", "post_quant_conv"))
     ]
     write_shards(folder, STEM, specs, produce(0), 10**11)
     return read_codec(folder)

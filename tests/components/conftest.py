@@ -31,13 +31,13 @@ class Sound:
 
 @pytest.fixture(scope="session")
 def codecs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Codec]:
-    """``codecs(name, component)``: `float32` and `bfloat16` are demo checkpoints, `growing` is a video codec alone."""
+    """``codecs(name, component)``: `float32` and `bfloat16` are demo checkpoints, `growing` is a bf16 video codec."""
     root = tmp_path_factory.mktemp("codecs")
 
     @cache
     def make(name: str, component: str) -> Codec:
         if name == "growing":
-            return write_codec(root / name, AutoencoderKLWan, GROWING, "F32")
+            return write_codec(root / name, AutoencoderKLWan, GROWING, "BF16")
         if not (root / name).exists():
             write_demo_checkpoint(root / name, dtype=name)
         return demo_codec(root / name, component)

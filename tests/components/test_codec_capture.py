@@ -1,10 +1,10 @@
 """The captured codecs are the published ones, bit for bit, and their streams are the whole clips.
 
-    chained        ≡  vae.decode / vae.encode of the whole clip      bitwise, fp32 and bf16
-    of the prefix  ≡  prefix of the whole                            bitwise
-    one frame      ≡  first latent of the padded clip                bitwise (i2v, policy)
-    five frames    ≡  first two latents of the padded clip           bitwise (v2v)
-    folded weights ≡  the weights the module computes                bitwise
+chained        ≡  vae.decode / vae.encode of the whole clip      bitwise, fp32 and bf16
+of the prefix  ≡  prefix of the whole                            bitwise
+one frame      ≡  first latent of the padded clip                bitwise (i2v, policy)
+five frames    ≡  first two latents of the padded clip           bitwise (v2v)
+folded weights ≡  the weights the module computes                bitwise
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from cosmos_export.ir.text import print_program
 Videos = Callable[[str], Video]
 Sounds = Callable[[str], Sound]
 SHAPES = [(1, 4, 4), (3, 6, 7), (5, 3, 5)]
-DTYPES = {"float32": torch.float32, "growing": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "growing": torch.bfloat16}
+VIDEOS = ("float32", "growing")
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", VIDEOS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_decoding_frame_by_frame_is_decoding_the_clip(video: Videos, name: str, shape: tuple[int, int, int]) -> None:
     made = video(name)
@@ -38,10 +39,10 @@ def test_decoding_frame_by_frame_is_decoding_the_clip(video: Videos, name: str, 
     pixels = decode(made.decoder, interpret(made.decoder), latent)
     assert torch.equal(pixels, published_decode(made.codec, latent, DTYPES[name]))
     assert pixels.shape == (1, 3, 4 * shape[0] - 3, 16 * shape[1], 16 * shape[2])
-    assert 0.01 < pixels.std() and pixels.abs().max() <= 1
+    assert pixels.std() > 0.01 and pixels.abs().max() <= 1
 
 
-@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("name", VIDEOS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_encoding_four_by_four_is_encoding_the_clip(video: Videos, name: str, shape: tuple[int, int, int]) -> None:
     made = video(name)
@@ -66,7 +67,7 @@ def test_given_frames_alone_are_the_padded_clip(video: Videos, given: int) -> No
     made = video("growing")
     pixels = clip(given, 5, 4)
     padded = torch.cat([pixels, pixels[:, :, -1:].expand(-1, -1, 17 - given, -1, -1)], dim=2)
-    kept = published_encode(made.codec, padded, torch.float32)[:, :, : (given + 3) // 4]
+    kept = published_encode(made.codec, padded, torch.bfloat16)[:, :, : (given + 3) // 4]
     assert torch.equal(encode(made.encoder, interpret(made.encoder), pixels), kept)
 
 
@@ -81,7 +82,7 @@ def test_sound_is_the_published_sound(sound: Sounds, name: str, length: int) -> 
     assert torch.equal(waveform, expected.float())
     assert waveform.shape == (2, 1920 * length)
     # The demo's waveform is not all clipped: a test on ±1 alone would see nothing.
-    assert 0.02 < waveform.std() and waveform.abs().mean() < 0.9
+    assert waveform.std() > 0.02 and waveform.abs().mean() < 0.9
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
@@ -102,7 +103,7 @@ def test_folded_weights_are_those_the_module_computes(sound: Sounds, name: str) 
 
 def test_a_stream_is_a_loop_over_its_caches(video: Videos) -> None:
     made = video("growing")
-    for program, cached in ((made.decoder, 24), (made.encoder, 18)):
+    for program, cached in ((made.decoder, 24), (made.encoder, 16)):
         first, following = program.graphs.values()
         assert list(following.inputs)[1:] == [edge.input for edge in program.edges]
         assert program.loop.carried == {edge.input: edge.output for edge in program.edges}

@@ -1,0 +1,116 @@
+"""Whole trajectories: the stock model under diffusers' scheduler, and the bundle's loop, from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmos_export.evaluation.reference import Reference
+from cosmos_export.ir.program import Program
+from cosmos_export.passes.fold_schedule import SCHEDULE
+from cosmos_export.passes.fuse_denoise_loop import LOOP
+from cosmos_export.sampling import Schedule
+
+_NEGATIVE_LEN = 23
+_NOISE_SEED = 7
+
+
+def negative_ids(config: Mapping[str, Any]) -> torch.Tensor:
+    """A negative prompt of a length that no case's prompt has."""
+    return torch.randint(0, config["vocab_size"], (_NEGATIVE_LEN,), generator=torch.Generator().manual_seed(1))
+
+
+def step_noise(samples: Mapping[str, torch.Tensor], schedule: Schedule) -> dict[str, torch.Tensor]:
+    """[steps, …] noise of a stochastic sampler for every sample, drawn as its scheduler draws it; empty for others."""
+    if schedule.sampler != "distilled-sde":
+        return {}
+    return {
+        name.replace("_sample", "_noise"): torch.stack(
+            [torch.randn(value.shape, generator=generator) for _ in range(schedule.steps)]
+        )
+        for name, value in samples.items()
+        for generator in [torch.Generator().manual_seed(_NOISE_SEED)]
+    }
+
+
+def sampled(
+    stock: Reference,
+    inputs: Mapping[str, torch.Tensor],
+    negative: torch.Tensor,
+    fps: float,
+    schedule: Schedule,
+    scheduler: Mapping[str, Any],
+) -> dict[str, torch.Tensor]:
+    """Final ``*_sample_final`` of every modality with rows.
+
+    The stock model on both branches, guidance ``u + g·(c − u)`` in fp32, and a diffusers scheduler of the checkpoint's
+    class for each modality, on the sigmas of ``schedule``. Clean rows are put back after each step: the scheduler's own
+    arithmetic moves them by rounding (UniPC) or drowns them in noise (distilled).
+    """
+    names = [n.removesuffix("_latent") for n, v in inputs.items() if n.endswith("_latent") and v.numel()]
+    drivers = {name: _scheduler(scheduler, schedule) for name in names}
+    draws = {name: torch.Generator().manual_seed(_NOISE_SEED) for name in names}
+    latents = {name: inputs[f"{name}_latent"].clone() for name in names}
+    for i, t in enumerate(schedule.timesteps):
+        now = {**inputs, **{f"{n}_latent": v for n, v in latents.items()}, "timestep": torch.tensor([float(t)])}
+        cond = stock.step(now, fps)
+        uncond = stock.step({**now, "input_ids": negative}, fps) if schedule.guided[i] else cond
+        for name in names:
+            u, c = uncond[f"{name}_velocity"], cond[f"{name}_velocity"]
+            velocity = u + schedule.guidance * (c - u) if schedule.guided[i] else c
+            extra = {"generator": draws[name]} if schedule.sampler == "distilled-sde" else {}
+            step = drivers[name].timesteps[i]
+            moved = drivers[name].step(velocity, step, latents[name], return_dict=False, **extra)[0]
+            latents[name] = torch.where(_noisy(inputs, name), moved, inputs[f"{name}_latent"])
+    return {f"{name}_sample_final": value for name, value in latents.items()}
+
+
+def _noisy(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Broadcastable truth of the rows that are generated."""
+    if name == "sound":
+        return torch.tensor(True)
+    mask = inputs[f"{name}_mask"] != 0
+    return mask.view(1, 1, -1, 1, 1) if name == "vision" else mask.view(-1, 1)
+
+
+def _scheduler(config: Mapping[str, Any], schedule: Schedule) -> Any:
+    """diffusers' scheduler on the schedule's own grid: its arithmetic is the reference, the grid has its own tests."""
+    import diffusers
+
+    driver = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    driver.set_timesteps(sigmas=list(schedule.sigmas[:-1])) if schedule.sampler == "distilled-sde" else (
+        driver.set_timesteps(schedule.steps)
+    )
+    driver.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
+    driver.timesteps = torch.tensor(schedule.timesteps, dtype=driver.timesteps.dtype)
+    return driver
+
+
+def run_loop_model(
+    closed: Program, inputs: Mapping[str, torch.Tensor], folder: Path, suffix: str
+) -> dict[str, torch.Tensor]:
+    """The bundle's models in ONNX Runtime, one feeding the next, the loop last."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    results: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    for name in closed.graphs:
+        if name == SCHEDULE:
+            continue  # its table is in the loop's model
+        path = folder / f"{LOOP if name == closed.loop.body else name}{suffix}"
+        session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        edges = [e for e in closed.edges_into(name) if e.source != SCHEDULE]
+        fed = {e.input: results[e.source, e.instance][e.output] for e in edges}
+        outputs = [o.name for o in session.get_outputs()]
+        for instance in closed.instances(name):
+            prefix = f"{instance}_" if instance else ""
+            own = {i.name: inputs[prefix + i.name].numpy() for i in session.get_inputs() if i.name not in fed}
+            feed = own | {i.name: fed[i.name] for i in session.get_inputs() if i.name in fed}
+            results[name, instance] = dict(zip(outputs, session.run(outputs, feed), strict=True))
+    return {k: torch.from_numpy(v) for k, v in results[closed.loop.body, ""].items()}
