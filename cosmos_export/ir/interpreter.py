@@ -22,7 +22,7 @@ _NATIVE: dict[Any, Callable[..., torch.Tensor]] = {
     ops.aten._to_copy.default: lambda x, dtype: x.to(dtype),
     ops.aten.view.default: lambda x, shape: x.reshape(shape),
     ops.aten.full.default: lambda size, value, dtype: torch.full(size, value, dtype=dtype),
-    # Layout in memory is not part of a graph, yet it chooses among kernels that round differently: always the plain one.
+    # Layout in memory is no part of a graph, yet it chooses among kernels that round differently: always the plain one.
     ops.aten.scaled_dot_product_attention.default: lambda query, key, value, *rest, **options: (
         ops.aten.scaled_dot_product_attention.default(*(t.contiguous() for t in (query, key, value)), *rest, **options)
     ),
