@@ -207,8 +207,8 @@ class Lowering:
         """Attention of the first operand of ``node`` over ``key`` and ``value`` [1, rows, heads · d]."""
         query: Node = node.args[0]
         heads, kv_heads = spec_of(query).shape[1], spec_of(node.args[1]).shape[1]
-        # With `scale` left to the operator, TensorRT multiplies query and key each by a rounded square root: 0.29 % off on
-        # every logit in bf16. One multiplication of the query, and scale 1, keeps it to one rounding of one factor.
+        # With `scale` left to the operator, TensorRT multiplies query and key each by a rounded square root: 0.29 % off
+        # on every logit in bf16. One multiplication of the query, and scale 1, keeps it to one rounding of one factor.
         scaled = self.op("Mul", self.heads_last(query), self.scalar(scale, spec_of(query).dtype))
         attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": 1.0, "is_causal": int(causal)}
         return self.reshape(self.op("Attention", scaled, key, value, **attributes), spec_of(node).shape)

@@ -135,7 +135,8 @@ def test_light_parts_import_nothing_heavy_at_the_top(name: str) -> None:
 _HEAVY_BY_NATURE = {
     name
     for name in MODULES
-    if name.startswith("cosmos_export.targets.") and name.rpartition(".")[2] in ("onnx_lowering", "onnx_loop", "weights")
+    if name.startswith("cosmos_export.targets.")
+    and name.rpartition(".")[2] in ("onnx_lowering", "onnx_loop", "weights")
 }
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from cosmos_export.build.schedule import schedule_table
-from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.base import Pass
 from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.fuse_denoise_loop import LOOP, FuseDenoiseLoop
 from cosmos_export.passes.fold_schedule import TIME_EMBEDDING
+from cosmos_export.passes.fuse_denoise_loop import LOOP, FuseDenoiseLoop
 from cosmos_export.passes.sampler import COEFFICIENTS
 from cosmos_export.sampling import Schedule, coefficient_table
 

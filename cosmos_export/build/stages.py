@@ -27,7 +27,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.parity import Measured, Parity
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import product
+from cosmos_export.ir.dims import Size, product
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
@@ -56,7 +56,7 @@ class Engine:
     plan: PlanSummary
     check: PlanCheck
     attention: int
-    """Attentions of the graph: as many fused kernels are due in each profile, or a multiple where a loop is unrolled."""
+    """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
 
     @property
     def fused_attention(self) -> int:
@@ -326,11 +326,11 @@ def _build_engine(
     """The engine of ``graph`` from the model ``name``, which takes ``inputs`` of it."""
     from cosmos_export.targets.tensorrt_rtx import build_engine
 
-    # A profile says how long a prompt may be; that holds for the negative prompt too.
-    spec = {
-        i: [s if isinstance(s, int) else str(s).replace(NEGATIVE_LEN, "und_len") for s in spec_of(graph.inputs[i]).shape]
-        for i in inputs
-    }
+    def dim(size: Size) -> int | str:
+        # A profile says how long a prompt may be; that holds for the negative prompt too.
+        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
+
+    spec = {name: [dim(size) for size in spec_of(graph.inputs[name]).shape] for name in inputs}
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     report = build_engine(
@@ -358,8 +358,8 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
     planned = len(attention)
     if name == LOOP:  # a short body is unrolled a few times
-        found = {len(g.attention) for g in summary.graphs}
-        planned = next((n for n in found if len(found) == 1 and n and n % planned == 0), planned)
+        counts = {len(g.attention) for g in summary.graphs}
+        planned = next((n for n in counts if len(counts) == 1 and n and n % planned == 0), planned)
     expected = PlanExpectation(
         attention=planned if fused else 0,
         gemm_type=kind,

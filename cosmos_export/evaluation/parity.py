@@ -125,10 +125,12 @@ class Parity:
     def loop(
         self, closed: Program, schedule: Schedule, scheduler: Mapping[str, Any], folder: Path, suffix: str
     ) -> Measured:
-        """Every step in ONNX Runtime, against the stock model driven by diffusers' own scheduler from the same noise."""
+        """Every step in ONNX Runtime, against the stock model under diffusers' scheduler, from the same noise."""
         errors = {}
         for case in self._cases:
-            expected = sampled(self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler)
+            expected = sampled(
+                self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler
+            )
             found = run_loop_model(closed, self._loop_inputs(closed, case, schedule), folder, suffix)
             errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if k in found})
         return _worst(f"loop of {schedule.steps} steps", "relative L2, fp32", errors, RUNTIME_LIMIT)

@@ -114,9 +114,7 @@ def bind(shapes: Iterable[tuple[str, Shape, tuple[int, ...]]]) -> dict[str, int]
                     raise ValueError(f"`{what}` has size {value} on axis {axis}, expected a multiple of {factor}")
                 known = binding.setdefault(dim.name, value // int(factor))
                 if known * factor != value:
-                    raise ValueError(
-                        f"`{what}` has {size} = {value} on axis {axis}, another input has {dim} = {known}"
-                    )
+                    raise ValueError(f"`{what}` has {size} = {value} on axis {axis}, another input has {dim} = {known}")
             else:
                 derived.append((what, axis, size, value))
     for what, axis, size, value in derived:

@@ -164,8 +164,8 @@ def run_loop(
 ) -> dict[str, torch.Tensor]:
     """The closed loop of ``program``: every step of it, the reference for what it is lowered to.
 
-    ``rows`` holds the tables of the loop's step inputs, [steps, …]; carried inputs that ``inputs`` lacks begin as zeros.
-    Returns the carried values after the last step, by the name of their input.
+    ``rows`` holds the tables of the loop's step inputs, [steps, …]; carried inputs that ``inputs`` lacks begin as
+    zeros. Returns the carried values after the last step, by the name of their input.
     """
     loop, body = program.loop, program.graphs[program.loop.body]
     known = dict(inputs)

@@ -216,7 +216,8 @@ def test_the_distilled_loop_takes_its_noise_as_an_input(omni: Compiled, tmp_path
     inputs = request(omni.config, case)
     known = loop_inputs(omni, program, inputs)
     body = program.graphs[program.loop.body]
-    noise = {n: torch.randn(4, *known[n.replace("_noise", "_sample")].shape) for n in body.inputs if n.endswith("_noise")}
+    names = [n for n in body.inputs if n.endswith("_noise")]
+    noise = {n: torch.randn(4, *known[n.replace("_noise", "_sample")].shape) for n in names}
     rows = tables(omni, program, plan)
 
     latent = inputs["vision_latent"]

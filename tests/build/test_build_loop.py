@@ -1,0 +1,130 @@
+"""`--loop device`: every step in one engine, and the schedule that it was built for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from safetensors import safe_open
+
+from cosmos_export.build import stages
+from cosmos_export.build.driver import build
+from cosmos_export.build.options import BuildOptions
+from cosmos_export.bundle import Manifest, verify_bundle
+from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
+from cosmos_export.targets.plan_inspector import inspect_plan
+
+pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
+
+LAYERS, BRANCHES = 3, 2
+
+
+def built(checkpoint: Path, output: Path, **options: Any) -> Manifest:
+    chosen = {"loop": "device", "parity": "never", "steps": 5, **options}
+    result = build(BuildOptions(checkpoint, output, **chosen))
+    assert result.manifest is not None
+    assert verify_bundle(output).ok
+    return result.manifest
+
+
+def test_the_loop_is_an_engine_with_both_branches_fused(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x", target="rtx-pro-6000")
+    assert {e.name for e in manifest.engines} == {"reasoner", "conditioning", "denoise"}
+    (plan,) = inspect_plan(tmp_path / "x" / "engines/denoise.engine").graphs
+    # A short body is unrolled a few times; every copy is fused.
+    assert len(plan.attention) > 0
+    assert len(plan.attention) % (LAYERS * BRANCHES) == 0
+    assert set(plan.gemm_types()) == {"bf16"}
+    assert plan.stream_capturable
+    assert all(check.passed for check in manifest.plan_checks)
+
+
+@pytest.mark.parametrize("backbone", ["omni", "edge"])
+def test_the_loop_is_compared_with_diffusers_own(tmp_path: Path, request: pytest.FixtureRequest, backbone: str) -> None:
+    manifest = built(request.getfixturevalue(backbone), tmp_path / "x", parity="always", steps=4)
+    verdicts = {v.stage: v for v in manifest.evaluation}
+    assert verdicts["loop of 4 steps"].verdict == "pass"
+    assert 0 < manifest.volatile.measured["loop of 4 steps"] <= 1e-4
+
+
+def test_a_wrong_coefficient_is_found(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = stages.loop_tables
+
+    def wrong(*arguments: Any) -> Any:
+        tables = dict(real(*arguments))
+        tables["coefficients"] = tables["coefficients"] * 1.001
+        return tables
+
+    monkeypatch.setattr(stages, "loop_tables", wrong)
+    with pytest.raises(FindingError, match="loop of 4 steps"):
+        built(omni, tmp_path / "x", parity="always", steps=4)
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_manifest_says_how_to_run_it(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x", guidance=4.0)
+    loop = manifest.loop
+    assert loop is not None
+    assert (loop.body, loop.steps, loop.rows) == ("denoise", 5, ())
+    assert loop.carried == {f"{m}_sample": f"{m}_sample_final" for m in ("vision", "sound", "action")}
+    into = {e.input: e for e in manifest.edges if e.target == "denoise"}
+    assert into["key_0"].instance is None
+    assert into["negative_key_0"].instance == "negative"
+    assert into["negative_key_0"].source == "reasoner"
+    model = onnx.load(str(tmp_path / "x" / "onnx/denoise.cpu.onnx"), load_external_data=False)
+    contract = manifest.graphs["denoise"]
+    assert {i.name for i in model.graph.input} == {t.name for t in contract.inputs}
+    assert {o.name for o in model.graph.output} == {t.name for t in contract.outputs}
+
+
+def test_the_schedule_is_recorded(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x", grid="flow", shift=10.0, guidance=4.0, steps=6)
+    options = manifest.options
+    assert (options["mode"], options["loop"]) == ("t2v", "device")
+    assert options["schedule.grid"] == "flow"
+    assert options["schedule.shift"] == 10.0
+    assert options["schedule.guidance"] == 4.0
+    assert len(options["schedule.sigmas"]) == 7  # type: ignore[arg-type]
+    with safe_open(tmp_path / "x" / "tables/schedule.safetensors", "numpy") as file:
+        assert file.get_tensor("coefficients").shape[0] == 6
+        assert file.get_tensor("timesteps").tolist() == list(options["schedule.timesteps"])  # type: ignore[arg-type]
+
+
+def test_without_guidance_there_is_one_branch(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x", guidance=1.0)
+    assert not [e for e in manifest.edges if e.instance]
+    assert not [t for t in manifest.graphs["denoise"].inputs if t.name.startswith("negative")]
+
+
+def test_the_loop_shares_the_generators_weights(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x")
+    assert "onnx/generator.weights" in {f.path for f in manifest.files}
+    assert "onnx/denoise.weights" not in {f.path for f in manifest.files}
+
+
+def test_two_builds_are_the_same(tmp_path: Path, omni: Path) -> None:
+    documents = []
+    for name in ("a", "b"):
+        built(omni, tmp_path / name, target="rtx-pro-6000")
+        document = json.loads((tmp_path / name / "manifest.json").read_text(encoding="utf-8"))
+        document.pop("volatile")
+        documents.append(document)
+    assert documents[0] == documents[1]
+
+
+def test_what_cannot_be_built_is_refused_before_work(tmp_path: Path, omni: Path) -> None:
+    def refused(**options: Any) -> str:
+        with pytest.raises((UserError, UnsupportedError)) as caught:
+            build(BuildOptions(omni, tmp_path / "x", **options))
+        assert not (tmp_path / "x").exists()
+        return caught.value.code
+
+    assert refused(loop="device", mode="t2i") == "CX223"  # its default schedule guides a part of the steps
+    assert refused(loop="gpu") == "CX451"
+    assert refused(mode="t2x") == "CX464"
+    assert refused(grid="cosine") == "CX462"
+    assert refused(guidance=-1.0) == "CX463"
+    assert refused(steps=0) == "CX460"
