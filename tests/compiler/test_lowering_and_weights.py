@@ -19,7 +19,7 @@ from sketch import N, P, Sketch, aten, ops
 from tiny_cosmos import Case, assert_close, cases_for, random_model, request, stock_forward, tiny_config
 
 from cosmos_export.capture.model import capture
-from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.diagnostics import InternalError, ToolError
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
@@ -117,14 +117,14 @@ def test_sources_are_read_bit_for_bit(tmp_path: Path) -> None:
         assert value.dtype is tensors[name].dtype and torch.equal(value.float(), tensors[name].float()), name
 
 
-def test_a_full_disk_is_a_user_error(
+def test_a_full_disk_is_an_error_of_the_file_system(
     bindings: list[WeightBinding], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(weights_module, "_write", full)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(ToolError) as refused:
         write_weights(tmp_path / "weights.bin", layout(bindings), "weights", Silent())
     assert str(refused.value) == (
         "CX440: writing weights.bin (0.00 GB) failed: No space left on device "
@@ -133,8 +133,8 @@ def test_a_full_disk_is_a_user_error(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_really_full_disk_is_a_user_error(bindings: list[WeightBinding]) -> None:
-    with pytest.raises(UserError, match="CX440"):
+def test_a_really_full_disk_is_one(bindings: list[WeightBinding]) -> None:
+    with pytest.raises(ToolError, match="CX440"):
         write_weights(Path("/dev/full"), layout(bindings), "weights", Silent())
 
 
