@@ -82,9 +82,10 @@ def _scheduler(config: Mapping[str, Any], schedule: Schedule) -> Any:
     import diffusers
 
     driver = getattr(diffusers, config["_class_name"]).from_config(dict(config))
-    driver.set_timesteps(sigmas=list(schedule.sigmas[:-1])) if schedule.sampler == "distilled-sde" else (
+    if schedule.sampler == "distilled-sde":
+        driver.set_timesteps(sigmas=list(schedule.sigmas[:-1]))
+    else:
         driver.set_timesteps(schedule.steps)
-    )
     driver.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
     driver.timesteps = torch.tensor(schedule.timesteps, dtype=driver.timesteps.dtype)
     return driver
