@@ -1,9 +1,13 @@
-"""For every test: interrupts work, also where the run was started in the background of a shell, which ignores them."""
+"""For every test: interrupts work, also where a shell started the run in the background; failures are readable."""
 
 from __future__ import annotations
 
+import logging
 import signal
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Processes the tests start inherit what is ignored, and not what is handled.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The exporter traces every operation at DEBUG; a failing capture would print thousands of lines.
+logging.getLogger("torch.__trace").setLevel(logging.WARNING)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from cosmos_export.build.schedule import schedule_table
-from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights
-from cosmos_export.ir.program import Loop, Program
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.base import Pass
 from cosmos_export.passes.batch_guidance import BatchGuidance
@@ -46,8 +47,16 @@ def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[s
     return {**rows, COEFFICIENTS: coefficient_table(schedule).astype(np.float32)}
 
 
-def loop_inputs(body: Graph, loop: Loop, tables: Collection[str]) -> list[str]:
-    """Inputs of the model of a closed loop with ``tables`` inside: of the carried state the samples alone."""
-    return [
-        name for name in body.inputs if name not in tables and (name not in loop.carried or name.endswith("_sample"))
-    ]
+def loop_inputs(closed: Program, tables: Collection[str]) -> dict[str, TensorSpec]:
+    """What the model of a closed loop with ``tables`` inside takes, by name.
+
+    Of the carried state the samples alone; a step input that is in no table (noise) for every step, [steps, …].
+    """
+    body, loop = closed.graphs[closed.loop.body], closed.loop
+    found = {}
+    for name, node in body.inputs.items():
+        spec = spec_of(node)
+        if name in tables or (name in loop.carried and not name.endswith("_sample")):
+            continue
+        found[name] = TensorSpec(spec.dtype, (loop.steps or 0, *spec.shape)) if name in loop.rows else spec
+    return found

@@ -25,9 +25,9 @@ from cosmos_export.bundle import (
     Verdict,
     Volatile,
 )
-from cosmos_export.ir.graph import Graph, Node, spec_of
+from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import DTYPE_NAMES
+from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
 
 if TYPE_CHECKING:
     from cosmos_export.build.stages import BuildResult
@@ -110,13 +110,9 @@ def _loop(program: Program, closed: Program | None) -> LoopRecord:
 def _loop_contract(closed: Program | None) -> dict[str, GraphContract]:
     if closed is None:
         return {}
-    body, loop = closed.graphs[closed.loop.body], closed.loop
-    inputs = []
-    for tensor in _tensors({n: body.inputs[n] for n in loop_inputs(body, loop, LOOP_TABLES)}):
-        every = (loop.steps or 0, *tensor.dims) if tensor.name in loop.rows else tensor.dims
-        inputs.append(Tensor(tensor.name, tensor.dtype, every))
-    samples = {f"{n}_final": body.inputs[n] for n in loop.carried if n.endswith("_sample")}
-    return {LOOP: GraphContract(tuple(inputs), _tensors(samples))}
+    body = closed.graphs[closed.loop.body]
+    samples = {f"{n}_final": spec_of(body.inputs[n]) for n in closed.loop.carried if n.endswith("_sample")}
+    return {LOOP: GraphContract(_tensors(loop_inputs(closed, LOOP_TABLES)), _tensors(samples))}
 
 
 def _loop_edges(closed: Program | None) -> list[EdgeRecord]:
@@ -127,17 +123,14 @@ def _loop_edges(closed: Program | None) -> list[EdgeRecord]:
 
 
 def _contract(graph: Graph) -> GraphContract:
-    return GraphContract(_tensors(graph.inputs), _tensors(graph.outputs))
+    inputs, outputs = ({n: spec_of(node) for n, node in nodes.items()} for nodes in (graph.inputs, graph.outputs))
+    return GraphContract(_tensors(inputs), _tensors(outputs))
 
 
-def _tensors(nodes: Mapping[str, Node]) -> tuple[Tensor, ...]:
+def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
     return tuple(
-        Tensor(
-            name,
-            DTYPE_NAMES[spec_of(node).dtype],
-            tuple(size if isinstance(size, int) else str(size) for size in spec_of(node).shape),
-        )
-        for name, node in nodes.items()
+        Tensor(name, DTYPE_NAMES[spec.dtype], tuple(s if isinstance(s, int) else str(s) for s in spec.shape))
+        for name, spec in specs.items()
     )
 
 

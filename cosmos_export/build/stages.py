@@ -31,7 +31,7 @@ from cosmos_export.ir.dims import Size, product
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import WeightSource
+from cosmos_export.ir.spec import TensorSpec, WeightSource
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
@@ -127,12 +127,11 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
                 if name != SCHEDULE and (closed is None or name != program.loop.body):
-                    inputs = list(graph.inputs)
+                    inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                     engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
             if closed is not None:
-                body = closed.graphs[closed.loop.body]
-                inputs = loop_inputs(body, closed.loop, LOOP_TABLES)
+                body, inputs = closed.graphs[closed.loop.body], loop_inputs(closed, LOOP_TABLES)
                 engine = _build_engine(LOOP, body, inputs, program, plan, writer, stages.progress)
                 result.engines.append(engine)
         _require_plans(result.engines)
@@ -317,20 +316,20 @@ def _write_loop(closed: Program, tables: Mapping[str, np.ndarray], plan: Plan, w
 def _build_engine(
     name: str,
     graph: Graph,
-    inputs: Sequence[str],
+    inputs: Mapping[str, TensorSpec],
     program: Program,
     plan: Plan,
     writer: BundleWriter,
     progress: Progress,
 ) -> Engine:
-    """The engine of ``graph`` from the model ``name``, which takes ``inputs`` of it."""
+    """The engine of ``graph`` from the model ``name``, which takes ``inputs``."""
     from cosmos_export.targets.tensorrt_rtx import build_engine
 
     def dim(size: Size) -> int | str:
         # A profile says how long a prompt may be; that holds for the negative prompt too.
         return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
 
-    spec = {name: [dim(size) for size in spec_of(graph.inputs[name]).shape] for name in inputs}
+    spec = {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     report = build_engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,37 @@ def test_what_cannot_be_built_is_refused_before_work(tmp_path: Path, omni: Path)
     assert refused(grid="cosine") == "CX462"
     assert refused(guidance=-1.0) == "CX463"
     assert refused(steps=0) == "CX460"
+
+
+@pytest.fixture(scope="module")
+def distilled(omni: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with the sampler files of a published 4-step one."""
+    folder = tmp_path_factory.mktemp("distilled") / "checkpoint"
+    shutil.copytree(omni, folder)
+    sigmas = [1.0, 0.9375, 0.8333333333333334, 0.625]
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0,
+        "num_train_timesteps": 1000, "use_karras_sigmas": False, "use_dynamic_shifting": False,
+        "fixed_step_requires_explicit_sigmas": True,
+        "fixed_step_sampler_config": {"sample_type": "sde", "t_list": sigmas},
+    }  # fmt: skip
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    modular = {"_class_name": "Cosmos3DistilledModularPipeline", "is_distilled": True, "distilled_sigmas": sigmas}
+    (folder / "modular_model_index.json").write_text(json.dumps(modular), encoding="utf-8")
+    return folder
+
+
+def test_a_distilled_checkpoint_has_its_own_loop(tmp_path: Path, distilled: Path) -> None:
+    """Against diffusers' stochastic scheduler, which draws the same noise from the same seed."""
+    manifest = built(distilled, tmp_path / "x", target="rtx-pro-6000", mode="i2v", steps=None, parity="always")
+    assert manifest.volatile.measured["loop of 4 steps"] <= 1e-4
+    assert manifest.loop is not None
+    assert set(manifest.loop.rows) == {"vision_noise", "sound_noise", "action_noise"}
+    (noise,) = [t for t in manifest.graphs["denoise"].inputs if t.name == "vision_noise"]
+    assert noise.dims[0] == 4
+    assert not [e for e in manifest.edges if e.instance]
+
+
+def test_a_distilled_checkpoint_takes_its_own_steps_only(tmp_path: Path, distilled: Path) -> None:
+    with pytest.raises(UserError, match="5"):
+        build(BuildOptions(distilled, tmp_path / "x", loop="device", mode="i2v", steps=5))
