@@ -215,7 +215,7 @@ def test_the_timesteps_are_those_of_the_published_pipeline(built: Built, source:
     from safetensors.torch import load_file
 
     steps = load_file(built.path / "tables/schedule.safetensors")["timesteps"].tolist()
-    assert list(built.manifest.options["timesteps"]) == steps  # type: ignore[arg-type]
+    assert list(built.manifest.options["schedule.timesteps"]) == steps  # type: ignore[arg-type]
     if variant == "omni":
         assert steps == list(KARRAS_35)
         return

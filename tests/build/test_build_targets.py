@@ -127,7 +127,7 @@ def test_the_policy_profile(tmp_path: Path, omni: Path) -> None:
     manifest = built(omni, tmp_path / "x", target="rtx-pro-6000", profiles=("policy-droid",), steps=4)
     (profile,) = manifest.profiles
     assert (profile.dims["action_len"].min, profile.dims["action_len"].max) == (32, 33)
-    assert len(manifest.options["timesteps"]) == 4  # type: ignore[arg-type]
+    assert len(manifest.options["schedule.timesteps"]) == 4  # type: ignore[arg-type]
     assert len(plan(tmp_path / "x", "generator").graphs[0].attention) == LAYERS
 
 
