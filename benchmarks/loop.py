@@ -18,23 +18,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import torch
 
-from cosmos_export.build.schedule import sampling, schedule_table
+from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.schedule import sampling
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.capture.model import capture
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.ir import ops
-from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import read_weights
-from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
+from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.pipeline import default_passes, run_passes
 from cosmos_export.progress import Silent
-from cosmos_export.sampling import Overrides, coefficient_table, resolve_schedule
+from cosmos_export.sampling import Overrides, resolve_schedule
 from cosmos_export.targets import load_target
 from cosmos_export.targets.onnx_loop import lower_loop
 from cosmos_export.targets.plan_inspector import inspect_plan
@@ -51,32 +48,23 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     checkpoint = open_checkpoint(folder)
     program = capture(checkpoint.geometry.config, weight_sources(checkpoint), modalities=("vision",))
     run_passes(program, default_passes())
-    BatchGuidance().run(program)
     rows: list[dict[str, Any]] = []
     print("| steps | engine | fused attention | planned | GEMMs | activations | capturable | build | peak memory |")
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in (int(s) for s in arguments.steps.split(",")):
         plan = resolve_schedule(sampling(checkpoint), "t2v", Overrides(steps=steps, guidance=6.0))
-        closed = program.copy()
-        FuseDenoiseLoop(plan).run(closed)
+        closed = close_loop(program, plan)
         body = closed.graphs[closed.loop.body]
-        times = torch.tensor(plan.timesteps, dtype=torch.float32)
-        table = schedule_table(closed, times, read_weights(read_source))["time_embedding"]
-        tables = {
-            "time_embedding": table.float().numpy()[:, None, :],
-            "coefficients": coefficient_table(plan).astype(np.float32),
-        }
+        tables = loop_tables(closed, plan, read_weights(read_source))
         stored = layout(n.meta["weight"] for n in body.weights.values())
         if not rows:
             write_weights(work / "loop.weights", stored, "weights", Silent())
         path = work / f"loop-{steps}.onnx"
         onnx.save(lower_loop(body, closed.loop, tables, stored, "loop.weights", explicit_attention=True), path)
-        takes = [n for n in body.inputs if n not in closed.loop.rows]
-        takes = [n for n in takes if n not in closed.loop.carried or n.endswith("_sample")]
         spec = {
-            n: [s if isinstance(s, int) else str(s).replace("negative_und_len", "und_len") for s in spec_of(v).shape]
-            for n, v in body.inputs.items() if n in takes
-        }  # fmt: skip
+            name: [s if isinstance(s, int) else str(s).replace(NEGATIVE_LEN, "und_len") for s in given.shape]
+            for name, given in loop_inputs(closed, LOOP_TABLES).items()
+        }
         report = build_engine(
             path, work / f"loop-{steps}.engine", target=load_target(arguments.target),
             profiles=[input_shapes(parse_profile(arguments.profile), spec)],

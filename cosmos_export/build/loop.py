@@ -7,7 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from cosmos_export.build.schedule import schedule_table
+from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Program
@@ -41,8 +41,7 @@ def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[s
 
     A model that computes in a narrower type rounds them once, as the stock model rounds its time embedding.
     """
-    steps = torch.tensor(schedule.timesteps, dtype=torch.float32)
-    table = schedule_table(closed, steps, weights, compute=torch.float32)
+    table = schedule_table(closed, timesteps(schedule), weights, compute=torch.float32)
     rows = {name: row.numpy()[:, None, :] for name, row in table.items()}
     return {**rows, COEFFICIENTS: coefficient_table(schedule).astype(np.float32)}
 

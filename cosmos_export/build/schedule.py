@@ -38,15 +38,11 @@ def schedule(checkpoint: Checkpoint, mode: str = DEFAULT_MODE, overrides: Overri
     return resolve_schedule(sampling(checkpoint), mode, overrides)
 
 
-def timesteps(checkpoint: Checkpoint, steps: int | None) -> torch.Tensor:
-    """float32 [steps] timesteps in the order of sampling, as the checkpoint's own grid has them.
-
-    Raises UserError (CX460) for a step count the checkpoint does not sample with.
-    """
+def timesteps(plan: Schedule) -> torch.Tensor:
+    """float32 [steps] timesteps in the order of sampling, as the time embedder takes them."""
     import torch
 
-    resolved = schedule(checkpoint, overrides=Overrides(steps=steps))
-    return torch.tensor(resolved.timesteps, dtype=torch.float32)
+    return torch.tensor(plan.timesteps, dtype=torch.float32)
 
 
 def schedule_table(

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from cosmos_export.build.loop import LOOP, LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
-from cosmos_export.build.schedule import schedule_table
+from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck
 from cosmos_export.bundle.verify import hash_file
@@ -96,7 +96,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
     stages = _Stages(result, progress)
-    sources, steps = weight_sources(plan.checkpoint), torch.tensor(plan.schedule.timesteps, dtype=torch.float32)
+    sources, steps = weight_sources(plan.checkpoint), timesteps(plan.schedule)
     weights = read_weights(read_source)
     result.parity_note = _parity_refusal(plan)
     parity = None

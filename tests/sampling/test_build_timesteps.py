@@ -38,29 +38,33 @@ OF_EDGE = Facts(flow(3.0), EDGE_GEOMETRY, {"use_native_flow_schedule": True})
 OF_FOUR_STEP = Facts(DISTILLED, distilled_sigmas=SIGMAS)
 
 
+def timesteps_of(facts: Facts, steps: int | None) -> torch.Tensor:
+    return timesteps(schedule(facts.checkpoint(), overrides=Overrides(steps=steps)))
+
+
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize(("facts", "expected"), [(OF_NANO, NANO), (OF_EDGE, EDGE)], ids=["nano", "edge"])
 def test_timesteps(facts: Facts, expected: CheckpointSampling, steps: int) -> None:
-    found = timesteps(facts.checkpoint(), steps)
+    found = timesteps_of(facts, steps)
     assert found.dtype == torch.float32
     assert torch.equal(found, published(expected, steps).timesteps.to(torch.float32))
 
 
 @pytest.mark.parametrize("facts", [OF_NANO, OF_EDGE], ids=["nano", "edge"])
 def test_35_steps_are_the_default(facts: Facts) -> None:
-    assert torch.equal(timesteps(facts.checkpoint(), None), timesteps(facts.checkpoint(), 35))
+    assert torch.equal(timesteps_of(facts, None), timesteps_of(facts, 35))
 
 
 @pytest.mark.parametrize("steps", [None, 4])
 def test_distilled_timesteps(steps: int | None) -> None:
-    found = timesteps(OF_FOUR_STEP.checkpoint(), steps)
+    found = timesteps_of(OF_FOUR_STEP, steps)
     assert torch.equal(found, published(FOUR_STEP, 4).timesteps)
 
 
 @pytest.mark.parametrize(("facts", "steps"), [(OF_NANO, 0), (OF_EDGE, 1001), (OF_FOUR_STEP, 35)])
 def test_a_step_count_that_is_not_sampled_is_refused(facts: Facts, steps: int) -> None:
     with pytest.raises(UserError) as caught:
-        timesteps(facts.checkpoint(), steps)
+        timesteps_of(facts, steps)
     assert caught.value.code == "CX460" and f"steps = {steps}" in caught.value.message
 
 
