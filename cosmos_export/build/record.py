@@ -20,6 +20,7 @@ from cosmos_export.bundle import (
     Manifest,
     Model,
     ProfileRecord,
+    SegmentRecord,
     TargetRecord,
     Tensor,
     Verdict,
@@ -70,6 +71,8 @@ def manifest(
             *_loop_edges(closed),
         ),
         loop=_loop(program, closed),
+        streams={},
+        request=None,
         engines=tuple(
             EngineRecord(
                 e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded"
@@ -99,12 +102,12 @@ def manifest(
 
 
 def _loop(program: Program, closed: Program | None) -> LoopRecord:
-    """The loop a host runs, or the one that runs by itself."""
-    if closed is None:
-        return LoopRecord(program.loop.body, dict(program.loop.carried))
-    samples = {n: f"{n}_final" for n in closed.loop.carried if n.endswith("_sample")}
-    noise = tuple(n for n in closed.loop.rows if n not in LOOP_TABLES)
-    return LoopRecord(LOOP, samples, closed.loop.steps, noise)
+    """The loop a host runs, and the one that runs by itself."""
+    segments: tuple[SegmentRecord, ...] = ()
+    if closed is not None:
+        noise = tuple(n for n in closed.loop.rows if n not in LOOP_TABLES)
+        segments = (SegmentRecord(LOOP, closed.loop.steps or 0, noise),)
+    return LoopRecord(program.loop.body, dict(program.loop.carried), segments)
 
 
 def _loop_contract(closed: Program | None) -> dict[str, GraphContract]:

@@ -131,15 +131,114 @@ class EdgeRecord:
 
 
 @dataclass(frozen=True)
+class SegmentRecord:
+    """A run of steps that needs no host: one graph with the loop inside."""
+
+    graph: Name
+    steps: Annotated[int, AtLeast(1)]
+    rows: tuple[Name, ...] = ()
+    """Inputs that hold a row for each of its steps, [steps, …]: the noise of a stochastic sampler."""
+
+
+@dataclass(frozen=True)
 class LoopRecord:
-    """The denoising loop: `body` runs once a step; `carried` maps its inputs to the outputs they follow from."""
+    """The denoising loop: `body` is one step, and `carried` maps its inputs to the outputs their next value follows
+    from. `segments` run all the steps by themselves, one after the other; none where a host runs `body` once a step.
+
+    A segment takes the samples as ``{modality}_sample`` and returns them as ``{modality}_sample_final``. What else a
+    sampler carries goes from one segment to the next along `Manifest.edges`.
+    """
 
     body: Name
     carried: Mapping[str, Name]
-    steps: int | None = None
-    """Trip count of a loop that runs by itself; none where a host runs the steps."""
-    rows: tuple[Name, ...] = ()
-    """Inputs that take one row of a table a step."""
+    segments: tuple[SegmentRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class StreamRecord:
+    """A codec that works through a clip one latent frame a call: `first` on the first, `next` on each further one.
+
+    `carried` maps the inputs of `next` to the outputs, of either graph, that they come from.
+    """
+
+    first: Name
+    next: Name
+    carried: Mapping[str, Name]
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """Latent video of the model: channels, and what one latent (row or column, frame) and one token (rows or columns of
+    latents) stand for."""
+
+    channels: Annotated[int, AtLeast(1)]
+    spatial: Annotated[int, AtLeast(1)]
+    """Pixels a latent row or column."""
+    temporal: Annotated[int, AtLeast(1)]
+    """Frames a latent frame, but for the first, which is one."""
+    patch: Annotated[int, AtLeast(1)]
+    """Latent rows or columns a token."""
+    base_fps: float
+    fps_modulation: bool
+    """Whether temporal positions follow the frame rate."""
+
+
+@dataclass(frozen=True)
+class SoundRecord:
+    """Latent sound of the model."""
+
+    channels: Annotated[int, AtLeast(1)]
+    latent_fps: float
+    sampling_rate: Annotated[int, AtLeast(1)]
+    hop: Annotated[int, AtLeast(1)]
+    """Samples a latent."""
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """Actions of the model: width of a row with its padding, and how many embodiment domains there are."""
+
+    dim: Annotated[int, AtLeast(1)]
+    domains: Annotated[int, AtLeast(1)]
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """How a prompt becomes token ids: the checkpoint's chat template, applied when the bundle was built.
+
+    The text that is tokenized is ``plain[0] + user + plain[1]``, or with a system message
+    ``system[0] + message + system[1] + user + system[2]``; `suffix_ids` follow its ids.
+    """
+
+    tokenizer: BundlePath
+    plain: tuple[str, ...]
+    system: tuple[str, ...]
+    use_system: bool
+    """Whether requests have the system message unless they say otherwise."""
+    suffix_ids: tuple[Bytes, ...]
+
+
+@dataclass(frozen=True)
+class SamplingRecord:
+    """What the checkpoint says of its sampling: `cosmos_export.sampling.CheckpointSampling`."""
+
+    scheduler: Mapping[str, Scalar | tuple[Scalar, ...]]
+    native: bool
+    distilled_sigmas: tuple[float, ...] | None
+    edge: bool
+    policy: Name | None
+
+
+@dataclass(frozen=True)
+class RequestRecord:
+    """What a request needs to know of the model besides its graphs."""
+
+    video: VideoRecord
+    sound: SoundRecord | None
+    action: ActionRecord | None
+    prompt: PromptRecord | None
+    """None in a bundle without its tokenizer: requests bring token ids."""
+    sampling: SamplingRecord
 
 
 @dataclass(frozen=True)
@@ -213,6 +312,8 @@ class Manifest:
     graphs: Mapping[str, GraphContract]
     edges: tuple[EdgeRecord, ...]
     loop: LoopRecord | None
+    streams: Mapping[str, StreamRecord]
+    request: RequestRecord | None
     engines: tuple[EngineRecord, ...]
     tools: Mapping[str, str]
     options: Mapping[str, Scalar | tuple[Scalar, ...]]
@@ -341,17 +442,37 @@ def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
 
 
 def _loop_problems(manifest: Manifest) -> Iterator[StrictError]:
-    if manifest.loop is None:
+    if manifest.loop is not None:
+        body = manifest.loop.body
+        yield from _carried_problems(manifest, "loop", body, [body], manifest.loop.carried)
+        for i, segment in enumerate(manifest.loop.segments):
+            graph = manifest.graphs.get(segment.graph)
+            if graph is None:
+                yield StrictError(f"loop.segments[{i}]", f"{shown(segment.graph)} is not a graph of this manifest")
+                continue
+            for name in set(segment.rows) - {t.name for t in graph.inputs}:
+                yield StrictError(f"loop.segments[{i}].rows", f"{shown(segment.graph)} has no input {shown(name)}")
+    for name, stream in manifest.streams.items():
+        sources = [stream.first, stream.next]
+        yield from _carried_problems(manifest, f"streams.{shown(name)}", stream.next, sources, stream.carried)
+
+
+def _carried_problems(
+    manifest: Manifest, where: str, body: str, sources: list[str], carried: Mapping[str, str]
+) -> Iterator[StrictError]:
+    """``carried`` goes from outputs of every one of ``sources`` to inputs of ``body``."""
+    missing = [name for name in dict.fromkeys([body, *sources]) if name not in manifest.graphs]
+    for name in missing:
+        yield StrictError(where, f"{shown(name)} is not a graph of this manifest")
+    if missing:
         return
-    body = manifest.graphs.get(manifest.loop.body)
-    if body is None:
-        yield StrictError("loop.body", f"{shown(manifest.loop.body)} is not a graph of this manifest")
-        return
-    for name, output in manifest.loop.carried.items():
-        if name not in {t.name for t in body.inputs}:
-            yield StrictError("loop.carried", f"{shown(manifest.loop.body)} has no input {shown(name)}")
-        if output not in {t.name for t in body.outputs}:
-            yield StrictError("loop.carried", f"{shown(manifest.loop.body)} has no output {shown(output)}")
+    inputs = {t.name for t in manifest.graphs[body].inputs}
+    for name, output in carried.items():
+        if name not in inputs:
+            yield StrictError(f"{where}.carried", f"{shown(body)} has no input {shown(name)}")
+        for source in sources:
+            if output not in {t.name for t in manifest.graphs[source].outputs}:
+                yield StrictError(f"{where}.carried", f"{shown(source)} has no output {shown(output)}")
 
 
 def _connects(source: Tensor, target: Tensor) -> bool:

@@ -67,10 +67,13 @@ def test_a_wrong_coefficient_is_found(tmp_path: Path, omni: Path, monkeypatch: p
 
 def test_the_manifest_says_how_to_run_it(tmp_path: Path, omni: Path) -> None:
     manifest = built(omni, tmp_path / "x", guidance=4.0)
-    loop = manifest.loop
-    assert loop is not None
-    assert (loop.body, loop.steps, loop.rows) == ("denoise", 5, ())
-    assert loop.carried == {f"{m}_sample": f"{m}_sample_final" for m in ("vision", "sound", "action")}
+    assert manifest.loop is not None
+    assert manifest.loop.body == "generator"
+    (segment,) = manifest.loop.segments
+    assert (segment.graph, segment.steps, segment.rows) == ("denoise", 5, ())
+    assert {t.name for t in manifest.graphs["denoise"].outputs} == {
+        f"{m}_sample_final" for m in ("vision", "sound", "action")
+    }
     into = {e.input: e for e in manifest.edges if e.target == "denoise"}
     assert into["key_0"].instance is None
     assert into["negative_key_0"].instance == "negative"
@@ -154,7 +157,7 @@ def test_a_distilled_checkpoint_has_its_own_loop(tmp_path: Path, distilled: Path
     manifest = built(distilled, tmp_path / "x", target="rtx-pro-6000", mode="i2v", steps=None, parity="always")
     assert manifest.volatile.measured["loop of 4 steps"] <= 1e-4
     assert manifest.loop is not None
-    assert set(manifest.loop.rows) == {"vision_noise", "sound_noise", "action_noise"}
+    assert set(manifest.loop.segments[0].rows) == {"vision_noise", "sound_noise", "action_noise"}
     (noise,) = [t for t in manifest.graphs["denoise"].inputs if t.name == "vision_noise"]
     assert noise.dims[0] == 4
     assert not [e for e in manifest.edges if e.instance]

@@ -38,6 +38,8 @@ def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5)
         },
         edges=(bundle.EdgeRecord("reasoner", "key_0", "generator", "und_key_0"),),
         loop=bundle.LoopRecord("generator", {"latents": "velocity"}),
+        streams={},
+        request=None,
         engines=(
             bundle.EngineRecord("reasoner", "reasoner", "engines/reasoner.plan", ("480p",), "embedded"),
             bundle.EngineRecord("generator", "generator", "engines/generator.plan", ("480p",), "embedded"),

@@ -111,7 +111,7 @@ def test_each_field_is_required(field: str) -> None:
         (["graphs", "reasoner", "outputs", 0, "dtype"], "float32", "'key_0' 'float32'['und_len', 8, 128] cannot be"),
         (["graphs", "reasoner", "outputs", 0, "dims"], ["und_len", 4, 128], "cannot be 'und_key_0'"),
         (["graphs", "reasoner", "outputs", 0, "dims"], [8, 128], "cannot be 'und_key_0'"),
-        (["loop", "body"], "vae", "loop.body: 'vae' is not a graph of this manifest"),
+        (["loop", "body"], "vae", "loop: 'vae' is not a graph of this manifest"),
         (["loop", "carried"], {"noise": "velocity"}, "loop.carried: 'generator' has no input 'noise'"),
         (["loop", "carried"], {"latents": "noise"}, "loop.carried: 'generator' has no output 'noise'"),
         (["profiles", 0, "dims", "und_len", "min"], 4097, "profiles[0].dims: 'und_len' does not satisfy min <= opt"),
