@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.sampling import Mode, Schedule
@@ -49,10 +48,12 @@ class Request:
     clean_frames: tuple[int, ...] = ()
     """Latent frames that are given, not generated."""
     pixels: Array | None = None
-    """float32 [1, 3, frames, H, W] in [−1, 1]: the frames that make the clean latents, in order, and no more."""
+    """float32 [1, 3, frames, H, W] in [−1, 1]: the frames that make the clean latents, in order, and no more.
+
+    The canvas may be larger than 16·height × 16·width, padded at the right and bottom: latents are cropped."""
     sound: bool = False
     action: ActionPart | None = None
     seed: int = 0
     noise: Mapping[str, Array] = field(default_factory=dict)
-    """float32 initial noise by modality (``vision`` [1, C, T, h, w], ``sound`` [C, T_s], ``action`` [T_a, D]), instead of
-    what the seed gives; ``{modality}_steps`` [steps, …] is that of a stochastic sampler."""
+    """float32 initial noise by modality, instead of what the seed gives: ``vision`` [1, C, T, h, w], ``sound`` [C, T_s],
+    ``action`` [T_a, D]. ``{modality}_steps`` [steps, …] is that of a stochastic sampler."""
