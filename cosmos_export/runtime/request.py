@@ -55,5 +55,5 @@ class Request:
     action: ActionPart | None = None
     seed: int = 0
     noise: Mapping[str, Array] = field(default_factory=dict)
-    """float32 initial noise by modality, instead of what the seed gives: ``vision`` [1, C, T, h, w], ``sound`` [C, T_s],
+    """float32 initial noise by modality, in place of the seed's: ``vision`` [1, C, T, h, w], ``sound`` [C, T_s],
     ``action`` [T_a, D]. ``{modality}_steps`` [steps, …] is that of a stochastic sampler."""
