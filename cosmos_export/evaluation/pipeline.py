@@ -48,6 +48,8 @@ class PublishedRequest:
     sound: bool = False
     action: PublishedAction | None = None
     use_system_prompt: bool | None = None
+    metadata: bool = True
+    """Whether sentences on duration and resolution follow the prompt."""
 
 
 @dataclass
@@ -120,6 +122,8 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
             num_inference_steps=plan.steps,
             guidance_scale=plan.guidance,
             use_system_prompt=request.use_system_prompt,
+            add_resolution_template=request.metadata,
+            add_duration_template=request.metadata,
             enable_safety_check=False,
             callback_on_step_end=after_step,
             output_type="np",
@@ -163,6 +167,8 @@ def _run_distilled(checkpoint: Path, request: PublishedRequest) -> Published:
             width=request.width,
             fps=request.fps,
             use_system_prompt=request.use_system_prompt,
+            add_resolution_template=request.metadata,
+            add_duration_template=request.metadata,
             output_type="np",
             **{name: value for name, value in media.items() if value is not None},
         )
