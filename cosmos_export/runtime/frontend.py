@@ -7,6 +7,7 @@ pipeline (diffusers, ``Cosmos3OmniPipeline``).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,15 @@ from typing import Any, Literal, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.bundle import DimRecord, Manifest, ProfileRecord, RequestRecord
+from cosmos_export.bundle import MANIFEST_NAME, DimRecord, Manifest, ProfileRecord, RequestRecord, parse_manifest
+from cosmos_export.bundle.manifest import MAX_MANIFEST_BYTES
+from cosmos_export.bundle.strict import StrictError
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime import canvas, embodiments, media
 from cosmos_export.runtime.embodiments import ActionScale, Embodiment
+from cosmos_export.runtime.media import Mark
 from cosmos_export.runtime.prompts import (
     DEFAULT_VIEWPOINT,
     Scene,
@@ -87,6 +91,8 @@ class Prepared:
     request: Request
     profile: str
     """The shape profile that takes it."""
+    size: tuple[int, int]
+    """Height and width of the pictures in pixels."""
     sound_len: int
     embodiment: Embodiment | None = None
     scale: ActionScale | None = None
@@ -116,7 +122,7 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     builder = _action_scene if mode in _ACTION_MODES else _video_scene
     stage = builder(asked, manifest, record, mode)
     noise = _read_noise(asked.noise, stage, schedule, record) if asked.noise else {}
-    ids, negative_ids = _tokenized(asked, stage, record, bundle, guided=any(schedule.guided))
+    ids, negative_ids = _tokenized(asked, stage, manifest, record, bundle, guided=any(schedule.guided))
     lengths = [len(ids)] if negative_ids is None else [len(ids), len(negative_ids)]
     profile = _profile(manifest.profiles, {**stage.dims, "und_len": lengths}, record)
     request = Request(
@@ -135,7 +141,26 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
         seed=asked.seed,
         noise=noise,
     )
-    return Prepared(request, profile.name, stage.dims["sound_len"], stage.embodiment, stage.scale, stage.notes)
+    size = (request.height * record.video.spatial, request.width * record.video.spatial)
+    return Prepared(request, profile.name, size, stage.dims["sound_len"], stage.embodiment, stage.scale, stage.notes)
+
+
+def open_manifest(bundle: Path) -> tuple[Manifest, Mark]:
+    """The manifest of ``bundle``, and the mark of what is made with it. Reads no other file and verifies none.
+
+    CX618: there is none, or it is damaged.
+    """
+    path = bundle / MANIFEST_NAME
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+        return parse_manifest(data), Mark(hashlib.sha256(data).hexdigest())
+    except OSError as error:
+        raise UserError(
+            "CX618", f"{bundle} is not a bundle: {path.name}: {error.strerror or error}", "name the directory of one"
+        ) from error
+    except StrictError as error:
+        raise UserError("CX618", f"{path}: {error}", f"`cosmos-export bundle verify {bundle}` says more") from error
 
 
 def has_component(manifest: Manifest, name: str) -> bool:
@@ -248,12 +273,11 @@ def _require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode,
     """The checkpoint, the graphs and the codecs of the bundle can do this."""
     wanted = {*_GENERATED[mode], *(["sound"] if sound else []), *(["action"] if mode in _ACTION_MODES else [])}
     what = f"{mode}{' with sound' if sound else ''}"
-    for modality, known in (("sound", record.sound), ("action", record.action)):
-        if modality in wanted and known is None:
-            _lacks(manifest, what, f"model {manifest.model.id} generates no {modality}", "another checkpoint does")
     modalities, outputs = (manifest.options.get(name) for name in ("modalities", "outputs"))
     for modality in sorted(wanted):
         if modality not in _names(modalities):
+            if manifest.model.geometry.get(f"{modality}_dim", ...) is None:
+                _lacks(manifest, what, f"its model generates no {modality}", "another checkpoint does")
             _lacks(manifest, what, f"it was built without {modality}", f"build it with --modalities …,{modality}")
     for modality in (*_GENERATED[mode], *(["sound"] if sound else [])):
         if f"{modality}_velocity" not in _names(outputs):
@@ -278,6 +302,8 @@ def _names(value: object) -> tuple[object, ...]:
 def _require_numbers(asked: Asked) -> None:
     if not 0 <= asked.seed <= MAX_SEED:
         raise UserError("CX615", f"seed {asked.seed}; allowed: 0 to {MAX_SEED}")
+    if asked.keep not in (None, "first", "last"):
+        raise UserError("CX604", f"--keep {shown(asked.keep)}; allowed: first, last")
     if asked.fps is not None and not (math.isfinite(asked.fps) and 0 < asked.fps <= MAX_FPS):
         raise UserError("CX615", f"{asked.fps} frames a second; allowed: above 0, to {MAX_FPS:.0f}")
 
@@ -603,7 +629,7 @@ def _hint(name: str, found: int, span: DimRecord) -> str:
 
 
 def _tokenized(
-    asked: Asked, stage: _Stage, record: RequestRecord, bundle: Path, *, guided: bool
+    asked: Asked, stage: _Stage, manifest: Manifest, record: RequestRecord, bundle: Path, *, guided: bool
 ) -> tuple[TokenIds, TokenIds | None]:
     """Ids of the prompt and, where it is read, of the negative prompt."""
     if record.prompt is None:
@@ -619,8 +645,25 @@ def _tokenized(
         texts = [with_metadata(text, stage.scene, negative=i == 1) for i, text in enumerate(texts)]
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
-    tokenizer = PromptTokenizer(record.prompt, bundle)
+    tokenizer = PromptTokenizer(record.prompt, _verified(bundle, record.prompt.tokenizer, manifest))
     return tokenizer(texts[0], system), tokenizer(texts[1], system) if guided else None
+
+
+def _verified(bundle: Path, name: str, manifest: Manifest) -> Path:
+    """The file ``name`` of ``bundle``, which is what the manifest says; the bundle as a whole is verified later."""
+    path = bundle / name
+    listed = next((record.sha256 for record in manifest.files if record.path == name), None)
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            "CX603", f"cannot read {path}: {error.strerror or error}", "the bundle is incomplete"
+        ) from error
+    if found != listed:
+        raise UserError(
+            "CX603", f"{path} is not the file the manifest lists", f"`cosmos-export bundle verify {bundle}` says more"
+        )
+    return path
 
 
 def noise_shapes(request_dims: Mapping[str, int], record: RequestRecord, mode: Mode) -> dict[str, tuple[int, ...]]:

@@ -137,15 +137,25 @@ def _refuse(path: Path, found: str) -> NoReturn:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def to_bytes(pixels: NDArray[Any]) -> Frames:
-    """float [..., 3, frames, H, W] of one clip in [−1, 1] as [frames, H, W, 3] bytes, rounded as the pipeline does."""
-    return np.round(to_unit(pixels) * np.float32(255)).astype(np.uint8)
+# Frames come in two forms: bytes [n, H, W, 3], or what a decoder makes, float [1, 3, n, H, W] in [−1, 1].
 
 
-def to_unit(pixels: NDArray[Any]) -> NDArray[np.float32]:
-    """The same in [0, 1]: float32 [frames, H, W, 3]."""
-    one = pixels.reshape(pixels.shape[-4:]).astype(np.float32)
-    unit = np.clip(one * np.float32(0.5) + np.float32(0.5), 0, 1)
+def frame_count(chunk: NDArray[Any]) -> int:
+    """How many frames ``chunk`` has, in either form."""
+    return chunk.shape[0] if chunk.dtype == np.uint8 else chunk.shape[-3]
+
+
+def as_bytes(chunk: NDArray[Any]) -> Frames:
+    """``chunk`` as bytes, rounded as the published pipeline does."""
+    return chunk if chunk.dtype == np.uint8 else np.round(as_unit(chunk) * np.float32(255)).astype(np.uint8)
+
+
+def as_unit(chunk: NDArray[Any]) -> NDArray[np.float32]:
+    """``chunk`` as float32 [n, H, W, 3] in [0, 1]."""
+    if chunk.dtype == np.uint8:
+        return np.asarray(chunk / np.float32(255), dtype=np.float32)
+    clip = chunk.reshape(chunk.shape[-4:]).astype(np.float32)
+    unit = np.clip(clip * np.float32(0.5) + np.float32(0.5), 0, 1)
     return np.ascontiguousarray(unit.transpose(1, 2, 3, 0))
 
 

@@ -20,15 +20,15 @@ TokenIds = NDArray[np.int64]
 class PromptTokenizer:
     """Prompts into ids: the pieces of the chat template around the text, tokenized as one, and the ids that follow."""
 
-    def __init__(self, record: PromptRecord, bundle: Path) -> None:
-        """CX603: the tokenizer in ``bundle`` cannot be read; CX802: `tokenizers` is not installed."""
+    def __init__(self, record: PromptRecord, file: Path) -> None:
+        """``file`` is the record's tokenizer. CX603: it cannot be read; CX802: `tokenizers` is not installed."""
         for name, pieces, count in (("plain", record.plain, 2), ("system", record.system, 3)):
             if len(pieces) != count:
                 raise UserError(
                     "CX603", f"the bundle's template `{name}` has {len(pieces)} pieces, not {count}", "build it again"
                 )
         self._record = record
-        self._tokenizer = _load(bundle / record.tokenizer)
+        self._tokenizer = _load(file)
 
     def __call__(self, text: str, system: str | None = None) -> TokenIds:
         """int64 [und_len] ids of ``text`` from the user, after the message ``system`` where there is one."""

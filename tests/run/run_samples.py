@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +64,14 @@ def tokenizer(root: Path) -> Path:
     return root
 
 
+@functools.cache
+def tokenizer_file() -> tuple[int, str]:
+    """Size and SHA-256 of the tokenizer."""
+    with tempfile.TemporaryDirectory() as directory:
+        data = (tokenizer(Path(directory)) / TOKENIZER).read_bytes()
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
 def prompt_record(*, use_system: bool = True) -> bundle.PromptRecord:
     ids = demo_components.token_ids()
     turn, end, answer = "<|im_start|>{}\n", "<|im_end|>\n", "<|im_start|>assistant\n"
@@ -97,17 +108,20 @@ def manifest(
         "mode": mode,
         **{f"schedule.{name}": value for name, value in asdict(schedule).items()},
     }
-    segments = (bundle.SegmentRecord("loop", schedule.steps),) if device_loop else ()
+    segments = (bundle.SegmentRecord("generator", schedule.steps),) if device_loop else ()
+    sample = bundle_samples.manifest()
+    model = dataclasses.replace(sample.model, geometry={"sound_dim": 8 if has_sound else None, "action_dim": 64})
     return dataclasses.replace(
-        bundle_samples.manifest(),
+        sample,
+        model=model,
         profiles=tuple(bundle.ProfileRecord(name, dims) for name, dims in shapes.items()),
         loop=bundle.LoopRecord("generator", {}, segments),
-        streams={
-            name: bundle.StreamRecord(f"{name}_first", f"{name}_next", {})
-            for name in components
-            if name.startswith("vae")
-        },
-        graphs={name: contract for name in ("generator", *components)},
+        streams={name: bundle.StreamRecord("generator", "generator", {}) for name in components if "vae" in name},
+        graphs=dict.fromkeys(("generator", *(c for c in components if c == "sound_decoder")), contract),
+        engines=(),
+        edges=(),
+        plan_checks=(),
+        files=(bundle.FileRecord(TOKENIZER, *tokenizer_file(), "tokenizer"),),
         request=bundle.RequestRecord(
             video=bundle.VideoRecord(4, 16, 4, 2, 24.0, True),
             sound=bundle.SoundRecord(8, 25.0, 48_000, 1920) if has_sound else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 from cosmos_export.bundle import DimRecord
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
 from cosmos_export.runtime import canvas, media
-from cosmos_export.runtime.frontend import Asked, prepare
+from cosmos_export.runtime.frontend import Asked, open_manifest, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
 
@@ -243,11 +244,32 @@ def test_schedules_of_a_parsed_manifest(files: Path) -> None:
 
     scheduler = {**UNIPC, "disable_corrector": []}
     found = manifest(sampling=CheckpointSampling(scheduler), built=Overrides(guidance_interval=(300.0, 900.0)))
-    found = dataclasses.replace(found, files=tuple(
-        dataclasses.replace(f, path=f.path) for f in found.files), engines=(), edges=(), streams={},
-        loop=dataclasses.replace(found.loop), plan_checks=())  # fmt: skip
     schedule = ask(files, parse_manifest(found.to_bytes())).request.schedule
     assert schedule.guidance_interval == (300.0, 900.0)
+
+
+def test_open_manifest(files: Path, tmp_path: Path) -> None:
+    data = manifest().to_bytes()
+    (tmp_path / "manifest.json").write_bytes(data)
+    found, mark = open_manifest(tmp_path)
+    assert found == manifest()
+    assert mark.bundle_id == hashlib.sha256(data).hexdigest()
+    for damage in (data[:-10], b"{}"):
+        (tmp_path / "manifest.json").write_bytes(damage)
+        with pytest.raises(UserError, match="bundle verify") as caught:
+            open_manifest(tmp_path)
+        assert caught.value.code == "CX618"
+    with pytest.raises(UserError, match="is not a bundle"):
+        open_manifest(tmp_path / "nothing")
+
+
+def test_a_tokenizer_that_was_changed(tmp_path: Path) -> None:
+    root = run_samples.tokenizer(tmp_path)
+    path = root / run_samples.TOKENIZER
+    path.write_bytes(path.read_bytes() + b" ")
+    refused("CX603", root)
+    path.unlink()
+    refused("CX603", root)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -132,9 +132,13 @@ def test_pixels_are_rounded_as_the_pipeline_does() -> None:
     pixels[0, 0, 0, 0] = np.linspace(-1, 1, 16)
     processor = VideoProcessor(vae_scale_factor=16, resample="bilinear")
     expected = processor.postprocess_video(torch.from_numpy(pixels), output_type="pil")[0]
-    np.testing.assert_array_equal(media.to_bytes(pixels), np.stack([np.asarray(p) for p in expected]))
+    np.testing.assert_array_equal(media.as_bytes(pixels), np.stack([np.asarray(p) for p in expected]))
     unit = processor.postprocess_video(torch.from_numpy(pixels), output_type="np")[0]
-    np.testing.assert_array_equal(media.to_unit(pixels), unit)
+    np.testing.assert_array_equal(media.as_unit(pixels), unit)
+    frames = media.as_bytes(pixels)
+    np.testing.assert_array_equal(media.as_bytes(frames), frames)
+    np.testing.assert_array_equal(media.as_unit(frames), frames.astype(np.float32) / 255)
+    assert media.frame_count(pixels) == media.frame_count(frames) == 2
 
 
 def test_a_turned_picture_is_read_upright(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def pipeline(bundle: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(bundle: Path) -> PromptTokenizer:
-    return PromptTokenizer(run_samples.prompt_record(), bundle)
+    return PromptTokenizer(run_samples.prompt_record(), bundle / run_samples.TOKENIZER)
 
 
 def arguments(scene: Scene) -> dict[str, Any]:
@@ -137,5 +137,5 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / run_samples.TOKENIZER).write_text("{}")
     with pytest.raises(UserError) as caught:
-        PromptTokenizer(run_samples.prompt_record(), tmp_path)
+        PromptTokenizer(run_samples.prompt_record(), tmp_path / run_samples.TOKENIZER)
     assert caught.value.code == "CX603"
