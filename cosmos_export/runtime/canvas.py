@@ -40,7 +40,7 @@ def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
 
 
 def _triangle(x: NDArray[Any]) -> NDArray[Any]:
-    return np.maximum(1 - np.abs(x), 0)
+    return np.asarray(np.maximum(1 - np.abs(x), 0))
 
 
 def _cubic(x: NDArray[Any]) -> NDArray[Any]:
@@ -169,7 +169,7 @@ def _fixed_point(lines: Pixels, size: int) -> Pixels:
     total = np.full((*lines.shape[:-1], size), 1 << (_FRACTION_BITS - 1), dtype=np.int32)
     for tap in range(indices.shape[1]):
         total += lines[..., indices[:, tap]].astype(np.int32) * fixed[:, tap]
-    return np.clip(total >> _FRACTION_BITS, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(total >> _FRACTION_BITS, 0, 255), dtype=np.uint8)
 
 
 def _taps(source: int, size: int, kernel: Filter, dtype: Any) -> tuple[NDArray[np.intp], NDArray[Any]]:

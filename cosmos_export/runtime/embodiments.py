@@ -227,7 +227,8 @@ def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale
     low, high = (_column(path, key, block[key], width) for key in _PAIRS[chosen])
     if chosen == "meanstd":
         return ActionScale(chosen, low, np.maximum(high, np.float32(_SMALLEST)))
-    return ActionScale(chosen, (high + low) / 2, np.maximum(high - low, np.float32(_SMALLEST)) / 2)
+    half = np.maximum(high - low, np.float32(_SMALLEST)) / np.float32(2)
+    return ActionScale(chosen, (high + low) / np.float32(2), half)
 
 
 def _column(path: Path, key: str, values: Sequence[Any], width: int) -> Actions:

@@ -227,7 +227,7 @@ def _mode(asked: Asked, manifest: Manifest, record: RequestRecord) -> Mode:
     if asked.mode is not None:
         if asked.mode not in MODES:
             raise UserError("CX604", f"mode {shown(asked.mode)}; known: {', '.join(MODES)}")
-        return cast(Mode, asked.mode)
+        return asked.mode
     if asked.actions is not None:
         return "forward-dynamics"
     if record.sampling.policy is not None or asked.embodiment is not None:
@@ -458,7 +458,7 @@ def _action_scene(asked: Asked, manifest: Manifest, record: RequestRecord, mode:
     assert source is not None
     all_given = mode == "inverse-dynamics"
     frames, clip_fps = _source(asked, chunk + 1 if all_given else 1)
-    plan = canvas.plan_action_canvas(*frames.shape[1:3], asked.tier or robot.tier, video.spatial)
+    plan = canvas.plan_action_canvas(frames.shape[1], frames.shape[2], asked.tier or robot.tier, video.spatial)
     if all_given:
         if len(frames) <= chunk:
             notes.append(f"{source} has {len(frames)} frames for {chunk + 1}: the last is repeated")

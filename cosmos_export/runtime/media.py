@@ -124,6 +124,7 @@ def _frames(path: Path, stream: Any) -> Iterator[Frames]:
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
             _refuse(path, f"frames of {size[0]} × {size[1]} and of {frame.width} × {frame.height} pixels")
+        # Cameras store what they hold sideways, and say so in the file. Mirror images they do not make.
         quarters, rest = divmod(frame.rotation, 90)
         if rest:
             _refuse(path, f"turned by {frame.rotation} degrees; only quarter turns are read")
@@ -142,7 +143,7 @@ def _refuse(path: Path, found: str) -> NoReturn:
 
 def frame_count(chunk: NDArray[Any]) -> int:
     """How many frames ``chunk`` has, in either form."""
-    return chunk.shape[0] if chunk.dtype == np.uint8 else chunk.shape[-3]
+    return int(chunk.shape[0] if chunk.dtype == np.uint8 else chunk.shape[-3])
 
 
 def as_bytes(chunk: NDArray[Any]) -> Frames:
@@ -195,7 +196,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 def to_pcm(sound: NDArray[Any]) -> NDArray[np.int16]:
     """float [channels, samples] in [−1, 1] as int16 [samples, channels]; what is beyond is cut off."""
-    return np.round(np.clip(sound.T, -1, 1) * 32767).astype("<i2")
+    return np.asarray(np.round(np.clip(sound.T, -1, 1) * 32767), dtype="<i2")
 
 
 def write_wav(path: Path, sound: NDArray[Any], rate: int, mark: Mark) -> None:

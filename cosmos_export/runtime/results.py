@@ -98,9 +98,9 @@ def plan_outputs(
         if kind is None:
             raise UserError("CX662", f"{path}: unknown kind of output", f"names end in {', '.join(_KINDS)}")
         chosen[kind] = (*chosen.get(kind, ()), path)
-    for path, suffix in ((latents, ".safetensors"), (frames, ".npy")):
-        if path is not None and path.suffix.lower() != suffix:
-            raise UserError("CX662", f"{path}: this file's name ends in {suffix}")
+    for extra, suffix in ((latents, ".safetensors"), (frames, ".npy")):
+        if extra is not None and extra.suffix.lower() != suffix:
+            raise UserError("CX662", f"{extra}: this file's name ends in {suffix}")
     if len(chosen.get("video", ())) > 1:
         raise UserError("CX662", f"{' and '.join(map(str, chosen['video']))}: a clip is written once", "copy the file")
     outputs = Outputs(**chosen, latents=latents, frames=frames)
@@ -287,7 +287,7 @@ def _saving(path: Path, chunks: Iterator[Array], frames: int) -> Iterator[Array]
             unit = media.as_unit(chunk)
             if saved is None:
                 shape = (frames, *unit.shape[1:])
-                saved = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)  # type: ignore[no-untyped-call]
+                saved = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
             saved[done : done + len(unit)] = unit
             done += len(unit)
             yield chunk

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +49,10 @@ def _load(path: Path) -> Tokenizer:
         raise UnsupportedError(
             "CX802", "reading a prompt needs tokenizers, which is not installed", "pip install 'cosmos-export[run]'"
         ) from error
-    loader: Any = Tokenizer
     try:
-        return loader.from_file(str(path))
+        loaded: Tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception for every failure
         raise UserError(
             "CX603", f"{path} is not a tokenizer: {error}", "`cosmos-export bundle verify` tells whether it is damaged"
         ) from error
+    return loaded

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from cosmos_export.diagnostics import UserError
@@ -141,15 +141,15 @@ def test_pixels_are_rounded_as_the_pipeline_does() -> None:
     assert media.frame_count(pixels) == media.frame_count(frames) == 2
 
 
-def test_a_turned_picture_is_read_upright(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_turned_picture_is_read_upright(tmp_path: Path, orientation: int) -> None:
     """As a camera held on its side writes it: diffusers' `load_image` turns it too."""
-    image = picture(32, 48)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the top of the picture is on the right of what is stored
-    Image.fromarray(image).save(tmp_path / "x.jpg", exif=exif, quality=95)
-    read = media.read_image(tmp_path / "x.jpg")
-    assert read.shape == (48, 32, 3)
-    assert np.abs(read.astype(int) - np.rot90(image, -1)).mean() < 3
+    exif[0x0112] = orientation
+    Image.fromarray(picture(32, 48)).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), expected)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +175,18 @@ def test_wrong_kind(tmp_path: Path) -> None:
         media.read_image(tmp_path / "x.mp4")
     with pytest.raises(UserError, match="no picture or video"):
         media.read_clip(tmp_path / "x.wav", 5)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
+def test_pictures_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
+    """Alpha is dropped, as by ``convert("RGB")`` in the pipeline."""
+    image = Image.fromarray(picture()).convert(mode)
+    image.save(tmp_path / "x.png")
+    np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), np.asarray(image.convert("RGB")))
+
+
+def test_a_grey_jpeg(tmp_path: Path) -> None:
+    Image.fromarray(picture()).convert("L").save(tmp_path / "x.jpg", quality=95)
+    with Image.open(tmp_path / "x.jpg") as image:
+        expected = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(media.read_image(tmp_path / "x.jpg").astype(int) - expected).max() <= 2
