@@ -35,7 +35,7 @@ ONLY = {
     "sampling": {"diagnostics"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
-HEAVY = {"torch", "diffusers", "transformers", *BACKENDS}
+HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -145,14 +145,16 @@ _HEAVY_BY_NATURE = {
     sorted(
         name
         for name in MODULES
-        if part_of(name) in ("checkpoint", "sampling", "targets") and name not in _HEAVY_BY_NATURE
+        if part_of(name) in ("checkpoint", "sampling", "targets", "runtime") and name not in _HEAVY_BY_NATURE
     ),
 )
 def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> None:
     assert not outside_imported(name, top_level_only=True) & HEAVY
 
 
-@pytest.mark.parametrize("part", ["cli", "checkpoint", "sampling", "bundle", "targets", "diagnostics", "progress"])
+@pytest.mark.parametrize(
+    "part", ["cli", "checkpoint", "sampling", "bundle", "runtime", "targets", "diagnostics", "progress"]
+)
 def test_importing_loads_nothing_heavy(part: str) -> None:
     code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -74,7 +74,7 @@ def register(app: typer.Typer) -> None:
             grid=schedule,
             shift=shift,
             guidance=guidance,
-            guidance_interval=_interval(guidance_interval),
+            guidance_interval=interval(guidance_interval),
             loop=loop,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
@@ -89,7 +89,8 @@ def register(app: typer.Typer) -> None:
         console.verdict(_verdict(result, output), True)
 
 
-def _interval(text: str | None) -> tuple[float, float] | None:
+def interval(text: str | None) -> tuple[float, float] | None:
+    """``LOW:HIGH`` as two numbers; CX463 for anything else."""
     from cosmos_export.diagnostics import UserError
 
     if text is None:

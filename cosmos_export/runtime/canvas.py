@@ -1,0 +1,210 @@
+"""Images and clips onto the canvas a request is generated on, as the published pipeline puts them there. numpy only.
+
+Three ways, by mode: an image covers the canvas and is cropped (`cover`), a clip is stretched to it (`stretch`), and
+what a robot sees is shrunk into the nearest bin, never enlarged, and padded (`action_canvas`). Resampling is separable
+with a filter that widens when it shrinks; in floating point as torch does it, or in 8 bits as Pillow does it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.diagnostics import UserError
+
+Float = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+"""[frames, height, width, 3] RGB."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A resampling kernel, zero from ``support`` on."""
+
+    support: float
+    kernel: Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
+    """a·b + c of float32, rounded once: the product is exact in float64.
+
+    torch is compiled to fused multiply-adds. An image is rounded to whole levels afterwards, and enlarging by a simple
+    ratio makes many values that are exactly half a level, so the last bit decides which level it is.
+    """
+    return np.asarray(np.multiply(a, b, dtype=np.float64) + c, dtype=np.float32)
+
+
+def _triangle(x: NDArray[Any]) -> NDArray[Any]:
+    return np.asarray(np.maximum(1 - np.abs(x), 0))
+
+
+def _cubic(x: NDArray[Any]) -> NDArray[Any]:
+    """float32 only; with a = −1/2: 3/2·x³ − 5/2·x² + 1 up to 1, then a·(x³ − 5·x² + 8·x − 4) up to 2."""
+    x = np.abs(x)
+    near = _fused(_fused(x, 1.5, -2.5) * x, x, 1.0)
+    far = _fused(_fused(x - np.float32(5), x, 8.0), x, -4.0) * np.float32(-0.5)
+    return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
+
+
+TRIANGLE = Filter(1.0, _triangle)
+CUBIC = Filter(2.0, _cubic)
+
+
+def cover(image: Pixels, height: int, width: int) -> Float:
+    """``image`` [H, W, 3] scaled to cover ``height`` × ``width`` and cropped around its centre: float32 [3, height,
+    width] in [−1, 1].
+
+    Values are rounded to whole levels, as the pipeline does with a conditioning image.
+    """
+    source_height, source_width = image.shape[:2]
+    scale = max(width / source_width, height / source_height)
+    rows, columns = math.ceil(scale * source_height), math.ceil(scale * source_width)
+    # Python's round(): halves go to the even side, and so do the pipeline's.
+    top, left = round((rows - height) / 2), round((columns - width) / 2)
+    planes = resample(_planes(image[None]).astype(np.float32), rows, columns, TRIANGLE)[0]
+    levels = np.clip(np.round(planes[:, top : top + height, left : left + width]), 0, 255)
+    return np.asarray(levels / np.float32(127.5) - np.float32(1), dtype=np.float32)
+
+
+def stretch(clip: Pixels, height: int, width: int) -> Float:
+    """Every frame of ``clip`` at ``height`` × ``width``, whatever its aspect: float32 [3, frames, h, w] in [−1, 1]."""
+    return _signed(resize(clip, height, width))
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+ACTION_BINS: Mapping[int, tuple[tuple[int, int], ...]] = {
+    256: ((256, 256), (256, 320), (320, 256), (192, 320), (320, 192)),
+    480: ((640, 640), (544, 736), (736, 544), (480, 832), (832, 480)),
+    704: ((960, 960), (832, 1088), (1088, 832), (704, 1280), (1280, 704)),
+    720: ((960, 960), (832, 1104), (1104, 832), (720, 1280), (1280, 720)),
+}
+"""(height, width) of the canvases of each resolution tier, in the order in which the first of equals is taken."""
+
+
+@dataclass(frozen=True)
+class ActionCanvas:
+    """Where the frames of an action lie: ``content`` in the top left of ``height`` × ``width``, in pixels."""
+
+    height: int
+    width: int
+    content_height: int
+    content_width: int
+    rounded: tuple[int, int]
+    """Height and width of the source as it is first brought to multiples of what a latent stands for."""
+
+
+def plan_action_canvas(height: int, width: int, tier: int, spatial: int = 16) -> ActionCanvas:
+    """The canvas for a source of ``height`` × ``width`` pixels; ``spatial`` pixels are one latent.
+
+    CX612: no such tier, or a source that is smaller than a latent.
+    """
+    if tier not in ACTION_BINS:
+        raise UserError("CX612", f"resolution tier {tier}; known: {', '.join(map(str, ACTION_BINS))}")
+    rows, columns = height - height % spatial, width - width % spatial
+    if not rows or not columns:
+        raise UserError("CX612", f"{width} × {height} pixels are too few for an action; at least {spatial} × {spatial}")
+    ratio = rows / columns
+    canvas_height, canvas_width = min(ACTION_BINS[tier], key=lambda size: abs(size[0] / size[1] - ratio))
+    scale = min(canvas_width / columns, canvas_height / rows, 1.0)
+    return ActionCanvas(
+        canvas_height,
+        canvas_width,
+        max(1, int(scale * rows + 0.5)),
+        max(1, int(scale * columns + 0.5)),
+        (rows, columns),
+    )
+
+
+def action_canvas(clip: Pixels, canvas: ActionCanvas) -> Float:
+    """``clip`` on ``canvas``: float32 [3, frames, height, width] in [−1, 1], padded at the bottom and on the right."""
+    frames = _signed(resize(clip, *canvas.rounded)).swapaxes(0, 1)
+    frames = resample(frames, canvas.content_height, canvas.content_width, CUBIC)
+    below, beside = canvas.height - canvas.content_height, canvas.width - canvas.content_width
+    # A reflection cannot be longer than what it reflects.
+    short = below >= canvas.content_height or beside >= canvas.content_width
+    padded = np.pad(frames, ((0, 0), (0, 0), (0, below), (0, beside)), mode="edge" if short else "reflect")
+    return np.ascontiguousarray(padded.swapaxes(0, 1))
+
+
+# -- resampling -------------------------------------------------------------------------------------------------------
+
+
+def resample(planes: Float, height: int, width: int, kernel: Filter) -> Float:
+    """float32 [..., H, W] to [..., height, width] in floating point: torch's antialiased interpolation."""
+    if planes.shape[-1] != width:
+        planes = _weighted(planes, *_taps(planes.shape[-1], width, kernel, np.float32))
+    if planes.shape[-2] != height:
+        taps = _taps(planes.shape[-2], height, kernel, np.float32)
+        planes = _weighted(planes.swapaxes(-1, -2), *taps).swapaxes(-1, -2)
+    return planes
+
+
+_FRACTION_BITS = 22
+"""Of Pillow's fixed-point weights: 32 bits less 8 of the value and 2 for what a negative lobe overshoots."""
+
+
+def resize(clip: Pixels, height: int, width: int) -> Pixels:
+    """[..., H, W, 3] bytes to [..., height, width, 3]: Pillow's bilinear ``resize``, in bytes after each direction.
+
+    Which direction comes first decides the last bit: the height where it loses more than twice as many pixels as the
+    width does (Pillow 13; before it was always the width).
+    """
+    lost_rows, lost_columns = clip.shape[-3] - height, clip.shape[-2] - width
+    height_first = lost_rows > 0 and lost_rows > 2 * lost_columns
+    for axis, size in ((-3, height), (-2, width)) if height_first else ((-2, width), (-3, height)):
+        if clip.shape[axis] != size:
+            clip = _fixed_point(clip.swapaxes(-1, axis), size).swapaxes(-1, axis)
+    return clip
+
+
+def _fixed_point(lines: Pixels, size: int) -> Pixels:
+    indices, weights = _taps(lines.shape[-1], size, TRIANGLE, np.float64)
+    fixed = np.trunc(weights * (1 << _FRACTION_BITS) + np.copysign(0.5, weights)).astype(np.int32)
+    total = np.full((*lines.shape[:-1], size), 1 << (_FRACTION_BITS - 1), dtype=np.int32)
+    for tap in range(indices.shape[1]):
+        total += lines[..., indices[:, tap]].astype(np.int32) * fixed[:, tap]
+    return np.asarray(np.clip(total >> _FRACTION_BITS, 0, 255), dtype=np.uint8)
+
+
+def _taps(source: int, size: int, kernel: Filter, dtype: Any) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    """Sample positions [size, taps] in a line of ``source`` and their weights, which add up to 1.
+
+    Taps beyond an end of the line have weight 0 (and a valid position).
+    """
+    scale = dtype(source) / dtype(size)
+    widened = max(scale, dtype(1))
+    support = dtype(kernel.support) * widened
+    centre = scale * (np.arange(size, dtype=dtype) + dtype(0.5))
+    first = np.maximum((centre - support + dtype(0.5)).astype(np.intp), 0)
+    last = np.minimum((centre + support + dtype(0.5)).astype(np.intp), source)
+    positions = first[:, None] + np.arange(int((last - first).max()))
+    distance = (positions.astype(dtype) - centre[:, None] + dtype(0.5)) * (dtype(1) / widened)
+    weights = np.where(positions < last[:, None], kernel.kernel(distance), dtype(0)).astype(dtype)
+    total = np.zeros(size, dtype)
+    for tap in range(weights.shape[1]):  # in order: numpy's own sum is pairwise
+        total += weights[:, tap]
+    weights /= total[:, None]
+    return np.minimum(positions, source - 1), weights
+
+
+def _weighted(lines: Float, indices: NDArray[np.intp], weights: Float) -> Float:
+    total = lines[..., indices[:, 0]] * weights[:, 0]
+    for tap in range(1, indices.shape[1]):
+        total = _fused(lines[..., indices[:, tap]], weights[:, tap], total)
+    return total
+
+
+def _planes(clip: Pixels) -> Pixels:
+    return clip.transpose(0, 3, 1, 2)
+
+
+def _signed(clip: Pixels) -> Float:
+    """[frames, H, W, 3] bytes as float32 [3, frames, H, W] in [−1, 1], in the two steps that the pipeline takes."""
+    unit = clip.transpose(3, 0, 1, 2).astype(np.float32) / np.float32(255)
+    return np.asarray(np.float32(2) * unit - np.float32(1), dtype=np.float32)

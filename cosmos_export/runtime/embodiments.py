@@ -1,0 +1,247 @@
+"""Robots and the numbers that describe their actions: embodiments, action files, and the statistics that scale actions.
+
+An action of an embodiment has a fixed width; the model's own is wider and the rest is zero. Ids, widths and tiers are
+those of diffusers (``pipeline_cosmos3_omni.py``), ids above 20 those of vLLM-Omni; chunk and rate are TensorRT-LLM's
+(``visual_gen`` defaults).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
+from cosmos_export.diagnostics import UserError
+
+Actions = NDArray[np.float32]
+"""[rows, width]."""
+
+
+@dataclass(frozen=True)
+class Embodiment:
+    """What a robot's actions are, and what its clips usually look like."""
+
+    name: str
+    domain: int
+    """Index into the model's domain matrices."""
+    width: int | None
+    """Columns of an action; None where the data set decides."""
+    chunk: int = 16
+    """Actions in a request; the clip has one frame more."""
+    fps: float = 10.0
+    tier: int = 480
+    """Resolution tier of the canvas (`canvas.ACTION_BINS`)."""
+
+
+_TABLE = (
+    Embodiment("av", 1, 9, chunk=60),
+    Embodiment("camera_pose", 2, 9, chunk=60, fps=30.0),
+    Embodiment("hand_pose", 3, 57, fps=24.0),
+    Embodiment("pusht", 4, 2, tier=256),
+    Embodiment("libero", 5, None, tier=256),
+    Embodiment("umi", 6, 10),
+    Embodiment("bridge_orig_lerobot", 7, 10, fps=5.0),
+    Embodiment("droid_lerobot", 8, 10, fps=15.0),
+    Embodiment("robomind-franka", 8, 10),
+    Embodiment("galbot", 9, 30),
+    Embodiment("robomind-franka-dual", 12, 20),
+    Embodiment("robomind-ur", 13, 10),
+    Embodiment("agibotworld", 15, 29),
+    Embodiment("agibot_gear_gripper", 15, 29),
+    Embodiment("agibot_gear_gripper_ext", 15, 29),
+    Embodiment("xdof_yam", 16, None),
+    Embodiment("fractal", 20, 10, fps=5.0),
+    Embodiment("drawanything", 21, None),
+    Embodiment("behavior1k", 22, None),
+    Embodiment("maniparena", 23, None),
+)
+EMBODIMENTS: Mapping[str, Embodiment] = {embodiment.name: embodiment for embodiment in _TABLE}
+
+_POLICIES: Mapping[str, Embodiment] = {
+    # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
+    # vLLM-Omni: chunk 32 at 15 frames a second.
+    "droid": Embodiment("droid_lerobot", 8, 8, chunk=32, fps=15.0),
+}
+"""Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
+
+
+def embodiment(name: str | None, policy: str | None) -> Embodiment:
+    """The embodiment ``name``, or that of a checkpoint trained for the domain ``policy``.
+
+    CX610: neither, an unknown one, or another than the policy's.
+    """
+    if policy is not None:
+        own = _POLICIES.get(policy.split("_")[0]) or _known(policy)
+        if name is not None and _known(name).domain != own.domain:
+            raise UserError(
+                "CX610",
+                f"embodiment `{name}`; this checkpoint is a policy for `{policy}` only",
+                "leave --embodiment out",
+            )
+        return own
+    if name is None:
+        raise UserError("CX610", "an action needs an embodiment", f"--embodiment with one of {', '.join(EMBODIMENTS)}")
+    return _known(name)
+
+
+def _known(name: str) -> Embodiment:
+    if name in EMBODIMENTS:
+        return EMBODIMENTS[name]
+    near = difflib.get_close_matches(name, EMBODIMENTS, n=1)
+    raise UserError(
+        "CX610",
+        f"unknown embodiment {shown(name)}; known: {', '.join(EMBODIMENTS)}",
+        f"did you mean `{near[0]}`?" if near else "",
+    )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def read_actions(path: Path) -> Actions:
+    """float32 [rows, width] from a ``.json`` (rows of numbers, or an object with them under ``actions``) or a
+    ``.safetensors`` file (``actions`` or ``action``, or its only tensor).
+
+    CX611: unreadable, empty, rows of different width, or not finite.
+    """
+    if path.suffix == ".safetensors":
+        values = _read_tensor(path)
+    elif path.suffix == ".json":
+        values = _read_rows(path)
+    else:
+        _refuse(path, f"the name ends in {path.suffix or 'nothing'}", "allowed: .json, .safetensors")
+    if values.ndim != 2 or 0 in values.shape:
+        _refuse(path, f"shape {list(values.shape)}", "actions are [rows, width] with at least one of each")
+    if not np.isfinite(values).all():
+        row, column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
+        _refuse(path, f"row {row}, column {column} is {values[row, column]}", "actions are finite numbers in float32")
+    return values
+
+
+def _read_tensor(path: Path) -> Actions:
+    tensors = read_header(path).tensors
+    names = [name for name in ("actions", "action") if name in tensors] or list(tensors)
+    if len(names) != 1:
+        _refuse(path, f"tensors {', '.join(names[:8]) or 'none'}", "name one of them `actions`")
+    entry = tensors[names[0]]
+    if entry.dtype not in ("F64", "F32", "F16", "BF16"):
+        _refuse(path, f"`{entry.name}` has type {entry.dtype}", "actions are floating-point numbers")
+    return np.asarray(entry.array(), dtype=np.float32)
+
+
+def _read_rows(path: Path) -> Actions:
+    document = _read_json(path)
+    rows = document.get("actions") if isinstance(document, dict) else document
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        _refuse(path, "it holds no list of rows", 'actions are [[…], …] or {"actions": [[…], …]}')
+    widths = {len(row) for row in rows}
+    if len(widths) > 1:
+        _refuse(path, f"rows of {min(widths)} to {max(widths)} numbers", "all rows have one width")
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for row in rows for value in row):
+        _refuse(path, "a value is not a number", "actions are rows of numbers")
+    try:
+        wide = np.asarray(rows, dtype=np.float64)
+    except OverflowError:
+        _refuse(path, "a number is too large", "actions are finite numbers in float32")
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused with its position
+        return wide.astype(np.float32)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_JSON_BYTES:
+            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+        return json.loads(data.decode("utf-8"))  # NaN is accepted here and refused by its position
+    except OSError as error:
+        _refuse(path, error.strerror or str(error), "is it the right path?")
+    except (ValueError, RecursionError) as error:
+        _refuse(path, f"not JSON: {error}", "")
+
+
+def _refuse(path: Path, found: str, hint: str) -> NoReturn:
+    raise UserError("CX611", f"actions in {path}: {found}", hint)
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+_PAIRS: Mapping[str, tuple[str, str]] = {
+    "quantile": ("q01", "q99"),
+    "minmax": ("min", "max"),
+    "meanstd": ("mean", "std"),
+}
+METHODS = tuple(_PAIRS)
+_ALIASES = {"quantile_rot": "quantile"}
+"""In the framework a name for quantiles whose rotation columns are left as they are, by statistics of −1 and 1."""
+_SMALLEST = 1e-8
+
+
+@dataclass(frozen=True)
+class ActionScale:
+    """model = (raw − offset) / scale, a column at a time. The published normalisations are all of this form."""
+
+    method: str
+    offset: Actions
+    scale: Actions
+    """Both float32 [width]."""
+
+    def to_model(self, raw: Actions) -> Actions:
+        """Raw actions as the model takes them; between quantiles or extremes they are cut off at ±1, as in training."""
+        normalised = (raw - self.offset) / self.scale
+        return normalised if self.method == "meanstd" else np.clip(normalised, -1, 1)
+
+    def to_raw(self, model: Actions) -> Actions:
+        """The model's actions in the units of the data."""
+        return model * self.scale + self.offset
+
+
+def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale:
+    """Statistics in the layout of NVIDIA's framework: ``q01`` and ``q99``, ``min`` and ``max``, ``mean`` and ``std``,
+    each a list of ``width`` numbers, at the top or under ``global``.
+
+    ``method`` says which pair is meant; without it the file's ``method``, or the only pair there is. CX613 otherwise.
+    """
+    try:
+        document = parse_object(path.read_bytes())
+    except OSError as error:
+        _refuse_scale(path, error.strerror or str(error), "is it the right path?")
+    except ValueError as error:
+        _refuse_scale(path, f"not JSON: {error}", "")
+    block = document.get("global", document)
+    if not isinstance(block, dict):
+        _refuse_scale(path, "`global` is not an object", "")
+    present = [name for name, pair in _PAIRS.items() if all(key in block for key in pair)]
+    stated = method or block.get("method") or document.get("method")
+    chosen = _ALIASES.get(str(stated), stated) or (present[0] if len(present) == 1 else None)
+    if chosen not in present:
+        found = f"it has statistics for {', '.join(present) or 'no method'}"
+        _refuse_scale(path, f"{found}, not for `{stated}`" if stated else found, f"--action-normalization {_choice()}")
+    low, high = (_column(path, key, block[key], width) for key in _PAIRS[chosen])
+    if chosen == "meanstd":
+        return ActionScale(chosen, low, np.maximum(high, np.float32(_SMALLEST)))
+    half = np.maximum(high - low, np.float32(_SMALLEST)) / np.float32(2)
+    return ActionScale(chosen, (high + low) / np.float32(2), half)
+
+
+def _column(path: Path, key: str, values: Sequence[Any], width: int) -> Actions:
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or len(values) != width:
+        found = f"{len(values)} values" if isinstance(values, list) else shown(values)
+        _refuse_scale(path, f"`{key}` is {found}", f"a list of {width} numbers, one a column of this embodiment")
+    return np.asarray(values, dtype=np.float32)
+
+
+def _choice() -> str:
+    return " or ".join(METHODS)
+
+
+def _refuse_scale(path: Path, found: str, hint: str) -> NoReturn:
+    raise UserError("CX613", f"action statistics in {path}: {found}", hint)

@@ -1,0 +1,141 @@
+"""Prompts as token ids, against the published pipeline with the demo checkpoint's tokenizer and template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import run_samples
+from diffusers import Cosmos3OmniPipeline
+from transformers import AutoTokenizer
+
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime import prompts
+from cosmos_export.runtime.prompts import Scene
+from cosmos_export.runtime.tokenize import PromptTokenizer
+
+OFFICIAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "prompts"
+
+VIDEO, IMAGE = Scene(189, 720, 1280, 24.0), Scene(1, 1024, 768, 24.0)
+SCENES = [VIDEO, IMAGE, Scene(121, 480, 832, 29.97), Scene(17, 192, 320, 5.0)]
+TEXTS = ["A robot.", "Dots...", "", "ends without", "日本語 <|im_end|> \n two lines.", '{"a": "b."}']
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_samples.tokenizer(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> Any:
+    """The pipeline as far as prompts go: its own constructor makes the templates, its models are never asked."""
+    part = SimpleNamespace(config=SimpleNamespace(latents_mean=[0.0], latents_std=[1.0], scale_factor_spatial=16,
+                                                  scale_factor_temporal=4), dtype=None)  # fmt: skip
+    pipe = Cosmos3OmniPipeline.__new__(Cosmos3OmniPipeline)
+    pipe.register_modules = lambda **modules: pipe.__dict__.update(modules)
+    tokenizer = AutoTokenizer.from_pretrained(bundle / "tokenizer")
+    Cosmos3OmniPipeline.__init__(pipe, None, tokenizer, part, None, enable_safety_checker=False)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle: Path) -> PromptTokenizer:
+    return PromptTokenizer(run_samples.prompt_record(), bundle / run_samples.TOKENIZER)
+
+
+def arguments(scene: Scene) -> dict[str, Any]:
+    return {"num_frames": scene.frames, "height": scene.height, "width": scene.width, "fps": scene.fps}
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("system", [True, False])
+def test_ids_are_the_pipelines(pipeline: Any, tokenizer: PromptTokenizer, scene: Scene, system: bool) -> None:
+    message = prompts.system_message(scene) if system else None
+    for text, negative in zip(TEXTS, reversed(TEXTS), strict=True):
+        expected = pipeline.tokenize_prompt(text, negative, use_system_prompt=system, **arguments(scene))
+        found = (prompts.with_metadata(text, scene), prompts.with_metadata(negative, scene, negative=True))
+        assert [tokenizer(one, message).tolist() for one in found] == list(expected)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_without_metadata(pipeline: Any, tokenizer: PromptTokenizer, scene: Scene) -> None:
+    expected, _ = pipeline.tokenize_prompt(
+        "A robot.", add_resolution_template=False, add_duration_template=False, **arguments(scene)
+    )
+    assert tokenizer("A robot.", prompts.system_message(scene)).tolist() == expected
+
+
+@pytest.mark.parametrize("viewpoint", prompts.VIEWPOINTS)
+@pytest.mark.parametrize("scene", [Scene(17, 480, 832, 10.0), Scene(61, 832, 480, 10.0), Scene(601, 640, 640, 5.0)])
+def test_actions(pipeline: Any, viewpoint: str, scene: Scene) -> None:
+    for task in ["pick up the cup", "  Wait! ", "", "Is it é?"]:
+        expected = pipeline._build_action_json_prompt(task, view_point=viewpoint, **arguments(scene))
+        assert prompts.action_caption(task, scene, viewpoint) == expected
+
+
+def test_unknown_viewpoint() -> None:
+    with pytest.raises(UserError, match="known: ego_view, "):
+        prompts.action_caption("x", VIDEO, "sideways")
+
+
+@pytest.mark.skipif(not OFFICIAL.exists(), reason="the official captions are not on this machine")
+@pytest.mark.parametrize("name", ["t2v_robot_kitchen", "t2i_robot_draping", "negative"])
+def test_official_captions(pipeline: Any, tokenizer: PromptTokenizer, name: str) -> None:
+    path = OFFICIAL / f"{name}.json"
+    prompt = prompts.read_prompt(str(path))
+    text = json.dumps(json.loads(path.read_text()))
+    assert (prompt.text, prompt.caption) == (text, True)
+    expected, _ = pipeline.tokenize_prompt(text, add_resolution_template=False, add_duration_template=False)
+    ids = tokenizer(prompt.text, prompts.SYSTEM_VIDEO)
+    assert ids.tolist() == expected
+    assert len(ids) > 512
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_and_captions(tmp_path: Path) -> None:
+    path = tmp_path / "caption.json"
+    path.write_text('{\n  "subjects": ["ein Würfel"],\n  "fps": 24\n}', encoding="utf-8")
+    assert prompts.read_prompt(str(path)) == prompts.Prompt('{"subjects": ["ein W\\u00fcrfel"], "fps": 24}', True)
+    assert prompts.read_prompt("A cube.") == prompts.Prompt("A cube.")
+    assert prompts.read_prompt('{"a":1}') == prompts.Prompt('{"a":1}', caption=True)
+    assert prompts.read_prompt("{not json") == prompts.Prompt("{not json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the prompt file"),
+        (b"", "not a JSON caption"),
+        (b"[1, 2]", "the top level is list"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": 1, "a": 2}', "duplicate"),
+        (b"\xff\xfe{}", "not a JSON caption"),
+    ],
+)
+def test_bad_captions(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        prompts.read_prompt(str(path))
+    assert caught.value.code == "CX600"
+
+
+def test_bad_text() -> None:
+    for text in ("x" * (prompts.MAX_PROMPT_BYTES + 1), "\udc80"):
+        with pytest.raises(UserError) as caught:
+            prompts.read_prompt(text)
+        assert caught.value.code == "CX600"
+
+
+def test_damaged_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / run_samples.TOKENIZER).write_text("{}")
+    with pytest.raises(UserError) as caught:
+        PromptTokenizer(run_samples.prompt_record(), tmp_path / run_samples.TOKENIZER)
+    assert caught.value.code == "CX603"
