@@ -93,19 +93,18 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     latent_frames = chunk // video.temporal + 1
     lengths = {"frames": latent_frames, "sound_len": 0, "action_len": chunk}
     fit_profile(manifest.profiles, lengths, record)  # before so many rows or frames are made
-    given = None
-    if asked.actions is not None:
-        given = embodiments.read_actions(asked.actions)
-    width = _action_width(asked, robot, given, record.action.dim)
+    raw = None if asked.actions is None else embodiments.read_actions(asked.actions)
+    width = _action_width(asked, robot, raw, record.action.dim)
     scale = None
     if asked.action_stats is not None:
         scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
     notes: list[str] = []
-    if given is not None:
-        if len(given) != chunk:
-            verb = "the last is repeated" if len(given) < chunk else "the rest is left out"
-            notes.append(f"{asked.actions} has {len(given)} actions for {chunk}: {verb}")
-        given = _lasting(given if scale is None else scale.to_model(given), chunk)[:chunk]
+    given = None
+    if raw is not None:
+        given = _lasting(raw if scale is None else scale.to_model(raw), chunk)[:chunk]
+        if len(raw) != chunk:
+            verb = "the last is repeated" if len(raw) < chunk else "the rest is left out"
+            notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")
     source = asked.video if asked.image is None else asked.image
     assert source is not None
     all_given = mode == "inverse-dynamics"
@@ -146,9 +145,11 @@ def _source(asked: Asked, count: int) -> tuple[media.Frames, float | None]:
 def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecord], temporal: int) -> int:
     """Actions in the request: as asked, as the embodiment has them, or as a profile of the bundle does."""
     if asked is None:
-        spans = [profile.dims["frames"] for profile in profiles]
+        spans = [profile.dims["frames"] for profile in profiles if profile.dims["action_len"].max]
         latents = robot.chunk // temporal + 1
-        return robot.chunk if any(s.min <= latents <= s.max for s in spans) else (spans[0].opt - 1) * temporal
+        if not spans or any(span.min <= latents <= span.max for span in spans):
+            return robot.chunk
+        return max(spans[0].opt - 1, 1) * temporal
     if asked < 1 or asked % temporal:
         low = max(asked // temporal * temporal, temporal)
         raise UserError(
