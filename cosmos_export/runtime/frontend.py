@@ -69,9 +69,10 @@ class Prepared:
 def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     """The request that ``asked`` is for the bundle ``manifest`` describes, which lies at ``bundle``.
 
-    UserError with what was found and what is allowed: CX600–CX603 prompts, CX604 options that do not go together,
-    CX606 a schedule that is not the compiled one, CX607 outside all profiles, CX608 size, CX609 frames, CX610–CX613
-    actions, CX614 media, CX615 rates and seed, CX616 a negative prompt nobody reads, CX617 noise; CX46x sampling.
+    UserError with what was found and what is allowed: CX600, CX602, CX603 prompts, CX604 options that do not go
+    together, CX606 a schedule that is not the compiled one, CX607 outside all profiles, CX608 size, CX609 frames,
+    CX610–CX613 actions, CX614 media, CX615 rates and seed, CX616 a negative prompt nobody reads, CX617 noise; CX46x
+    sampling.
     UnsupportedError CX605: the bundle lacks what the mode needs.
     """
     record = request_record(manifest)
