@@ -16,7 +16,8 @@ from cosmos_export.bundle import Manifest
 from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
-from cosmos_export.runtime.frontend import DECODER, SOUND_DECODER, Prepared, has_component
+from cosmos_export.runtime.asked import DECODER, SOUND_DECODER, has_component
+from cosmos_export.runtime.frontend import Prepared
 from cosmos_export.runtime.media import Audio, Mark
 
 Array = NDArray[Any]

@@ -64,7 +64,9 @@ def raising(error: BaseException) -> Callable[[], None]:
 # Start-up
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bundle", "verify", "--help"], ["version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["bundle", "verify", "--help"], ["run", "--help"], ["version"]]
+)
 def test_starts_without_anything_heavy(arguments: list[str]) -> None:
     code = (
         "import sys; from cosmos_export.cli import main; sys.argv[1:] = sys.argv[1:]\n"

@@ -317,6 +317,7 @@ def test_a_profile_with_sound_wants_sound(files: Path) -> None:
         ({"mode": "t2v", "image": "image.png"}, "not for mode t2v"),
         ({"mode": "v2v", "image": "image.png"}, "takes --video"),
         ({"keep": "last"}, "--keep is not for mode t2v"),
+        ({"keep": "middle", "video": "clip.mp4"}, "allowed: first, last"),
         ({"mode": "t2i", "sound": True}, "--sound is not for mode t2i"),
         ({"chunk": 16}, "--chunk is not for mode t2v"),
         ({"embodiment": "umi", "image": "robot.png", "frames": 17}, "--chunk and one frame more"),
@@ -383,7 +384,10 @@ def test_embodiments(files: Path) -> None:
 def test_chunks(files: Path) -> None:
     found = manifest({"robot": ROBOT})
     assert "16 or 20" in refused("CX609", files, found, **robot(files, chunk=18)).hint
-    assert "16 actions" in refused("CX607", files, found, **robot(files, chunk=32)).message
+    for chunk in (32, 4 * 10**12):
+        assert (
+            "16 actions" in refused("CX607", files, found, **robot(files, chunk=chunk, actions="actions.json")).message
+        )
     refused("CX612", files, found, **robot(files, tier=300))
     # The usual chunk of this embodiment is 60; the bundle has one of 16.
     assert ask(files, found, **robot(files, embodiment="av")).request.action.rows == 16

@@ -1,0 +1,213 @@
+"""Sizes, frames and actions of a request: as given, or from a profile, the embodiment and what the files hold.
+
+What is given is put on its canvas as the published pipeline does it, and no more of it than the clean latents need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime import canvas, embodiments, media
+from cosmos_export.runtime.asked import Asked
+from cosmos_export.runtime.embodiments import ActionScale, Embodiment
+from cosmos_export.runtime.fitting import fit_profile
+from cosmos_export.runtime.prompts import Scene
+from cosmos_export.runtime.request import ActionPart
+from cosmos_export.sampling import Mode
+
+KEPT_LATENTS = 2
+"""Latent frames of a clip that video-to-video continues: five pixel frames."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A request but for its prompt and its noise."""
+
+    mode: Mode
+    scene: Scene
+    dims: Mapping[str, int]
+    """Every dimension of a profile but the prompt's length."""
+    clean_frames: tuple[int, ...] = ()
+    pixels: NDArray[np.float32] | None = None
+    action: ActionPart | None = None
+    embodiment: Embodiment | None = None
+    scale: ActionScale | None = None
+    notes: tuple[str, ...] = ()
+
+
+def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
+    """Sizes as given or from a profile, and the frames a clip starts with."""
+    video = record.video
+    given = {
+        "height": _latents("height", asked.height, video.spatial),
+        "width": _latents("width", asked.width, video.spatial),
+        "frames": 1 if mode == "t2i" else _latent_frames(asked.frames, video.temporal),
+    }
+    if mode == "t2i" and asked.frames not in (None, 1):
+        raise UserError("CX609", f"{asked.frames} frames; an image (mode t2i) is 1", "use mode t2v for a clip")
+    least = {"t2i": 1, "v2v": KEPT_LATENTS + 1}.get(mode, 2)
+    if given["frames"] is not None and given["frames"] < least:
+        first = (least - 1) * video.temporal + 1
+        raise UserError("CX609", f"{asked.frames} frames; mode {mode} generates from {first}", _image_hint(mode))
+    known = {name: [value] for name, value in given.items() if value is not None}
+    profile = fit_profile(manifest.profiles, known, record, least={"frames": least})
+    dims = {name: value if value is not None else profile.dims[name].opt for name, value in given.items()}
+    dims["frames"] = max(dims["frames"], least)
+    fps = video.base_fps if asked.fps is None else float(asked.fps)
+    scene = Scene(
+        (dims["frames"] - 1) * video.temporal + 1, dims["height"] * video.spatial, dims["width"] * video.spatial, fps
+    )
+    dims |= {"sound_len": _sound_len(scene, record) if asked.sound else 0, "action_len": 0}
+    fit_profile(manifest.profiles, dims, record)  # before a file is read
+    stage = Stage(mode, scene, dims)
+    if mode == "i2v" and asked.image is not None:
+        image = canvas.cover(media.read_image(asked.image), scene.height, scene.width)
+        return replace(stage, clean_frames=(0,), pixels=image[None, :, None])
+    if mode == "v2v" and asked.video is not None:
+        count = (KEPT_LATENTS - 1) * video.temporal + 1
+        clip = media.read_clip(asked.video, count, last=asked.keep == "last")
+        pixels = canvas.stretch(_lasting(clip.frames, count), scene.height, scene.width)
+        clean = tuple(range(KEPT_LATENTS))
+        return replace(stage, clean_frames=clean, pixels=pixels[None], notes=_rate_note(clip.fps, fps, asked.video))
+    return stage
+
+
+def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
+    """An embodiment's actions, and the canvas that its picture or clip lies on."""
+    assert record.action is not None
+    robot = embodiments.embodiment(asked.embodiment, record.sampling.policy)
+    video, fps = record.video, robot.fps if asked.fps is None else float(asked.fps)
+    if robot.domain >= record.action.domains:
+        raise UserError(
+            "CX610", f"embodiment `{robot.name}` is domain {robot.domain}; the model has {record.action.domains}"
+        )
+    chunk = _chunk(asked.chunk, robot, manifest.profiles, video.temporal)
+    latent_frames = chunk // video.temporal + 1
+    lengths = {"frames": latent_frames, "sound_len": 0, "action_len": chunk}
+    fit_profile(manifest.profiles, lengths, record)  # before so many rows or frames are made
+    raw = None if asked.actions is None else embodiments.read_actions(asked.actions)
+    width = _action_width(asked, robot, raw, record.action.dim)
+    scale = None
+    if asked.action_stats is not None:
+        scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
+    notes: list[str] = []
+    given = None
+    if raw is not None:
+        given = _lasting(raw if scale is None else scale.to_model(raw), chunk)[:chunk]
+        if len(raw) != chunk:
+            verb = "the last is repeated" if len(raw) < chunk else "the rest is left out"
+            notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")
+    source = asked.video if asked.image is None else asked.image
+    assert source is not None
+    all_given = mode == "inverse-dynamics"
+    frames, clip_fps = _source(asked, chunk + 1 if all_given else 1)
+    plan = canvas.plan_action_canvas(frames.shape[1], frames.shape[2], asked.tier or robot.tier, video.spatial)
+    if all_given:
+        if len(frames) <= chunk:
+            notes.append(f"{source} has {len(frames)} frames for {chunk + 1}: the last is repeated")
+        frames = _lasting(frames, chunk + 1)
+        notes += _rate_note(clip_fps, fps, source)
+    dims = {
+        **lengths,
+        "height": max(plan.content_height // video.spatial, 1),
+        "width": max(plan.content_width // video.spatial, 1),
+    }
+    fit_profile(manifest.profiles, dims, record)
+    return Stage(
+        mode,
+        Scene(chunk + 1, plan.height, plan.width, fps),
+        dims,
+        clean_frames=tuple(range(latent_frames)) if all_given else (0,),
+        pixels=canvas.action_canvas(frames, plan)[None],
+        action=ActionPart(chunk, robot.domain, width, given),
+        embodiment=robot,
+        scale=scale,
+        notes=tuple(notes),
+    )
+
+
+def _source(asked: Asked, count: int) -> tuple[media.Frames, float | None]:
+    if asked.image is not None:
+        return media.read_image(asked.image)[None], None
+    assert asked.video is not None
+    clip = media.read_clip(asked.video, count)
+    return clip.frames, clip.fps
+
+
+def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecord], temporal: int) -> int:
+    """Actions in the request: as asked, as the embodiment has them, or as a profile of the bundle does."""
+    if asked is None:
+        spans = [profile.dims["frames"] for profile in profiles if profile.dims["action_len"].max]
+        latents = robot.chunk // temporal + 1
+        if not spans or any(span.min <= latents <= span.max for span in spans):
+            return robot.chunk
+        return max(spans[0].opt - 1, 1) * temporal
+    if asked < 1 or asked % temporal:
+        low = max(asked // temporal * temporal, temporal)
+        raise UserError(
+            "CX609", f"a chunk of {asked} actions is {asked + 1} frames; allowed are {temporal}·n + 1",
+            f"--chunk {low} or {low + temporal}",
+        )  # fmt: skip
+    return asked
+
+
+def _action_width(asked: Asked, robot: Embodiment, given: embodiments.Actions | None, most: int) -> int:
+    width = asked.action_width or robot.width or (None if given is None else given.shape[1])
+    if width is None:
+        raise UserError("CX611", f"actions of `{robot.name}` have no fixed width", "say it with --action-width")
+    if not 1 <= width <= most:
+        raise UserError("CX611", f"actions of {width} columns; the model has 1 to {most}")
+    if given is not None and given.shape[1] != width:
+        raise UserError(
+            "CX611", f"{asked.actions} has {given.shape[1]} columns; actions of `{robot.name}` have {width}",
+            "is it the right --embodiment?",
+        )  # fmt: skip
+    return width
+
+
+def _lasting(frames: NDArray[Any], count: int) -> NDArray[Any]:
+    """``frames``, the last repeated until there are ``count``."""
+    missing = max(count - len(frames), 0)
+    return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+
+
+def _rate_note(found: float | None, fps: float, path: Path) -> tuple[str, ...]:
+    if found is None or abs(found - fps) < 0.01 * fps:
+        return ()
+    return (f"{path} has {found:g} frames a second and is taken as {fps:g} (--fps)",)
+
+
+def _latents(name: str, pixels: int | None, spatial: int) -> int | None:
+    if pixels is None:
+        return None
+    if pixels < 1 or pixels % spatial:
+        low = max(pixels // spatial, 1) * spatial
+        raise UserError("CX608", f"{name} {pixels} is not a multiple of {spatial}", f"use {low} or {low + spatial}")
+    return pixels // spatial
+
+
+def _latent_frames(pixels: int | None, temporal: int) -> int | None:
+    if pixels is None:
+        return None
+    if pixels < 1 or (pixels - 1) % temporal:
+        low = max((pixels - 1) // temporal, 0) * temporal + 1
+        raise UserError("CX609", f"{pixels} frames are not {temporal}·n + 1", f"use {low} or {low + temporal}")
+    return (pixels - 1) // temporal + 1
+
+
+def _image_hint(mode: Mode) -> str:
+    return "one frame is mode t2i" if mode == "t2v" else ""
+
+
+def _sound_len(scene: Scene, record: RequestRecord) -> int:
+    assert record.sound is not None
+    samples = int(scene.frames / scene.fps * record.sound.sampling_rate)
+    return -(-samples // record.sound.hop)

@@ -1,0 +1,74 @@
+"""The schedule of a request to a bundle: the compiled one, or the build's own with what the request changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+from cosmos_export.bundle import Manifest, RequestRecord
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule, resolve_schedule
+
+
+def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
+    """What the bundle's checkpoint says of its sampling."""
+    sampling = record.sampling
+    # Lists of a scheduler's configuration are tuples in a manifest.
+    scheduler = {key: list(v) if isinstance(v, tuple) else v for key, v in sampling.scheduler.items()}
+    return CheckpointSampling(scheduler, sampling.native, sampling.distilled_sigmas, sampling.edge, sampling.policy)
+
+
+def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord, mode: Mode) -> Schedule:
+    """The compiled schedule of a device loop; else the build's for its own mode, with what the request changes."""
+    assert manifest.loop is not None
+    recorded = _recorded(manifest)
+    if manifest.loop.segments:
+        if recorded is None:
+            raise UnsupportedError(
+                "CX605", "this bundle does not say what schedule is compiled into it", "build it again"
+            )
+        _require_compiled(asked, recorded)
+        return recorded
+    if recorded is not None and manifest.options.get("mode") == mode:
+        if asked == Overrides():
+            return recorded
+        asked = _completed(asked, recorded)
+    return resolve_schedule(checkpoint_sampling(record), mode, asked)
+
+
+def _recorded(manifest: Manifest) -> Schedule | None:
+    names = Schedule.__dataclass_fields__
+    values = {name: manifest.options.get(f"schedule.{name}", ...) for name in names}
+    return None if ... in values.values() else Schedule(**cast(dict[str, Any], values))
+
+
+_SCHEDULE_OPTIONS = ("grid", "steps", "shift", "guidance", "guidance_interval")
+
+
+def _require_compiled(asked: Overrides, compiled: Schedule) -> None:
+    for name in _SCHEDULE_OPTIONS:
+        value, found = getattr(asked, name), getattr(compiled, name)
+        if value is not None and value != found:
+            raise UserError(
+                "CX606",
+                f"{name.replace('_', ' ')} {value}; {found} is compiled into this bundle's loop",
+                "leave the option out, or build with `--loop host`",
+            )
+
+
+def _completed(asked: Overrides, built: Schedule) -> Overrides:
+    """``asked``, and for what it leaves open what the bundle was built with, as long as the two go together."""
+    if built.sampler != "unipc":
+        return asked
+    same_grid = asked.grid in (None, built.grid)
+    same_guidance = asked.guidance in (None, built.guidance) and asked.guidance_interval is None
+    guided = asked.guidance if asked.guidance is not None else built.guidance
+    interval = (built.guidance_interval or (0.0, 1000.0)) if guided != 1 and same_guidance else asked.guidance_interval
+    return replace(
+        asked,
+        grid=asked.grid or built.grid,
+        steps=built.steps if asked.steps is None else asked.steps,
+        shift=built.shift if asked.shift is None and same_grid else asked.shift,
+        guidance=guided,
+        guidance_interval=interval,
+    )
