@@ -23,7 +23,7 @@ from published_schedules import (
 from published_schedules import checkpoint as sampled_by
 
 from cosmos_export.diagnostics import UserError
-from cosmos_export.sampling import MODES, CheckpointSampling, Overrides, Schedule, resolve_schedule
+from cosmos_export.sampling import MODES, CheckpointSampling, Overrides, Schedule, Segment, resolve_schedule
 from cosmos_export.sampling.defaults import DEFAULTS
 
 # ---------------------------------------------------------------------------------------------------------------------
