@@ -256,7 +256,6 @@ def test_the_chain_of_segments_equals_the_loop_on_the_host(
         state = run_onnx(model, tmp_path, loop_inputs(compiled, program, inputs) | state)
     for name, latent in expected.items():
         scale = latent.norm()
-        print(name, (found[name] - host[name]).norm() / scale, (found[name] - latent).norm() / scale, (state[f"{name}_sample"] - found[name]).norm() / scale)
         assert (found[name] - latent).norm() / scale <= 1e-4
         assert (found[name] - host[name]).norm() / scale <= 1e-6
         assert (state[f"{name}_sample"] - found[name]).norm() / scale <= 1e-5
