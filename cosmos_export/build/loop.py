@@ -53,14 +53,10 @@ def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[s
 
     A model that computes in a narrower type rounds them once, as the stock model rounds its time embedding.
     """
-    own = _steps(closed)
-    table = schedule_table(closed, timesteps(schedule)[own], weights, compute=torch.float32)
+    span = closed.loop.span
+    table = schedule_table(closed, timesteps(schedule)[span], weights, compute=torch.float32)
     rows = {name: row.numpy()[:, None, :] for name, row in table.items()}
-    return {**rows, COEFFICIENTS: coefficient_table(schedule)[own].astype(np.float32)}
-
-
-def _steps(closed: Program) -> slice:
-    return slice(closed.loop.start, closed.loop.start + (closed.loop.steps or 0))
+    return {**rows, COEFFICIENTS: coefficient_table(schedule)[span].astype(np.float32)}
 
 
 def loop_inputs(closed: Program, tables: Collection[str]) -> dict[str, TensorSpec]:

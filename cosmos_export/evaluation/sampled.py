@@ -114,8 +114,7 @@ def run_loop_model(
         model = _Model(folder / f"{name}{suffix}")
         edges = (e for e in segment.edges_into(loop.body) if e.source != SCHEDULE)
         fed = {e.input: results[e.source, e.instance][e.output] for e in edges}
-        steps = slice(loop.start, loop.start + (loop.steps or 0))
-        rows = {n: known[n][steps] for n in loop.rows if n in known}
+        rows = {n: known[n][loop.span] for n in loop.rows if n in known}
         final = model(known | fed | rows)
         known |= {n: final[f"{n}_final"] for n in loop.returned}
     return {name: torch.from_numpy(value) for name, value in final.items()}

@@ -44,6 +44,11 @@ class Loop:
     taken: tuple[str, ...] = ()
     returned: tuple[str, ...] = ()
 
+    @property
+    def span(self) -> slice:
+        """The steps of a closed loop among those of its schedule."""
+        return slice(self.start, self.start + (self.steps or 0))
+
 
 @dataclass
 class Program:

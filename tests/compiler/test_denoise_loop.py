@@ -304,7 +304,7 @@ def test_segments_of_a_stochastic_sampler_take_noise_for_their_own_steps(omni: C
     for segment in (Segment(0, 1, guided=False), Segment(1, 3, guided=False)):
         program = omni.final.copy()
         FuseDenoiseLoop(plan, segment).run(program)
-        own = {n: v[segment.start : segment.start + segment.steps] for n, v in noise.items()}
+        own = {n: v[program.loop.span] for n, v in noise.items()}
         model = lower_loop(
             program.graphs["generator"], program.loop, tables(omni, program, plan), write(omni, program, tmp_path),
             "loop.weights",
