@@ -11,11 +11,9 @@ from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.batch_guidance import NEGATIVE
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
-from cosmos_export.sampling import Schedule
+from cosmos_export.sampling import Schedule, Segment
 
-LOOP = "denoise"
-"""Name of the model in which the loop runs by itself."""
-_LATENT, _NOISE = "_latent", "_noise"
+_LATENT, _SAMPLE, _NOISE = "_latent", "_sample", "_noise"
 
 
 class FuseDenoiseLoop(Pass):
@@ -23,48 +21,42 @@ class FuseDenoiseLoop(Pass):
 
         x' = sampler(x, generator(cast(x)), generator'(cast(x)), coefficients[step])
 
+    The loop runs one segment of the schedule. Before the first step the sampler's memory is zeros; a later segment
+    takes the whole state from the one before it, and only the last returns nothing but the samples.
     The state is fp32; the generator reads it in its own type, as the published pipeline casts its latents. Guidance is
     ``u + g·(c − u)`` in fp32. What the body takes of a step is one row of the time table, one of the sampler's
-    coefficients, and for a stochastic sampler its noise. Runs after `batch_guidance` where the schedule is guided.
+    coefficients, and for a stochastic sampler its noise. Runs after `batch_guidance` where the segment is guided.
     Numerical effect: none, the sampler's own arithmetic.
-    Refused: a schedule in which only some steps are guided (CX223): its loop has several bodies.
+    Refused: a guided segment over a body with one branch (CX223).
     """
 
     name = "fuse_denoise_loop"
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, segment: Segment) -> None:
         self._schedule = schedule
+        self._segment = segment
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         loop = program.loop
         if loop.steps is not None:
             return result
-        guided = set(self._schedule.guided)
-        if len(guided) != 1:
-            count = sum(self._schedule.guided)
-            raise UnsupportedError(
-                "CX223",
-                f"{count} of {self._schedule.steps} steps are guided (guidance interval "
-                f"{self._schedule.guidance_interval}); a loop in one graph has one body",
-                "use a schedule without an interval, or drive the loop from the host",
-            )
         body = program.graphs[loop.body]
-        if guided == {True} and not any(name.startswith(f"{NEGATIVE}_") for name in body.outputs):
+        if self._segment.guided and not any(name.startswith(f"{NEGATIVE}_") for name in body.outputs):
             raise UnsupportedError(
-                "CX223", "the schedule is guided, and the loop's body has one branch", "run batch_guidance first"
+                "CX223", "the segment is guided, and the loop's body has one branch", "run batch_guidance first"
             )
         latents = {name.removesuffix(_LATENT): spec_of(body.inputs[name]) for name in loop.carried}
-        sampler = sampler_graph(self._schedule, latents, guided=guided == {True})
+        sampler = sampler_graph(self._schedule, latents, guided=self._segment.guided)
         new = Graph(body.name)
         mapping: dict[Node, Node] = {}
         state: dict[str, Node] = {}
         for name, node in sampler.inputs.items():
-            if name.endswith("_sample"):
+            if name.endswith(_SAMPLE):
                 state[name] = new.add_input(name, spec_of(node))
         for node in body.nodes:
             if is_input(node) and node.name in loop.carried:
-                sample = state[f"{node.name.removesuffix(_LATENT)}_sample"]
+                sample = state[f"{node.name.removesuffix(_LATENT)}{_SAMPLE}"]
                 wanted = spec_of(node).dtype
                 mapping[node] = sample
                 if spec_of(sample).dtype != wanted:
@@ -78,15 +70,21 @@ class FuseDenoiseLoop(Pass):
         self._inline(program, new, sampler, results, state)
         new.eliminate_dead_code()
         program.graphs[loop.body] = new
-        carried = carried_state(self._schedule, latents)
-        rates = rates_of(program, new)
-        rows = tuple(n for n, node in new.inputs.items() if rates[node] is Rate.STEP or n.endswith(_NOISE))
-        program.loop = Loop(loop.body, carried, rows, self._schedule.steps)
+        program.loop = self._closed(program, new, carried_state(self._schedule, latents))
         for name in list(program.rates):
             if name in loop.carried:
                 del program.rates[name]
         result.changes["latents updated in the loop"] = len(latents)
         return result
+
+    def _closed(self, program: Program, body: Graph, carried: dict[str, str]) -> Loop:
+        rates = rates_of(program, body)
+        rows = tuple(n for n, node in body.inputs.items() if rates[node] is Rate.STEP or n.endswith(_NOISE))
+        start, steps = self._segment.start, self._segment.steps
+        samples, everything = tuple(n for n in carried if n.endswith(_SAMPLE)), tuple(carried)
+        taken = samples if start == 0 else everything
+        returned = samples if start + steps == self._schedule.steps else everything
+        return Loop(body.name, carried, rows, start, steps, taken, returned)
 
     def _inline(
         self, program: Program, new: Graph, sampler: Graph, results: dict[str, Node], state: dict[str, Node]

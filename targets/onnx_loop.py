@@ -36,11 +36,11 @@ def lower_loop(
 ) -> onnx.ModelProto:
     """The closed ``loop`` over ``graph``.
 
-    ``tables`` holds values of inputs in ``loop.rows`` in every step, [steps, …]; one it lacks (noise) becomes an input
-    of that shape. The other inputs of the model are the body's, but of the carried state the samples alone: the
-    sampler's memory begins as zeros.
-    Outputs are the samples after the last step, under their input's name with ``_final``. ``explicit_attention`` writes
-    attention as matrix products, for a builder that takes no `Attention` in a loop.
+    ``tables`` holds values of inputs in ``loop.rows`` in each of the loop's steps, [steps, …]; one it lacks (noise)
+    becomes an input of that shape. The other inputs of the model are the body's, but of the carried state what the loop
+    takes; the rest of it begins as zeros.
+    Outputs are what the loop returns of the state after its last step, under their input's name with ``_final``.
+    ``explicit_attention`` writes attention as matrix products, for a builder that takes no `Attention` in a loop.
     """
     return _LoopLowering(graph, loop, tables, stored, weights_file, compute, explicit_attention).run()
 
@@ -65,7 +65,6 @@ class _LoopLowering(Lowering):
         self._varying = _varying(graph, loop)
 
     def run(self) -> onnx.ModelProto:
-        samples = [name for name in self._loop.carried if name.endswith("_sample")]
         inputs = []
         for name, node in self.graph.inputs.items():
             self.values[node] = name
@@ -75,14 +74,14 @@ class _LoopLowering(Lowering):
                     inputs.append(self._steps_of(name, node))
             elif name in self._loop.carried:
                 self.values[node] = f"{name}_now"
-            if name in samples or (name not in self._loop.carried and name not in self._loop.rows):
+            if name in self._loop.taken or (name not in self._loop.carried and name not in self._loop.rows):
                 inputs.append(self.value_info(name, node))
         for node in self.graph.nodes:
             if not is_input(node):
                 self.nodes = self._inside if node in self._varying else self._outside
                 self.emit(node)
         self.nodes = self._outside
-        outputs = self._close(samples)
+        outputs = self._close()
         return self.model(inputs, outputs)
 
     def _row(self, name: str, node: Node) -> str:
@@ -103,7 +102,7 @@ class _LoopLowering(Lowering):
         shape = [self._loop.steps, *(d.dim_value or d.dim_param for d in info.type.tensor_type.shape.dim)]
         return helper.make_tensor_value_info(name, info.type.tensor_type.elem_type, shape)
 
-    def _close(self, samples: list[str]) -> list[onnx.ValueInfoProto]:
+    def _close(self) -> list[onnx.ValueInfoProto]:
         nodes = self.graph.inputs
         body_inputs = [
             helper.make_tensor_value_info("step", TensorProto.INT64, []),
@@ -118,9 +117,9 @@ class _LoopLowering(Lowering):
             value = self.values[self.graph.outputs[next_name]]
             self._inside.append(helper.make_node("Identity", [value], [next_name], name=next_name))
             body_outputs.append(self.value_info(next_name, nodes[name]))
-            initial.append(name if name in samples else self._zeros(nodes[name]))
+            initial.append(name if name in self._loop.taken else self._zeros(nodes[name]))
             finals.append(f"{name}_final")
-            if name in samples:
+            if name in self._loop.returned:
                 results.append(self.value_info(f"{name}_final", nodes[name]))
         body = helper.make_graph(self._inside, "denoising_step", body_inputs, body_outputs)
         trips = self.constant(np.asarray(self._loop.steps, dtype=np.int64), "steps")

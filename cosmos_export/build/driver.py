@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.bundle import BundleWriter
+from cosmos_export.checkpoint import Tower
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
 
@@ -41,7 +42,12 @@ def _compile_only(plan: Plan, progress: Progress) -> BuildResult:
 
 
 def _required_bytes(plan: Plan) -> int:
-    """Disk a bundle takes: the weights once, and once more in the engines."""
-    weights = sum(e.size_bytes for e in plan.checkpoint.tensors.values())
-    copies = 2 if plan.target.backend == "tensorrt-rtx" else 1
-    return int(weights * copies * 1.05)
+    """Disk a bundle takes: the weights once, and again in the engines, the generator's in every segment of a loop."""
+    tensors = plan.checkpoint.tensors
+    weights = sum(e.size_bytes for e in tensors.values())
+    if plan.target.backend == "tensorrt-rtx":
+        in_loop = [name for name, e in plan.checkpoint.expected.items() if e.tower is Tower.GENERATOR]
+        generator = sum(tensors[name].size_bytes for name in in_loop if name in tensors)
+        further = len(plan.schedule.segments) - 1 if plan.options.loop == "device" else 0
+        weights = 2 * weights + further * generator
+    return int(weights * 1.05)

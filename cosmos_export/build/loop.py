@@ -1,4 +1,8 @@
-"""The loop closed for a schedule: guidance and sampler in the generator's graph, and the tables that drive it."""
+"""The loop closed for a schedule: guidance and sampler in the generator's graph, and the tables that drive it.
+
+Steps with and without the unconditional branch have different bodies. A schedule that has both is a chain of loops, one
+a segment, that hand the sampler's state on.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +20,28 @@ from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.base import Pass
 from cosmos_export.passes.batch_guidance import BatchGuidance
 from cosmos_export.passes.fold_schedule import TIME_EMBEDDING
-from cosmos_export.passes.fuse_denoise_loop import LOOP, FuseDenoiseLoop
+from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
 from cosmos_export.passes.sampler import COEFFICIENTS
-from cosmos_export.sampling import Schedule, coefficient_table
-
-__all__ = ["LOOP", "LOOP_TABLES", "close_loop", "loop_inputs", "loop_tables"]
+from cosmos_export.sampling import Schedule, Segment, coefficient_table
 
 LOOP_TABLES = (TIME_EMBEDDING, COEFFICIENTS)
+_LOOP = "denoise"
 
 
-def close_loop(program: Program, schedule: Schedule) -> Program:
-    """A copy of ``program`` whose loop runs by itself, verified."""
+def close_loop(program: Program, schedule: Schedule) -> dict[str, Program]:
+    """For each segment of ``schedule``, in order, a copy of ``program`` whose loop runs it by itself, verified.
+
+    Under the name of the model that it becomes: ``denoise``, or where there are several ``denoise_1``, ``denoise_2``, …
+    """
+    segments = schedule.segments
+    names = [f"{_LOOP}_{i}" for i in range(1, len(segments) + 1)] if len(segments) > 1 else [_LOOP]
+    return {name: _close(program, schedule, segment) for name, segment in zip(names, segments, strict=True)}
+
+
+def _close(program: Program, schedule: Schedule, segment: Segment) -> Program:
     closed = program.copy()
-    passes: list[Pass] = [BatchGuidance()] if schedule.guided[0] else []
-    for step in [*passes, FuseDenoiseLoop(schedule)]:
+    passes: list[Pass] = [BatchGuidance()] if segment.guided else []
+    for step in [*passes, FuseDenoiseLoop(schedule, segment)]:
         step.run(closed)
         closed.history.append(step.name)
         verify(closed, stage=step.name)
@@ -37,25 +49,32 @@ def close_loop(program: Program, schedule: Schedule) -> Program:
 
 
 def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[str, np.ndarray]:
-    """The closed loop's step inputs at every step, [steps, …], in float32: time embeddings and coefficients.
+    """The closed loop's time embeddings and coefficients at its own steps of the schedule, [steps, …], in float32.
 
     A model that computes in a narrower type rounds them once, as the stock model rounds its time embedding.
     """
-    table = schedule_table(closed, timesteps(schedule), weights, compute=torch.float32)
+    span = closed.loop.span
+    table = schedule_table(closed, timesteps(schedule)[span], weights, compute=torch.float32)
     rows = {name: row.numpy()[:, None, :] for name, row in table.items()}
-    return {**rows, COEFFICIENTS: coefficient_table(schedule).astype(np.float32)}
+    return {**rows, COEFFICIENTS: coefficient_table(schedule)[span].astype(np.float32)}
 
 
 def loop_inputs(closed: Program, tables: Collection[str]) -> dict[str, TensorSpec]:
     """What the model of a closed loop with ``tables`` inside takes, by name.
 
-    Of the carried state the samples alone; a step input that is in no table (noise) for every step, [steps, …].
+    Of the carried state what the loop takes; a step input that is in no table (noise) for all its steps, [steps, …].
     """
     body, loop = closed.graphs[closed.loop.body], closed.loop
     found = {}
     for name, node in body.inputs.items():
         spec = spec_of(node)
-        if name in tables or (name in loop.carried and not name.endswith("_sample")):
+        if name in tables or (name in loop.carried and name not in loop.taken):
             continue
         found[name] = TensorSpec(spec.dtype, (loop.steps or 0, *spec.shape)) if name in loop.rows else spec
     return found
+
+
+def loop_outputs(closed: Program) -> dict[str, TensorSpec]:
+    """What that model returns, by name."""
+    body = closed.graphs[closed.loop.body]
+    return {f"{name}_final": spec_of(body.inputs[name]) for name in closed.loop.returned}

@@ -42,7 +42,8 @@ class BuildOptions:
     guidance: float | None = None
     guidance_interval: tuple[float, float] | None = None
     loop: LoopMode = "host"
-    """``device``: guidance and sampler inside one engine that runs every step; ``host``: one step a call."""
+    """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
+    step a call."""
     parity: ParityMode = "auto"
     until: str | None = None
     dump: Path | None = None
@@ -80,8 +81,6 @@ def resolve(options: BuildOptions) -> Plan:
     outputs = _outputs(options.outputs, modalities)
     asked = Overrides(options.grid, options.steps, options.shift, options.guidance, options.guidance_interval)
     plan = schedule(checkpoint, options.mode, asked)
-    if options.loop == "device":
-        _require_one_body(plan)
     limits = model_limits(checkpoint, modalities)
     for profile in profiles:
         check_limits(profile, limits)
@@ -120,16 +119,6 @@ def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimi
         sound="sound" in modalities,
         action="action" in modalities,
     )
-
-
-def _require_one_body(plan: Schedule) -> None:
-    if len(set(plan.guided)) > 1:
-        raise UnsupportedError(
-            "CX223",
-            f"{sum(plan.guided)} of {plan.steps} steps are guided (guidance interval {plan.guidance_interval}); "
-            "a loop in one engine has one body",
-            "pass `--guidance-interval 0:1000` to guide every step, or `--loop host`",
-        )
 
 
 def _require_consistent(options: BuildOptions) -> None:

@@ -6,10 +6,11 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cosmos_export
-from cosmos_export.build.loop import LOOP, LOOP_TABLES, loop_inputs
+from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
@@ -43,13 +44,13 @@ _GEOMETRY = (
 def manifest(
     result: BuildResult,
     program: Program,
-    closed: Program | None,
+    closed: Mapping[str, Program],
     inputs: tuple[InputFile, ...],
     created: str,
 ) -> Manifest:
     """Everything a reader needs to know of this build, but for the files, which the writer adds.
 
-    ``closed`` is the program whose loop runs by itself, where the bundle has one.
+    ``closed`` has the loops that run by themselves, one a segment of the schedule, where the bundle has them.
     """
     plan, checkpoint = result.plan, result.plan.checkpoint
     return Manifest(
@@ -65,7 +66,7 @@ def manifest(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in plan.profiles
         ),
         recipe=checkpoint.precision,
-        graphs={name: _contract(graph) for name, graph in program.graphs.items()} | _loop_contract(closed),
+        graphs={name: _contract(graph) for name, graph in program.graphs.items()} | _loop_contracts(closed),
         edges=(
             *(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
             *_loop_edges(closed),
@@ -101,28 +102,33 @@ def manifest(
     )
 
 
-def _loop(program: Program, closed: Program | None) -> LoopRecord:
-    """The loop a host runs, and the one that runs by itself."""
-    segments: tuple[SegmentRecord, ...] = ()
-    if closed is not None:
-        noise = tuple(n for n in closed.loop.rows if n not in LOOP_TABLES)
-        segments = (SegmentRecord(LOOP, closed.loop.steps or 0, noise),)
+def _loop(program: Program, closed: Mapping[str, Program]) -> LoopRecord:
+    """The loop a host runs, and the segments that run by themselves."""
+    segments = tuple(
+        SegmentRecord(name, one.loop.steps or 0, tuple(n for n in one.loop.rows if n not in LOOP_TABLES))
+        for name, one in closed.items()
+    )
     return LoopRecord(program.loop.body, dict(program.loop.carried), segments)
 
 
-def _loop_contract(closed: Program | None) -> dict[str, GraphContract]:
-    if closed is None:
-        return {}
-    body = closed.graphs[closed.loop.body]
-    samples = {f"{n}_final": spec_of(body.inputs[n]) for n in closed.loop.carried if n.endswith("_sample")}
-    return {LOOP: GraphContract(_tensors(loop_inputs(closed, LOOP_TABLES)), _tensors(samples))}
+def _loop_contracts(closed: Mapping[str, Program]) -> dict[str, GraphContract]:
+    return {
+        name: GraphContract(_tensors(loop_inputs(one, LOOP_TABLES)), _tensors(loop_outputs(one)))
+        for name, one in closed.items()
+    }
 
 
-def _loop_edges(closed: Program | None) -> list[EdgeRecord]:
-    if closed is None:
-        return []
-    into = [e for e in closed.edges_into(closed.loop.body) if e.input not in LOOP_TABLES]
-    return [EdgeRecord(e.source, e.output, LOOP, e.input, e.instance or None) for e in into]
+def _loop_edges(closed: Mapping[str, Program]) -> list[EdgeRecord]:
+    """Into every segment: from the graphs before the loop, and what the segment before it hands on."""
+    edges = [
+        EdgeRecord(e.source, e.output, name, e.input, e.instance or None)
+        for name, one in closed.items()
+        for e in one.edges_into(one.loop.body)
+        if e.input not in LOOP_TABLES
+    ]
+    for source, target in pairwise(closed):
+        edges += [EdgeRecord(source, f"{value}_final", target, value) for value in closed[target].loop.taken]
+    return edges
 
 
 def _contract(graph: Graph) -> GraphContract:

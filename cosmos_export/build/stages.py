@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from cosmos_export.build.loop import LOOP, LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
@@ -108,11 +108,11 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else None
+    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else {}
     with stages("weights and ONNX", shown=False):
         suffix = _write_onnx(program, plan, writer, stages.progress)
-        if closed is not None:
-            _write_loop(closed, loop_tables(closed, plan.schedule, weights), plan, writer)
+        for name, segment in closed.items():
+            _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -120,19 +120,19 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
                 result.parity.append(parity.precision(program, dtype))
             folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
             result.parity.append(parity.onnx(program, folder, suffix))
-            if closed is not None:
+            if closed:
                 result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
         _require_parity(result.parity)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
-                if name != SCHEDULE and (closed is None or name != program.loop.body):
+                if name != SCHEDULE and not (closed and name == program.loop.body):
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                     engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
-            if closed is not None:
-                body, inputs = closed.graphs[closed.loop.body], loop_inputs(closed, LOOP_TABLES)
-                engine = _build_engine(LOOP, body, inputs, program, plan, writer, stages.progress)
+            for name, segment in closed.items():
+                body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
+                engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
                 result.engines.append(engine)
         _require_plans(result.engines)
     with stages("hashing inputs", shown=False):
@@ -292,14 +292,17 @@ def _bytes(model: object) -> bytes:
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
-def _write_loop(closed: Program, tables: Mapping[str, np.ndarray], plan: Plan, writer: BundleWriter) -> None:
-    """The loop as one model, on the weights that its body has already; an engine's form writes attention out."""
+def _write_loop(
+    name: str, closed: Program, program: Program, tables: Mapping[str, np.ndarray], plan: Plan, writer: BundleWriter
+) -> None:
+    """A closed loop as one model, on the weights that ``program`` has for its body; an engine's form writes attention
+    out."""
     import onnx
 
     from cosmos_export.targets.onnx_loop import lower_loop
 
     body = closed.graphs[closed.loop.body]
-    stored = layout(node.meta["weight"] for node in body.weights.values())
+    stored = layout(node.meta["weight"] for node in program.graphs[closed.loop.body].weights.values())
     file = f"{closed.loop.body}.weights"
     narrow = body_dtype(closed) != torch.float32
     forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
@@ -308,7 +311,7 @@ def _write_loop(closed: Program, tables: Mapping[str, np.ndarray], plan: Plan, w
         if narrow and suffix == ".onnx" and plan.target.backend == "onnxruntime":
             continue
         model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
-        path = writer.path(f"onnx/{LOOP}{suffix}", "onnx")
+        path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(_bytes(model))
         onnx.checker.check_model(str(path))
 
@@ -321,8 +324,10 @@ def _build_engine(
     plan: Plan,
     writer: BundleWriter,
     progress: Progress,
+    *,
+    in_loop: bool = False,
 ) -> Engine:
-    """The engine of ``graph`` from the model ``name``, which takes ``inputs``."""
+    """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
     from cosmos_export.targets.tensorrt_rtx import build_engine
 
     def dim(size: Size) -> int | str:
@@ -343,10 +348,10 @@ def _build_engine(
     )
     summary = inspect_plan(report.path)
     attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
-    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype), attention)
+    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention)
 
 
-def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype) -> PlanCheck:
+def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
     attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
     capability = plan.target.compute_capability or ""
@@ -356,7 +361,7 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
     planned = len(attention)
-    if name == LOOP:  # a short body is unrolled a few times
+    if in_loop:  # a short body is unrolled a few times
         counts = {len(g.attention) for g in summary.graphs}
         planned = next((n for n in counts if len(counts) == 1 and n and n % planned == 0), planned)
     expected = PlanExpectation(

@@ -47,7 +47,7 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH; 0:1000 guides every step.")
         ] = None,
         loop: Annotated[
-            str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in one engine.")
+            str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
         ] = "host",
         parity: Annotated[
             str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")

@@ -123,19 +123,22 @@ class Parity:
         return _worst("ONNX Runtime", "relative L2, fp32", errors, RUNTIME_LIMIT)
 
     def loop(
-        self, closed: Program, schedule: Schedule, scheduler: Mapping[str, Any], folder: Path, suffix: str
+        self, closed: Mapping[str, Program], schedule: Schedule, scheduler: Mapping[str, Any], folder: Path, suffix: str
     ) -> Measured:
-        """Every step in ONNX Runtime, against the stock model under diffusers' scheduler, from the same noise."""
+        """Every step in ONNX Runtime, against the stock model under diffusers' scheduler, from the same noise.
+
+        ``closed`` has the loop's segments in order, by the name of their models in ``folder``.
+        """
         errors = {}
         for case in self._cases:
             expected = sampled(
                 self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler
             )
-            found = run_loop_model(closed, self._loop_inputs(closed, case, schedule), folder, suffix)
+            found = run_loop_model(closed, self._loop_inputs(case, schedule), folder, suffix)
             errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if k in found})
         return _worst(f"loop of {schedule.steps} steps", "relative L2, fp32", errors, RUNTIME_LIMIT)
 
-    def _loop_inputs(self, closed: Program, case: Case, schedule: Schedule) -> dict[str, torch.Tensor]:
+    def _loop_inputs(self, case: Case, schedule: Schedule) -> dict[str, torch.Tensor]:
         inputs = self._inputs(case)
         samples = {n.replace("_latent", "_sample"): v for n, v in inputs.items() if n.endswith("_latent")}
         columns = {"action_columns": torch.ones(self._config["action_dim"])} if "action_latent" in inputs else {}

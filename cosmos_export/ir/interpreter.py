@@ -164,18 +164,19 @@ def run_loop(
 ) -> dict[str, torch.Tensor]:
     """The closed loop of ``program``: every step of it, the reference for what it is lowered to.
 
-    ``rows`` holds the tables of the loop's step inputs, [steps, …]; carried inputs that ``inputs`` lacks begin as
-    zeros. Returns the carried values after the last step, by the name of their input.
+    ``rows`` holds its step inputs for each of its steps, [steps, …]. Returns what the loop returns of the carried
+    values, by the name of their input. Raises ValueError where ``inputs`` lacks a value that the loop takes.
     """
     loop, body = program.loop, program.graphs[program.loop.body]
-    known = dict(inputs)
+    zeros = [name for name in loop.carried if name not in loop.taken]
+    known = {name: value for name, value in inputs.items() if name not in zeros}
     shapes = [(n, spec_of(node).shape, tuple(known[n].shape)) for n, node in body.inputs.items() if n in known]
     binding = bind(shapes)
-    for name in loop.carried:
+    for name in zeros:
         spec = spec_of(body.inputs[name])
-        known.setdefault(name, torch.zeros([evaluate(s, binding) for s in spec.shape], dtype=spec.dtype))
+        known[name] = torch.zeros([evaluate(s, binding) for s in spec.shape], dtype=spec.dtype)
     for step in range(loop.steps or 0):
         known |= {name: rows[name][step] for name in loop.rows}
         results = run_graph(body, known, weights, binding, compute=compute)
         known |= {name: results[next_name] for name, next_name in loop.carried.items()}
-    return {name: known[name] for name in loop.carried}
+    return {name: known[name] for name in loop.returned}

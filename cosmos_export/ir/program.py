@@ -30,14 +30,24 @@ class Loop:
     """The denoising loop: ``body`` runs once a step.
 
     ``carried`` maps an input of the body to the output that its next value follows from: through a sampler on the host,
-    or, once `fuse_denoise_loop` has put the sampler into the body, the output itself. The loop is closed then:
-    ``steps`` is its trip count and ``rows`` are the inputs that take the step's row of a table.
+    or, once `fuse_denoise_loop` has put the sampler into the body, the output itself. The loop is closed then: it runs
+    ``steps`` steps of a schedule, from its step ``start`` on; ``rows`` are the inputs that take the step's row of a
+    table. Carried values that are ``taken`` begin as they are given and all others as zeros; what is ``returned`` of
+    them are the loop's results.
     """
 
     body: str
     carried: dict[str, str]
     rows: tuple[str, ...] = ()
+    start: int = 0
     steps: int | None = None
+    taken: tuple[str, ...] = ()
+    returned: tuple[str, ...] = ()
+
+    @property
+    def span(self) -> slice:
+        """The steps of a closed loop among those of its schedule."""
+        return slice(self.start, self.start + (self.steps or 0))
 
 
 @dataclass

@@ -21,7 +21,7 @@ def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = (
     * each weight is bound to data of its shape, is read, and is bound under one name in a graph;
     * each edge joins an output to an input of equal type and shape, and none runs backwards: no value of the reasoner
       follows from a value of the generator;
-    * the loop's carried values are inputs and outputs of its body.
+    * the loop's carried values are inputs and outputs of its body, and it takes and returns no others.
 
     Raises InternalError (CX201) naming the first offending node.
     """
@@ -47,6 +47,9 @@ def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = (
     for carried, result in program.loop.carried.items():
         if carried not in body.inputs or result not in body.outputs:
             _fail(stage, f"loop value `{carried}` → `{result}`", "is not an input and an output of the body")
+    for name in (*program.loop.taken, *program.loop.returned):
+        if name not in program.loop.carried:
+            _fail(stage, f"loop value `{name}`", "is taken or returned, but not carried")
 
 
 def _in_instance(spec: TensorSpec, instance: str, dims: Collection[str]) -> TensorSpec:

@@ -9,6 +9,7 @@ from cosmos_export.sampling.schedule import (
     Overrides,
     Sampler,
     Schedule,
+    Segment,
     resolve_schedule,
 )
 from cosmos_export.sampling.solvers import (
@@ -32,6 +33,7 @@ __all__ = [
     "Overrides",
     "Sampler",
     "Schedule",
+    "Segment",
     "State",
     "coefficient_table",
     "distilled_step",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, Literal, NoReturn, TypeGuard, get_args
 
 import numpy as np
@@ -29,6 +29,18 @@ _DISTILLED_MODES = ("t2i", "t2v", "i2v", "v2v")
 _PUBLISHED_BOUNDS = {"sigma_min": grids.PUBLISHED_SIGMA_MIN, "sigma_max": grids.PUBLISHED_SIGMA_MAX}
 _LAST_TIMESTEP = 1001
 """Upper end of the guidance intervals that engines publish: one above the largest timestep."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive steps that compute the same: ``steps`` of them from step ``start`` on.
+
+    ``guided``: whether they run the unconditional branch.
+    """
+
+    start: int
+    steps: int
+    guided: bool
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,12 @@ class Schedule:
         """For each step: whether it needs the unconditional branch."""
         low, high = self.guidance_interval or (-math.inf, math.inf)
         return tuple(self.guidance != 1 and low <= t <= high for t in self.timesteps)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All steps, in order, as the longest runs of steps that compute the same."""
+        runs = (list(steps) for _, steps in groupby(range(self.steps), key=self.guided.__getitem__))
+        return tuple(Segment(run[0], len(run), self.guided[run[0]]) for run in runs)
 
 
 def _inconsistent(what: str) -> NoReturn:

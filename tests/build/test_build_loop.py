@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime
 import pytest
+import torch
 from safetensors import safe_open
 
 from cosmos_export.build import stages
-from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
-from cosmos_export.bundle import Manifest, verify_bundle
+from cosmos_export.build.driver import _required_bytes, build
+from cosmos_export.build.options import BuildOptions, resolve
+from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
+from cosmos_export.checkpoint import Tower
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
+from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.reference import Reference, relative_error
+from cosmos_export.evaluation.sampled import negative_ids, sampled
+from cosmos_export.ir.program import Program
 from cosmos_export.targets.plan_inspector import inspect_plan
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
@@ -63,6 +72,119 @@ def test_a_wrong_coefficient_is_found(tmp_path: Path, omni: Path, monkeypatch: p
     with pytest.raises(FindingError, match="loop of 4 steps"):
         built(omni, tmp_path / "x", parity="always", steps=4)
     assert not (tmp_path / "x").exists()
+
+
+INTERVALS: dict[str, tuple[str, dict[str, Any], list[int]]] = {
+    "t2i": ("omni", {"mode": "t2i", "steps": 8}, [7, 1]),  # its default interval is [400, 1000]
+    "both-ends": ("omni", {"steps": 8, "guidance_interval": (500.0, 900.0)}, [4, 2, 2]),
+    "droid": ("edge", {"mode": "policy", "steps": 4, "guidance": 3.0, "guidance_interval": (960.0, 1001.0)}, [1, 3]),
+}
+"""Backbone, options, and the steps of the segments that follow."""
+
+
+@pytest.mark.parametrize("name", INTERVALS)
+def test_a_guidance_interval_is_a_chain_of_segments(tmp_path: Path, request: pytest.FixtureRequest, name: str) -> None:
+    """Compared with diffusers twice: by the build, and by a reader who knows the manifest and nothing else."""
+    backbone, options, steps = INTERVALS[name]
+    checkpoint: Path = request.getfixturevalue(backbone)
+    result = build(BuildOptions(checkpoint, tmp_path / "x", loop="device", parity="always", **options))
+    assert verify_bundle(tmp_path / "x").ok
+    manifest = result.manifest
+    assert manifest is not None and manifest.loop is not None
+    assert 0 < manifest.volatile.measured[f"loop of {sum(steps)} steps"] <= 1e-4
+    names = [f"denoise_{i}" for i in range(1, len(steps) + 1)]
+    assert [(s.graph, s.steps, s.rows) for s in manifest.loop.segments] == [
+        (graph, count, ()) for graph, count in zip(names, steps, strict=True)
+    ]
+    assert [f.path for f in manifest.files if f.role == "weights" and "denoise" in f.path] == []
+    case, plan = CASES[4], result.plan
+    inputs = case.inputs(plan.checkpoint.geometry.config, plan.modalities)
+    negative = negative_ids(plan.checkpoint.geometry.config)
+    stock = Reference(checkpoint / "transformer", torch.float32)
+    expected = sampled(stock, inputs, negative, case.fps, plan.schedule, plan.checkpoint.scheduler)
+    samples = {n.replace("_latent", "_sample"): value for n, value in inputs.items()}
+    columns = torch.ones(plan.checkpoint.geometry.action_dim)
+    found = played(tmp_path / "x", inputs | samples | {"negative_input_ids": negative, "action_columns": columns})
+    assert relative_error(found, expected) <= 1e-4
+
+
+def played(bundle: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the last segment returns: each model on what the manifest's edges say, or else on the caller's inputs."""
+    manifest = read_bundle(bundle)
+    results: dict[tuple[str, str | None], dict[str, Any]] = {}
+
+    def run(graph: str, instance: str | None) -> dict[str, Any]:
+        if (graph, instance) not in results:
+            edges = {e.input: e for e in manifest.edges if e.target == graph}
+            prefix = f"{instance}_" if instance else ""
+            contract = manifest.graphs[graph]
+            feed = {t.name: inputs[prefix + t.name].numpy() for t in contract.inputs if t.name not in edges}
+            feed |= {name: run(e.source, e.instance)[e.output] for name, e in edges.items()}
+            model = onnxruntime.InferenceSession(
+                str(bundle / f"onnx/{graph}.cpu.onnx"), providers=["CPUExecutionProvider"]
+            )
+            names = [t.name for t in contract.outputs]
+            results[graph, instance] = dict(zip(names, model.run(names, feed), strict=True))
+        return results[graph, instance]
+
+    assert manifest.loop is not None
+    return {name: torch.from_numpy(value) for name, value in run(manifest.loop.segments[-1].graph, None).items()}
+
+
+def test_segments_are_engines_with_every_attention_fused(tmp_path: Path, omni: Path) -> None:
+    manifest = built(omni, tmp_path / "x", target="rtx-pro-6000", mode="t2i", steps=8)
+    assert {e.name for e in manifest.engines} == {"reasoner", "conditioning", "denoise_1", "denoise_2"}
+    for name, attention in (("denoise_1", LAYERS * BRANCHES), ("denoise_2", LAYERS)):
+        (plan,) = inspect_plan(tmp_path / "x" / f"engines/{name}.engine").graphs
+        assert len(plan.attention) > 0
+        assert len(plan.attention) % attention == 0
+        assert set(plan.gemm_types()) == {"bf16"}
+        assert plan.stream_capturable
+    assert all(check.passed for check in manifest.plan_checks)
+
+
+def first_rows(loop_tables: Any) -> Any:
+    """Every segment reads the tables from the schedule's first step on."""
+
+    def wrong(closed: Program, *arguments: Any) -> Any:
+        closed = closed.copy()
+        closed.loop = replace(closed.loop, start=0)
+        return loop_tables(closed, *arguments)
+
+    return wrong
+
+
+def forgetful(close_loop: Any) -> Any:
+    """A later segment takes the samples alone; the sampler's memory begins as zeros again."""
+
+    def wrong(*arguments: Any) -> Any:
+        closed = close_loop(*arguments)
+        for program in closed.values():
+            samples = tuple(n for n in program.loop.carried if n.endswith("_sample"))
+            program.loop = replace(program.loop, taken=samples)
+        return closed
+
+    return wrong
+
+
+@pytest.mark.parametrize(("function", "bug"), [("loop_tables", first_rows), ("close_loop", forgetful)])
+def test_a_segment_that_does_not_go_on_where_the_last_one_ended_is_found(
+    tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, function: str, bug: Any
+) -> None:
+    monkeypatch.setattr(stages, function, bug(getattr(stages, function)))
+    with pytest.raises(FindingError, match="loop of 6 steps"):
+        built(omni, tmp_path / "x", parity="always", steps=6, guidance_interval=(900.0, 1000.0))
+    assert not (tmp_path / "x").exists()
+
+
+def test_disk_is_asked_for_each_segments_copy_of_the_weights(omni: Path, tmp_path: Path) -> None:
+    def required(loop: Any) -> int:
+        return _required_bytes(resolve(BuildOptions(omni, tmp_path / "x", "rtx-pro-6000", mode="t2i", loop=loop)))
+
+    checkpoint = resolve(BuildOptions(omni, tmp_path / "x")).checkpoint
+    generator = [n for n, tensor in checkpoint.expected.items() if tensor.tower is Tower.GENERATOR]
+    weights = sum(checkpoint.tensors[n].size_bytes for n in generator)
+    assert weights <= required("device") - required("host") <= 1.1 * weights
 
 
 def test_the_manifest_says_how_to_run_it(tmp_path: Path, omni: Path) -> None:
@@ -126,7 +248,6 @@ def test_what_cannot_be_built_is_refused_before_work(tmp_path: Path, omni: Path)
         assert not (tmp_path / "x").exists()
         return caught.value.code
 
-    assert refused(loop="device", mode="t2i") == "CX223"  # its default schedule guides a part of the steps
     assert refused(loop="gpu") == "CX451"
     assert refused(mode="t2x") == "CX464"
     assert refused(grid="cosine") == "CX462"

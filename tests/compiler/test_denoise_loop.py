@@ -14,17 +14,25 @@ from conftest import Compiled
 from diffusers import UniPCMultistepScheduler
 from tiny_cosmos import Case, Tensors, request, stock_forward
 
-from cosmos_export.build.schedule import schedule_table
+from cosmos_export.build.loop import close_loop, loop_tables
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.graph import spec_of
-from cosmos_export.ir.interpreter import run_graph, run_loop
+from cosmos_export.ir.interpreter import run_graph, run_loop, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.ir.text import print_program
-from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.batch_guidance import BatchGuidance
 from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
-from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, coefficient_table, resolve_schedule
+from cosmos_export.sampling import (
+    CheckpointSampling,
+    Overrides,
+    Schedule,
+    Segment,
+    State,
+    coefficient_table,
+    guide,
+    resolve_schedule,
+    unipc_step,
+)
 from cosmos_export.targets.onnx_loop import lower_loop
 from cosmos_export.targets.weights import Stored, numpy_dtype
 
@@ -32,6 +40,7 @@ SCHEDULER: dict[str, Any] = {
     "use_karras_sigmas": True, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "sigma_max": 200.0,
     "sigma_min": 0.147,
 }  # fmt: skip
+EDGE_SCHEDULER: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 CASE = Case("everything", 3, 5, 6, 9, clean=(0,), sound=4, actions=5, clean_actions=(1,))
 NEGATIVE_IDS = torch.arange(11, 34)
 
@@ -41,12 +50,26 @@ def schedule(steps: int = 5, guidance: float = 6.0, **changes: Any) -> Schedule:
     return resolve_schedule(sampling, "t2v", Overrides(steps=steps, guidance=guidance, **changes))
 
 
+def edge_schedule(steps: int, interval: tuple[float, float]) -> Schedule:
+    """Edge's own grid."""
+    sampling = CheckpointSampling({"_class_name": "UniPCMultistepScheduler", **EDGE_SCHEDULER}, True, None, True, None)
+    return resolve_schedule(sampling, "policy", Overrides(steps=steps, guidance=3.0, guidance_interval=interval))
+
+
+def published_scheduler(plan: Schedule) -> UniPCMultistepScheduler:
+    """diffusers' scheduler, its timesteps set as its pipeline sets them."""
+    if plan.grid == "karras":
+        scheduler = UniPCMultistepScheduler(**SCHEDULER)
+        scheduler.set_timesteps(plan.steps)
+    else:
+        scheduler = UniPCMultistepScheduler(**EDGE_SCHEDULER)
+        scheduler.set_timesteps(plan.steps, sigmas=np.linspace(1 - 1 / 1000, 0, plan.steps + 1)[:-1])
+    return scheduler
+
+
 def closed(compiled: Compiled, plan: Schedule) -> Program:
-    program = compiled.final.copy()
-    if plan.guided[0]:
-        BatchGuidance().run(program)
-    FuseDenoiseLoop(plan).run(program)
-    verify(program)
+    """The closed loop of a schedule that is one segment."""
+    (program,) = close_loop(compiled.final, plan).values()
     return program
 
 
@@ -57,9 +80,7 @@ def case_of(compiled: Compiled) -> Case:
 
 
 def tables(compiled: Compiled, program: Program, plan: Schedule) -> dict[str, np.ndarray]:
-    steps = torch.tensor(plan.timesteps, dtype=torch.float32)
-    rows = schedule_table(program, steps, compiled.weights)["time_embedding"]
-    return {"time_embedding": rows.numpy()[:, None, :], "coefficients": coefficient_table(plan).astype(np.float32)}
+    return loop_tables(program, plan, compiled.weights)
 
 
 def loop_inputs(compiled: Compiled, program: Program, inputs: Tensors) -> Tensors:
@@ -81,18 +102,44 @@ def published_loop(compiled: Compiled, inputs: Tensors, plan: Schedule) -> Tenso
     """The stock forward under diffusers' scheduler, one for each modality, as its pipeline has them."""
     names = [n.removesuffix("_latent") for n in inputs if n.endswith("_latent")]
     latents = {n: inputs[f"{n}_latent"] for n in names}
-    schedulers = {n: UniPCMultistepScheduler(**SCHEDULER) for n in names}
-    for scheduler in schedulers.values():
-        scheduler.set_timesteps(plan.steps)
-    for t in schedulers["vision"].timesteps:
+    schedulers = {n: published_scheduler(plan) for n in names}
+    for t, guided in zip(schedulers["vision"].timesteps, plan.guided, strict=True):
         step = inputs | {f"{n}_latent": latents[n] for n in names} | {"timestep": torch.tensor([float(t)])}
         cond = stock_forward(compiled.model, step)
-        negative = stock_forward(compiled.model, step | {"input_ids": NEGATIVE_IDS}) if plan.guided[0] else cond
+        negative = stock_forward(compiled.model, step | {"input_ids": NEGATIVE_IDS}) if guided else cond
         for n in names:
             u, c = negative[f"{n}_velocity"], cond[f"{n}_velocity"]
-            velocity = u + plan.guidance * (c - u)
+            velocity = u + plan.guidance * (c - u) if guided else c
             latents[n] = schedulers[n].step(velocity, t, latents[n], return_dict=False)[0]
     return latents
+
+
+def host_loop(compiled: Compiled, inputs: Tensors, plan: Schedule) -> Tensors:
+    """The program's own step, guidance and sampler on the host: one step a call, one branch a run."""
+    names = [n.removesuffix("_latent") for n in inputs if n.endswith("_latent")]
+    states = {n: State.start(inputs[f"{n}_latent"].numpy()) for n in names}
+    rate = {"vision": (1, 1, -1, 1, 1), "action": (-1, 1)}
+    noisy = {n: inputs[f"{n}_mask"].view(shape).numpy() for n, shape in rate.items()}
+    for row, t, guided in zip(coefficient_table(plan), plan.timesteps, plan.guided, strict=True):
+        latents = {f"{n}_latent": torch.from_numpy(s.sample) for n, s in states.items()}
+        step = {**inputs, **latents, "timestep": torch.tensor([t])}
+        cond = run_program(compiled.final, step, compiled.weights)
+        uncond = run_program(compiled.final, step | {"input_ids": NEGATIVE_IDS}, compiled.weights) if guided else {}
+        for n in names:
+            c, u = cond[f"{n}_velocity"].numpy(), uncond.get(f"{n}_velocity")
+            velocity = guide(c, None if u is None else u.numpy(), plan.guidance)
+            states[n] = unipc_step(row, states[n], velocity, noisy.get(n))
+    return {n: torch.from_numpy(s.sample) for n, s in states.items()}
+
+
+def run_segments(compiled: Compiled, segments: dict[str, Program], inputs: Tensors, plan: Schedule) -> Tensors:
+    """One loop after the other in the interpreter, each on what the one before returned."""
+    state: Tensors = {}
+    for program in segments.values():
+        rows = {n: torch.from_numpy(v) for n, v in tables(compiled, program, plan).items()}
+        known = loop_inputs(compiled, program, inputs) | state
+        state = run_loop(program, known, rows, compiled.weights)
+    return {n.removesuffix("_sample"): v for n, v in state.items()}
 
 
 def run_onnx(model: onnx.ModelProto, folder: Path, inputs: Tensors) -> dict[str, torch.Tensor]:
@@ -102,7 +149,7 @@ def run_onnx(model: onnx.ModelProto, folder: Path, inputs: Tensors) -> dict[str,
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     found = session.run(names, {i.name: inputs[i.name].numpy() for i in session.get_inputs()})
-    return {n.removesuffix("_sample_final"): torch.from_numpy(v) for n, v in zip(names, found, strict=True)}
+    return {n.removesuffix("_final"): torch.from_numpy(v) for n, v in zip(names, found, strict=True)}
 
 
 def write(compiled: Compiled, program: Program, folder: Path) -> dict[WeightBinding, Stored]:
@@ -134,8 +181,8 @@ def test_the_loop_equals_the_published_pipeline(compiled: Compiled, guidance: fl
     for name, latent in expected.items():
         scale = latent.norm()
         assert (found[f"{name}_sample"] - latent).norm() / scale <= 1e-4
-        assert (lowered[name] - latent).norm() / scale <= 1e-4
-        assert (lowered[name] - found[f"{name}_sample"]).norm() / scale <= 1e-5
+        assert (lowered[f"{name}_sample"] - latent).norm() / scale <= 1e-4
+        assert (lowered[f"{name}_sample"] - found[f"{name}_sample"]).norm() / scale <= 1e-5
 
 
 def test_explicit_attention_is_attention(omni: Compiled, tmp_path: Path) -> None:
@@ -180,23 +227,105 @@ def test_clean_rows_stay_what_they_are(omni: Compiled) -> None:
     assert not torch.equal(found["vision_sample"][:, :, 1], inputs["vision_latent"][:, :, 1])
 
 
-def test_a_schedule_with_an_interval_is_refused(omni: Compiled) -> None:
-    plan = schedule(steps=8, guidance_interval=(900.0, 1000.0))
-    assert len(set(plan.guided)) == 2
-    with pytest.raises(UnsupportedError, match="of 8 steps are guided"):
-        FuseDenoiseLoop(plan).run(omni.final.copy())
+INTERVALS = {
+    "t2i": ("omni", schedule(8, 7.0, guidance_interval=(400.0, 1000.0)), (7, 1)),
+    "both-ends": ("omni", schedule(8, guidance_interval=(500.0, 900.0)), (4, 2, 2)),
+    "droid": ("edge", edge_schedule(4, (960.0, 1001.0)), (1, 3)),
+}
+"""Backbone, schedule, and the steps of its segments."""
+every_interval = pytest.mark.parametrize(("backbone", "plan", "steps"), INTERVALS.values(), ids=INTERVALS)
 
 
-def test_a_guided_schedule_needs_both_branches(omni: Compiled) -> None:
+@every_interval
+def test_the_chain_of_segments_equals_the_loop_on_the_host(
+    compile_tiny: Any, backbone: str, plan: Schedule, steps: tuple[int, ...], tmp_path: Path
+) -> None:
+    """And diffusers' pipeline, which leaves the unconditional pass out where the step is not in the interval."""
+    compiled = compile_tiny(backbone)
+    segments = close_loop(compiled.final, plan)
+    assert tuple(p.loop.steps for p in segments.values()) == steps
+    inputs = request(compiled.config, case_of(compiled))
+    found = run_segments(compiled, segments, inputs, plan)
+    host, expected = host_loop(compiled, inputs, plan), published_loop(compiled, inputs, plan)
+
+    state: Tensors = {}
+    for program in segments.values():
+        rows, stored = tables(compiled, program, plan), write(compiled, program, tmp_path)
+        model = lower_loop(program.graphs["generator"], program.loop, rows, stored, "loop.weights")
+        assert [o.name for o in model.graph.output] == [f"{n}_final" for n in program.loop.returned]
+        state = run_onnx(model, tmp_path, loop_inputs(compiled, program, inputs) | state)
+    for name, latent in expected.items():
+        scale = latent.norm()
+        assert (found[name] - latent).norm() / scale <= 1e-4
+        assert (found[name] - host[name]).norm() / scale <= 1e-6
+        assert (state[f"{name}_sample"] - found[name]).norm() / scale <= 1e-5
+
+
+@every_interval
+def test_segments_share_weights_and_hand_the_whole_state_on(
+    compile_tiny: Any, backbone: str, plan: Schedule, steps: tuple[int, ...]
+) -> None:
+    compiled = compile_tiny(backbone)
+    segments = close_loop(compiled.final, plan)
+    assert list(segments) == [f"denoise_{i}" for i in range(1, len(steps) + 1)]
+    own = {n.meta["weight"] for n in compiled.final.graphs["generator"].weights.values()}
+    everything = tuple(n for n in segments["denoise_1"].loop.carried)
+    samples = tuple(n for n in everything if n.endswith("_sample"))
+    assert len(everything) == 4 * len(samples)
+    for program, segment in zip(segments.values(), plan.segments, strict=True):
+        body, loop = program.graphs["generator"], program.loop
+        assert {n.meta["weight"] for n in body.weights.values()} == own
+        assert loop.taken == (everything if segment.start else samples)
+        assert loop.returned == (samples if segment == plan.segments[-1] else everything)
+        assert any(name.startswith("negative_") for name in body.inputs) == segment.guided
+        assert any(e.instance for e in program.edges) == segment.guided
+
+
+def test_state_that_is_not_handed_on_is_missed(omni: Compiled) -> None:
+    """Neither the reference nor the model begins a later segment with zeros of its own accord."""
+    _, plan, _ = INTERVALS["t2i"]
+    program = close_loop(omni.final, plan)["denoise_2"]
+    known = loop_inputs(omni, program, request(omni.config, CASE))
+    rows = {n: torch.from_numpy(v) for n, v in tables(omni, program, plan).items()}
+    with pytest.raises(ValueError, match="vision_last"):
+        run_loop(program, known, rows, omni.weights)
+
+
+def test_segments_of_a_stochastic_sampler_take_noise_for_their_own_steps(omni: Compiled, tmp_path: Path) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0}
+    plan = resolve_schedule(CheckpointSampling(config, False, (1.0, 0.9, 0.8, 0.6), False, None), "i2v")
+    inputs = request(omni.config, Case("i2v", 3, 5, 6, 9, clean=(0,)))
+    whole = closed(omni, plan)
+    known = loop_inputs(omni, whole, inputs)
+    noise = {n: torch.randn(4, *known[n.replace("_noise", "_sample")].shape) for n in whole.loop.rows if "noise" in n}
+    rows = {n: torch.from_numpy(v) for n, v in tables(omni, whole, plan).items()}
+    expected = run_loop(whole, known, rows | noise, omni.weights)
+    state: Tensors = {}
+    for segment in (Segment(0, 1, guided=False), Segment(1, 3, guided=False)):
+        program = omni.final.copy()
+        FuseDenoiseLoop(plan, segment).run(program)
+        own = {n: v[program.loop.span] for n, v in noise.items()}
+        model = lower_loop(
+            program.graphs["generator"], program.loop, tables(omni, program, plan), write(omni, program, tmp_path),
+            "loop.weights",
+        )  # fmt: skip
+        dims = {i.name: i.type.tensor_type.shape.dim[0].dim_value for i in model.graph.input}
+        assert dims["vision_noise"] == segment.steps
+        state = run_onnx(model, tmp_path, known | own | state)
+    assert (state["vision_sample"] - expected["vision_sample"]).norm() / expected["vision_sample"].norm() <= 1e-5
+
+
+def test_a_guided_segment_needs_both_branches(omni: Compiled) -> None:
+    plan = schedule()
     with pytest.raises(UnsupportedError, match="one branch"):
-        FuseDenoiseLoop(schedule()).run(omni.final.copy())
+        FuseDenoiseLoop(plan, plan.segments[0]).run(omni.final.copy())
 
 
 def test_twice_is_once(omni: Compiled) -> None:
     plan = schedule()
     program = closed(omni, plan)
     text = print_program(program)
-    assert not FuseDenoiseLoop(plan).run(program).modified
+    assert not FuseDenoiseLoop(plan, plan.segments[0]).run(program).modified
     assert print_program(program) == text
 
 
@@ -233,5 +362,5 @@ def test_the_distilled_loop_takes_its_noise_as_an_input(omni: Compiled, tmp_path
     found = run_loop(program, known, tensors | noise, omni.weights)["vision_sample"]
     assert (found - latent).norm() / latent.norm() <= 1e-5
     model = lower_loop(body, program.loop, rows, write(omni, program, tmp_path), "loop.weights")
-    lowered = run_onnx(model, tmp_path, known | noise)["vision"]
+    lowered = run_onnx(model, tmp_path, known | noise)["vision_sample"]
     assert (lowered - latent).norm() / latent.norm() <= 1e-4

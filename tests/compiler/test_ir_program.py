@@ -121,6 +121,10 @@ def no_loop_value(p: Program) -> None:
     p.loop = Loop("body", {"y": "gone"})
 
 
+def no_state_to_return(p: Program) -> None:
+    p.loop = Loop("body", {"y": "y_next"}, taken=("y",), returned=("x",))
+
+
 def misplaced(p: Program) -> None:
     linear, _, neg = p.graphs["body"].calls()
     linear.args = (neg, linear.args[1])
@@ -149,6 +153,7 @@ BREACHES: list[tuple[Callable[[Program], None], str]] = [
                        "positional arguments"),
     (no_loop_body, "loop body `attic` is not a graph"),
     (no_loop_value, "loop value `y` → `gone` is not an input and an output of the body"),
+    (no_state_to_return, "loop value `x` is taken or returned, but not carried"),
     (misplaced, "graph `body`, node `linear_default` reads a value that is made after it"),
     (output_that_is_no_value, "graph `body`, output `z` is not a value"),
 ]  # fmt: skip

@@ -23,7 +23,7 @@ from published_schedules import (
 from published_schedules import checkpoint as sampled_by
 
 from cosmos_export.diagnostics import UserError
-from cosmos_export.sampling import MODES, CheckpointSampling, Overrides, Schedule, resolve_schedule
+from cosmos_export.sampling import MODES, CheckpointSampling, Overrides, Schedule, Segment, resolve_schedule
 from cosmos_export.sampling.defaults import DEFAULTS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +158,19 @@ def test_the_interval_is_inclusive_and_decides_each_step() -> None:
     assert resolve_schedule(EDGE, "policy", asked).guided == (True, False, False, False)
     at_bounds = replace(asked, guidance_interval=(833, 937))
     assert resolve_schedule(EDGE, "policy", at_bounds).guided == (False, True, True, False)
+
+
+def test_segments_are_the_longest_runs_of_equal_steps() -> None:
+    def segments(low: float, high: float) -> list[tuple[int, int, bool]]:
+        asked = Overrides(grid="native", steps=4, shift=5.0, guidance=3.0, guidance_interval=(low, high))
+        return [(s.start, s.steps, s.guided) for s in resolve_schedule(EDGE, "policy", asked).segments]
+
+    assert segments(960, 1001) == [(0, 1, True), (1, 3, False)]
+    assert segments(833, 937) == [(0, 1, False), (1, 2, True), (3, 1, False)]
+    assert segments(0, 700) == [(0, 3, False), (3, 1, True)]
+    assert resolve_schedule(NANO, "t2v").segments == (Segment(0, 35, guided=True),)
+    assert resolve_schedule(FOUR_STEP, "t2i").segments == (Segment(0, 4, guided=False),)
+    assert [s.guided for s in resolve_schedule(NANO, "t2i").segments] == [True, False]
 
 
 def test_guidance_of_one_guides_no_step() -> None:
