@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from cosmos_export.build.request import check_request
 from cosmos_export.build.schedule import DEFAULT_MODE, schedule
+from cosmos_export.build.selection import select
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.sampling import Overrides, Schedule
@@ -34,6 +36,8 @@ class BuildOptions:
     """None: all that the checkpoint generates."""
     outputs: tuple[str, ...] | None = None
     """Velocities to compute; None: all of the modalities."""
+    components: tuple[str, ...] | None = None
+    """Besides the transformer: `cosmos_export.build.selection.COMPONENTS`, or ``all`` or ``none`` alone; None: all."""
     mode: str = DEFAULT_MODE
     """What the schedule's defaults are for: `cosmos_export.sampling.MODES`."""
     steps: int | None = None
@@ -60,6 +64,7 @@ class Plan:
     profiles: tuple[Profile, ...]
     modalities: tuple[str, ...]
     outputs: tuple[str, ...]
+    components: tuple[str, ...]
     schedule: Schedule
 
 
@@ -79,13 +84,15 @@ def resolve(options: BuildOptions) -> Plan:
     _require_buildable(checkpoint)
     modalities = _modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
+    components = select(options.components, checkpoint, modalities)
+    check_request(checkpoint, modalities)
     asked = Overrides(options.grid, options.steps, options.shift, options.guidance, options.guidance_interval)
     plan = schedule(checkpoint, options.mode, asked)
     limits = model_limits(checkpoint, modalities)
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, plan)
+    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan)
 
 
 def require_compiler() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import cosmos_export
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
+from cosmos_export.build.request import request_record
 from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
@@ -53,6 +54,7 @@ def manifest(
     ``closed`` has the loops that run by themselves, one a segment of the schedule, where the bundle has them.
     """
     plan, checkpoint = result.plan, result.plan.checkpoint
+    programs = (program, *(codec.program for codec in result.codecs))
     return Manifest(
         model=Model(
             id=checkpoint.origin.repository or checkpoint.root.resolve().name,
@@ -66,24 +68,24 @@ def manifest(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in plan.profiles
         ),
         recipe=checkpoint.precision,
-        graphs={name: _contract(graph) for name, graph in program.graphs.items()} | _loop_contracts(closed),
+        graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
+        | _loop_contracts(closed),
         edges=(
-            *(EdgeRecord(e.source, e.output, e.target, e.input) for e in program.edges),
+            *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
             *_loop_edges(closed),
         ),
         loop=_loop(program, closed),
-        streams={},
-        request=None,
+        streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
+        request=request_record(checkpoint, plan.modalities, result.prompt),
         engines=tuple(
-            EngineRecord(
-                e.graph, e.graph, f"engines/{e.report.path.name}", tuple(p.name for p in plan.profiles), "embedded"
-            )
+            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, "embedded")
             for e in result.engines
         ),
         tools=_tools(result),
         options={
             "modalities": plan.modalities,
             "outputs": plan.outputs,
+            "components": plan.components,
             "parity": plan.options.parity,
             "mode": plan.options.mode,
             "loop": plan.options.loop,
@@ -150,14 +152,15 @@ def _tools(result: BuildResult) -> dict[str, str]:
 
 
 def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
-    if not result.parity:
-        return (Verdict("all", "transformer", "relative L2", None, "not-measured", result.parity_note),)
     measured = [
-        Verdict(m.stage, "transformer", m.metric, m.limit, "pass" if m.passed else "fail", m.over)
-        for m in result.parity
+        Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over) for m in result.parity
+    ]
+    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
+    missing = [
+        Verdict("all", subject, "relative L2", None, "not-measured", note) for subject, note in notes.items() if note
     ]
     engines = [
         Verdict("engine", e.graph, "relative L2", None, "not-measured", "needs the target's GPU")
         for e in result.engines
     ]
-    return (*measured, *engines)
+    return (*measured, *missing, *engines)

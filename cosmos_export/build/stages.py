@@ -15,16 +15,20 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from cosmos_export.build.artifacts import Engine, capability_check, model_bytes, write_engine, write_models
+from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
+from cosmos_export.build.selection import CODECS, codec_tensors
 from cosmos_export.build.sources import weight_sources
-from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck
+from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.capture.model import capture
-from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint import Checkpoint, TensorEntry
 from cosmos_export.diagnostics import FindingError
+from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import Measured, Parity
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, product
@@ -39,29 +43,10 @@ from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
-from cosmos_export.targets.profiles import input_shapes
-from cosmos_export.targets.trt_common import EngineReport
-from cosmos_export.targets.weights import file_size, layout, read_source, write_weights
+from cosmos_export.targets.weights import layout, read_source
 
 PARITY_MEMORY_SHARE = 0.4
 """Parity loads the stock model in fp32; above this share of the available memory it is left out and said to be."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """An engine of the bundle, what its build reported and what its plan contains."""
-
-    graph: str
-    report: EngineReport
-    plan: PlanSummary
-    check: PlanCheck
-    attention: int
-    """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
-
-    @property
-    def fused_attention(self) -> int:
-        """Fused attention kernels in the plan of one profile."""
-        return min((len(g.attention) for g in self.plan.graphs), default=0)
 
 
 @dataclass
@@ -71,8 +56,15 @@ class BuildResult:
     plan: Plan
     program: Program | None = None
     passes: list[Report] = field(default_factory=list)
+    codecs: list[Codec] = field(default_factory=list)
+    prompt: PromptRecord | None = None
     parity: list[Measured] = field(default_factory=list)
     parity_note: str = ""
+    """Why the transformer was not compared with diffusers'; empty where it was."""
+    codec_parity_notes: dict[str, str] = field(default_factory=dict)
+    """The same of the codecs that were not, by name."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the result should know and would not expect."""
     engines: list[Engine] = field(default_factory=list)
     dumps: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
@@ -87,7 +79,7 @@ class BuildResult:
 def compile_only(plan: Plan, progress: Progress) -> BuildResult:
     """The graphs up to ``--until``, and their text."""
     result = BuildResult(plan)
-    _compile(plan, weight_sources(plan.checkpoint), None, result, _Stages(result, progress))
+    _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
     result.peak_memory_bytes = _peak_memory()
     return result
 
@@ -96,9 +88,11 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
     stages = _Stages(result, progress)
-    sources, steps = weight_sources(plan.checkpoint), timesteps(plan.schedule)
+    with stages("tokenizer"):
+        result.prompt = write_tokenizer(plan, writer)
+    sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
     weights = read_weights(read_source)
-    result.parity_note = _parity_refusal(plan)
+    result.parity_note = _parity_refusal(plan, plan.checkpoint.tensors)
     parity = None
     if not result.parity_note:
         with stages("parity", "reference"):
@@ -113,6 +107,10 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         suffix = _write_onnx(program, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
+    for name in plan.components:
+        if name in CODECS:
+            with stages("components", name):
+                result.codecs.append(write_codec(name, plan, writer, stages.progress))
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -122,7 +120,8 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
             result.parity.append(parity.onnx(program, folder, suffix))
             if closed:
                 result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
-        _require_parity(result.parity)
+    _compare_codecs(result, writer, stages)
+    _require_parity(result.parity)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
@@ -134,6 +133,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
                 engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
                 result.engines.append(engine)
+            _build_codec_engines(result, writer, stages.progress)
         _require_plans(result.engines)
     with stages("hashing inputs", shown=False):
         hashed = _hash_inputs(plan.checkpoint, stages.progress)
@@ -231,12 +231,35 @@ def model_dtype(program: Program) -> torch.dtype:
     return spec_of(body.inputs[next(iter(program.loop.carried))]).dtype
 
 
-def _parity_refusal(plan: Plan) -> str:
-    """Why parity is not measured; empty where it is."""
+def _compare_codecs(result: BuildResult, writer: BundleWriter, stages: _Stages) -> None:
+    """The models of every codec against the published one, where it fits in memory."""
+    plan = result.plan
+    for codec in result.codecs:
+        note = _parity_refusal(plan, codec_tensors(plan.checkpoint, codec.name))
+        if note:
+            result.codec_parity_notes[codec.name] = note
+            continue
+        with stages("parity", f"of {codec.name}"):
+            component = plan.checkpoint.components[CODECS[codec.name].folder]
+            folder = writer.path(f"onnx/{codec.graphs[0]}{codec.suffix}", "onnx").parent
+            result.parity.append(codec_parity(codec.name, codec.program, component, folder, codec.suffix))
+
+
+def _build_codec_engines(result: BuildResult, writer: BundleWriter, progress: Progress) -> None:
+    for codec in result.codecs:
+        engines = list(codec_engines(codec, result.plan, writer, progress))
+        result.engines += engines
+        left_out = [p.name for p in result.plan.profiles if not engines or p.name not in engines[0].profiles]
+        if left_out:
+            result.notes.append(f"{codec.name} has no engine for {', '.join(left_out)}: no sound in that profile")
+
+
+def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
+    """Why the model of ``tensors`` is not compared with diffusers'; empty where it is."""
     mode = plan.options.parity
     if mode == "never":
         return "not asked for (--parity never)"
-    needed = 4 * sum(int(product(e.shape)) for e in plan.checkpoint.tensors.values())
+    needed = 4 * sum(int(product(e.shape)) for e in tensors.values())
     if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
         share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
         return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
@@ -262,31 +285,10 @@ def _require_parity(measured: Sequence[Measured]) -> None:
 
 def _write_onnx(program: Program, plan: Plan, writer: BundleWriter, progress: Progress) -> str:
     """Every graph with its weights; returns the suffix of the models that run on a CPU."""
-    import onnx
-
-    from cosmos_export.targets.onnx_lowering import lower
-
     narrow = model_dtype(program) != torch.float32
-    for_cpu_only = plan.target.backend == "onnxruntime"
-    suffix = ".cpu.onnx" if narrow else ".onnx"
     for name, graph in program.graphs.items():
-        stored = layout(node.meta["weight"] for node in graph.weights.values())
-        file = f"{name}.weights"
-        if file_size(stored):
-            write_weights(writer.path(f"onnx/{file}", "weights"), stored, f"weights of {name}", progress)
-        if narrow:
-            path = writer.path(f"onnx/{name}.cpu.onnx", "onnx")
-            path.write_bytes(_bytes(lower(graph, stored, file, compute=torch.float32)))
-            onnx.checker.check_model(str(path))
-        if not narrow or not for_cpu_only:
-            path = writer.path(f"onnx/{name}.onnx", "onnx")
-            path.write_bytes(_bytes(lower(graph, stored, file)))
-            onnx.checker.check_model(str(path))
+        suffix = write_models({name: graph}, name, narrow, plan, writer, progress)
     return suffix
-
-
-def _bytes(model: object) -> bytes:
-    return model.SerializeToString(deterministic=True)  # type: ignore[attr-defined, no-any-return]
 
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -312,7 +314,7 @@ def _write_loop(
             continue
         model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
-        path.write_bytes(_bytes(model))
+        path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
 
 
@@ -328,7 +330,6 @@ def _build_engine(
     in_loop: bool = False,
 ) -> Engine:
     """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
-    from cosmos_export.targets.tensorrt_rtx import build_engine
 
     def dim(size: Size) -> int | str:
         # A profile says how long a prompt may be; that holds for the negative prompt too.
@@ -337,27 +338,19 @@ def _build_engine(
     spec = {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
     dtype = model_dtype(program)
     fused = dtype != torch.float32
-    report = build_engine(
-        writer.path(f"onnx/{name}.onnx", "onnx"),
-        writer.path(f"engines/{name}.engine", "engine"),
-        target=plan.target,
-        profiles=[input_shapes(profile, spec) for profile in plan.profiles],
-        progress=progress,
-        # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
-        decomposable_attention=not fused,
-    )
+    # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
+    report = write_engine(name, spec, plan.profiles, plan, writer, progress, decomposable_attention=not fused)
     summary = inspect_plan(report.path)
     attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
-    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention)
+    profiles = tuple(profile.name for profile in plan.profiles)
+    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
 
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
     attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
-    capability = plan.target.compute_capability or ""
     if not attention:  # tables: a few element-wise kernels, nothing that could fall back
-        found = ", ".join(summary.header.compute_capabilities) or "none"
-        return PlanCheck(name, "compute capability", capability, found, found == capability)
+        return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
     planned = len(attention)
@@ -367,7 +360,7 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
     expected = PlanExpectation(
         attention=planned if fused else 0,
         gemm_type=kind,
-        compute_capability=capability,
+        compute_capability=plan.target.compute_capability or "",
         profiles=len(plan.profiles),
         attention_type=kind if fused else None,
         attention_scale=float(scale),

@@ -313,7 +313,7 @@ class Manifest:
     edges: tuple[EdgeRecord, ...]
     loop: LoopRecord | None
     streams: Mapping[str, StreamRecord]
-    request: RequestRecord | None
+    request: RequestRecord
     engines: tuple[EngineRecord, ...]
     tools: Mapping[str, str]
     options: Mapping[str, Scalar | tuple[Scalar, ...]]

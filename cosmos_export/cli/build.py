@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cosmos_export.build.stages import BuildResult, Engine
+    from cosmos_export.build.artifacts import Engine
+    from cosmos_export.build.stages import BuildResult
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +32,13 @@ def register(app: typer.Typer) -> None:
         outputs: Annotated[
             str | None,
             typer.Option(help="Velocities to compute, e.g. action_velocity for inverse dynamics; default: all."),
+        ] = None,
+        components: Annotated[
+            str | None,
+            typer.Option(
+                help="Beside the transformer, of vae-decoder,vae-encoder,sound-decoder,tokenizer; or none; "
+                "default: all that the checkpoint has and the modalities use."
+            ),
         ] = None,
         steps: Annotated[
             int | None, typer.Option(help="Denoising steps; default: the checkpoint's own, or the mode's.")
@@ -69,6 +77,7 @@ def register(app: typer.Typer) -> None:
             profiles=tuple(profile or BuildOptions.profiles),
             modalities=_names(modalities),
             outputs=_names(outputs),
+            components=_names(components),
             steps=steps,
             mode=mode,
             grid=schedule,
@@ -125,8 +134,8 @@ def _print(result: BuildResult) -> None:
         for m in result.parity:
             table.add_row(m.stage, m.metric, f"{m.value:.2g}", f"{m.limit:g}", m.case)
         out.print(table)
-    elif result.parity_note:
-        out.print(f"\nParity with diffusers: not measured: {result.parity_note}")
+    for subject, note in _not_compared(result).items():
+        out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
     if result.engines:
         table = Table(
             "engine", "size", "attention", "GEMMs", "activations", "build", "peak memory", "plan",
@@ -138,20 +147,29 @@ def _print(result: BuildResult) -> None:
                 _size(engine.report.size_bytes),
                 f"{engine.fused_attention} fused of {engine.attention}" if engine.attention else "–",
                 _gemms(engine),
-                _size(max((g.activation_bytes for g in engine.plan.graphs), default=0)),
+                _size(engine.activation_bytes),
                 f"{engine.report.build_s:.1f} s",
                 _size(engine.report.peak_memory_bytes),
                 "as planned" if engine.check.passed else engine.check.found,
             )
         out.print(table)
+    for note in result.notes:
+        out.print(f"\n{note}")
     if result.manifest is not None:
+        out.print(f"\nComponents: {', '.join(('transformer', *result.plan.components))}")
         files = result.manifest.files
         out.print(
-            f"\n{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.seconds:.1f} s, "
+            f"{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.seconds:.1f} s, "
             f"peak memory {_size(result.peak_memory_bytes)}"
         )
     for path in result.dumps:
         out.print(str(path), soft_wrap=True)
+
+
+def _not_compared(result: BuildResult) -> dict[str, str]:
+    """Why a component was not compared with diffusers', by component."""
+    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
+    return {subject: note for subject, note in notes.items() if note}
 
 
 def _gemms(engine: Engine) -> str:
@@ -178,7 +196,8 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     if result.parity:
         proof = f"{len(result.parity)} stages within their limits of diffusers"
     engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
-    return f"built {output}: {engines}{proof}"
+    components = "".join(f" + {name}" for name in result.plan.components)
+    return f"built {output}: transformer{components}, {engines}{proof}"
 
 
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
@@ -196,6 +215,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
         "parity": [
             {
                 "stage": m.stage,
+                "subject": m.subject,
                 "metric": m.metric,
                 "value": m.value,
                 "limit": m.limit,
@@ -205,11 +225,16 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             for m in result.parity
         ],
         "parity_note": result.parity_note,
+        "components": list(result.plan.components),
+        "not_compared": _not_compared(result),
+        "notes": result.notes,
         "engines": [
             {
                 "graph": e.graph,
                 "size_bytes": e.report.size_bytes,
                 "fused_attention": e.fused_attention,
+                "activation_bytes": e.activation_bytes,
+                "profiles": list(e.profiles),
                 "build_s": round(e.report.build_s, 3),
                 "peak_memory_bytes": e.report.peak_memory_bytes,
                 "check": {"expected": e.check.expected, "found": e.check.found, "passed": e.check.passed},

@@ -38,6 +38,8 @@ class Measured:
     over: str
     """What the value is taken over."""
     case: str
+    subject: str = "transformer"
+    """The component that was measured."""
 
     @property
     def passed(self) -> bool:

@@ -95,7 +95,7 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
         before_step()
         return {}
 
-    def decode_sound(latent: torch.Tensor) -> torch.Tensor:
+    def decode_sound(latent: torch.Tensor) -> Any:
         result.latents["sound"] = latent.numpy().copy()
         return decode(latent)
 

@@ -189,7 +189,8 @@ def _require_settings(checkpoint: CheckpointSampling) -> None:
         _refuse("CX461", "scheduler _class_name", found, f"{expected} for {what}", "restore the published scheduler")
     for key, setting in _REQUIRED[expected].items():
         value = checkpoint.scheduler.get(key, setting.absent())
-        if value != setting.value:
+        # A manifest has tuples where the checkpoint's file has lists.
+        if (list(value) if isinstance(value, tuple) else value) != setting.value:
             _refuse("CX461", f"scheduler {key}", value, repr(setting.value), "restore the published scheduler")
 
 

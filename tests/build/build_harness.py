@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import Manifest, read_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
+TRANSFORMER_ONLY = ("--target", "rtx-pro-6000", "--components", "none")
+"""A build without the other components: most tests are not about them, and they take longer than the rest."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,21 @@ def command_line_build(folder: Path, name: str, *arguments: object, threads: int
     return Built(path, json.loads(document.read_text()), log.read_text())
 
 
+def transformer_only(checkpoint: Path, output: Path | None = None, **options: Any) -> BuildOptions:
+    """A request without the other components."""
+    return BuildOptions(checkpoint, output, **{"components": ("none",), **options})
+
+
 _captures: dict[object, Any] = {}
+
+
+def remembered_codec(name: str, config: Mapping[str, Any], sources: Mapping[str, Any]) -> Any:
+    from cosmos_export.build.components import _CAPTURES
+
+    key = (name, str(next(iter(sources.values())).file))
+    if key not in _captures:
+        _captures[key] = _CAPTURES[name](config, sources)
+    return _captures[key].copy()
 
 
 def remembered_capture(config: Mapping[str, Any], sources: Mapping[str, Any], *, modalities: Collection[str]) -> Any:
@@ -107,7 +124,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any]:
-    """Run the ONNX form of every graph of a bundle on the CPU, along the manifest's edges; the loop body's results.
+    """Run the ONNX form of the loop's body and of all that leads to it on the CPU; the body's results.
 
     What a reader of bundles would write: it knows the manifest and ONNX Runtime, nothing of the compiler.
     """
@@ -116,7 +133,11 @@ def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any
     manifest = read_bundle(bundle)
     paths = {Path(f.path).name.removesuffix(suffix): f.path for f in manifest.files if f.path.endswith(suffix)}
     results: dict[str, dict[str, Any]] = {}
-    waiting = set(manifest.graphs)
+    assert manifest.loop is not None
+    waiting, last = set[str](), {manifest.loop.body}
+    while last:
+        waiting |= last
+        last = {edge.source for edge in manifest.edges if edge.target in last} - waiting
     while waiting:
         feeds = {name: [e for e in manifest.edges if e.target == name] for name in waiting}
         name = min(name for name, edges in feeds.items() if all(e.source in results for e in edges))
@@ -127,5 +148,4 @@ def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any
         names = [t.name for t in contract.outputs]
         results[name] = dict(zip(names, session.run(names, feed), strict=True))
         waiting.remove(name)
-    assert manifest.loop is not None
     return results[manifest.loop.body]

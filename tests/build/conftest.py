@@ -33,18 +33,20 @@ def omni_fp32(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def omni_bundle(shared: Path, omni: Path) -> harness.Built:
-    """As a user builds it: the command line, all defaults but the target."""
-    return harness.command_line_build(shared, "omni.bundle", omni, "--target", "rtx-pro-6000")
+    """As a user builds it: the command line, all defaults but the target and the other components."""
+    return harness.command_line_build(shared, "omni.bundle", omni, *harness.TRANSFORMER_ONLY)
 
 
 @pytest.fixture(scope="session")
 def edge_bundle(shared: Path, edge: Path) -> harness.Built:
-    return harness.command_line_build(shared, "edge.bundle", edge, "--target", "rtx-pro-6000")
+    return harness.command_line_build(shared, "edge.bundle", edge, *harness.TRANSFORMER_ONLY)
 
 
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in this process share one capture of each checkpoint; everything after it is done every time."""
+    import cosmos_export.build.components as components
     import cosmos_export.build.stages as stages
 
     monkeypatch.setattr(stages, "capture", harness.remembered_capture)
+    monkeypatch.setattr(components, "capture_codec", harness.remembered_codec)

@@ -51,7 +51,7 @@ def source(variant: str, request: pytest.FixtureRequest) -> Path:
 
 def test_the_verdict_is_the_last_line(built: Built) -> None:
     engines, stages = f"3 engines with {2 * LAYERS - 1} fused attentions", "11 stages within their limits of diffusers"
-    assert built.stderr.splitlines()[-1] == f"built {built.path}: {engines}, {stages}"
+    assert built.stderr.splitlines()[-1] == f"built {built.path}: transformer, {engines}, {stages}"
 
 
 def test_every_attention_is_fused_and_every_gemm_computes_in_bf16(built: Built) -> None:
@@ -235,9 +235,8 @@ def test_the_generator_takes_rows_of_the_table(omni_fp32: Path, captured_once: N
     from safetensors.torch import load_file
 
     from cosmos_export.build.driver import build
-    from cosmos_export.build.options import BuildOptions
 
-    build(BuildOptions(omni_fp32, tmp_path / "x", steps=4, parity="never"))
+    build(harness.transformer_only(omni_fp32, tmp_path / "x", steps=4, parity="never"))
     table = load_file(tmp_path / "x/tables/schedule.safetensors")
     assert table["time_embedding"].dtype == torch.float32
     model = Reference(omni_fp32 / "transformer", torch.float32).transformer
@@ -259,7 +258,7 @@ def test_two_builds_are_the_same_bytes_but_for_what_is_volatile(
 ) -> None:
     """Other threads, other working directory, other name, a relative path to the checkpoint."""
     again = harness.command_line_build(
-        tmp_path, "another name", omni.name, "--target", "rtx-pro-6000", threads=2, cwd=omni.parent
+        tmp_path, "another name", omni.name, *harness.TRANSFORMER_ONLY, threads=2, cwd=omni.parent
     )
     names = sorted(p.relative_to(omni_bundle.path) for p in omni_bundle.path.rglob("*") if p.is_file())
     assert names == sorted(p.relative_to(again.path) for p in again.path.rglob("*") if p.is_file())

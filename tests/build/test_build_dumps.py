@@ -48,7 +48,7 @@ def test_dumps_of_every_pass_and_twice_the_same(tmp_path: Path, omni: Path) -> N
 
 @pytest.mark.usefixtures("captured_once")
 def test_a_dump_beside_a_bundle(tmp_path: Path, omni: Path) -> None:
-    result = build(BuildOptions(omni, tmp_path / "x", dump=tmp_path / "dumps", parity="never"))
+    result = build(harness.transformer_only(omni, tmp_path / "x", dump=tmp_path / "dumps", parity="never"))
     assert result.manifest is not None
     assert len(result.dumps) == len(list((tmp_path / "dumps").iterdir())) == len(pass_names())
 

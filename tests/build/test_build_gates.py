@@ -18,7 +18,6 @@ import pytest
 
 import cosmos_export.build.stages as stages
 from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import verify_bundle
 from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.evaluation.cases import CASES
@@ -49,7 +48,7 @@ def test_attention_that_is_not_fused(tmp_path: Path, omni: Path, monkeypatch: py
 
     monkeypatch.setattr(stages, "inspect_plan", unfused)
     with pytest.raises(FindingError) as caught:
-        build(BuildOptions(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
+        build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert (caught.value.code, caught.value.exit_code) == ("CX450", 1)
     assert "reasoner: profile 0: 1 fused attention kernels, expected 2" in caught.value.message
     assert "generator: profile 0: 2 fused attention kernels, expected 3" in caught.value.message
@@ -64,7 +63,7 @@ def test_an_engine_for_another_gpu(tmp_path: Path, omni: Path, monkeypatch: pyte
 
     monkeypatch.setattr(stages, "inspect_plan", other)
     with pytest.raises(FindingError, match=r"conditioning: 8\.9, 12\.0"):
-        build(BuildOptions(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
+        build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert harness.leftovers(tmp_path) == []
 
 
@@ -96,7 +95,7 @@ def test_a_pass_that_changes_the_results(
     passes = stages.default_passes
     monkeypatch.setattr(stages, "default_passes", lambda outputs: [*passes(outputs), Perturb(factor)])
     with pytest.raises(FindingError) as caught:
-        build(BuildOptions(omni, tmp_path / "x"))
+        build(harness.transformer_only(omni, tmp_path / "x"))
     assert (caught.value.code, caught.value.exit_code) == ("CX601", 1)
     assert "perturb: " in caught.value.message
     assert "fuse_joint_attention" not in caught.value.message  # the stage before was right
@@ -108,17 +107,17 @@ def test_an_older_bundle_outlives_a_build_that_fails(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "x"
-    build(BuildOptions(omni, output, parity="never", steps=2))
+    build(harness.transformer_only(omni, output, parity="never", steps=2))
     before = (output / "manifest.json").read_bytes()
     passes = stages.default_passes
     monkeypatch.setattr(stages, "default_passes", lambda outputs: [*passes(outputs), Perturb(2.0)])
     with pytest.raises(FindingError):
-        build(BuildOptions(omni, output, force=True))
+        build(harness.transformer_only(omni, output, force=True))
     assert (output / "manifest.json").read_bytes() == before
     assert verify_bundle(output).ok
     assert harness.leftovers(tmp_path) == ["x"]
     monkeypatch.setattr(stages, "default_passes", passes)
-    build(BuildOptions(omni, output, parity="never", steps=3, force=True))
+    build(harness.transformer_only(omni, output, parity="never", steps=3, force=True))
     assert (output / "manifest.json").read_bytes() != before
     assert verify_bundle(output).ok
     assert harness.leftovers(tmp_path) == ["x"]
@@ -131,7 +130,7 @@ def test_an_older_bundle_outlives_a_build_that_fails(
 def test_a_builder_that_is_killed(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the system does when memory runs out: kill -9 while it works on the second engine."""
     output = tmp_path / "x"
-    build(BuildOptions(omni, output, parity="never", steps=2))
+    build(harness.transformer_only(omni, output, parity="never", steps=2))
     before = (output / "manifest.json").read_bytes()
     started: list[Any] = []
     popen = subprocess.Popen
@@ -145,7 +144,7 @@ def test_a_builder_that_is_killed(tmp_path: Path, omni: Path, monkeypatch: pytes
 
     monkeypatch.setattr(trt_common.subprocess, "Popen", start)
     with pytest.raises(ToolError) as caught:
-        build(BuildOptions(omni, output, target="rtx-pro-6000", parity="never", force=True))
+        build(harness.transformer_only(omni, output, target="rtx-pro-6000", parity="never", force=True))
     assert (caught.value.code, caught.value.exit_code) == ("CX422", 4)
     assert "was ended by signal 9 (SIGKILL)" in caught.value.message
     assert "memory" in caught.value.hint
@@ -164,7 +163,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, omni: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(weights, "_write", full)
     with pytest.raises(ToolError) as caught:
-        build(BuildOptions(omni, tmp_path / "x", parity="never"))
+        build(harness.transformer_only(omni, tmp_path / "x", parity="never"))
     assert (caught.value.code, caught.value.exit_code) == ("CX440", 4)
     assert "No space left on device" in caught.value.message
     assert harness.leftovers(tmp_path) == []
@@ -216,5 +215,5 @@ def test_a_killed_build_leaves_nothing_that_a_later_one_does_not_remove(
     running.communicate()
     assert not (tmp_path / "x").exists()
     assert harness.leftovers(tmp_path) != []
-    build(BuildOptions(omni, tmp_path / "x", parity="never"))
+    build(harness.transformer_only(omni, tmp_path / "x", parity="never"))
     assert harness.leftovers(tmp_path) == ["x"]

@@ -33,7 +33,7 @@ LAYERS, BRANCHES = 3, 2
 
 
 def built(checkpoint: Path, output: Path, **options: Any) -> Manifest:
-    chosen = {"loop": "device", "parity": "never", "steps": 5, **options}
+    chosen = {"loop": "device", "parity": "never", "steps": 5, "components": (), **options}
     result = build(BuildOptions(checkpoint, output, **chosen))
     assert result.manifest is not None
     assert verify_bundle(output).ok

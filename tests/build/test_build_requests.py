@@ -70,6 +70,12 @@ def refused(folder: Path, code: str, status: int, *arguments: object) -> tuple[s
         (("-o", "x", "--outputs", ""), "CX221", 2, "no output is left", ""),
         (("-o", "x", "--modalities", "vision", "--outputs", "sound_velocity"), "CX221", 2, "`sound_velocity`", ""),
         (("-o", "x", "--outputs", "action_velocity"), "CX411", 2, "allows no row of action_velocity", "action_len=16"),
+        (("-o", "x", "--components", "vae"), "CX224", 2, "component 'vae' is none of vae-decoder, vae-en", "all"),
+        (("-o", "x", "--components", "none,tokenizer"), "CX224", 2, "component 'none' is none of", "or `none` alone"),
+        (
+            ("-o", "x", "--components", "sound-decoder", "--modalities", "vision"),
+            "CX225", 2, "`sound-decoder` cannot be built: sound is not among the modalities vision", "vae-encoder, tok",
+        ),
         (("-o", "x", "--steps", "0"), "CX460", 2, "steps = 0", "35"),
         (("-o", "x", "--steps", "1001"), "CX460", 2, "steps = 1001", "35"),
         (("-o", "x", "--parity", "maybe"), "CX451", 2, "parity `maybe` is none of auto, always, never", "auto"),
@@ -98,6 +104,9 @@ def test_sound_on_edge(tmp_path: Path, edge: Path) -> None:
     assert "`sound_len` reaches 127, allowed 0 (no sound is generated)" in message
     message, _ = refused(tmp_path, "CX210", 2, edge, "-o", "x", "--modalities", "vision,sound")
     assert "this checkpoint generates vision, action" in message
+    message, hint = refused(tmp_path, "CX225", 2, edge, "-o", "x", "--components", "vae-decoder,sound-decoder")
+    assert "component `sound-decoder` cannot be built: the checkpoint has no sound_tokenizer/" in message
+    assert "all there are: vae-decoder, vae-encoder, tokenizer" in hint
 
 
 def test_the_range_of_profiles_is_that_of_the_captured_graph() -> None:
@@ -334,7 +343,7 @@ def test_nothing_is_captured_for_a_request_that_ends_in_an_error(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("work began")
 
-    for name in ("capture", "Parity"):
+    for name in ("capture", "Parity", "write_tokenizer", "write_codec"):
         monkeypatch.setattr(stages, name, never)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
@@ -347,6 +356,7 @@ def test_nothing_is_captured_for_a_request_that_ends_in_an_error(
         {"modalities": ("action",)},
         {"outputs": ("velocity",)},
         {"steps": -1},
+        {"components": ("vae",)},
         {"output": tmp_path / "taken"},
         {"output": tmp_path / "taken", "force": True},
         {"output": tmp_path / "missing" / "x", "target": "nowhere"},

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.evaluation.cases import CASES
@@ -23,7 +22,7 @@ LAYERS = 3
 
 
 def built(checkpoint: Path, output: Path, **options: Any) -> Manifest:
-    result = build(BuildOptions(checkpoint, output, **{"parity": "never", **options}))
+    result = build(harness.transformer_only(checkpoint, output, **{"parity": "never", **options}))
     assert result.manifest is not None
     assert verify_bundle(output).ok
     return result.manifest

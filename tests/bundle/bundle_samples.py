@@ -39,7 +39,15 @@ def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5)
         edges=(bundle.EdgeRecord("reasoner", "key_0", "generator", "und_key_0"),),
         loop=bundle.LoopRecord("generator", {"latents": "velocity"}),
         streams={},
-        request=None,
+        request=bundle.RequestRecord(
+            video=bundle.VideoRecord(16, 16, 4, 2, 24.0, True),
+            sound=None,
+            action=bundle.ActionRecord(64, 32),
+            prompt=bundle.PromptRecord(
+                "tokenizer/tokenizer.json", ("<u>", "</u>"), ("<s>", "</s><u>", "</u>"), True, (1, 2)
+            ),
+            sampling=bundle.SamplingRecord({"shift": 1.0, "betas": (0.5, 1)}, False, (1.0, 0.5), False, None),
+        ),
         engines=(
             bundle.EngineRecord("reasoner", "reasoner", "engines/reasoner.plan", ("480p",), "embedded"),
             bundle.EngineRecord("generator", "generator", "engines/generator.plan", ("480p",), "embedded"),

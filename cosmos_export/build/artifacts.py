@@ -1,0 +1,107 @@
+"""Graphs as files of a bundle: models with their weights, and the engines built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cosmos_export.build.options import Plan
+from cosmos_export.bundle import BundleWriter, PlanCheck
+from cosmos_export.ir.graph import Graph
+from cosmos_export.progress import Progress
+from cosmos_export.targets.plan_inspector import PlanSummary
+from cosmos_export.targets.profiles import Profile, input_shapes
+from cosmos_export.targets.trt_common import EngineReport
+from cosmos_export.targets.weights import file_size, layout, write_weights
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of the bundle, what its build reported and what its plan contains."""
+
+    graph: str
+    report: EngineReport
+    plan: PlanSummary
+    check: PlanCheck
+    attention: int
+    """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
+    profiles: tuple[str, ...]
+
+    @property
+    def fused_attention(self) -> int:
+        """Fused attention kernels in the plan of one profile."""
+        return min((len(g.attention) for g in self.plan.graphs), default=0)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Device memory for activations, of the profile that takes the most."""
+        return max((g.activation_bytes for g in self.plan.graphs), default=0)
+
+
+def write_models(
+    graphs: Mapping[str, Graph],
+    stem: str,
+    narrow: bool,
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
+) -> str:
+    """Every graph as ``onnx/NAME.onnx`` on one file of weights, ``onnx/STEM.weights``.
+
+    A ``narrow`` graph computes in bf16 and has a form for the CPU, ``NAME.cpu.onnx``, which computes in fp32. Returns
+    the suffix of the models that run on a CPU.
+    """
+    import onnx
+
+    from cosmos_export.targets.onnx_lowering import lower
+
+    stored = layout(node.meta["weight"] for graph in graphs.values() for node in graph.weights.values())
+    file = f"{stem}.weights"
+    if file_size(stored):
+        write_weights(writer.path(f"onnx/{file}", "weights"), stored, f"weights of {stem}", progress)
+    forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if narrow else {}
+    if not narrow or plan.target.backend != "onnxruntime":
+        forms[".onnx"] = None
+    for name, graph in graphs.items():
+        for suffix, compute in forms.items():
+            path = writer.path(f"onnx/{name}{suffix}", "onnx")
+            path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute)))
+            onnx.checker.check_model(str(path))
+    return ".cpu.onnx" if narrow else ".onnx"
+
+
+def model_bytes(model: object) -> bytes:
+    """A model as it is written: the same bytes for the same model."""
+    return model.SerializeToString(deterministic=True)  # type: ignore[attr-defined, no-any-return]
+
+
+def write_engine(
+    name: str,
+    inputs: Mapping[str, Sequence[int | str]],
+    profiles: Sequence[Profile],
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
+    *,
+    decomposable_attention: bool,
+) -> EngineReport:
+    """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
+    from cosmos_export.targets.tensorrt_rtx import build_engine
+
+    return build_engine(
+        writer.path(f"onnx/{name}.onnx", "onnx"),
+        writer.path(f"engines/{name}.engine", "engine"),
+        target=plan.target,
+        profiles=[input_shapes(profile, inputs) for profile in profiles],
+        progress=progress,
+        decomposable_attention=decomposable_attention,
+    )
+
+
+def capability_check(name: str, summary: PlanSummary, plan: Plan) -> PlanCheck:
+    """That the engine is for the target's compute capability and no other."""
+    capability = plan.target.compute_capability or ""
+    found = ", ".join(summary.header.compute_capabilities) or "none"
+    return PlanCheck(name, "compute capability", capability, found, found == capability)
