@@ -178,9 +178,14 @@ def _require_buildable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``checkpoint`` generates."""
     has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
-    available = tuple(name for name, present in has.items() if present)
+    return tuple(name for name, present in has.items() if present)
+
+
+def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    available = all_modalities(checkpoint)
     if asked is None:
         return available
     if set(asked) - set(available) or "vision" not in asked:

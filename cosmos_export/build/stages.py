@@ -21,12 +21,12 @@ from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
-from cosmos_export.build.selection import CODECS, codec_tensors
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.capture.model import capture
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import Measured, Parity
