@@ -30,7 +30,7 @@ from cosmos_export.targets.description import Efficiency
 
 PUBLISHED = Path(__file__).with_name("published.json")
 CODEC = 0.38
-"""Not fitted: a decoding of 189 frames at 720p took 8.45 s on an H200 (tenstorrent/tt-metal issue 50458), 380 TFLOP/s."""
+"""Not fitted: decoding 189 frames at 720p took 8.45 s on an H200 (tenstorrent/tt-metal issue 50458), 380 TFLOP/s."""
 _GRID = 100
 
 
@@ -87,11 +87,13 @@ def _case(model: str, workload: str) -> tuple[Subject, Workload, Schedule]:
 def predict(cell: Cell, target: Target | None = None) -> Latency | None:
     """The prediction for ``cell``; None where the target has no rate or no efficiency."""
     subject, workload, schedule = _case(cell.model, cell.workload)
-    return latency(subject, workload, schedule, precision(cell.recipe), target or load_target(cell.gpu), habits(cell))
+    on = target or load_target(cell.gpu)
+    chosen = precision(cell.recipe, (), on, subject.geometry, schedule.steps)
+    return latency(subject, workload, schedule, chosen, on, habits(cell))
 
 
 def fit(gpu: str) -> tuple[float, float]:
-    """Efficiencies of linears and attention with the least mean |log(predicted / published)| over the cells of ``gpu``."""
+    """Efficiencies of linears and attention: least mean |log(predicted / published)| over the cells of ``gpu``."""
     target, own = load_target(gpu), [cell for cell in cells() if cell.gpu == gpu]
 
     def loss(linear: float, attention: float) -> float:

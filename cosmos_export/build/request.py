@@ -44,7 +44,7 @@ def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: 
         base_fps=float(geometry.base_fps),
         fps_modulation=geometry.enable_fps_modulation,
     )
-    return RequestRecord(video, sound, action, prompt, _sampling_of(checkpoint))
+    return RequestRecord(video, sound, action, prompt, _sampling(checkpoint))
 
 
 def check_request(checkpoint: Checkpoint, modalities: tuple[str, ...]) -> None:

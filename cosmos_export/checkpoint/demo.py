@@ -7,10 +7,6 @@ a checkpoint of any size is written in little memory, and the directory appears 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +15,7 @@ from cosmos_export.checkpoint import demo_components as components
 from cosmos_export.checkpoint import random_weights
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
+from cosmos_export.checkpoint.output import new_directory, require_space
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
 from cosmos_export.diagnostics import UnsupportedError, UserError
@@ -149,9 +146,10 @@ def write_demo_checkpoint(
         *([components.sound_tokenizer(geometry, dtype, true_size)] if geometry.sound_gen else []),
         vision,
     ]
-    weights = 0 if chosen.sparse else sum(spec.size_bytes for part in parts for spec in part.tensors)
-    _check_space(output, weights + _SPARE_BYTES)
-    with _new_directory(output, force) as folder:
+    size = 0 if chosen.sparse else sum(spec.size_bytes for part in parts for spec in part.tensors)
+    hint = "--sparse, fewer --layers, --dtype bfloat16, or another disk"
+    require_space(output, size + _SPARE_BYTES, "CX131", "the checkpoint", hint)
+    with new_directory(output, force) as folder:
         weight_maps = {part.folder: _write_component(folder, part, geometry, chosen, progress) for part in parts}
         write_json(folder / "model_index.json", components.model_index(geometry))
         (folder / "scheduler").mkdir()
@@ -206,25 +204,6 @@ def _root_index(
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-@contextmanager
-def _new_directory(output: Path, force: bool) -> Iterator[Path]:
-    """A directory beside ``output`` that takes its place when the block succeeds, and vanishes when it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    building.mkdir()
-    try:
-        yield building
-        if force and output.exists():
-            old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
-            output.rename(old)
-            building.rename(output)
-            shutil.rmtree(old)
-        else:
-            building.rename(output)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
 def _check_output(output: Path, force: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
@@ -233,17 +212,6 @@ def _check_output(output: Path, force: bool) -> None:
     replaceable = output.is_dir() and not output.is_symlink()
     if not replaceable or not ((output / "model_index.json").is_file() or not any(output.iterdir())):
         raise UserError("CX130", f"{output} exists and is not a checkpoint directory", "choose another directory")
-
-
-def _check_space(output: Path, needed: int) -> None:
-    parent = next(folder for folder in (output.absolute().parent, *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise UserError(
-            "CX131",
-            f"the checkpoint needs {needed / 1e9:,.1f} GB, {parent} has {free / 1e9:,.1f} GB free",
-            "--sparse, fewer --layers, --dtype bfloat16, or another disk",
-        )
 
 
 def _require_libraries() -> None:

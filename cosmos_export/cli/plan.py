@@ -32,7 +32,10 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="MODE-SIZE: t2v-480p-189f, i2v-720p-121f+sound, t2i-720p, policy-droid; may repeat."),
         ] = None,
-        recipe: Annotated[str, typer.Option(help="Precision of the engines.")] = "bf16",
+        recipe: Annotated[str, typer.Option(help="Precision; `cosmos-export recipes ls` lists them.")] = "bf16",
+        settings: Annotated[
+            list[str] | None, typer.Option("--set", help="Change of the recipe, PLACE=SCHEME; may repeat.")
+        ] = None,
         prompt_tokens: Annotated[
             str | None, typer.Option(help="N or N:NEGATIVE; default: the official prompts' lengths.")
         ] = None,
@@ -53,7 +56,7 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
         from cosmos_export.diagnostics import UserError
-        from cosmos_export.plan import Request, estimate, parse_workload, precision
+        from cosmos_export.plan import Request, estimate, parse_workload
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
 
@@ -63,7 +66,8 @@ def register(app: typer.Typer) -> None:
         request = Request(
             targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),
             workloads=tuple(parse_workload(text, tokens) for text in dict.fromkeys(workload or ["t2v-480p-189f"])),
-            precision=precision(recipe),
+            recipe=recipe,
+            settings=tuple(settings or ()),
             loop=loop,  # type: ignore[arg-type]
             overrides=Overrides(steps=steps, guidance=guidance, guidance_interval=interval(guidance_interval)),
         )

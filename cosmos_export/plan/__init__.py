@@ -5,12 +5,11 @@ schedule, the targets. Constants that were measured stand in tables with where t
 """
 
 from cosmos_export.plan.estimate import Estimate, Request, estimate
-from cosmos_export.plan.precision import PRECISIONS, Precision, precision
+from cosmos_export.plan.precision import Precision, precision
 from cosmos_export.plan.subject import Subject, from_checkpoint, published_subject
 from cosmos_export.plan.workload import Workload, parse_workload
 
 __all__ = [
-    "PRECISIONS",
     "Estimate",
     "Precision",
     "Request",

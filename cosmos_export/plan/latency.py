@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosmos_export.plan.precision import SCHEMES, Precision, Scheme
+from cosmos_export.plan.precision import SCHEMES, Mix, Precision
 from cosmos_export.plan.subject import Subject, graph_parameters
 from cosmos_export.plan.work import (
     Work,
@@ -16,7 +16,6 @@ from cosmos_export.plan.work import (
     decodes,
     encoded_frames,
     generator_pass,
-    passes,
     reasoner_pass,
 )
 from cosmos_export.plan.workload import Workload
@@ -44,6 +43,11 @@ class Habits:
     emulates_fp8: bool = False
 
 
+def missing_rates(chosen: Precision, target: Target) -> tuple[str, ...]:
+    """Types that ``chosen`` computes in and that the target's description has no rate for; codecs compute in bf16."""
+    return tuple(sorted((chosen.computes | {"bf16"}) - set(target.peak_flops)))
+
+
 @dataclass(frozen=True)
 class Latency:
     """Seconds of one request by part. ``step_s``: one step with both guidance branches."""
@@ -69,54 +73,51 @@ def latency(
     target: Target,
     habits: Habits | None = None,
 ) -> Latency | None:
-    """The prediction; None where the target has no efficiency or no published rate for a type the recipe computes in."""
+    """The prediction; None where the target has no efficiency, or no rate for a type the recipe computes in."""
     habits, efficiency, peak = habits or Habits(), target.efficiency, target.peak_flops
-    schemes = [SCHEMES[chosen.reasoner], SCHEMES[chosen.generator], chosen.wide()]
-    needed = {scheme.computes for scheme in schemes} | {"bf16", chosen.attention}
-    if efficiency is None or not needed <= set(peak):
+    if efficiency is None or missing_rates(chosen, target):
         return None
     geometry, layers = subject.geometry, subject.geometry.num_hidden_layers
-    weights = graph_parameters(geometry)
+    parameters = graph_parameters(geometry)
     read = BANDWIDTH_EFFICIENCY * (target.bandwidth_bytes_per_s or 0)
-
-    def linear_s(work: Work, scheme: Scheme, graph: str) -> float:
-        computes = "bf16" if habits.emulates_fp8 else scheme.computes
-        return max(work.linear / (efficiency.linear * peak[computes]), weights[graph] * scheme.bits / 8 / read)
-
-    def attention_s(work: Work) -> float:
-        return work.attention / (efficiency.attention * peak[chosen.attention])
-
     launch = layers * habits.launch_s_per_layer
 
-    def generator_s(prompt: int, scheme: Scheme) -> tuple[float, float]:
-        work = generator_pass(geometry, workload.rows, prompt)
-        return linear_s(work, scheme, "generator"), attention_s(work)
+    def linear_s(work: Work, mix: Mix, graph: str) -> float:
+        rates = {name: peak["bf16" if habits.emulates_fp8 else SCHEMES[name].computes] for name in mix.linears}
+        arithmetic = sum(share * work.linear / (efficiency.linear * rates[n]) for n, share in mix.linears.items())
+        return max(arithmetic, parameters[graph] * mix.bits / 8 / read)
 
-    def reasoner_s(prompt: int) -> float:
-        work = reasoner_pass(geometry, prompt)
-        return max(linear_s(work, SCHEMES[chosen.reasoner], "reasoner") + attention_s(work), launch)
+    def attention_s(work: Work, mix: Mix) -> float:
+        rates = {name: efficiency.attention * peak[SCHEMES[name].computes] for name in mix.attention}
+        return sum(share * work.attention / rates[name] for name, share in mix.attention.items())
 
-    conditional, unconditional = passes(schedule)
-    wide = min(2 * chosen.wide_steps, conditional)
-    branches = [(workload.prompt_tokens, conditional, wide)]
-    if unconditional:
-        branches.append((workload.negative_tokens, unconditional, min(wide, unconditional)))
+    branches = [(workload.prompt_tokens, [True] * schedule.steps)]
+    if any(schedule.guided):
+        branches.append((workload.negative_tokens, list(schedule.guided)))
     linear = attention = generator = reasoner = 0.0
-    for prompt, count, widened in branches:
-        once = reasoner_s(prompt)
-        reasoner += once * (count * habits.computed_steps if habits.reasoner_every_pass else 1)
-        for scheme, steps in ((SCHEMES[chosen.generator], count - widened), (chosen.wide(), widened)):
-            parts = generator_s(prompt, scheme)
-            steps = steps * habits.computed_steps
-            linear += steps * parts[0]
-            attention += steps * parts[1]
-            generator += steps * max(sum(parts), launch)
-    codec = 0.0
+    for prompt, runs in branches:
+        work = reasoner_pass(geometry, prompt)
+        once = linear_s(work, chosen.reasoner, "reasoner") + attention_s(work, chosen.reasoner)
+        count = sum(runs) * habits.computed_steps if habits.reasoner_every_pass else 1
+        reasoner += count * max(once, launch)
+        work = generator_pass(geometry, workload.rows, prompt)
+        for index, (mix, _) in enumerate(chosen.steps):
+            own = sum(run and of == index for run, of in zip(runs, chosen.of_step, strict=True)) * habits.computed_steps
+            parts = linear_s(work, mix, "generator"), attention_s(work, mix)
+            linear += own * parts[0]
+            attention += own * parts[1]
+            generator += own * max(sum(parts), launch)
+    codec_s = 0.0
     if habits.codecs:
-        frames = workload.dim("frames") if habits.encodes_whole_clip else encoded_frames(workload)
-        work = codec_work(subject, "vae-encoder", workload, frames) if "vae-encoder" in subject.codecs else 0.0
-        for name in ("vae-decoder", "sound-decoder"):
-            if name in subject.codecs and decodes(workload):
-                work += codec_work(subject, name, workload)
-        codec = work / (efficiency.codec * peak["bf16"])
-    return Latency(reasoner, generator, linear, attention, codec, generator / max(1, schedule.steps))
+        operations = _codec_operations(subject, workload, habits)
+        codec_s = operations / (efficiency.codec * peak["bf16"])
+    return Latency(reasoner, generator, linear, attention, codec_s, generator / max(1, schedule.steps))
+
+
+def _codec_operations(subject: Subject, workload: Workload, habits: Habits) -> float:
+    frames = workload.dim("frames") if habits.encodes_whole_clip else encoded_frames(workload)
+    total = codec_work(subject, "vae-encoder", workload, frames) if "vae-encoder" in subject.codecs else 0.0
+    if decodes(workload):
+        decoders = [name for name in ("vae-decoder", "sound-decoder") if name in subject.codecs]
+        total += sum(codec_work(subject, name, workload) for name in decoders)
+    return total

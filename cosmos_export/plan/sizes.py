@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor
-from cosmos_export.plan.precision import SCHEMES, Precision
+from cosmos_export.plan.precision import Mix, Precision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
@@ -52,6 +52,8 @@ class Component:
     activation_bytes: int
     """At the profile's maximum."""
     scheme: str
+    builder_share: float
+    """Anonymous memory of the builder for each byte of weights."""
 
 
 def components(subject: Subject, workloads: Sequence[Workload], chosen: Precision, branches: int) -> list[Component]:
@@ -61,32 +63,37 @@ def components(subject: Subject, workloads: Sequence[Workload], chosen: Precisio
     """
     geometry, profiles = subject.geometry, len({workload.profile.name for workload in workloads})
     graphs = subject.graphs()
-    schemes = {"reasoner": chosen.reasoner, "conditioning": "bf16", "generator": chosen.generator}
+    mixes = {"reasoner": chosen.reasoner, "conditioning": None, "generator": chosen.generator}
     rows = {
         "reasoner": max(w.profile.dims["und_len"].max for w in workloads),
         "conditioning": 0,
         "generator": branches * max(w.most_rows for w in workloads),
     }
     found = []
-    for name, scheme in schemes.items():
+    for name, mix in mixes.items():
         if name not in graphs:
             continue
         layers = 0 if name == "conditioning" else geometry.num_hidden_layers
-        weights = stored_bytes(graphs[name], scheme)
+        weights = stored_bytes(graphs[name], mix)
         code = (CODE_BYTES + layers * LAYER_CODE_BYTES) * (1 + PROFILE_CODE_SHARE * (profiles - 1))
         parameters = sum(tensor.elements for tensor in graphs[name])
         activations = activation_bytes(geometry, rows[name])
-        found.append(Component(name, parameters, weights, weights + int(code), activations, scheme))
+        scheme, share = ("bf16", BUILDER_SHARE["bf16"]) if mix is None else (mix.label, _builder_share(mix))
+        found.append(Component(name, parameters, weights, weights + int(code), activations, scheme, share))
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
 
 
-def stored_bytes(tensors: Sequence[ExpectedTensor], scheme: str) -> int:
-    """Of a graph's weights: linears in ``scheme``, everything else in bf16."""
+def _builder_share(mix: Mix) -> float:
+    return sum(share * BUILDER_SHARE[name] for name, share in mix.linears.items())
+
+
+def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
+    """Of a graph's weights: linears as in ``mix``, everything else in bf16."""
     linear = sum(tensor.elements for tensor in tensors if tensor.linear)
     others = sum(tensor.elements for tensor in tensors if not tensor.linear)
-    return int(linear * SCHEMES[scheme].bits / 8) + 2 * others
+    return int(linear * (16 if mix is None else mix.bits) / 8) + 2 * others
 
 
 def activation_bytes(geometry: Geometry, rows: int) -> int:
@@ -124,7 +131,7 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[C
             parameters -= int(_TIME_CONVOLUTIONS[name] * share)
         engine = 2 * parameters + CODE_BYTES + 3_000_000
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
-        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16"))
+        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", BUILDER_SHARE["bf16"]))
     return result
 
 
@@ -236,7 +243,7 @@ def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: 
 
 def builder_bytes(part: Component) -> int:
     """Anonymous memory of the process that builds ``part``."""
-    return int(part.weight_bytes * BUILDER_SHARE[part.scheme]) + BUILDER_BYTES
+    return int(part.weight_bytes * part.builder_share) + BUILDER_BYTES
 
 
 def engine_bytes(parts: Sequence[Component], segments: int) -> int:

@@ -127,6 +127,9 @@ _TOKENIZER_BYTES = 15_900_000
 """Of the published tokenizers, about."""
 _ENCODER_PARAMETERS = {"nano": 576_388_080, "super": 595_266_800, "edge": 489_342_608}
 """Of the reasoner's vision encoder: not compiled, but hashed with the rest of the checkpoint."""
+_SOUND_ENCODER_PARAMETERS = 23_178_672
+_FOLDED_PARAMETERS = 472_928_640
+"""Of the sound decoder, under weight normalization."""
 
 
 def published_subject(name: str) -> Subject:
@@ -144,13 +147,14 @@ def published_subject(name: str) -> Subject:
         {"use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.147} if geometry.gated else {"flow_shift": 3.0}
     )
     weights = sum(t.elements for t in expected_tensors(geometry).values()) + _ENCODER_PARAMETERS[name]
+    weights += _SOUND_ENCODER_PARAMETERS if geometry.sound_gen else 0
     return Subject(
         name=f"Cosmos3-{name.capitalize()}",
         variant=name,
         geometry=geometry,
         sampling=CheckpointSampling(scheduler=scheduler, native=not geometry.gated, edge=not geometry.gated),
         codecs=codecs,
-        weight_norm={k: v for k, v in codecs.items() if k == "sound-decoder"},
+        weight_norm={name: _FOLDED_PARAMETERS for name in codecs if name == "sound-decoder"},
         tokenizer_bytes=_TOKENIZER_BYTES,
         input_bytes=2 * (weights + sum(codecs.values())),
     )
