@@ -74,7 +74,7 @@ class Generator:
     """
 
     def __init__(self, bundle: LoadedBundle, *, resident: bool = True) -> None:
-        self._bundle = bundle
+        self.bundle = bundle
         self._record: RequestRecord = request_record(bundle.manifest)
         assert bundle.manifest.loop is not None
         self._loop: LoopRecord = bundle.manifest.loop
@@ -108,7 +108,7 @@ class Generator:
         self, request: Request, inputs: Mapping[str, Array], timings: dict[str, float]
     ) -> dict[tuple[str, str], Mapping[str, Value]]:
         """Outputs of every graph before the loop but those of the step, by graph and instance."""
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         targets = [segment.graph for segment in self._loop.segments] or [self._loop.body]
         found: dict[tuple[str, str], Mapping[str, Value]] = {}
         for name in self._order(targets):
@@ -141,7 +141,7 @@ class Generator:
         return order
 
     def _edges(self, target: str) -> list[EdgeRecord]:
-        return [edge for edge in self._bundle.manifest.edges if edge.target == target]
+        return [edge for edge in self.bundle.manifest.edges if edge.target == target]
 
     def _fed(
         self, target: str, found: Mapping[tuple[str, str], Mapping[str, Value]], branch: str = ""
@@ -245,11 +245,11 @@ class Generator:
     def _step_rows(self, request: Request) -> dict[str, list[Array]]:
         """What the body takes of each step: computed on the CPU, for the request's own timesteps."""
         rows: dict[str, list[Array]] = {}
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
-            host = onnx_sessions.open_backend(self._bundle.root, manifest, "cpu").open(edge.source)
+            host = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
             rows[edge.input] = [
                 host.run({STEP: np.array([t], np.float32)})[edge.output].numpy() for t in request.schedule.timesteps
             ]
@@ -269,7 +269,7 @@ class Generator:
 
     def stream(self, codec: str, chunks: Iterator[Array]) -> Iterator[Array]:
         """What the stream ``codec`` makes of each chunk, in order; its state stays on the device."""
-        record = self._bundle.manifest.streams.get(codec)
+        record = self.bundle.manifest.streams.get(codec)
         if record is None:
             raise UnsupportedError("CX605", f"this bundle has no {codec}", "build it with its components")
         yield from self._streamed(record, chunks)
@@ -279,7 +279,7 @@ class Generator:
         carried: dict[str, Value] = {}
         for number, chunk in enumerate(chunks):
             name = record.next if number else record.first
-            (free,) = (t.name for t in self._bundle.manifest.graphs[name].inputs if t.name not in record.carried)
+            (free,) = (t.name for t in self.bundle.manifest.graphs[name].inputs if t.name not in record.carried)
             results = self._run(name, {free: chunk}, carried)
             carried = {input: results[output] for input, output in record.carried.items()}
             (made,) = (output for output in results if output not in record.carried.values())
@@ -289,7 +289,7 @@ class Generator:
 
     def decode_sound(self, latent: Array) -> Array:
         """float32 [channels, samples] of the sound ``latent`` [C, T_s]."""
-        contract = self._bundle.manifest.graphs[SOUND_DECODER]
+        contract = self.bundle.manifest.graphs[SOUND_DECODER]
         result = self._run(SOUND_DECODER, {contract.inputs[0].name: latent}, {})
         self._done_with(SOUND_DECODER)
         return result[contract.outputs[0].name].numpy().astype(np.float32)
@@ -298,7 +298,7 @@ class Generator:
 
     def _run(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Array | Value]) -> dict[str, Value]:
         if name not in self._sessions:
-            self._sessions[name] = self._bundle.backend.open(name)
+            self._sessions[name] = self.bundle.backend.open(name)
         return self._sessions[name].run({**inputs, **fed})
 
     def _done_with(self, name: str) -> None:
@@ -311,7 +311,7 @@ class Generator:
             session.close()
         self._sessions.clear()
         self._prompts.clear()
-        self._bundle.backend.close()
+        self.bundle.backend.close()
 
 
 def _host(value: Array | Value) -> Array:
