@@ -6,6 +6,7 @@ once a step, and every other one before the loop once a request.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ PROMPT, STEP = "input_ids", "timestep"
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
 _LATENT, _SAMPLE, _FINAL, _NOISE = "_latent", "_sample", "_final", "_noise"
-PROMPTS_KEPT = 4
-"""Prompts whose keys and values stay on the device: 147 kB a token for Nano, 262 kB for Super."""
+RESULTS_KEPT = 4
+"""Results of each graph before the loop that stay on the device: of the reasoner the keys and values of so many
+prompts, 147 kB a token for Nano, 262 kB for Super."""
 
 
 @dataclass
@@ -68,9 +70,10 @@ class Result:
 class Generator:
     """Runs requests on one bundle.
 
-    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the keys and
-    values of the last `PROMPTS_KEPT` prompts on the device; otherwise a session is closed as soon as the request has
-    done with it, and the largest graph alone decides how much memory a request takes.
+    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the last
+    `RESULTS_KEPT` results of each graph before the loop on the device, so that a prompt or a size that comes again is
+    not computed again; otherwise a session is closed as soon as the request has done with it, and the largest graph
+    alone decides how much memory a request takes.
     """
 
     def __init__(self, bundle: LoadedBundle, *, resident: bool = True) -> None:
@@ -80,7 +83,7 @@ class Generator:
         self._loop: LoopRecord = bundle.manifest.loop
         self._resident = resident
         self._sessions: dict[str, Session] = {}
-        self._prompts: OrderedDict[tuple[str, bytes], Mapping[str, Value]] = OrderedDict()
+        self._results: dict[str, OrderedDict[bytes, Mapping[str, Value]]] = {}
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -117,11 +120,11 @@ class Generator:
                 continue
             with _timed(timings, name):
                 if PROMPT not in given:
-                    found[name, ""] = self._run(name, inputs, self._fed(name, found))
+                    found[name, ""] = self._remembered(name, inputs, self._fed(name, found))
                 else:
-                    found[name, ""] = self._of_prompt(name, request.input_ids)
+                    found[name, ""] = self._remembered(name, {PROMPT: request.input_ids}, {})
                     if request.negative_ids is not None:
-                        found[name, NEGATIVE] = self._of_prompt(name, request.negative_ids)
+                        found[name, NEGATIVE] = self._remembered(name, {PROMPT: request.negative_ids}, {})
             self._done_with(name)
         return found
 
@@ -155,14 +158,19 @@ class Generator:
                 fed[edge.input] = made[edge.output]
         return fed
 
-    def _of_prompt(self, name: str, ids: Array) -> Mapping[str, Value]:
-        """What graph ``name`` makes of a prompt: nothing but its tokens decides it."""
-        key = (name, np.asarray(ids, np.int64).tobytes())
-        found = self._prompts.pop(key, None) or self._run(name, {PROMPT: ids}, {})
-        if self._resident:
-            self._prompts[key] = found  # the last of them is the one used last
-            while len(self._prompts) > PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
+    def _remembered(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Value]) -> Mapping[str, Value]:
+        """What graph ``name`` makes of ``inputs``: computed, or still there. They alone decide it, unless it is fed."""
+        if not self._resident or fed:
+            return self._run(name, inputs, fed)
+        digest = hashlib.sha256()
+        for tensor in self.bundle.manifest.graphs[name].inputs:
+            value = inputs[tensor.name]
+            digest.update(f"{tensor.name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+        kept = self._results.setdefault(name, OrderedDict())
+        found = kept.pop(digest.digest(), None) or self._run(name, inputs, {})
+        kept[digest.digest()] = found  # the last of them is the one used last
+        while len(kept) > RESULTS_KEPT:
+            kept.popitem(last=False)
         return found
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -310,7 +318,7 @@ class Generator:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._prompts.clear()
+        self._results.clear()
         self.bundle.backend.close()
 
 
