@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,6 +238,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "profiles": list(e.profiles),
                 "build_s": round(e.report.build_s, 3),
                 "peak_memory_bytes": e.report.peak_memory_bytes,
+                "peak_anonymous_bytes": e.report.peak_anonymous_bytes,
                 "check": {"expected": e.check.expected, "found": e.check.found, "passed": e.check.passed},
             }
             for e in result.engines
@@ -244,4 +246,8 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
         "dumps": [str(p) for p in result.dumps],
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory_bytes,
+        "peak_anonymous_bytes": result.meter.peak_anonymous_bytes,
+        "stages": {
+            name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.meter.stages.items()
+        },
     }
