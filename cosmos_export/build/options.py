@@ -52,6 +52,10 @@ class BuildOptions:
     until: str | None = None
     dump: Path | None = None
     force: bool = False
+    resume: bool = False
+    """Go on from what an interrupted build of the same output has finished."""
+    cache: Path | None = None
+    """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from cosmos_export.build.artifacts import Engine, capability_check, model_bytes, write_engine, write_models
+from cosmos_export.build.artifacts import (
+    Engine,
+    cache_entries,
+    capability_check,
+    model_bytes,
+    write_engine,
+    write_models,
+)
+from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.metering import Meter
@@ -152,6 +160,7 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
     record = manifest(result, program, closed, hashed, created)
     with stages("commit", shown=False):
         result.manifest = writer.commit(record)
+    Cache(plan.options.cache).add(cache_entries(writer, created))
 
 
 class _Stages:

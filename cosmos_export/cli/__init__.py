@@ -15,6 +15,7 @@ import cosmos_export
 from cosmos_export.cli import (
     build,
     bundle,
+    cache,
     console,
     demo_checkpoint,
     inspect,
@@ -39,7 +40,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, plan, build, bundle, run, targets, recipes, version):
+for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, targets, recipes, version):
     verb.register(app)
 
 
