@@ -21,9 +21,10 @@ import torch
 
 from cosmos_export.build.artifacts import model_bytes
 from cosmos_export.build.components import capture_codec
-from cosmos_export.build.selection import CODECS, codec_config, codec_tensors
+from cosmos_export.build.selection import codec_config
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import read_weights, run_graph
@@ -35,6 +36,11 @@ from cosmos_export.targets.plan_inspector import inspect_plan
 from cosmos_export.targets.profiles import input_shapes, parse_profile
 from cosmos_export.targets.tensorrt_rtx import build_engine
 from cosmos_export.targets.weights import layout, read_source, write_weights
+
+TINY_TRANSFORMER = {
+    "layers": 1, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 96, "vocab": 512,
+}  # fmt: skip
+"""Beside codecs of true size."""
 
 
 def measure(name: str, program: Program, arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
@@ -100,7 +106,7 @@ def main() -> None:
     print("| graph | engine | activations | caches | allocated while it runs | capturable | build | peak memory |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = open_checkpoint(write_demo_checkpoint(Path(work) / "checkpoint", "omni", dtype="bfloat16", **WIDE))
+        checkpoint = open_checkpoint(write_demo_checkpoint(Path(work) / "checkpoint", like="nano", **TINY_TRANSFORMER))
         exact = False
         for name, part in CODECS.items():
             config = codec_config(checkpoint, part.folder)
@@ -110,7 +116,8 @@ def main() -> None:
             for row in measure(name, program, arguments, Path(work)):
                 rows.append(row)
                 print(
-                    f"| {row['graph']} | {row['engine_bytes'] / 2**20:.0f} MiB | {row['activation_bytes'] / 1e9:.2f} GB "
+                    f"| {row['graph']} | {row['engine_bytes'] / 2**20:.0f} MiB "
+                    f"| {row['activation_bytes'] / 1e9:.2f} GB "
                     f"| {row['cache_bytes'] / 1e9:.2f} GB | {row['run_time_allocations']} | {row['capturable']} "
                     f"| {row['build_s']:.1f} s | {(row['peak_anonymous_bytes'] or 0) / 2**30:.2f} GiB |",
                     flush=True,
