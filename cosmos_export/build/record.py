@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import cosmos_export
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
+from cosmos_export.build.planned import planned
 from cosmos_export.build.request import request_record
 from cosmos_export.bundle import (
     DimRecord,
@@ -100,6 +101,7 @@ def manifest(
             peak_memory_bytes=result.peak_memory_bytes,
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
             measured={m.stage: m.value for m in result.parity},
+            planned=planned(plan, result.engines, result.meter.peak_anonymous_bytes),
         ),
     )
 
