@@ -235,6 +235,11 @@ CODEC_S = (40.0, 15.0)
 """Slow and fast: builder with its writing, weights, hashing, capture with passes, and the capture of one codec."""
 
 
+def typical(rates: tuple[float, float]) -> float:
+    """Between the slow and the fast one, as far from either."""
+    return float((rates[0] * rates[1]) ** 0.5)
+
+
 def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool) -> Host:
     """The build of ``parts``; ``segments``: engines that a device loop has, each with its own copy of the weights."""
     layers = subject.geometry.num_hidden_layers
