@@ -51,7 +51,8 @@ class LayerSource:
         """Layer ``index``, in the type of its weights. The module is one and the same; its parameters are replaced."""
         state = {name: read_tensor(entry) for name, entry in self._entries(index).items()}
         self._layer.load_state_dict(state, assign=True, strict=True)
-        return self._layer.requires_grad_(False)
+        layer: nn.Module = self._layer.requires_grad_(False)
+        return layer
 
     def drop(self) -> None:
         """Give the memory of the loaded layer back."""

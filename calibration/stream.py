@@ -30,8 +30,9 @@ PLAN_FILE = "plan.json"
 _ROTARY = ("cos_und", "sin_und", "cos_gen", "sin_gen")
 _TASK = "calibrate"
 
-Search = Callable[[nn.Module, Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
-"""Pre-scales by linear, of a layer, the rows kept of each linear's input, and the mean |x| of its channels."""
+Rows = Mapping[str, torch.Tensor]
+Search = Callable[[nn.Module, Mapping[str, Sequence[str]], Rows, Rows], dict[str, torch.Tensor]]
+"""Pre-scales by linear: of a layer, the linears that read each tensor, rows of it, and the mean |x| of its channels."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,14 @@ class Workspace:
         from safetensors import safe_open
 
         with safe_open(self._state(sample), framework="pt") as file:
-            amax = json.loads((file.metadata() or {})["amax"])
+            metadata = file.metadata() or {}
+            amax, readers = json.loads(metadata["amax"]), json.loads(metadata["readers"])
             names = list(file.keys())
             counts = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("counts:")}
             rows = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("rows:")}
             sums = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("sums:")}
         ranges = {name: Observation(float.fromhex(value), counts.get(name)) for name, value in amax.items()}
-        return Seen(ranges, rows, sums)
+        return Seen(ranges, readers, rows, sums)
 
     def _write(self, sample: int, hidden: Hidden, passed: int, seen: Seen) -> None:
         tensors = {"und": hidden.und, "gen": hidden.gen}
@@ -104,7 +106,8 @@ class Workspace:
         tensors |= {f"rows:{name}": rows for name, rows in seen.rows.items()}
         tensors |= {f"sums:{name}": sums for name, sums in seen.sums.items()}
         amax = {name: o.amax.hex() for name, o in seen.ranges.items()}
-        _save(self._state(sample), tensors, {"passed": str(passed), "amax": json.dumps(amax)})
+        metadata = {"passed": str(passed), "amax": json.dumps(amax), "readers": json.dumps(seen.readers)}
+        _save(self._state(sample), tensors, metadata)
 
     def _state(self, sample: int) -> Path:
         return self._states / f"{sample:06d}.safetensors"
@@ -190,11 +193,13 @@ def _result(
     module: nn.Module, workspace: Workspace, samples: int, observer: Observer, search: Search | None
 ) -> LayerResult:
     merged: dict[str, Observation] = {}
+    readers: Mapping[str, Sequence[str]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
     sums: dict[str, torch.Tensor] = {}
     for seen in (workspace.seen(index) for index in range(samples)):
         for name, observation in seen.ranges.items():
             merged[name] = merged[name].merged(observation) if name in merged else observation
+        readers = seen.readers
         for name, kept in seen.rows.items():
             rows.setdefault(name, []).append(kept)
         for name, total in seen.sums.items():
@@ -203,7 +208,7 @@ def _result(
     if search is None:
         return LayerResult(ranges, {})
     means = {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
-    return LayerResult(ranges, search(module, {name: torch.cat(kept) for name, kept in rows.items()}, means))
+    return LayerResult(ranges, search(module, readers, {name: torch.cat(kept) for name, kept in rows.items()}, means))
 
 
 def zero_ranges(results: Sequence[LayerResult]) -> Iterator[str]:

@@ -23,10 +23,12 @@ class Seen:
 
     ranges: dict[str, Observation] = field(default_factory=dict)
     """``self_attn.to_q.input_amax``, ``attention.generator.q_amax`` …"""
+    readers: dict[str, list[str]] = field(default_factory=dict)
+    """Linears that read one tensor, under the first of them; only where rows are kept."""
     rows: dict[str, torch.Tensor] = field(default_factory=dict)
-    """float32 [kept, K] of a linear's input."""
+    """float32 [kept, K] of the tensor that the linears of a key of ``readers`` read."""
     sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    """float64 [K + 1] of a linear's input: the sum of |x| over all rows, and the number of rows."""
+    """float64 [K + 1] of the same: the sum of |x| over all rows, and the number of rows."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,21 @@ class Watch:
     def on(self, layer: nn.Module) -> Iterator[Seen]:
         """Fills the result while ``layer`` runs within the block."""
         seen = Seen()
-        cache: dict[int, tuple[torch.Tensor, Observation]] = {}
-
-        def observed(values: torch.Tensor) -> Observation:
-            """Once for a tensor that several linears read. The cache keeps it alive, so that its id stays its own."""
-            if id(values) not in cache:
-                cache[id(values)] = (values, Observation.of(values, count=self.count))
-            return cache[id(values)][1]
+        cache: dict[int, tuple[torch.Tensor, Observation, str]] = {}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-            def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            def before(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
                 values = arguments[0]
-                seen.ranges[f"{name}.input_amax"] = observed(values)
+                # Once for a tensor that several linears read. The cache keeps it alive, so that its id stays its own.
+                if id(values) not in cache:
+                    cache[id(values)] = (values, Observation.of(values, count=self.count), name)
+                    if self.rows:
+                        seen.rows[name] = _spread(values, self.rows)
+                        sums = values.detach().double().abs().sum(0)
+                        seen.sums[name] = torch.cat([sums, torch.tensor([float(values.shape[0])], dtype=torch.float64)])
+                _, seen.ranges[f"{name}.input_amax"], first = cache[id(values)]
                 if self.rows:
-                    seen.rows[name] = _spread(values, self.rows)
-                    sums = values.detach().double().abs().sum(0)
-                    seen.sums[name] = torch.cat([sums, torch.tensor([float(values.shape[0])], dtype=torch.float64)])
+                    seen.readers.setdefault(first, []).append(name)
 
             return before
 

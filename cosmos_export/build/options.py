@@ -82,7 +82,7 @@ def resolve(options: BuildOptions) -> Plan:
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)
     _require_buildable(checkpoint)
-    modalities = _modalities(options.modalities, checkpoint)
+    modalities = available_modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
     components = select(options.components, checkpoint, modalities)
     check_request(checkpoint, modalities)
@@ -178,7 +178,8 @@ def _require_buildable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is ``asked`` of what the checkpoint generates, in its order; None: all of it. CX210 for anything else."""
     has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
     available = tuple(name for name, present in has.items() if present)
     if asked is None:

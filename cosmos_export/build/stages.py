@@ -260,13 +260,13 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     if mode == "never":
         return "not asked for (--parity never)"
     needed = 4 * sum(int(product(e.shape)) for e in tensors.values())
-    if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
+    if mode == "auto" and needed > PARITY_MEMORY_SHARE * available_bytes():
         share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
         return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
     return ""
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; what the page cache holds is to be had."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

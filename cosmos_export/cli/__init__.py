@@ -12,7 +12,19 @@ from typing import Annotated
 import typer
 
 import cosmos_export
-from cosmos_export.cli import build, bundle, console, demo_checkpoint, inspect, quantize, run, targets, verbs, version
+from cosmos_export.cli import (
+    build,
+    bundle,
+    calibrate,
+    console,
+    demo_checkpoint,
+    inspect,
+    quantize,
+    run,
+    targets,
+    verbs,
+    version,
+)
 from cosmos_export.diagnostics import ExitCode, UserError
 
 __all__ = ["app", "main"]
@@ -27,7 +39,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, quantize, build, bundle, run, targets, version):
+for verb in (inspect, demo_checkpoint, calibrate, quantize, build, bundle, run, targets, version):
     verb.register(app)
 
 
