@@ -21,7 +21,20 @@ BUILDABLE_BACKENDS = frozenset({"tensorrt-rtx", "onnxruntime"})
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
-_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "efficiency")
+_OF_A_GPU = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Share of the peak rate that each kind of operation reaches, in whatever type it computes."""
+
+    linear: float
+    attention: float
+    codec: float
+    """Convolutions of the video autoencoder and of the sound decoder, in BF16."""
+    basis: str
+    """What it was measured or taken from."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,8 @@ class Target:
     """Schemes that would build but not pay, and why."""
     traps: tuple[str, ...]
     source: tuple[str, ...]
+    efficiency: Efficiency | None = None
+    """None: no time is predicted."""
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -54,8 +69,8 @@ class Target:
     def _problem(self) -> str | None:
         if self.backend not in BACKENDS:
             return f"backend `{self.backend}` is none of {', '.join(BACKENDS)}"
-        if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OPTIONAL):
-            return f"a GPU needs {', '.join(_OPTIONAL)}"
+        if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OF_A_GPU):
+            return f"a GPU needs {', '.join(_OF_A_GPU)}"
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
             return f"compute capability `{capability}` is not of the form 12.0"
@@ -116,7 +131,19 @@ def parse_target(name: str, text: str) -> Target:
         refused=MappingProxyType(dict(data["refused"])),
         traps=tuple(data["traps"]),
         source=tuple(data["source"]),
+        efficiency=_efficiency(name, data.get("efficiency")),
     )
+
+
+def _efficiency(name: str, data: dict[str, Any] | None) -> Efficiency | None:
+    if data is None:
+        return None
+    kinds = {field.name: str if field.name == "basis" else float for field in fields(Efficiency)}
+    if {key: type(value) for key, value in data.items()} != kinds:
+        raise InternalError("CX402", f"target `{name}`: [efficiency] has {sorted(data)}, not {sorted(kinds)}")
+    if not all(0 < data[key] <= 1 for key, kind in kinds.items() if kind is float):
+        raise InternalError("CX402", f"target `{name}`: an efficiency is a share above 0 and at most 1")
+    return Efficiency(**data)
 
 
 def require_backend(target: Target) -> None:
@@ -143,6 +170,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "refused": dict,
     "traps": list,
     "source": list,
+    "efficiency": dict,
 }
 
 

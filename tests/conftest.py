@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -11,3 +12,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The exporter traces every operation at DEBUG; a failing capture would print thousands of lines.
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+# A build of a test builds: it takes no engine from another bundle unless the test is about that.
+os.environ["COSMOS_EXPORT_CACHE"] = "off"
