@@ -154,10 +154,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _generate(bundle: Path, request: Request, backend: str | None, device: str | None, progress: Progress) -> Generated:
-    from cosmos_export.runtime import Generator, load_bundle  # type: ignore[attr-defined]
+    from cosmos_export.runtime import Generator, load_bundle
 
-    generated: Generated = Generator(load_bundle(bundle, backend=backend, device=device)).generate(request, progress)
-    return generated
+    loaded = load_bundle(bundle, backend=backend, device=device, progress=progress)
+    return Generator(loaded, resident=False).generate(request, progress)
 
 
 def _plan(prepared: Prepared) -> str:
