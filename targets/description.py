@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
@@ -16,12 +16,13 @@ from typing import Any
 
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
 
-BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
-BUILDABLE_BACKENDS = frozenset({"tensorrt-rtx", "onnxruntime"})
+BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
+BUILDABLE_BACKENDS = frozenset(BACKENDS)
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
 _OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+_DEFAULTED = (*_OPTIONAL, "other_backends")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,22 @@ class Target:
     """Schemes that would build but not pay, and why."""
     traps: tuple[str, ...]
     source: tuple[str, ...]
+    other_backends: tuple[str, ...] = ()
+    """Those that run on it besides ``backend``, the default."""
+
+    def on(self, backend: str | None) -> Target:
+        """This target with another of its backends; None: the default. UserError CX407 for one it does not have."""
+        known = (self.backend, *self.other_backends)
+        if backend is None or backend == self.backend:
+            return self
+        if backend not in known:
+            raise UserError(
+                "CX407",
+                f"target `{self.name}` has no backend `{backend}`; it has {' and '.join(known)}",
+                "`cosmos-export targets` lists the backends of each",
+            )
+        rest = tuple(name for name in known if name != backend)
+        return replace(self, backend=backend, other_backends=rest)
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -52,8 +69,11 @@ class Target:
             raise InternalError("CX402", f"the description of target `{self.name}` is invalid: {problem}")
 
     def _problem(self) -> str | None:
-        if self.backend not in BACKENDS:
-            return f"backend `{self.backend}` is none of {', '.join(BACKENDS)}"
+        for backend in (self.backend, *self.other_backends):
+            if backend not in BACKENDS:
+                return f"backend `{backend}` is none of {', '.join(BACKENDS)}"
+        if self.backend in self.other_backends:
+            return f"backend `{self.backend}` is named twice"
         if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OPTIONAL):
             return f"a GPU needs {', '.join(_OPTIONAL)}"
         capability = self.compute_capability
@@ -96,7 +116,7 @@ def parse_target(name: str, text: str) -> Target:
     except tomllib.TOMLDecodeError as error:
         raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
     known = {field.name for field in fields(Target)} - {"name"}
-    unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_OPTIONAL))
+    unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_DEFAULTED))
     if unknown or missing:
         raise InternalError("CX402", f"target `{name}`: its description has unknown fields {unknown}, lacks {missing}")
     for field, kind in _FIELD_TYPES.items():
@@ -116,6 +136,7 @@ def parse_target(name: str, text: str) -> Target:
         refused=MappingProxyType(dict(data["refused"])),
         traps=tuple(data["traps"]),
         source=tuple(data["source"]),
+        other_backends=tuple(data.get("other_backends", ())),
     )
 
 
@@ -142,6 +163,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "precisions": list,
     "refused": dict,
     "traps": list,
+    "other_backends": list,
     "source": list,
 }
 

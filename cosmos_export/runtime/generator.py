@@ -6,6 +6,7 @@ once a step, and every other one before the loop once a request.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -30,8 +31,9 @@ PROMPT, STEP = "input_ids", "timestep"
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
 _LATENT, _SAMPLE, _FINAL, _NOISE = "_latent", "_sample", "_final", "_noise"
-PROMPTS_KEPT = 4
-"""Prompts whose keys and values stay on the device: 147 kB a token for Nano, 262 kB for Super."""
+RESULTS_KEPT = 4
+"""Results of each graph before the loop that stay on the device: of the reasoner the keys and values of so many
+prompts, 147 kB a token for Nano, 262 kB for Super."""
 
 
 @dataclass
@@ -68,19 +70,20 @@ class Result:
 class Generator:
     """Runs requests on one bundle.
 
-    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the keys and
-    values of the last `PROMPTS_KEPT` prompts on the device; otherwise a session is closed as soon as the request has
-    done with it, and the largest graph alone decides how much memory a request takes.
+    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the last
+    `RESULTS_KEPT` results of each graph before the loop on the device, so that a prompt or a size that comes again is
+    not computed again; otherwise a session is closed as soon as the request has done with it, and the largest graph
+    alone decides how much memory a request takes.
     """
 
     def __init__(self, bundle: LoadedBundle, *, resident: bool = True) -> None:
-        self._bundle = bundle
+        self.bundle = bundle
         self._record: RequestRecord = request_record(bundle.manifest)
         assert bundle.manifest.loop is not None
         self._loop: LoopRecord = bundle.manifest.loop
         self._resident = resident
         self._sessions: dict[str, Session] = {}
-        self._prompts: OrderedDict[tuple[str, bytes], Mapping[str, Value]] = OrderedDict()
+        self._results: dict[str, OrderedDict[bytes, Mapping[str, Value]]] = {}
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +111,7 @@ class Generator:
         self, request: Request, inputs: Mapping[str, Array], timings: dict[str, float]
     ) -> dict[tuple[str, str], Mapping[str, Value]]:
         """Outputs of every graph before the loop but those of the step, by graph and instance."""
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         targets = [segment.graph for segment in self._loop.segments] or [self._loop.body]
         found: dict[tuple[str, str], Mapping[str, Value]] = {}
         for name in self._order(targets):
@@ -117,11 +120,11 @@ class Generator:
                 continue
             with _timed(timings, name):
                 if PROMPT not in given:
-                    found[name, ""] = self._run(name, inputs, self._fed(name, found))
+                    found[name, ""] = self._remembered(name, inputs, self._fed(name, found))
                 else:
-                    found[name, ""] = self._of_prompt(name, request.input_ids)
+                    found[name, ""] = self._remembered(name, {PROMPT: request.input_ids}, {})
                     if request.negative_ids is not None:
-                        found[name, NEGATIVE] = self._of_prompt(name, request.negative_ids)
+                        found[name, NEGATIVE] = self._remembered(name, {PROMPT: request.negative_ids}, {})
             self._done_with(name)
         return found
 
@@ -141,7 +144,7 @@ class Generator:
         return order
 
     def _edges(self, target: str) -> list[EdgeRecord]:
-        return [edge for edge in self._bundle.manifest.edges if edge.target == target]
+        return [edge for edge in self.bundle.manifest.edges if edge.target == target]
 
     def _fed(
         self, target: str, found: Mapping[tuple[str, str], Mapping[str, Value]], branch: str = ""
@@ -155,14 +158,19 @@ class Generator:
                 fed[edge.input] = made[edge.output]
         return fed
 
-    def _of_prompt(self, name: str, ids: Array) -> Mapping[str, Value]:
-        """What graph ``name`` makes of a prompt: nothing but its tokens decides it."""
-        key = (name, np.asarray(ids, np.int64).tobytes())
-        found = self._prompts.pop(key, None) or self._run(name, {PROMPT: ids}, {})
-        if self._resident:
-            self._prompts[key] = found  # the last of them is the one used last
-            while len(self._prompts) > PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
+    def _remembered(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Value]) -> Mapping[str, Value]:
+        """What graph ``name`` makes of ``inputs``: computed, or still there. They alone decide it, unless it is fed."""
+        if not self._resident or fed:
+            return self._run(name, inputs, fed)
+        digest = hashlib.sha256()
+        for tensor in self.bundle.manifest.graphs[name].inputs:
+            value = inputs[tensor.name]
+            digest.update(f"{tensor.name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+        kept = self._results.setdefault(name, OrderedDict())
+        found = kept.pop(digest.digest(), None) or self._run(name, inputs, {})
+        kept[digest.digest()] = found  # the last of them is the one used last
+        while len(kept) > RESULTS_KEPT:
+            kept.popitem(last=False)
         return found
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -245,11 +253,11 @@ class Generator:
     def _step_rows(self, request: Request) -> dict[str, list[Array]]:
         """What the body takes of each step: computed on the CPU, for the request's own timesteps."""
         rows: dict[str, list[Array]] = {}
-        manifest = self._bundle.manifest
+        manifest = self.bundle.manifest
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
-            host = onnx_sessions.open_backend(self._bundle.root, manifest, "cpu").open(edge.source)
+            host = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
             rows[edge.input] = [
                 host.run({STEP: np.array([t], np.float32)})[edge.output].numpy() for t in request.schedule.timesteps
             ]
@@ -269,7 +277,7 @@ class Generator:
 
     def stream(self, codec: str, chunks: Iterator[Array]) -> Iterator[Array]:
         """What the stream ``codec`` makes of each chunk, in order; its state stays on the device."""
-        record = self._bundle.manifest.streams.get(codec)
+        record = self.bundle.manifest.streams.get(codec)
         if record is None:
             raise UnsupportedError("CX605", f"this bundle has no {codec}", "build it with its components")
         yield from self._streamed(record, chunks)
@@ -279,7 +287,7 @@ class Generator:
         carried: dict[str, Value] = {}
         for number, chunk in enumerate(chunks):
             name = record.next if number else record.first
-            (free,) = (t.name for t in self._bundle.manifest.graphs[name].inputs if t.name not in record.carried)
+            (free,) = (t.name for t in self.bundle.manifest.graphs[name].inputs if t.name not in record.carried)
             results = self._run(name, {free: chunk}, carried)
             carried = {input: results[output] for input, output in record.carried.items()}
             (made,) = (output for output in results if output not in record.carried.values())
@@ -289,7 +297,7 @@ class Generator:
 
     def decode_sound(self, latent: Array) -> Array:
         """float32 [channels, samples] of the sound ``latent`` [C, T_s]."""
-        contract = self._bundle.manifest.graphs[SOUND_DECODER]
+        contract = self.bundle.manifest.graphs[SOUND_DECODER]
         result = self._run(SOUND_DECODER, {contract.inputs[0].name: latent}, {})
         self._done_with(SOUND_DECODER)
         return result[contract.outputs[0].name].numpy().astype(np.float32)
@@ -298,7 +306,7 @@ class Generator:
 
     def _run(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Array | Value]) -> dict[str, Value]:
         if name not in self._sessions:
-            self._sessions[name] = self._bundle.backend.open(name)
+            self._sessions[name] = self.bundle.backend.open(name)
         return self._sessions[name].run({**inputs, **fed})
 
     def _done_with(self, name: str) -> None:
@@ -310,8 +318,8 @@ class Generator:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._prompts.clear()
-        self._bundle.backend.close()
+        self._results.clear()
+        self.bundle.backend.close()
 
 
 def _host(value: Array | Value) -> Array:

@@ -163,7 +163,7 @@ class RtxBackend:
 
     def __init__(self, trt: Any, device: Device, root: Path, manifest: Manifest) -> None:
         self._trt, self._device, self._root = trt, device, root
-        self._engines: dict[str, EngineRecord] = {engine.graph: engine for engine in manifest.engines}
+        self._engines: dict[str, EngineRecord] = {record.graph: record for record in manifest.engines}
         loop = manifest.loop
         self._captured = frozenset(segment.graph for segment in loop.segments) if loop else frozenset[str]()
         self._log: deque[str] = deque(maxlen=8)
