@@ -8,21 +8,20 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
-from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
+from cosmos_export.diagnostics import InternalError, UserError
 
 BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
-BUILDABLE_BACKENDS = frozenset(BACKENDS)
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
 _OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
-_DEFAULTED = (*_OPTIONAL, "other_backends")
+_DEFAULTED = (*_OPTIONAL, "other_backends", "engine")
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Target:
     source: tuple[str, ...]
     other_backends: tuple[str, ...] = ()
     """Those that run on it besides ``backend``, the default."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of an engine's build, as the backend takes them."""
 
     def on(self, backend: str | None) -> Target:
         """This target with another of its backends; None: the default. UserError CX407 for one it does not have."""
@@ -74,7 +75,7 @@ class Target:
                 return f"backend `{backend}` is none of {', '.join(BACKENDS)}"
         if self.backend in self.other_backends:
             return f"backend `{self.backend}` is named twice"
-        if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OPTIONAL):
+        if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OPTIONAL):
             return f"a GPU needs {', '.join(_OPTIONAL)}"
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
@@ -115,14 +116,14 @@ def parse_target(name: str, text: str) -> Target:
         data: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
-    known = {field.name for field in fields(Target)} - {"name"}
+    known = {one.name for one in fields(Target)} - {"name"}
     unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_DEFAULTED))
     if unknown or missing:
         raise InternalError("CX402", f"target `{name}`: its description has unknown fields {unknown}, lacks {missing}")
-    for field, kind in _FIELD_TYPES.items():
-        if field in data and type(data[field]) is not kind:
-            found = type(data[field]).__name__
-            raise InternalError("CX402", f"field `{field}` of target `{name}` is a {found}, not a {kind.__name__}")
+    for key, kind in _FIELD_TYPES.items():
+        if key in data and type(data[key]) is not kind:
+            found = type(data[key]).__name__
+            raise InternalError("CX402", f"field `{key}` of target `{name}` is a {found}, not a {kind.__name__}")
     return Target(
         name=name,
         title=data["title"],
@@ -137,18 +138,7 @@ def parse_target(name: str, text: str) -> Target:
         traps=tuple(data["traps"]),
         source=tuple(data["source"]),
         other_backends=tuple(data.get("other_backends", ())),
-    )
-
-
-def require_backend(target: Target) -> None:
-    """Return if engines for ``target`` can be built by this version, else raise `UnsupportedError`."""
-    if target.backend in BUILDABLE_BACKENDS:
-        return
-    others = [name for name in target_names() if load_target(name).backend in BUILDABLE_BACKENDS]
-    raise UnsupportedError(
-        "CX403",
-        f"target `{target.name}` needs the `{target.backend}` backend, which this version does not have",
-        f"these targets build: {', '.join(others)}; `cpu` runs the same graphs through ONNX Runtime",
+        engine=MappingProxyType(dict(data.get("engine", {}))),
     )
 
 
@@ -164,6 +154,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "refused": dict,
     "traps": list,
     "other_backends": list,
+    "engine": dict,
     "source": list,
 }
 

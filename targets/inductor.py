@@ -25,7 +25,7 @@ from cosmos_export.ir.ops import aten
 Function = Callable[..., dict[str, torch.Tensor]]
 Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
-# -- operations as code the compiler sees through -----------------------------------------------------------------------
+# -- operations as code the compiler sees through ----------------------------------------------------------------------
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -91,7 +91,7 @@ def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
     }
 
 
-# -- specialising -------------------------------------------------------------------------------------------------------
+# -- specialising ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ def _chunk(
         return made[node]
 
     for node in part:
-        args = concrete(map_operands(node.args, operand))  # type: ignore[arg-type]
-        kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}  # type: ignore[arg-type]
+        args = concrete(map_operands(node.args, operand))
+        kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}
         if node.target in (aten.full.default, aten.arange.start):
             kwargs["device"] = device  # new values appear where the others are
         target = implementations.get(node.target, node.target)
@@ -256,7 +256,7 @@ class Captured:
     def __init__(self, function: Function, example: Mapping[str, torch.Tensor], warm_up: int = 2) -> None:
         self._inputs = {name: t.clone() for name, t in example.items()}
         self._tokens: dict[str, object] = {}
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(warm_up):  # compilation, library handles and workspaces, before capture

@@ -230,7 +230,7 @@ def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, t
 def _logger(trt: Any, lines: deque[str]) -> Any:
     """A logger that keeps the last warnings and errors for a message."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -1,5 +1,5 @@
-"""Graphs of a bundle through PyTorch: compiled by inductor, on a GPU as captured CUDA graphs. The one backend that needs
-torch, which is imported when it is opened.
+"""Graphs of a bundle through PyTorch: compiled by inductor, on a GPU as captured CUDA graphs. The one backend that
+needs torch, which is imported when it is opened.
 
 A closed loop runs its body once a step: state, tables and noise are on the device before the first, and no step waits
 for the host. Weights are read once and shared by every graph that has the same.
@@ -7,7 +7,6 @@ for the host. Weights are read once and shared by every graph that has the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,7 +155,8 @@ def _place(
     executable: Executable, wanted: Any, feeds: Mapping[str, Array | Value]
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Inputs on the device, and what each that nobody changes comes from."""
-    given, tokens = {}, {}
+    given: dict[str, torch.Tensor] = {}
+    tokens: dict[str, object] = {}
     for name in wanted:
         value, dtype = feeds[name], executable.inputs[name]
         if isinstance(value, TorchValue):
@@ -242,7 +242,9 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBac
     """
     if not (root / "graphs").is_dir():
         raise UnsupportedError(
-            "CX505", "this bundle has no graphs for PyTorch", "build it with `--backend inductor`, or run another backend"
+            "CX505",
+            "this bundle has no graphs for PyTorch",
+            "build it for h100 or h200, or run another backend",
         )
     try:
         import torch
@@ -257,12 +259,3 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBac
             "`--device cpu` runs the same graphs, slowly",
         )  # fmt: skip
     return TorchBackend(root, torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu"))
-
-
-def loop_document(graph: Mapping[str, Any], loop: Any) -> str:
-    """The file of a closed loop: its body, and how the body is repeated."""
-    record = {
-        "steps": loop.steps, "carried": dict(loop.carried), "rows": list(loop.rows), "taken": list(loop.taken),
-        "returned": list(loop.returned),
-    }  # fmt: skip
-    return json.dumps({"graph": graph, "loop": record}, separators=(",", ":"))

@@ -54,8 +54,9 @@ def inputs_of(graph: Graph, compiled: Compiled, known: Tensors) -> Tensors:
 
 def requested(compiled: Compiled, program: Program) -> Tensors:
     known = request(compiled.config, case_of(compiled))
-    return known | {f"{n.removesuffix('_latent')}_{s}": torch.randn(known[n].shape) for n in known if n.endswith("_latent")
-                    for s in ("sample", "last", "m0", "m1")}  # fmt: skip
+    latents = {name.removesuffix("_latent"): known[name] for name in known if name.endswith("_latent")}
+    state = {f"{n}_{s}": torch.randn(t.shape) for n, t in latents.items() for s in ("sample", "last", "m0", "m1")}
+    return known | state
 
 
 @pytest.mark.parametrize("graph", ["reasoner", "conditioning", "generator", "denoise"])
