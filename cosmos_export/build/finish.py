@@ -21,7 +21,7 @@ from cosmos_export.bundle.writer import replace_manifest
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
 from cosmos_export.progress import Progress, Silent
-from cosmos_export.targets import load_target
+from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.tensorrt import FLAVOR, build_engine, require_gpu
 from cosmos_export.targets.trt_common import EngineReport, require_module
 
@@ -81,7 +81,21 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
     target = load_target(manifest.target.name).on(manifest.target.backend)
     require_module(FLAVOR)
     require_gpu(target)
-    engines, checks, files, tools = [], [], [], {}
+    try:
+        complete = _with_engines(root, manifest, target, progress)
+    except BaseException:
+        _remove_leftovers(root)  # or the bundle would not verify
+        raise
+    replace_manifest(root, complete)
+    return complete
+
+
+def _with_engines(root: Path, manifest: Manifest, target: Target, progress: Progress) -> Manifest:
+    """The manifest with every engine, which are built."""
+    engines: list[EngineRecord] = []
+    checks: list[PlanCheck] = []
+    files: list[FileRecord] = []
+    tools: dict[str, str] = {}
     for request in _read(root / REQUESTS):
         path = root / "engines" / f"{request.graph}.engine"
         report = build_engine(
@@ -104,15 +118,13 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
     if failed:
         lines = " | ".join(f"{c.engine}: {c.check}: {c.found}" for c in failed)
         raise FindingError("CX450", f"engines do not contain what was planned: {lines}", "the bundle is as it was")
-    complete = replace(
+    return replace(
         manifest,
         engines=tuple(engines),
         plan_checks=(*manifest.plan_checks, *checks),
         files=tuple(sorted((*manifest.files, *files), key=lambda file: file.path)),
         tools={**manifest.tools, **tools},
     )
-    replace_manifest(root, complete)
-    return complete
 
 
 def engine_checks(request: EngineRequest, report: EngineReport) -> list[PlanCheck]:

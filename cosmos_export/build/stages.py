@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -410,7 +410,9 @@ def _engine_requests(program: Program, closed: Mapping[str, Program], result: Bu
             yield _request(name, graph, inputs, plan.profiles, decomposable=not fused)
     for name, segment in closed.items():
         body = segment.graphs[segment.loop.body]
-        yield _request(name, body, loop_inputs(segment, LOOP_TABLES), plan.profiles, decomposable=not fused)
+        inputs = loop_inputs(segment, LOOP_TABLES)
+        # In a loop attention is written out, so that a builder may fuse it there: none is parsed as one.
+        yield replace(_request(name, body, inputs, plan.profiles, decomposable=not fused), attention=0)
     for codec in result.codecs:
         profiles = tuple(codec_profiles(codec.name, plan.profiles))
         for name, graph in codec.program.graphs.items() if profiles else ():

@@ -1,7 +1,7 @@
 """What the Python bindings of TensorRT have, read without TensorRT: names of every class, and signatures.
 
     pip download --no-deps tensorrt-cu13-bindings==11.4.0.106 && unzip -d DIR tensorrt_cu13_bindings-*.whl
-    python tests/targets/read_tensorrt_api.py DIR/tensorrt_bindings/tensorrt.so > tests/targets/tensorrt_11_api.json
+    cd tests/targets; python read_tensorrt_api.py DIR/tensorrt_bindings/tensorrt.so 11.4.0.106 > tensorrt_11_api.json
 
 The wheel of the bindings is 1 MB; the libraries behind it are gigabytes. The handful of functions that the extension
 wants of them is given by a library of stubs, made with the C compiler: it loads, and every class has its documentation.
@@ -50,7 +50,7 @@ def api(module: Any) -> dict[str, Any]:
     for name in sorted(dir(module)):
         value = getattr(module, name)
         if isinstance(value, type):
-            members = sorted(m for m in dir(value) if not m.startswith("__") or m == "__init__")
+            members = sorted(m for m in dir(value) if not m.startswith("_") or m == "__init__")
             found[name] = {member: _signatures(getattr(value, member, None), member) for member in members}
         elif not name.startswith("_"):
             found[name] = _signatures(value, name)
@@ -93,6 +93,13 @@ def _parameter(text: str) -> str:
     return name + ("=" if "=" in re.sub(r"\[[^\]]*\]|<[^>]*>", "", text) else "")
 
 
+def document(extension: Path, version: str) -> str:
+    """One class a line."""
+    lines = [
+        f"{json.dumps(name)}:{json.dumps(value, separators=(',', ':'))}" for name, value in api(load(extension)).items()
+    ]
+    return f'{{"version":"{version}","api":{{\n' + ",\n".join(lines) + "\n}}\n"
+
+
 if __name__ == "__main__":
-    document = {"version": sys.argv[2] if len(sys.argv) > 2 else "11.4.0.106", "api": api(load(Path(sys.argv[1])))}
-    print(json.dumps(document, indent=0, separators=(",", ":"), sort_keys=True))
+    print(document(Path(sys.argv[1]), sys.argv[2]), end="")
