@@ -20,8 +20,20 @@ BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
-_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
-_DEFAULTED = (*_OPTIONAL, "other_backends", "engine")
+_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "efficiency", "other_backends", "engine")
+_OF_A_GPU = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Share of the peak rate that each kind of operation reaches, in whatever type it computes."""
+
+    linear: float
+    attention: float
+    codec: float
+    """Convolutions of the video autoencoder and of the sound decoder, in BF16."""
+    basis: str
+    """What it was measured or taken from."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Target:
     """Schemes that would build but not pay, and why."""
     traps: tuple[str, ...]
     source: tuple[str, ...]
+    efficiency: Efficiency | None = None
+    """None: no time is predicted."""
     other_backends: tuple[str, ...] = ()
     """Those that run on it besides ``backend``, the default."""
     engine: Mapping[str, Any] = field(default_factory=dict)
@@ -75,8 +89,8 @@ class Target:
                 return f"backend `{backend}` is none of {', '.join(BACKENDS)}"
         if self.backend in self.other_backends:
             return f"backend `{self.backend}` is named twice"
-        if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OPTIONAL):
-            return f"a GPU needs {', '.join(_OPTIONAL)}"
+        if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OF_A_GPU):
+            return f"a GPU needs {', '.join(_OF_A_GPU)}"
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
             return f"compute capability `{capability}` is not of the form 12.0"
@@ -117,7 +131,7 @@ def parse_target(name: str, text: str) -> Target:
     except tomllib.TOMLDecodeError as error:
         raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
     known = {one.name for one in fields(Target)} - {"name"}
-    unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_DEFAULTED))
+    unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_OPTIONAL))
     if unknown or missing:
         raise InternalError("CX402", f"target `{name}`: its description has unknown fields {unknown}, lacks {missing}")
     for key, kind in _FIELD_TYPES.items():
@@ -137,9 +151,21 @@ def parse_target(name: str, text: str) -> Target:
         refused=MappingProxyType(dict(data["refused"])),
         traps=tuple(data["traps"]),
         source=tuple(data["source"]),
+        efficiency=_efficiency(name, data.get("efficiency")),
         other_backends=tuple(data.get("other_backends", ())),
         engine=MappingProxyType(dict(data.get("engine", {}))),
     )
+
+
+def _efficiency(name: str, data: dict[str, Any] | None) -> Efficiency | None:
+    if data is None:
+        return None
+    kinds = {one.name: str if one.name == "basis" else float for one in fields(Efficiency)}
+    if {key: type(value) for key, value in data.items()} != kinds:
+        raise InternalError("CX402", f"target `{name}`: [efficiency] has {sorted(data)}, not {sorted(kinds)}")
+    if not all(0 < data[key] <= 1 for key, kind in kinds.items() if kind is float):
+        raise InternalError("CX402", f"target `{name}`: an efficiency is a share above 0 and at most 1")
+    return Efficiency(**data)
 
 
 _FIELD_TYPES: Mapping[str, type] = {
@@ -156,6 +182,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "other_backends": list,
     "engine": dict,
     "source": list,
+    "efficiency": dict,
 }
 
 

@@ -54,6 +54,10 @@ class BuildOptions:
     until: str | None = None
     dump: Path | None = None
     force: bool = False
+    resume: bool = False
+    """Go on from what an interrupted build of the same output has finished."""
+    cache: Path | None = None
+    """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +183,14 @@ def _require_buildable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``checkpoint`` generates."""
     has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
-    available = tuple(name for name, present in has.items() if present)
+    return tuple(name for name, present in has.items() if present)
+
+
+def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    available = all_modalities(checkpoint)
     if asked is None:
         return available
     if set(asked) - set(available) or "vision" not in asked:

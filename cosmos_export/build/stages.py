@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,24 +20,27 @@ from cosmos_export.build.artifacts import (
     ENGINE_BACKENDS,
     INDUCTOR,
     Engine,
+    cache_entries,
     capability_check,
     model_bytes,
     write_engine,
     write_graph,
     write_models,
 )
+from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
-from cosmos_export.build.selection import CODECS, codec_tensors
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.capture.model import capture
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import Measured, Parity
@@ -81,8 +83,12 @@ class BuildResult:
     engines: list[Engine] = field(default_factory=list)
     dumps: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
-    stage_seconds: dict[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
     peak_memory_bytes: int = 0
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        return {name: cost.seconds for name, cost in self.meter.stages.items()}
 
     @property
     def seconds(self) -> float:
@@ -92,7 +98,8 @@ class BuildResult:
 def compile_only(plan: Plan, progress: Progress) -> BuildResult:
     """The graphs up to ``--until``, and their text."""
     result = BuildResult(plan)
-    _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
+    with result.meter:
+        _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
     result.peak_memory_bytes = _peak_memory()
     return result
 
@@ -100,7 +107,12 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
 def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
-    stages = _Stages(result, progress)
+    with result.meter:
+        _build(plan, writer, result, _Stages(result, progress))
+    return result
+
+
+def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages) -> None:
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
@@ -154,8 +166,10 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         hashed = _hash_inputs(plan.checkpoint, stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result.manifest = writer.commit(manifest(result, program, closed, hashed, created))
-    return result
+    record = manifest(result, program, closed, hashed, created)
+    with stages("commit", shown=False):
+        result.manifest = writer.commit(record)
+    Cache(plan.options.cache).add(cache_entries(writer, created))
 
 
 class _Stages:
@@ -167,10 +181,8 @@ class _Stages:
 
     @contextmanager
     def __call__(self, name: str, detail: str = "", *, shown: bool = True) -> Iterator[None]:
-        start = time.perf_counter()
-        with self._task(f"{name} {detail}".strip()) if shown else nullcontext():
+        with self._result.meter.stage(name), self._task(f"{name} {detail}".strip()) if shown else nullcontext():
             yield
-        self._result.stage_seconds[name] = self._result.stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def _task(self, name: str) -> Iterator[None]:
@@ -205,7 +217,7 @@ def _compile(
 
     def after_each(_: Program, report: Report) -> None:
         result.passes.append(report)
-        result.stage_seconds["passes"] = result.stage_seconds.get("passes", 0.0) + report.seconds
+        result.meter.add("passes", report.seconds)
         compare(report.name)
 
     compare("capture")

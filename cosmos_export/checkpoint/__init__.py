@@ -5,6 +5,7 @@ is ever unpickled. No torch here except in ``demo``, which is imported only to w
 """
 
 from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.identity import checkpoint_identity
 from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
 from cosmos_export.checkpoint.reader import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
@@ -15,6 +16,7 @@ __all__ = [
     "Geometry",
     "TensorEntry",
     "Tower",
+    "checkpoint_identity",
     "expected_tensors",
     "open_checkpoint",
 ]

@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 import cosmos_export
-from cosmos_export.cli import build, bundle, console, demo_checkpoint, inspect, run, targets, verbs, version
+from cosmos_export.cli import (
+    build,
+    bundle,
+    cache,
+    console,
+    demo_checkpoint,
+    inspect,
+    plan,
+    recipes,
+    run,
+    targets,
+    verbs,
+    version,
+)
 from cosmos_export.diagnostics import ExitCode, UserError
 
 __all__ = ["app", "main"]
@@ -27,7 +40,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, build, bundle, run, targets, version):
+for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, targets, recipes, version):
     verb.register(app)
 
 

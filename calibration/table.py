@@ -1,0 +1,204 @@
+"""The scale table: what calibration found of a checkpoint's activations, and of which data.
+
+A directory with ``scales.safetensors`` (the numbers) and ``lineage.json`` (where they come from, with the hash of the
+former). Nothing in it is a weight, and nothing in it depends on the format that will be made of it: an observed range
+becomes a scale of FP8, `fp8_scale`, or of NVFP4, `nvfp4_scale`, by a division. Reading fails closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
+from cosmos_export.checkpoint.output import new_directory
+from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
+from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.diagnostics import UserError
+from cosmos_export.progress import Progress
+
+SCALES_FILE, LINEAGE_FILE = "scales.safetensors", "lineage.json"
+VERSION = 1
+
+E4M3_MAX = 448.0
+"""Largest number of float8 E4M3 (Open Compute Project, OFP8)."""
+E2M1_MAX = 6.0
+"""Largest number of float4 E2M1 (OCP, MX formats)."""
+
+_INPUT, _PRE = ".input_amax", ".pre_quant_scale"
+_ATTENTION = re.compile(r".+\.attention\.(reasoner|generator)\.[qkv]_amax")
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
+_CALIBRATE = "make one with `cosmos-export calibrate`"
+
+PreScale = NDArray[np.float32]
+"""[K]: factor of each input channel of a linear before it is quantized (AWQ); the weight is divided by it."""
+
+
+@dataclass(frozen=True)
+class ScaleTable:
+    """Ranges of activations of one checkpoint.
+
+    Keys of ``amax`` are those of the file: ``<linear>.input_amax``, where a linear has the name of its weight without
+    ``.weight`` (``layers.0.self_attn.add_q_proj``), and ``<layer>.attention.<tower>.q_amax`` (``k_amax``, ``v_amax``)
+    of what enters attention after norm and rotation: of the generator, q of its own rows and k and v of all rows it
+    attends to. Each is the largest |x| that is to be representable, margin included. Keys of ``pre_scales`` are
+    linears.
+    """
+
+    amax: Mapping[str, float]
+    pre_scales: Mapping[str, PreScale]
+    checkpoint: str
+    """`checkpoint_identity` of the checkpoint that was calibrated."""
+    lineage: Mapping[str, Any] = field(default_factory=dict)
+    """Data, settings and coverage, as ``lineage.json`` has them."""
+
+    def __post_init__(self) -> None:
+        for key, value in self.amax.items():
+            if not (key.endswith(_INPUT) or _ATTENTION.fullmatch(key)):
+                _damaged(f"{shown(key)} is not a range")
+            if not (math.isfinite(value) and value > 0):
+                _damaged(f"{key} = {value}; a range is a finite number above 0")
+        for linear, scale in self.pre_scales.items():
+            if scale.ndim != 1 or scale.dtype != np.float32 or not (np.isfinite(scale).all() and (scale > 0).all()):
+                _damaged(f"{linear}{_PRE} is not a row of finite float32 numbers above 0")
+            if linear + _INPUT not in self.amax:
+                _damaged(f"{linear} has a pre-scale and no range")
+        if not _IDENTITY.fullmatch(self.checkpoint):
+            _damaged(f"the checkpoint's identity {shown(self.checkpoint)} is not a SHA-256")
+
+    def input_amax(self, linear: str) -> float:
+        """Range of the input of ``linear``; CX312 where the table has none."""
+        return self._range(linear + _INPUT)
+
+    def attention_amax(self, layer: str, tower: Tower, operand: str) -> float:
+        """Range of ``operand`` (``q``, ``k``, ``v``) of attention in ``layer`` (``layers.0``); CX312 for none."""
+        return self._range(f"{layer}.attention.{tower}.{operand}_amax")
+
+    def _range(self, key: str) -> float:
+        if key not in self.amax:
+            raise UserError(
+                "CX312", f"the scale table has no {key}", "calibrate with the towers and modes of the recipe"
+            )
+        return self.amax[key]
+
+
+def fp8_scale(amax: float) -> np.float32:
+    """Per-tensor scale of FP8 E4M3: amax / 448 in float32, the published ``input_scale`` and ``weight_scale``."""
+    return np.float32(amax) / np.float32(E4M3_MAX)
+
+
+def nvfp4_scale(amax: float) -> np.float32:
+    """Global scale of NVFP4: amax / (6 · 448) in float32, ModelOpt's ``input_scale`` and ``weight_scale_2``."""
+    return np.float32(amax) / np.float32(E2M1_MAX * E4M3_MAX)
+
+
+def require_checkpoint(table: ScaleTable, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+    """``table`` was made of exactly these weights, or CX311. Hashes the checkpoint, so call it once."""
+    linears = {f"{name.removesuffix('.weight')}" for name, tensor in checkpoint.expected.items() if tensor.linear}
+    known = {key.removesuffix(_INPUT) for key in table.amax if key.endswith(_INPUT)} | set(table.pre_scales)
+    if known - linears:
+        _stale(f"it has a range of {sorted(known - linears)[0]}, which this checkpoint does not have")
+    for linear, scale in table.pre_scales.items():
+        width = checkpoint.expected[f"{linear}.weight"].shape[1]
+        if scale.shape != (width,):
+            _stale(f"the pre-scale of {linear} has {scale.size} channels, its weight has {width}")
+    found = checkpoint_identity(checkpoint, progress)
+    if found != table.checkpoint:
+        _stale(f"it is of the checkpoint {table.checkpoint[:12]}…, this one is {found[:12]}…")
+
+
+def _stale(what: str) -> NoReturn:
+    raise UserError("CX311", f"the scale table is of another checkpoint: {what}", "calibrate this checkpoint")
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_scale_table(table: ScaleTable, directory: Path, *, force: bool = False) -> None:
+    """Write ``directory``, whole or not at all. CX313: it exists (``force`` replaces a scale table)."""
+    require_output(directory, force)
+    with new_directory(directory, force) as folder:
+        tensors: dict[str, NDArray[np.float32]] = {
+            key: np.asarray(value, dtype="<f4") for key, value in sorted(table.amax.items())
+        }
+        tensors |= {f"{name}{_PRE}": scale.astype("<f4") for name, scale in sorted(table.pre_scales.items())}
+        specs = [TensorSpec(name, "F32", value.shape) for name, value in tensors.items()]
+        data = encode_header(specs) + b"".join(tensors[spec.name].tobytes() for spec in specs)
+        lineage = {
+            "format": "cosmos-export scale table",
+            "version": VERSION,
+            "checkpoint": table.checkpoint,
+            "scales_sha256": hashlib.sha256(data).hexdigest(),
+            "lineage": dict(table.lineage),
+        }
+        text = json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        _write(folder / SCALES_FILE, data)
+        _write(folder / LINEAGE_FILE, text.encode())
+
+
+def require_output(directory: Path, force: bool) -> None:
+    """Nothing is at ``directory``, or with ``force`` nothing but a scale table; CX313."""
+    if not os.path.lexists(directory):
+        return
+    if not force:
+        raise UserError("CX313", f"{directory} exists", "choose another directory, or --force to replace it")
+    ours = directory.is_dir() and not directory.is_symlink() and (directory / LINEAGE_FILE).is_file()
+    if not ours:
+        raise UserError("CX313", f"{directory} exists and is not a scale table", "choose another directory")
+
+
+def read_scale_table(directory: Path) -> ScaleTable:
+    """The table in ``directory``. CX310: it is none, or damaged, or of another version; CX1xx: a file is unreadable."""
+    if not (directory / LINEAGE_FILE).is_file():
+        raise UserError("CX310", f"{directory} is not a scale table: it has no {LINEAGE_FILE}", _CALIBRATE)
+    document = read_object(directory / LINEAGE_FILE)
+    if document.keys() != {"format", "version", "checkpoint", "scales_sha256", "lineage"}:
+        _damaged(f"{LINEAGE_FILE} has the keys {shown(sorted(document))}")
+    if document["version"] != VERSION:
+        _damaged(f"version {shown(document['version'])}; this cosmos-export reads {VERSION}")
+    if not isinstance(document["lineage"], dict) or not isinstance(document["checkpoint"], str):
+        _damaged(f"{LINEAGE_FILE} does not say what was calibrated")
+    file = directory / SCALES_FILE
+    header = read_header(file)
+    if hashlib.sha256(file.read_bytes()).hexdigest() != document["scales_sha256"]:
+        _damaged(f"{SCALES_FILE} is not the file that {LINEAGE_FILE} belongs to")
+    amax: dict[str, float] = {}
+    pre_scales: dict[str, PreScale] = {}
+    for name, entry in header.tensors.items():
+        if entry.dtype != "F32":
+            _damaged(f"{name} has the type {entry.dtype}; all numbers of a table are F32")
+        if name.endswith(_PRE):
+            pre_scales[name.removesuffix(_PRE)] = np.array(entry.array(), dtype=np.float32)
+        elif entry.shape == ():
+            amax[name] = float(entry.array())
+        else:
+            _damaged(f"{name} has the shape {list(entry.shape)}; a range is one number")
+    return ScaleTable(
+        MappingProxyType(amax),
+        MappingProxyType(pre_scales),
+        document["checkpoint"],
+        MappingProxyType(document["lineage"]),
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _damaged(what: str) -> NoReturn:
+    raise UserError("CX310", f"not a scale table: {what}", _CALIBRATE)
