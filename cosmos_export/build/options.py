@@ -14,7 +14,7 @@ from cosmos_export.build.selection import select
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.sampling import Overrides, Schedule
-from cosmos_export.targets import Target, load_target, require_backend
+from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
 ParityMode = Literal["auto", "always", "never"]
@@ -31,6 +31,8 @@ class BuildOptions:
     checkpoint: Path
     output: Path | None = None
     target: str = "cpu"
+    backend: str | None = None
+    """None: the target's own."""
     profiles: tuple[str, ...] = ("480p-121f",)
     modalities: tuple[str, ...] | None = None
     """None: all that the checkpoint generates."""
@@ -75,8 +77,7 @@ class Plan:
 def resolve(options: BuildOptions) -> Plan:
     """Check the request against itself, the target, this installation and the checkpoint, in that order."""
     _require_consistent(options)
-    target = load_target(options.target)
-    require_backend(target)
+    target = load_target(options.target).on(options.backend)
     profiles = _profiles(options.profiles)
     require_compiler()
     if target.backend == "tensorrt-rtx":

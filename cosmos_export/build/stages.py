@@ -5,25 +5,31 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
+import cosmos_export
 from cosmos_export.build.artifacts import (
+    ENGINE_BACKENDS,
+    INDUCTOR,
     Engine,
     cache_entries,
     capability_check,
     model_bytes,
     write_engine,
+    write_graph,
     write_models,
 )
 from cosmos_export.build.cache import Cache
-from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
+from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
@@ -51,6 +57,7 @@ from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
+from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.weights import layout, read_source
 
 PARITY_MEMORY_SHARE = 0.4
@@ -153,6 +160,8 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
                 result.engines.append(engine)
             _build_codec_engines(result, writer, stages.progress)
         _require_plans(result.engines)
+    if plan.target.backend == "tensorrt":
+        _write_requests(_engine_requests(program, closed, result), writer, result)
     with stages("hashing inputs", shown=False):
         hashed = _hash_inputs(plan.checkpoint, stages.progress)
     result.peak_memory_bytes = _peak_memory()
@@ -325,15 +334,20 @@ def _write_loop(
     stored = layout(node.meta["weight"] for node in program.graphs[closed.loop.body].weights.values())
     file = f"{closed.loop.body}.weights"
     narrow = body_dtype(closed) != torch.float32
+    engines = plan.target.backend in ENGINE_BACKENDS
     forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
     for suffix, compute in forms.items():
-        on_cpu = suffix == ".cpu.onnx" or plan.target.backend == "onnxruntime"
-        if narrow and suffix == ".onnx" and plan.target.backend == "onnxruntime":
+        on_cpu = suffix == ".cpu.onnx" or not engines
+        if narrow and suffix == ".onnx" and not engines:
             continue
         model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
+    if plan.target.backend == INDUCTOR:
+        write_graph(body, name, file, plan, writer, layout_of=stored, loop=closed.loop)
+        contiguous = {key: np.ascontiguousarray(table) for key, table in tables.items()}
+        writer.path(f"tables/{name}.safetensors", "table").write_bytes(save_arrays(contiguous))
 
 
 def _build_engine(
@@ -349,11 +363,7 @@ def _build_engine(
 ) -> Engine:
     """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
 
-    def dim(size: Size) -> int | str:
-        # A profile says how long a prompt may be; that holds for the negative prompt too.
-        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
-
-    spec = {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
+    spec = _profile_dims(inputs)
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
@@ -362,6 +372,16 @@ def _build_engine(
     attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
     profiles = tuple(profile.name for profile in plan.profiles)
     return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
+
+
+def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
+    """Shapes over the dims of a profile."""
+
+    def dim(size: Size) -> int | str:
+        # A profile says how long a prompt may be; that holds for the negative prompt too.
+        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
+
+    return {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
 
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
@@ -390,6 +410,49 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         )
     problems = check_plan(summary, expected)
     return PlanCheck(name, "plan", f"{wanted}, every GEMM in {kind}", "; ".join(problems) or "as planned", not problems)
+
+
+def _engine_requests(program: Program, closed: Mapping[str, Program], result: BuildResult) -> Iterator[EngineRequest]:
+    """Every engine that this build is for, to be built where its GPU is."""
+    plan = result.plan
+    fused = model_dtype(program) != torch.float32
+    for name, graph in program.graphs.items():
+        if name != SCHEDULE and not (closed and name == program.loop.body):
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+    for name, segment in closed.items():
+        body = segment.graphs[segment.loop.body]
+        inputs = loop_inputs(segment, LOOP_TABLES)
+        # In a loop attention is written out, so that a builder may fuse it there: none is parsed as one.
+        yield replace(_request(name, body, inputs, plan.profiles, decomposable=not fused), attention=0)
+    for codec in result.codecs:
+        profiles = tuple(codec_profiles(codec.name, plan.profiles))
+        for name, graph in codec.program.graphs.items() if profiles else ():
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, profiles, decomposable=True)
+
+
+def _request(
+    name: str, graph: Graph, inputs: Mapping[str, TensorSpec], profiles: Sequence[Profile], *, decomposable: bool
+) -> EngineRequest:
+    spec = _profile_dims(inputs)
+    return EngineRequest(
+        graph=name,
+        profiles=tuple(profile.name for profile in profiles),
+        shapes=tuple(input_shapes(profile, spec) for profile in profiles),
+        decomposable_attention=decomposable,
+        attention=len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)),
+    )
+
+
+def _write_requests(requests: Iterator[EngineRequest], writer: BundleWriter, result: BuildResult) -> None:
+    found = list(requests)
+    writer.path(REQUESTS, "engine-requests").write_text(requests_text(found), encoding="utf-8")
+    writer.path(SCRIPT, "script").write_text(script_text(cosmos_export.__version__), encoding="utf-8")
+    result.notes.append(
+        f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "
+        f"of compute capability {result.plan.target.compute_capability}"
+    )
 
 
 def _require_plans(engines: Sequence[Engine]) -> None:

@@ -25,6 +25,9 @@ def register(app: typer.Typer) -> None:
         ],
         output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle directory to create.")] = None,
         target: Annotated[str, typer.Option(help="What to build for; `cosmos-export targets` lists them.")] = "cpu",
+        backend: Annotated[
+            str | None, typer.Option(help="Another backend of the target than its first; `targets` lists them.")
+        ] = None,
         profile: Annotated[
             list[str] | None,
             typer.Option(help="Name (480p-121f, 720p-189f+sound, policy-droid) and dim=min:opt:max items; may repeat."),
@@ -88,6 +91,7 @@ def register(app: typer.Typer) -> None:
             checkpoint=checkpoint,
             output=output,
             target=target,
+            backend=backend,
             profiles=tuple(profile or BuildOptions.profiles),
             modalities=_names(modalities),
             outputs=_names(outputs),
