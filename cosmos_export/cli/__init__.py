@@ -15,11 +15,14 @@ import cosmos_export
 from cosmos_export.cli import (
     build,
     bundle,
+    cache,
     calibrate,
     console,
     demo_checkpoint,
     inspect,
+    plan,
     quantize,
+    recipes,
     run,
     targets,
     verbs,
@@ -39,7 +42,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, calibrate, quantize, build, bundle, run, targets, version):
+for verb in (inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, targets, recipes, version):
     verb.register(app)
 
 

@@ -35,7 +35,7 @@ class Device:
         # What is freed stays with the process: a later request allocates nothing from the driver.
         pool = self.check("cudaDeviceGetDefaultMemPool", index)
         keep = cudart.cudaMemPoolAttr.cudaMemPoolAttrReleaseThreshold
-        self.check("cudaMemPoolSetAttribute", pool, keep, cudart.cuuint64_t(_ALL))
+        self.check("cudaMemPoolSetAttribute", pool, keep, _threshold())
 
     def check(self, function: str, *arguments: Any) -> Any:
         """Call ``function`` of the runtime API; ToolError CX506 with the driver's words where it fails."""
@@ -129,6 +129,12 @@ def connect(cudart: Any, index: int, capability: str | None) -> Device:
             "build for this device (`cosmos-export targets`), or run with --backend onnxruntime",
         )
     return Device(cudart, index)
+
+
+def _threshold() -> Any:
+    from cuda.bindings import driver
+
+    return driver.cuuint64_t(_ALL)
 
 
 def _said(cudart: Any, status: Any) -> str:

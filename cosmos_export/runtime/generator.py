@@ -6,6 +6,7 @@ once a step, and every other one before the loop once a request.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cosmos_export.bundle import EdgeRecord, LoopRecord, RequestRecord, SegmentRecord, StreamRecord
+from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import FindingError, UnsupportedError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions
@@ -29,9 +31,12 @@ PROMPT, STEP = "input_ids", "timestep"
 """Inputs of the caller that make a graph one of the prompt, or one of the step."""
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
+SCHEDULE_TABLE = "tables/schedule.safetensors"
+"""What the build computed for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""
 _LATENT, _SAMPLE, _FINAL, _NOISE = "_latent", "_sample", "_final", "_noise"
-PROMPTS_KEPT = 4
-"""Prompts whose keys and values stay on the device: 147 kB a token for Nano, 262 kB for Super."""
+RESULTS_KEPT = 4
+"""Results of each graph before the loop that stay on the device: of the reasoner the keys and values of so many
+prompts, 147 kB a token for Nano, 262 kB for Super."""
 
 
 @dataclass
@@ -68,9 +73,10 @@ class Result:
 class Generator:
     """Runs requests on one bundle.
 
-    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the keys and
-    values of the last `PROMPTS_KEPT` prompts on the device; otherwise a session is closed as soon as the request has
-    done with it, and the largest graph alone decides how much memory a request takes.
+    Sessions are opened when they are first needed. ``resident``: they stay open for the next request, and the last
+    `RESULTS_KEPT` results of each graph before the loop on the device, so that a prompt or a size that comes again is
+    not computed again; otherwise a session is closed as soon as the request has done with it, and the largest graph
+    alone decides how much memory a request takes.
     """
 
     def __init__(self, bundle: LoadedBundle, *, resident: bool = True) -> None:
@@ -80,7 +86,7 @@ class Generator:
         self._loop: LoopRecord = bundle.manifest.loop
         self._resident = resident
         self._sessions: dict[str, Session] = {}
-        self._prompts: OrderedDict[tuple[str, bytes], Mapping[str, Value]] = OrderedDict()
+        self._results: dict[str, OrderedDict[bytes, Mapping[str, Value]]] = {}
 
     # -- a request ----------------------------------------------------------------------------------------------------
 
@@ -117,11 +123,11 @@ class Generator:
                 continue
             with _timed(timings, name):
                 if PROMPT not in given:
-                    found[name, ""] = self._run(name, inputs, self._fed(name, found))
+                    found[name, ""] = self._remembered(name, inputs, self._fed(name, found))
                 else:
-                    found[name, ""] = self._of_prompt(name, request.input_ids)
+                    found[name, ""] = self._remembered(name, {PROMPT: request.input_ids}, {})
                     if request.negative_ids is not None:
-                        found[name, NEGATIVE] = self._of_prompt(name, request.negative_ids)
+                        found[name, NEGATIVE] = self._remembered(name, {PROMPT: request.negative_ids}, {})
             self._done_with(name)
         return found
 
@@ -155,14 +161,19 @@ class Generator:
                 fed[edge.input] = made[edge.output]
         return fed
 
-    def _of_prompt(self, name: str, ids: Array) -> Mapping[str, Value]:
-        """What graph ``name`` makes of a prompt: nothing but its tokens decides it."""
-        key = (name, np.asarray(ids, np.int64).tobytes())
-        found = self._prompts.pop(key, None) or self._run(name, {PROMPT: ids}, {})
-        if self._resident:
-            self._prompts[key] = found  # the last of them is the one used last
-            while len(self._prompts) > PROMPTS_KEPT:
-                self._prompts.popitem(last=False)
+    def _remembered(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Value]) -> Mapping[str, Value]:
+        """What graph ``name`` makes of ``inputs``: computed, or still there. They alone decide it, unless it is fed."""
+        if not self._resident or fed:
+            return self._run(name, inputs, fed)
+        digest = hashlib.sha256()
+        for tensor in self.bundle.manifest.graphs[name].inputs:
+            value = inputs[tensor.name]
+            digest.update(f"{tensor.name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+        kept = self._results.setdefault(name, OrderedDict())
+        found = kept.pop(digest.digest(), None) or self._run(name, inputs, {})
+        kept[digest.digest()] = found  # the last of them is the one used last
+        while len(kept) > RESULTS_KEPT:
+            kept.popitem(last=False)
         return found
 
     # -- the loop -----------------------------------------------------------------------------------------------------
@@ -177,13 +188,15 @@ class Generator:
         progress: Progress,
     ) -> dict[str, Array]:
         """Every step on the device, a call a segment; the sampler's state goes from one to the next there."""
+        # What no output follows from is no state of the loop: it is read as it is given.
+        fixed = {f"{name}{_LATENT}": value for name, value in samples.items()}
         state: dict[str, Array | Value] = {f"{name}{_SAMPLE}": value for name, value in samples.items()}
         first, total = 0, request.schedule.steps
         progress.begin("denoise", total)
         for segment in self._loop.segments:
             span = slice(first, first + segment.steps)
             rows = {row: noise[row.removesuffix(_NOISE)][span] for row in segment.rows}
-            final = self._run(segment.graph, {**inputs, **rows}, {**self._fed(segment.graph, before), **state})
+            final = self._run(segment.graph, {**inputs, **fixed, **rows}, {**self._fed(segment.graph, before), **state})
             state |= {name.removesuffix(_FINAL): value for name, value in final.items()}
             self._require_finite(state, segment, first, request)
             self._done_with(segment.graph)
@@ -242,18 +255,25 @@ class Generator:
         self._done_with(body)
         return {name: state.sample for name, state in states.items()}
 
-    def _step_rows(self, request: Request) -> dict[str, list[Array]]:
-        """What the body takes of each step: computed on the CPU, for the request's own timesteps."""
-        rows: dict[str, list[Array]] = {}
-        manifest = self.bundle.manifest
+    def _step_rows(self, request: Request) -> dict[str, Array]:
+        """What the body takes of each step, [steps, …]: the bundle's table, or computed for other timesteps.
+
+        A table of a narrower type than the body's would round once more than the loop on the device does.
+        """
+        rows: dict[str, Array] = {}
+        manifest, timesteps = self.bundle.manifest, np.array(request.schedule.timesteps, np.float32)
+        tables = read_header(self.bundle.root / SCHEDULE_TABLE).tensors
+        built = np.array_equal(tables["timesteps"].array(), timesteps)
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
-            host = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
-            rows[edge.input] = [
-                host.run({STEP: np.array([t], np.float32)})[edge.output].numpy() for t in request.schedule.timesteps
-            ]
-            host.close()
+            table = tables[edge.output].array()
+            if built and table.dtype == self._session(self._loop.body).inputs[edge.input]:
+                rows[edge.input] = table[:, None]
+                continue
+            graph = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
+            rows[edge.input] = np.stack([graph.run({STEP: t[None]})[edge.output].numpy() for t in timesteps])
+            graph.close()
         return rows
 
     # -- codecs -------------------------------------------------------------------------------------------------------
@@ -297,9 +317,12 @@ class Generator:
     # -- sessions -----------------------------------------------------------------------------------------------------
 
     def _run(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Array | Value]) -> dict[str, Value]:
+        return self._session(name).run({**inputs, **fed})
+
+    def _session(self, name: str) -> Session:
         if name not in self._sessions:
             self._sessions[name] = self.bundle.backend.open(name)
-        return self._sessions[name].run({**inputs, **fed})
+        return self._sessions[name]
 
     def _done_with(self, name: str) -> None:
         if not self._resident and name in self._sessions:
@@ -310,7 +333,7 @@ class Generator:
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
-        self._prompts.clear()
+        self._results.clear()
         self.bundle.backend.close()
 
 

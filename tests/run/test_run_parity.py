@@ -5,23 +5,19 @@ Both in fp32 on the CPU. The bundle sees files and text as a user gives them; no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import build_harness as harness
 import numpy as np
 import pytest
 import run_samples
 from run_samples import MARK
+from subjects import PROFILE, Subject, Subjects
 
-import cosmos_export.build.components as components
-import cosmos_export.build.stages as stages
-from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
-from cosmos_export.bundle import Manifest
+from cosmos_export.evaluation.parity import PROGRAM_LIMIT
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedAction,
@@ -30,8 +26,8 @@ from cosmos_export.evaluation.pipeline import (
     peak_signal_to_noise,
     run_published,
 )
-from cosmos_export.runtime import Generator, Result, load_bundle, media
-from cosmos_export.runtime.frontend import Asked, Prepared, prepare
+from cosmos_export.runtime import Generator, Result, media
+from cosmos_export.runtime.frontend import Asked, Prepared
 from cosmos_export.runtime.inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
 
@@ -39,8 +35,6 @@ pytestmark = pytest.mark.xdist_group("run-parity")
 
 LIMIT, PSNR = 1e-4, 60.0
 HEIGHT, WIDTH, FRAMES = 80, 112, 9
-PROFILE = "und_len=1:256:4096,frames=1:3:5,height=3:5:16,width=3:7:20,sound_len=0:10:30,action_len=0:8:16"
-"""One profile for all modes: odd grids, one frame, no sound, no action."""
 PROMPT, NEGATIVE = "A robot arm folds a red towel.", "blurry, shaking"
 
 
@@ -102,58 +96,6 @@ MODES = ("t2i", "t2v", "sound", "i2v", "v2v", "policy", "forward-dynamics", "inv
 CASES = [(backbone, mode) for backbone in ("omni", "edge") for mode in MODES if (backbone, mode) != ("edge", "sound")]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A checkpoint, and a bundle of it with a generator."""
-
-    checkpoint: Path
-    bundle: Path
-    generator: Generator
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.generator.bundle.manifest
-
-    def prepare(self, asked: Asked) -> Prepared:
-        return prepare(asked, self.manifest, self.bundle)
-
-
-class Subjects:
-    """Bundles by what was asked of the build; builds share one capture of a checkpoint."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._checkpoints: dict[str, Path] = {}
-        self._built: dict[object, Subject] = {}
-
-    def checkpoint(self, name: str) -> Path:
-        if name not in self._checkpoints:
-            backbone, _, distilled = name.partition("-")
-            path = harness.checkpoint(self._folder, backbone, "float32")
-            self._checkpoints[name] = harness.distilled(path, self._folder / name) if distilled else path
-        return self._checkpoints[name]
-
-    def __call__(self, name: str, **options: Any) -> Subject:
-        key = (name, *sorted(options.items()))
-        if key not in self._built:
-            silent = name == "edge" or options.get("modalities") == ("vision",)
-            profile = PROFILE.replace("0:10:30", "0") if silent else PROFILE
-            profile = profile.replace("0:8:16", "0") if "modalities" in options else profile
-            path = self._folder / f"bundle-{len(self._built)}"
-            chosen = {"parity": "never", "profiles": (profile,), **options}
-            build(BuildOptions(self.checkpoint(name), path, **chosen))
-            self._built[key] = Subject(self.checkpoint(name), path, Generator(load_bundle(path)))
-        return self._built[key]
-
-
-@pytest.fixture(scope="module")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stages, "capture", harness.remembered_capture)
-        patch.setattr(components, "capture_codec", harness.remembered_codec)
-        yield Subjects(tmp_path_factory.mktemp("subjects"))
-
-
 def ask(mode: Mode, **options: Any) -> Asked:
     sampling = Overrides(steps=5, guidance=3.0)
     return Asked(PROMPT, NEGATIVE, **{"sampling": sampling, "seed": 11, **mode.asked, **options})
@@ -212,15 +154,29 @@ def test_the_loop_on_the_device_is_the_loop_of_the_host(
     subjects: Subjects, files: Path, backbone: str, interval: Any
 ) -> None:
     """The same requests through both; with an interval the device runs a chain of loops."""
-    options = {"steps": 8, "guidance": 3.0, "guidance_interval": interval}
-    device = subjects(backbone, loop="device", components=("vae-encoder",), **options)
+    options = {"steps": 8, "guidance": 3.0, "guidance_interval": interval, "components": ("vae-encoder", "tokenizer")}
+    device, host = subjects(backbone, loop="device", **options), subjects(backbone, loop="host", **options)
     assert device.manifest.loop is not None
     assert len(device.manifest.loop.segments) == (1 if interval is None else 3)
-    host = subjects(backbone)
     for name in ("t2v", "policy", "forward-dynamics", "inverse-dynamics"):
-        request = host.prepare(ask(modes(files)[name], sampling=Overrides(**options))).request
+        sampling = Overrides(None, 8, None, 3.0, interval)
+        request = host.prepare(ask(modes(files)[name], sampling=sampling)).request
         errors = distances(device.generator.generate(request).latents, host.generator.generate(request).latents)
         assert max(errors.values()) <= 1e-6, (name, errors)
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_actions_alone(subjects: Subjects, files: Path, loop: str) -> None:
+    """A bundle that computes no other velocity: what the pictures are is given, and the last layer has few rows."""
+    options = {"steps": 4, "guidance": 3.0, "guidance_interval": (0.0, 1000.0)}
+    profiles = (PROFILE.replace("action_len=0:8:16", "action_len=1:8:16"),)
+    parts = ("vae-encoder", "tokenizer")
+    alone = subjects("omni", loop=loop, outputs=("action_velocity",), profiles=profiles, components=parts,
+                     mode="inverse-dynamics", **options)  # fmt: skip
+    request = alone.prepare(ask(modes(files)["inverse-dynamics"], sampling=Overrides(**options))).request
+    found = alone.generator.generate(request)
+    expected = subjects("omni").generator.generate(request)
+    assert max(distances(found.latents, expected.latents).values()) <= PROGRAM_LIMIT
 
 
 def test_a_prompt_is_read_once(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:
