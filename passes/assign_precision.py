@@ -70,6 +70,9 @@ class AssignPrecision(Pass):
                 inputs = [depth[n] for n in node.all_input_nodes]
                 depth[node] = max(inputs, default=0) + int(is_op(node, *_ATTENTION))
             for node in graph.calls(aten.linear.default, *_ATTENTION):
+                if is_op(node, aten.linear.default) and not is_weight(node.args[1]):
+                    result.decline(node, "its weight is computed")
+                    continue
                 kind = CORE if is_op(node, *_ATTENTION) else self._kind(program, graph, node)
                 if kind is None:
                     result.decline(node, "no part of a layer")
@@ -93,8 +96,8 @@ class AssignPrecision(Pass):
             )
             if holds
         ]
-        if len(found) > 1 or (found and not is_weight(node.args[1])):
-            raise CannotApply(self.name, node, f"is {' and '.join(found)} at once, or its weight is computed")
+        if len(found) > 1:
+            raise CannotApply(self.name, node, f"is {' and '.join(found)} at once")
         return found[0] if found else None
 
 

@@ -43,11 +43,11 @@ class Ranges:
         return max(self.amax[key] for key in keys)
 
     def pre_scale(self, weight: WeightBinding) -> WeightSource | None:
-        """The factors of the input of ``weight``; CX335 where linears that were merged have different ones."""
+        """The factors of the input of ``weight``; CX355 where linears that were merged have different ones."""
         found = {self.pre_scales.get(linear) for linear in linears_of(weight)}
         if len(found) > 1:
             raise UserError(
-                "CX335",
+                "CX355",
                 f"{', '.join(linears_of(weight))} read one value, and have different pre-scales in the scale table",
                 "calibrate again with one search for linears that read the same value",
             )
@@ -73,7 +73,7 @@ class InsertQuantization(Pass):
     goes into the weight of the norm before, if all that reads the norm has the same one, and is a multiplication
     otherwise; the weight's columns are divided by it.
     Left alone: sites in the model's own type. Refused: an input without a range (CX312), a width that the scheme
-    cannot divide (CX335). Numerical effect: that of the scheme. Without a quantized site: none, not one node changes.
+    cannot divide (CX355). Numerical effect: that of the scheme. Without a quantized site: none, not one node changes.
     """
 
     name = "insert_quantization"
@@ -179,7 +179,7 @@ class InsertQuantization(Pass):
         if scheme == NVFP4:
             values, blocks, scale = (part(Format.NVFP4, p) for p in (Part.VALUES, Part.BLOCK_SCALE, Part.SCALE))
             return call(ops.DEQUANTIZE_BLOCKS, values, blocks, scale, binding.dtype)
-        raise UserError("CX333", f"there is no scheme `{scheme}` for a linear", "`cosmos-export targets` lists schemes")
+        raise UserError("CX353", f"there is no scheme `{scheme}` for a linear", "`cosmos-export targets` lists schemes")
 
 
 def _sites(graph: Graph) -> Iterator[tuple[Node, Precision]]:
@@ -195,14 +195,14 @@ def _plain_weight(node: Node) -> bool:
 
 
 def _require_width(node: Node, *sizes: int) -> int:
-    """The first of ``sizes`` that divides the row of ``node``'s weight; CX335 where none does."""
+    """The first of ``sizes`` that divides the row of ``node``'s weight; CX355 where none does."""
     weight: WeightBinding = node.args[1].meta["weight"]
     width = weight.unpacked_shape[1]
     fitting = [size for size in sizes if width % size == 0]
     if not fitting:
         site = node.args[1].meta["precision"].site
         raise UserError(
-            "CX335",
+            "CX355",
             f"{site} has rows of {width}, which is no multiple of {' or '.join(map(str, sizes))}",
             f"give it another scheme: `--set {site.partition('[')[0]}=fp8`",
         )

@@ -22,7 +22,7 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
-from cosmos_export.ir.packing import E2M1_VALUES, NVFP4_BLOCK
+from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.targets.weights import Stored, numpy_dtype
 
@@ -339,15 +339,17 @@ def _requantize_blocks(low: Lowering, node: Node) -> str:
     zero = low.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
     blocked = low.reshape(low.values[x], [*shape[:-1], int(shape[-1]) // NVFP4_BLOCK, NVFP4_BLOCK])
     largest = low.op("ReduceMax", low.op("Abs", blocked), low.ints([-1]), keepdims=0)
-    narrow = low.op("QuantizeLinear", low.op("Div", largest, number(6.0)), low.values[scale], zero)
-    codes = low.op("Cast", narrow, to=TensorProto.FLOAT)
-    codes = low.op("Where", low.op("Greater", codes, number(0.0)), codes, number(1.0))
-    steps = low.op("Mul", codes, low.values[scale])
+    ratio = low.op("Div", largest, low.op("Mul", number(E2M1_MAX), low.values[scale]))
+    ratio = low.op("Where", low.op("Greater", ratio, number(0.0)), ratio, number(1.0))
+    # Not `Clip`: ONNX Runtime folds it into the quantization behind it, and knows no FP8 there.
+    ratio = low.op("Min", low.op("Max", ratio, number(SMALLEST_BLOCK_SCALE)), number(E4M3_MAX))
+    narrow = low.op("QuantizeLinear", ratio, number(1.0), zero)
+    steps = low.op("Mul", low.op("Cast", narrow, to=TensorProto.FLOAT), low.values[scale])
     quotient = low.op("Div", blocked, low.op("Unsqueeze", steps, low.ints([-1])))
     size = low.op("Abs", quotient)
     unit = low.op("Where", low.op("Less", size, number(4.0)), number(1.0), number(2.0))
     unit = low.op("Where", low.op("Less", size, number(2.0)), number(0.5), unit)
-    rounded = low.op("Min", low.op("Mul", low.op("Round", low.op("Div", size, unit)), unit), number(6.0))
+    rounded = low.op("Min", low.op("Mul", low.op("Round", low.op("Div", size, unit)), unit), number(E2M1_MAX))
     values = low.op("Mul", rounded, low.op("Sign", quotient))
     return low.reshape(low.op("Mul", values, low.op("Unsqueeze", steps, low.ints([-1]))), shape)
 

@@ -1,7 +1,7 @@
 """What quantization costs: each linear by itself, and the velocity of whole steps.
 
-Everything runs in the interpreter, which holds one weight at a time: a model of any size is measured in the memory of its
-activations.
+Everything runs in the interpreter, which holds one weight at a time: a model of any size is measured in the memory of
+its activations.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from cosmos_export.checkpoint import Tower
 from cosmos_export.ir.graph import Node, is_weight
 from cosmos_export.ir.interpreter import Tensors, Weights, run_program
 from cosmos_export.ir.ops import aten
@@ -41,3 +42,17 @@ def watch_linears(see: Observer) -> Callable[[Node, Mapping[Node, torch.Tensor]]
             see(node, values[node.args[0]], values[node.args[1]], values[node])
 
     return observe
+
+
+def misplaced_towers(program: Program, towers: Mapping[str, Tower]) -> list[str]:
+    """Sites that the compiler gives to another tower than the reader of checkpoints: two accounts that must agree."""
+    names = {"und": Tower.REASONER, "gen": Tower.GENERATOR}
+    found = []
+    for graph in program.graphs.values():
+        for node in graph.weights.values():
+            precision = node.meta.get("precision")
+            if precision is None:
+                continue
+            wrong = [key for key in node.meta["weight"].keys if towers.get(key) is not names[precision.tower]]
+            found += [f"{precision.site}: {key} is of the {towers.get(key, 'unknown')} tower" for key in wrong[:1]]
+    return found

@@ -151,6 +151,31 @@ def _(
     return torch.empty_like(query)
 
 
+@quantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+@dequantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@dequantize_groups.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, dtype=scale.dtype)
+
+
+@dequantize_blocks.register_fake
+def _(x: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@requantize_blocks.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Shape rules. A rule takes the operands (TensorSpec for values, plain Python otherwise) and returns the result's spec.
 # --------------------------------------------------------------------------------------------------------------------

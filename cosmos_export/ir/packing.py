@@ -2,8 +2,8 @@
 
 FP8 (OCP OFP8, E4M3): one scale a tensor, max|w| / 448. INT4: symmetric, one scale a group of columns, max|w| / 7.
 NVFP4: E2M1 values, a scale in E4M3 for each block of 16 columns, and one in float32 for the tensor, max|w| / (6 · 448).
-These are the scales of the published FP8 checkpoints and of ModelOpt. Values are rounded once, to nearest, ties to even;
-ModelOpt's FP8 rounds twice (through BF16), and differs from this in 2 to 4 % of the bytes.
+These are the scales of the published FP8 checkpoints and of ModelOpt. Values are rounded once, to nearest, ties to
+even; ModelOpt's FP8 rounds twice (through BF16), and differs from this in 2 to 4 % of the bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 INT4_MAX = 7.0
 NVFP4_BLOCK = 16
+SMALLEST_BLOCK_SCALE = 2.0**-9
+"""Of E4M3."""
 ROUNDING = "exact"
 """What a manifest says of how values were rounded: quotients in float32, rounded once."""
 
@@ -56,9 +58,9 @@ def nvfp4_scale(amax: torch.Tensor) -> torch.Tensor:
 
 
 def nvfp4_block_scale(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """E4M3 [N, K / 16]: the largest magnitude of a block becomes 6."""
-    blocks = groups_of(rows.to(torch.float32), NVFP4_BLOCK).abs().amax(-1)
-    return _positive(to_fp8(blocks / E2M1_MAX, scale).to(torch.float32)).to(torch.float8_e4m3fn)
+    """E4M3 [N, K / 16], never 0: the largest magnitude of a block becomes 6."""
+    blocks = _positive(groups_of(rows.to(torch.float32), NVFP4_BLOCK).abs().amax(-1) / (E2M1_MAX * scale))
+    return blocks.clamp(SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def to_e2m1(rows: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
