@@ -23,8 +23,12 @@ test: setup
 
 demo: setup
 	$(BIN)/cosmos-export demo-checkpoint --variant omni -o demo/checkpoint --dtype bfloat16 --force
-	$(BIN)/cosmos-export build demo/checkpoint -o demo/bundle --target rtx-pro-6000 --force
+	$(BIN)/cosmos-export build demo/checkpoint -o demo/bundle --target rtx-pro-6000 --profile 256p-17f+sound --force
 	$(BIN)/cosmos-export bundle verify demo/bundle
+	$(BIN)/cosmos-export run demo/bundle --prompt "A robot arm folds a towel." --sound --backend onnxruntime \
+		-o demo/towel.mp4 --force
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_cpu.py --checkpoint demo/checkpoint --bundle demo/bundle \
+		--steps 8 --runs 1
 
 # mypy sees the installed form: in the source tree passes/, kernels/, calibration/ and targets/ lie beside the package.
 # The whole of build/ goes first, since setuptools would install what an earlier tree left there.

@@ -48,7 +48,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         layers=arguments.layers, vocab=1024, dtype="bfloat16",
     )  # fmt: skip
     checkpoint = open_checkpoint(folder)
-    program = capture(checkpoint.geometry.config, weight_sources(checkpoint), modalities=("vision",))
+    program = capture(checkpoint.geometry.config, weight_sources(checkpoint.tensors), modalities=("vision",))
     run_passes(program, default_passes())
     rows: list[dict[str, Any]] = []
     print("| steps | engine | fused attention | planned | GEMMs | activations | capturable | build | peak memory |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class Published:
     frames: Array | None = None
     waveform: Array | None = None
     actions: Array | None = None
+    seconds: float = 0.0
+    """Of the pipeline's call, without loading it."""
 
 
 def run_published(checkpoint: Path, request: PublishedRequest) -> Published:
@@ -114,6 +117,7 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
         arguments |= {"image": _image(request.image), "video": _video(request.video)}
     else:
         arguments["action"] = _action(request)
+    started = time.perf_counter()
     with _drawn(request.noise, "pipelines.cosmos.pipeline_cosmos3_omni"), torch.no_grad():
         out = pipe(
             request.prompt,
@@ -129,6 +133,7 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
             output_type="np",
             **arguments,
         )
+    result.seconds = time.perf_counter() - started
     result.frames = np.asarray(out.video, dtype=np.float32)
     result.waveform = None if out.sound is None else out.sound.numpy()
     result.actions = None if out.action is None else out.action[0].numpy()
@@ -154,7 +159,7 @@ def _run_distilled(checkpoint: Path, request: PublishedRequest) -> Published:
         enable_safety_checker=False,
     )
     media = {"image": _image(request.image), "video": _video(request.video)}
-    drawn = iter(request.noise)
+    drawn, started = iter(request.noise), time.perf_counter()
     with (
         _drawn(drawn, "modular_pipelines.cosmos.before_denoise"),
         _drawn(drawn, "schedulers.scheduling_flow_match_euler_discrete"),
@@ -172,7 +177,7 @@ def _run_distilled(checkpoint: Path, request: PublishedRequest) -> Published:
             output_type="np",
             **{name: value for name, value in media.items() if value is not None},
         )
-    result = Published(latents={"vision": state.get("latents").numpy()})
+    result = Published(latents={"vision": state.get("latents").numpy()}, seconds=time.perf_counter() - started)
     result.frames = np.asarray(state.get("videos"), dtype=np.float32)
     return result
 

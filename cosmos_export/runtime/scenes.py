@@ -19,6 +19,7 @@ from cosmos_export.runtime import canvas, embodiments, media
 from cosmos_export.runtime.asked import Asked
 from cosmos_export.runtime.embodiments import ActionScale, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
+from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
 from cosmos_export.sampling import Mode
@@ -65,7 +66,7 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
     scene = Scene(
         (dims["frames"] - 1) * video.temporal + 1, dims["height"] * video.spatial, dims["width"] * video.spatial, fps
     )
-    dims |= {"sound_len": _sound_len(scene, record) if asked.sound else 0, "action_len": 0}
+    dims |= {"sound_len": sound_latents(scene.frames, scene.fps, record) if asked.sound else 0, "action_len": 0}
     fit_profile(manifest.profiles, dims, record)  # before a file is read
     stage = Stage(mode, scene, dims)
     if mode == "i2v" and asked.image is not None:
@@ -205,9 +206,3 @@ def _latent_frames(pixels: int | None, temporal: int) -> int | None:
 
 def _image_hint(mode: Mode) -> str:
     return "one frame is mode t2i" if mode == "t2v" else ""
-
-
-def _sound_len(scene: Scene, record: RequestRecord) -> int:
-    assert record.sound is not None
-    samples = int(scene.frames / scene.fps * record.sound.sampling_rate)
-    return -(-samples // record.sound.hop)

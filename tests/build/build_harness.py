@@ -118,6 +118,22 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
     return target
 
 
+def distilled(source: Path, target: Path) -> Path:
+    """``source`` with the sampler files of a published 4-step checkpoint, at ``target``."""
+    copy_checkpoint(source, target)
+    sigmas = [1.0, 0.9375, 0.8333333333333334, 0.625]
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0,
+        "num_train_timesteps": 1000, "use_karras_sigmas": False, "use_dynamic_shifting": False,
+        "fixed_step_requires_explicit_sigmas": True,
+        "fixed_step_sampler_config": {"sample_type": "sde", "t_list": sigmas},
+    }  # fmt: skip
+    (target / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
+    modular = {"_class_name": "Cosmos3DistilledModularPipeline", "is_distilled": True, "distilled_sigmas": sigmas}
+    (target / "modular_model_index.json").write_text(json.dumps(modular), encoding="utf-8")
+    return target
+
+
 def leftovers(folder: Path) -> list[str]:
     """Names in ``folder``, hidden ones too."""
     return sorted(path.name for path in folder.iterdir())

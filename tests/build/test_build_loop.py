@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import build_harness as harness
 import onnx
 import onnxruntime
 import pytest
@@ -257,20 +257,7 @@ def test_what_cannot_be_built_is_refused_before_work(tmp_path: Path, omni: Path)
 
 @pytest.fixture(scope="module")
 def distilled(omni: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with the sampler files of a published 4-step one."""
-    folder = tmp_path_factory.mktemp("distilled") / "checkpoint"
-    shutil.copytree(omni, folder)
-    sigmas = [1.0, 0.9375, 0.8333333333333334, 0.625]
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0,
-        "num_train_timesteps": 1000, "use_karras_sigmas": False, "use_dynamic_shifting": False,
-        "fixed_step_requires_explicit_sigmas": True,
-        "fixed_step_sampler_config": {"sample_type": "sde", "t_list": sigmas},
-    }  # fmt: skip
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
-    modular = {"_class_name": "Cosmos3DistilledModularPipeline", "is_distilled": True, "distilled_sigmas": sigmas}
-    (folder / "modular_model_index.json").write_text(json.dumps(modular), encoding="utf-8")
-    return folder
+    return harness.distilled(omni, tmp_path_factory.mktemp("distilled") / "checkpoint")
 
 
 def test_a_distilled_checkpoint_has_its_own_loop(tmp_path: Path, distilled: Path) -> None:

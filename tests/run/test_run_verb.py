@@ -62,13 +62,13 @@ class Run:
         outer = self
 
         class Generator:
-            def __init__(self, loaded: Any) -> None:
+            def __init__(self, loaded: Any, *, resident: bool) -> None:
                 outer.loaded.append(loaded)
 
             def generate(self, request: Request, progress: Any) -> Generated:
                 return Generated(request, outer.broken, outer.chunked)
 
-        def load_bundle(path: Path, *, backend: str | None, device: str | None) -> Any:
+        def load_bundle(path: Path, *, backend: str | None, device: str | None, progress: Any) -> Any:
             return path, backend, device
 
         monkeypatch.setattr(cosmos_export.runtime, "Generator", Generator, raising=False)

@@ -1,0 +1,56 @@
+"""From a directory to a bundle that runs: everything is verified before any backend is given a byte of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cosmos_export.bundle import Manifest, read_bundle
+from cosmos_export.checkpoint.strict_json import shown
+from cosmos_export.diagnostics import UserError
+from cosmos_export.progress import Progress, Silent
+from cosmos_export.runtime import onnx_sessions, rtx_sessions
+from cosmos_export.runtime.sessions import Backend
+
+_DEVICES = {onnx_sessions.NAME: ("cpu", "cuda"), rtx_sessions.NAME: ("cuda",)}
+"""Kinds of devices of each backend, its default first."""
+_OPEN: dict[str, Callable[[Path, Manifest, str | None], Backend]] = {
+    onnx_sessions.NAME: onnx_sessions.open_backend,
+    rtx_sessions.NAME: rtx_sessions.open_backend,
+}
+
+
+@dataclass(frozen=True)
+class LoadedBundle:
+    """A verified bundle and the backend that runs it."""
+
+    root: Path
+    manifest: Manifest
+    backend: Backend
+
+
+def load_bundle(
+    path: Path, *, backend: str | None = None, device: str | None = None, progress: Progress | None = None
+) -> LoadedBundle:
+    """Verify the bundle at ``path``, every byte, and open ``backend`` for it (None: the one it was built for).
+
+    UserError CX504: no such backend or device. FindingError CX711: the bundle is not what its manifest says.
+    UnsupportedError CX503: the backend is not installed; CX505: it has no device that can run this bundle.
+    """
+    if backend is not None:
+        _require_known(backend, device)
+    manifest = read_bundle(Path(path), progress or Silent())
+    chosen = backend or manifest.target.backend
+    _require_known(chosen, device)
+    return LoadedBundle(Path(path), manifest, _OPEN[chosen](Path(path), manifest, device))
+
+
+def _require_known(backend: str, device: str | None) -> None:
+    if backend not in _OPEN:
+        raise UserError("CX504", f"backend {shown(backend)}; known: {', '.join(_OPEN)}")
+    kind, _, index = (device or "").partition(":")
+    allowed = _DEVICES[backend]
+    if device is not None and (kind not in allowed or (":" in device and not index.isdecimal())):
+        names = [name if name == "cpu" else f"{name} or {name}:N" for name in allowed]
+        raise UserError("CX504", f"device {shown(device)}; `{backend}` runs on {', '.join(names)}")
