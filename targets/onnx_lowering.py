@@ -23,7 +23,7 @@ from cosmos_export.ir.dims import Size, equal, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
-from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.spec import E2M1, INT4, WeightBinding
 from cosmos_export.targets.weights import Stored, numpy_dtype
 
 OPSET = 23
@@ -35,8 +35,8 @@ _TYPES: dict[torch.dtype, int] = {
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
-    torch.float4_e2m1fn_x2: TensorProto.FLOAT4E2M1,
-    torch.int4: TensorProto.INT4,
+    E2M1: TensorProto.FLOAT4E2M1,
+    INT4: TensorProto.INT4,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
@@ -129,7 +129,7 @@ class Lowering:
         place = self.stored[binding]
         name = binding.keys[0] if len(binding.keys) == 1 and binding.packing is None else node.name
         kind, dims = _TYPES[binding.dtype], list(binding.shape)
-        if self.portable and binding.dtype is torch.float4_e2m1fn_x2:
+        if self.portable and binding.dtype is E2M1:
             kind, dims = TensorProto.UINT8, [*dims[:-1], dims[-1] // 2]
         tensor = TensorProto(name=name, data_type=kind, dims=dims)
         tensor.data_location = TensorProto.EXTERNAL
@@ -228,7 +228,12 @@ class Lowering:
         # With `scale` left to the operator, TensorRT multiplies query and key each by a rounded square root: 0.29 % off
         # on every logit in bf16. One multiplication of the query, and scale 1, keeps it to one rounding of one factor.
         scaled = self.op("Mul", self.heads_last(query), self.scalar(scale, spec_of(query).dtype))
-        attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": 1.0, "is_causal": int(causal)}
+        attributes: dict[str, Any] = {
+            "q_num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": 1.0,
+            "is_causal": int(causal),
+        }
         return self.reshape(self.op("Attention", scaled, key, value, **attributes), spec_of(node).shape)
 
 
@@ -293,7 +298,7 @@ def _quantize(low: Lowering, node: Node) -> str:
 def _dequantize(low: Lowering, node: Node) -> str:
     x, scale, dtype = node.args
     wide = low.dtype(dtype) == torch.float32
-    attributes = {} if wide else {"output_dtype": low.type_of(dtype)}
+    attributes: dict[str, Any] = {} if wide else {"output_dtype": low.type_of(dtype)}
     return low.op("DequantizeLinear", low.values[x], low.values[scale], **attributes)
 
 
@@ -325,15 +330,11 @@ def _requantize_blocks(low: Lowering, node: Node) -> str:
     shape, dtype = spec_of(x).shape, spec_of(x).dtype
     if not low.portable:
         low.uses_trt = True
-        outputs = [f"{node.name}_fp4", f"{node.name}_fp4_scales"]
-        attributes = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
-        low.nodes.append(
-            helper.make_node(
-                "TRT_FP4DynamicQuantize", [low.values[x], low.values[scale]], outputs, name=outputs[0], domain=_TRT,
-                **attributes,
-            )
-        )  # fmt: skip
-        return _blocks(low, *outputs, low.values[scale], dtype)
+        inputs, outputs = [low.values[x], low.values[scale]], [f"{node.name}_fp4", f"{node.name}_fp4_scales"]
+        form = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+        name = f"{node.name}_quantize"
+        low.nodes.append(helper.make_node("TRT_FP4DynamicQuantize", inputs, outputs, name=name, domain=_TRT, **form))
+        return _blocks(low, outputs[0], outputs[1], low.values[scale], dtype)
     # The same arithmetic as the reference, in float32.
     number = partial(low.scalar, dtype=torch.float32)
     zero = low.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
@@ -398,7 +399,7 @@ def _convolution(low: Lowering, node: Node) -> str:
             before[axes - 1 - i] += frame[2 * i]
             after[axes - 1 - i] += frame[2 * i + 1]
     inputs = [low.values[n] for n in (x, weight, bias) if n is not None]
-    steps = {"strides": ops.spatial(stride, axes), "dilations": ops.spatial(dilation, axes)}
+    steps: dict[str, Any] = {"strides": ops.spatial(stride, axes), "dilations": ops.spatial(dilation, axes)}
     return low.op("Conv", *inputs, pads=[*before, *after], group=groups, **steps)
 
 
@@ -408,7 +409,12 @@ def _transposed_convolution(low: Lowering, node: Node) -> str:
     )
     # TensorRT-RTX 1.7 has no transposed convolution in bf16 (its type inference fails), only in fp32 and fp16.
     inputs = [low.operand(n, torch.float32) for n in (x, weight, bias) if n is not None]
-    attributes = {"strides": stride, "pads": padding * 2, "output_padding": output_padding, "dilations": dilation}
+    attributes: dict[str, Any] = {
+        "strides": stride,
+        "pads": padding * 2,
+        "output_padding": output_padding,
+        "dilations": dilation,
+    }
     result = low.op("ConvTranspose", *inputs, **attributes)
     return low.cast(result, torch.float32, spec_of(node).dtype)
 

@@ -16,7 +16,7 @@ from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import FOUR_BIT, pack_rows, tensor_scale, weight_norm
 from cosmos_export.ir.packing import e2m1_codes, nibbles
-from cosmos_export.ir.spec import Format, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Format, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
 ALIGNMENT = 4096
@@ -28,8 +28,8 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
     torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
-    torch.int4: np.dtype(ml_dtypes.int4),
-    torch.float4_e2m1fn_x2: np.dtype(ml_dtypes.float4_e2m1fn),
+    INT4: np.dtype(ml_dtypes.int4),
+    E2M1: np.dtype(ml_dtypes.float4_e2m1fn),
     torch.int64: np.dtype(np.int64),
     torch.bool: np.dtype(np.bool_),
 }
@@ -101,8 +101,8 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
 
 def _write(binding: WeightBinding, file: BinaryIO, scales: _Scales) -> None:
     if binding.packing is not None or any(s.scale is not None for s in binding.sources):
-        for block in _packed(binding, scales):
-            file.write(block)
+        for packed in _packed(binding, scales):
+            file.write(packed)
         return
     dtype = numpy_dtype(binding.dtype)
     sources = [map_source(s) for s in binding.sources]
@@ -162,9 +162,9 @@ def _packed(binding: WeightBinding, scales: _Scales) -> Iterator[bytes]:
         return
     for block in _rows(binding):
         packed = pack_rows(packing, block, scale)
-        if binding.dtype is torch.int4:
+        if binding.dtype is INT4:
             packed = nibbles(packed)
-        elif binding.dtype is torch.float4_e2m1fn_x2:
+        elif binding.dtype is E2M1:
             packed = nibbles(e2m1_codes(packed))
         yield _bytes(packed)
 

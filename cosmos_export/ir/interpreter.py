@@ -13,9 +13,9 @@ from cosmos_export.ir import packing as packs
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import Format, Packing, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
 
-FOUR_BIT = frozenset({torch.int4, torch.float4_e2m1fn_x2})
+FOUR_BIT = frozenset({INT4, E2M1})
 """Types that weights may have and torch has no tensors of; see `read_weights`."""
 
 Tensors = Mapping[str, torch.Tensor]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from cosmos_export.ir import packing
 from cosmos_export.ir.dims import Shape, Size, equal, floor_div, product, simplify
-from cosmos_export.ir.spec import TensorSpec
+from cosmos_export.ir.spec import E2M1, INT4, TensorSpec
 
 aten = torch.ops.aten
 
@@ -523,7 +523,7 @@ def _dequantize(x: TensorSpec, scale: TensorSpec, dtype: torch.dtype) -> TensorS
 
 @_rule(DEQUANTIZE_GROUPS)
 def _dequantize_groups(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
-    fits = x.dtype == torch.int4 and x.rank == scale.rank == 2 and equal(x.shape[0], scale.shape[0])
+    fits = x.dtype == INT4 and x.rank == scale.rank == 2 and equal(x.shape[0], scale.shape[0])
     _require(fits and x.shape[1] % scale.shape[1] == 0, f"dequantize of {x} by {scale}")
     return TensorSpec(scale.dtype, x.shape)
 
@@ -532,7 +532,7 @@ def _dequantize_groups(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
 def _dequantize_blocks(x: TensorSpec, block_scale: TensorSpec, scale: TensorSpec, dtype: torch.dtype) -> TensorSpec:
     _require_scale(scale)
     blocks = TensorSpec(torch.float8_e4m3fn, (*x.shape[:-1], x.shape[-1] // packing.NVFP4_BLOCK))
-    _require(x.dtype == torch.float4_e2m1fn_x2 and block_scale == blocks, f"dequantize of {x} by {block_scale}")
+    _require(x.dtype == E2M1 and block_scale == blocks, f"dequantize of {x} by {block_scale}")
     return TensorSpec(dtype, x.shape)
 
 

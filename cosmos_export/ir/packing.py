@@ -39,7 +39,7 @@ def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def groups_of(rows: torch.Tensor, size: int) -> torch.Tensor:
     """[N, K] as [N, K / size, size]."""
-    return rows.unflatten(-1, (-1, size))
+    return rows.reshape(*rows.shape[:-1], -1, size)
 
 
 def int4_scale(rows: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
@@ -84,5 +84,6 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:
     """Two 4-bit codes a byte along the last axis, the first in the low half."""
-    low, high = (codes.to(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
-    return low | high << 4
+    low, high = groups_of(codes.to(torch.uint8) & 15, 2).unbind(-1)
+    both: torch.Tensor = low | high << 4
+    return both

@@ -11,13 +11,16 @@ import torch
 from cosmos_export.ir.dims import Shape, simplify_shape
 from cosmos_export.ir.packing import NVFP4_BLOCK
 
+INT4: torch.dtype = vars(torch)["int4"]  # a type without tensors, which torch's stubs do not name
+E2M1 = torch.float4_e2m1fn_x2
+
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float8_e4m3fn: "float8_e4m3fn",
-    torch.float4_e2m1fn_x2: "float4_e2m1",
-    torch.int4: "int4",
+    E2M1: "float4_e2m1",
+    INT4: "int4",
     torch.int64: "int64",
     torch.int32: "int32",
     torch.bool: "bool",
@@ -133,10 +136,10 @@ class Packing:
         return self.dtype if self.format is Format.INT4 else torch.float32
 
 
-_PACKED_TYPES = {
+_PACKED_TYPES: dict[Format, torch.dtype] = {
     Format.FP8: torch.float8_e4m3fn,
-    Format.INT4: torch.int4,
-    Format.NVFP4: torch.float4_e2m1fn_x2,
+    Format.INT4: INT4,
+    Format.NVFP4: E2M1,
 }
 
 
