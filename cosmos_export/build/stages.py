@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from safetensors.torch import save
 from cosmos_export.build.artifacts import Engine, capability_check, model_bytes, write_engine, write_models
 from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.options import Plan
+from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.selection import CODECS, codec_tensors
@@ -42,7 +45,7 @@ from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
-from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
+from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
 from cosmos_export.targets.weights import layout, read_source
 
 PARITY_MEMORY_SHARE = 0.4
@@ -58,6 +61,10 @@ class BuildResult:
     passes: list[Report] = field(default_factory=list)
     codecs: list[Codec] = field(default_factory=list)
     prompt: PromptRecord | None = None
+    bodies: tuple[str, ...] = ()
+    """The loop's body of every step, where a host's steps compute differently."""
+    losses: Losses | None = None
+    """What quantization costs; None where nothing is quantized."""
     parity: list[Measured] = field(default_factory=list)
     parity_note: str = ""
     """Why the transformer was not compared with diffusers'; empty where it was."""
@@ -102,9 +109,20 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else {}
+    closed, variants = {}, {}
+    with stages("quantization"):
+        plain = program
+        if plan.quantized:
+            assign(plain, plan)
+            ranges = activation_ranges(plan)
+            quantized = quantize(plain, plan, ranges)
+            program, variants, result.bodies = quantized.program, quantized.variants, quantized.bodies
+        if plan.options.loop == "device":
+            closed = close_loop(plain, plan.schedule, plan.segments)
+            for segment in closed.values() if plan.quantized else ():
+                insert(segment, ranges, segment.loop.start)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, plan, writer, stages.progress)
+        suffix = _write_onnx(program, variants, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
     for name in plan.components:
@@ -115,13 +133,23 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
             if dtype != torch.float32:
-                result.parity.append(parity.precision(program, dtype))
+                result.parity.append(parity.precision(plain, dtype))
             folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
-            result.parity.append(parity.onnx(program, folder, suffix))
+            result.parity.append(parity.onnx(program, folder, suffix, quantized=plan.quantized))
+            for name, variant in variants.items():
+                result.parity.append(parity.onnx(variant, folder, suffix, body=name, quantized=True))
             if closed:
-                result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
+                scheduler = plan.checkpoint.scheduler
+                measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
+                result.parity.append(measured)
+    if plan.quantized:
+        with stages("gates"):
+            result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
+            write_losses(result.losses, plan, writer)
     _compare_codecs(result, writer, stages)
     _require_parity(result.parity)
+    if result.losses is not None:
+        require_losses(result.losses, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
@@ -129,6 +157,10 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                     engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
+            for name, variant in variants.items():
+                body = variant.graphs[variant.loop.body]
+                inputs = {i: spec_of(node) for i, node in body.inputs.items()}
+                result.engines.append(_build_engine(name, body, inputs, program, plan, writer, stages.progress))
             for name, segment in closed.items():
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
                 engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
@@ -283,11 +315,18 @@ def _require_parity(measured: Sequence[Measured]) -> None:
         )
 
 
-def _write_onnx(program: Program, plan: Plan, writer: BundleWriter, progress: Progress) -> str:
-    """Every graph with its weights; returns the suffix of the models that run on a CPU."""
+def _write_onnx(
+    program: Program, variants: Mapping[str, Program], plan: Plan, writer: BundleWriter, progress: Progress
+) -> str:
+    """Every graph with its weights; returns the suffix of the models that run on a CPU.
+
+    Bodies of the loop that differ in precision read one file of weights.
+    """
     narrow = model_dtype(program) != torch.float32
     for name, graph in program.graphs.items():
-        suffix = write_models({name: graph}, name, narrow, plan, writer, progress)
+        others = variants if name == program.loop.body else {}
+        graphs = {name: graph, **{other: one.graphs[one.loop.body] for other, one in others.items()}}
+        suffix = write_models(graphs, name, narrow, plan, writer, progress)
     return suffix
 
 
@@ -353,6 +392,7 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    types, weights = planned_types(graph), layer_weights(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
         counts = {len(g.attention) for g in summary.graphs}
@@ -364,14 +404,24 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         profiles=len(plan.profiles),
         attention_type=kind if fused else None,
         attention_scale=float(scale),
+        other_gemms=types,
+        layer_weights=weights,
+        narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
     )
     wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
     if not fused:
         wanted = (
             f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
         )
+    products = f"every GEMM in {kind}"
+    found = "as planned"
+    if types:
+        counts = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
+        products = f"GEMMs of the layers: {counts}; every other in {kind}"
+        share = min(narrow_share(g, weights) for g in summary.graphs) if summary.graphs else 0.0
+        found = f"as planned: {share:.1%} of the layers' weights in 8 or 4 bit"
     problems = check_plan(summary, expected)
-    return PlanCheck(name, "plan", f"{wanted}, every GEMM in {kind}", "; ".join(problems) or "as planned", not problems)
+    return PlanCheck(name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
 
 
 def _require_plans(engines: Sequence[Engine]) -> None:

@@ -57,6 +57,22 @@ def register(app: typer.Typer) -> None:
         loop: Annotated[
             str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
         ] = "host",
+        recipe: Annotated[
+            str, typer.Option(help="What each product computes in; `cosmos-export recipes ls` lists them.")
+        ] = "bf16",
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="PLACE=SCHEME over the recipe's own rules, e.g. gen.mlp.down=fp8; may repeat."),
+        ] = None,
+        calibration: Annotated[
+            Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
+        ] = None,
+        weights: Annotated[
+            str, typer.Option(help="embedded in the engines, or external: inputs that engines share.")
+        ] = "embedded",
+        quality: Annotated[
+            str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
+        ] = "enforce",
         parity: Annotated[
             str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")
         ] = "auto",
@@ -85,6 +101,11 @@ def register(app: typer.Typer) -> None:
             guidance=guidance,
             guidance_interval=interval(guidance_interval),
             loop=loop,  # type: ignore[arg-type]
+            recipe=recipe,
+            overrides=tuple(set_ or ()),
+            calibration=calibration,
+            weights=weights,  # type: ignore[arg-type]
+            quality=quality,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
             dump=dump,

@@ -170,6 +170,15 @@ def _value(
     if node.op == "placeholder":
         return inputs[node.name]
 
+    result = _call(node, binding, values, widen)
+    spec = spec_of(node)
+    expected = tuple(evaluate(s, binding) for s in spec.shape)
+    if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
+        raise ValueError(f"`{node.name}` gave {result.dtype}{tuple(result.shape)}, its spec says {spec}")
+    return result
+
+
+def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Tensor], widen: _Widen) -> torch.Tensor:
     def concrete(value: Any) -> Any:
         if isinstance(value, sympy.Expr):
             return evaluate(value, binding)
@@ -180,12 +189,21 @@ def _value(
     args, kwargs = (map_operands(operands, values.__getitem__) for operands in (node.args, node.kwargs))
     function = _NATIVE.get(node.target, node.target)
     result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
-    spec = spec_of(node)
-    expected = tuple(evaluate(s, binding) for s in spec.shape)
-    if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
-        raise ValueError(f"`{node.name}` gave {result.dtype}{tuple(result.shape)}, its spec says {spec}")
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def compute_value(
+    node: Node, weights: Weights, values: Mapping[Node, torch.Tensor], compute: torch.dtype | None = None
+) -> torch.Tensor:
+    """The value of one weight, constant or operation without symbolic dims, from those of its operands.
+
+    Its shape is not checked: ``values`` may have any number of rows.
+    """
+    widen = _Widen(compute)
+    if node.op == "placeholder":
+        return _value(node, {}, weights, {}, values, widen)
+    return _call(node, {}, values, widen)
 
 
 def run_program(
