@@ -291,6 +291,12 @@ class Assignment:
         seen: dict[tuple[str, ...], int] = {}
         return tuple(seen.setdefault(column, len(seen)) for column in columns)
 
+    def weight_only_steps(self) -> tuple[int, ...]:
+        """Steps in which the generator multiplies narrow weights by wide activations."""
+        narrow = STORAGE.keys() - ACTIVATIONS
+        sites = [site for site in self.sites() if site[0] == "gen"]
+        return tuple(step for step in range(self.steps) if any(self.scheme(*site, step) in narrow for site in sites))
+
     def table(self) -> dict[str, str]:
         """Place → scheme of every site, sites that are alike together; what is not quantized is left out."""
         found: dict[str, str] = {}

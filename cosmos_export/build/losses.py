@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from cosmos_export.evaluation.gates import (
     record_rollout,
     step_losses,
 )
+from cosmos_export.evaluation.parity import Measured
 from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import ROUNDING
@@ -111,8 +112,8 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
     return Losses(tuple(linears.values()), tuple(step_losses(plain, quantized, recorded, weights)), limits, note)
 
 
-def require_losses(losses: Losses, plan: Plan) -> None:
-    """CX361: a linear loses more than its scheme does; CX362: whole steps do, unless that is only to be reported."""
+def require_losses(losses: Losses, loops: Sequence[Measured], plan: Plan) -> None:
+    """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only to be reported."""
     failed = losses.failed_linears
     if failed:
         worst = "; ".join(f"{f.site} ({f.scheme}): {f.relative:.3f}, allowed {f.limit:.3f}" for f in failed[:_NAMED])
@@ -122,10 +123,11 @@ def require_losses(losses: Losses, plan: Plan) -> None:
             f"calibrate again, or leave them unquantized: {_hints(failed)}",
         )
     problems = losses.step_problems
+    problems += [f"{m.stage}: {m.metric} is {m.value:.3f}, allowed {m.limit}" for m in loops if not m.passed]
     if problems and plan.options.quality == "enforce":
         raise FindingError(
             "CX362",
-            f"quantized steps are too far from unquantized ones: {'; '.join(problems)}",
+            f"the quantized model is too far from the unquantized one: {'; '.join(problems)}",
             f"give the worst linears more bits: {_hints(losses.worst_linears)}; or accept it with `--quality report`",
         )
 
@@ -151,6 +153,14 @@ def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
             "fail" if problems else "pass", "; ".join([*problems, losses.note]),
         ),
     )  # fmt: skip
+
+
+def loss_values(losses: Losses) -> dict[str, float]:
+    """The numbers behind the verdicts."""
+    return {
+        "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
+        "G2": median(loss.relative for loss in losses.steps),
+    }
 
 
 def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:

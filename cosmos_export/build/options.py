@@ -26,6 +26,8 @@ QualityMode = Literal["enforce", "report"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
+MAX_SINGLE_STEPS = 8
+"""Engines of one step in a loop on the device: as many as the published policy has, and two."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,16 @@ class Plan:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Steps that compute the same, by guidance and by precision."""
-        return self.schedule.segments_by(self.precision.step_keys())
+        """Steps that compute the same, by guidance and by precision.
+
+        A step with narrow weights and wide activations is a segment by itself where TensorRT builds it: a weight that
+        several steps of one engine read is widened once for all of them, and lies there in full.
+        """
+        keys = list(self.precision.step_keys())
+        if self.target.backend == "tensorrt-rtx":
+            for step in self.precision.weight_only_steps():
+                keys[step] = self.schedule.steps + step
+        return self.schedule.segments_by(keys)
 
 
 def resolve(options: BuildOptions) -> Plan:
@@ -149,6 +159,14 @@ def _precision(
             "CX357",
             "INT4 weights as inputs of an engine would be widened by a kernel of their own in every call",
             "leave `--weights external` out, or choose a recipe without int4",
+        )
+    alone = found.weight_only_steps()
+    if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:
+        raise UnsupportedError(
+            "CX364",
+            f"{len(alone)} of {schedule.steps} steps multiply narrow weights by wide activations, and each would be an "
+            f"engine of its own (at most {MAX_SINGLE_STEPS})",
+            "leave `--loop device` out, or choose a recipe that quantizes the generator's activations, such as fp8",
         )
     if "fp8-attention" in found.schemes and target.backend == "tensorrt-rtx":
         _require_fixed(profiles)

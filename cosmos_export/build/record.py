@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import cosmos_export
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
-from cosmos_export.build.losses import loss_verdicts, precision_record
+from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.build.request import request_record
 from cosmos_export.bundle import (
     DimRecord,
@@ -108,7 +108,8 @@ def manifest(
             build_seconds=round(result.seconds, 3),
             peak_memory_bytes=result.peak_memory_bytes,
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
-            measured={m.stage: m.value for m in result.parity},
+            measured={m.stage: m.value for m in (*result.parity, *result.quality)}
+            | ({} if result.losses is None else loss_values(result.losses)),
         ),
     )
 

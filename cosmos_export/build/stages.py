@@ -63,6 +63,8 @@ class BuildResult:
     prompt: PromptRecord | None = None
     bodies: tuple[str, ...] = ()
     """The loop's body of every step, where a host's steps compute differently."""
+    quality: list[Measured] = field(default_factory=list)
+    """How far results of quantized loops are from the unquantized model's."""
     losses: Losses | None = None
     """What quantization costs; None where nothing is quantized."""
     parity: list[Measured] = field(default_factory=list)
@@ -141,7 +143,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
             if closed:
                 scheduler = plan.checkpoint.scheduler
                 measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
-                result.parity.append(measured)
+                (result.quality if plan.quantized else result.parity).append(measured)
     if plan.quantized:
         with stages("gates"):
             result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
@@ -149,7 +151,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
     _compare_codecs(result, writer, stages)
     _require_parity(result.parity)
     if result.losses is not None:
-        require_losses(result.losses, plan)
+        require_losses(result.losses, result.quality, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
