@@ -37,11 +37,6 @@ from cosmos_export.targets.profiles import input_shapes, parse_profile
 from cosmos_export.targets.tensorrt_rtx import build_engine
 from cosmos_export.targets.weights import layout, read_source, write_weights
 
-TINY_TRANSFORMER = {
-    "layers": 1, "hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 96, "vocab": 512,
-}  # fmt: skip
-"""Beside codecs of true size."""
-
 
 def measure(name: str, program: Program, arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     """A row for each graph of codec ``name``."""
@@ -96,6 +91,20 @@ def chunks_are_exact(program: Program, component: Path) -> bool:
     return torch.equal(torch.cat(frames, dim=2), expected)
 
 
+def show(row: dict[str, Any]) -> None:
+    cells = [
+        row["graph"],
+        f"{row['engine_bytes'] / 2**20:.0f} MiB",
+        f"{row['activation_bytes'] / 1e9:.2f} GB",
+        f"{row['cache_bytes'] / 1e9:.2f} GB",
+        str(row["run_time_allocations"]),
+        str(row["capturable"]),
+        f"{row['build_s']:.1f} s",
+        f"{(row['peak_anonymous_bytes'] or 0) / 2**30:.2f} GiB",
+    ]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="720p-189f+sound")
@@ -106,7 +115,8 @@ def main() -> None:
     print("| graph | engine | activations | caches | allocated while it runs | capturable | build | peak memory |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as work:
-        checkpoint = open_checkpoint(write_demo_checkpoint(Path(work) / "checkpoint", like="nano", **TINY_TRANSFORMER))
+        folder = write_demo_checkpoint(Path(work) / "checkpoint", "omni", like="nano", layers=1, vocab=1024)
+        checkpoint = open_checkpoint(folder)
         exact = False
         for name, part in CODECS.items():
             config = codec_config(checkpoint, part.folder)
@@ -115,13 +125,7 @@ def main() -> None:
                 exact = chunks_are_exact(program, checkpoint.components[part.folder])
             for row in measure(name, program, arguments, Path(work)):
                 rows.append(row)
-                print(
-                    f"| {row['graph']} | {row['engine_bytes'] / 2**20:.0f} MiB "
-                    f"| {row['activation_bytes'] / 1e9:.2f} GB "
-                    f"| {row['cache_bytes'] / 1e9:.2f} GB | {row['run_time_allocations']} | {row['capturable']} "
-                    f"| {row['build_s']:.1f} s | {(row['peak_anonymous_bytes'] or 0) / 2**30:.2f} GiB |",
-                    flush=True,
-                )
+                show(row)
     print(f"\nchunk by chunk is exact at true width: {exact}")
     if arguments.output:
         document = {

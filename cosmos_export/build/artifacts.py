@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cosmos_export.build.options import Plan
 from cosmos_export.bundle import BundleWriter, PlanCheck
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.progress import Progress
 from cosmos_export.targets.plan_inspector import PlanSummary
@@ -32,6 +34,11 @@ from cosmos_export.targets.trt_common import EngineReport
 from cosmos_export.targets.weights import Stored, file_size, layout, write_weights
 
 _log = logging.getLogger("cosmos_export")
+
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+"""Backends whose engines are built from models."""
+INDUCTOR = "inductor"
+"""The backend that runs the graphs themselves."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +86,43 @@ def write_models(
     if file_size(stored):
         _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)
     forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if narrow else {}
-    if not narrow or plan.target.backend != "onnxruntime":
+    if not narrow or plan.target.backend in ENGINE_BACKENDS:
         forms[".onnx"] = None
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
             path = writer.path(f"onnx/{name}{suffix}", "onnx")
             path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute)))
             onnx.checker.check_model(str(path))
+        write_graph(graph, name, file, plan, writer, layout_of=stored)
     return ".cpu.onnx" if narrow else ".onnx"
+
+
+def write_graph(
+    graph: Graph,
+    name: str,
+    weights_file: str,
+    plan: Plan,
+    writer: BundleWriter,
+    *,
+    layout_of: Mapping[WeightBinding, Stored],
+    loop: Loop | None = None,
+) -> None:
+    """``graphs/NAME.json`` for the backend that runs graphs as they are; a closed ``loop`` over the graph with it."""
+    if plan.target.backend != INDUCTOR:
+        return
+    from cosmos_export.ir.serialize import graph_document
+
+    def place(binding: WeightBinding) -> tuple[int, int]:
+        return layout_of[binding].offset, layout_of[binding].size_bytes
+
+    document: dict[str, Any] = {"graph": graph_document(graph, weights_file, place)}
+    if loop is not None:
+        document["loop"] = {
+            "steps": loop.steps, "carried": dict(loop.carried), "rows": list(loop.rows), "taken": list(loop.taken),
+            "returned": list(loop.returned),
+        }  # fmt: skip
+    text = json.dumps(document, separators=(",", ":"))
+    writer.path(f"graphs/{name}.json", "graph").write_text(text, encoding="utf-8")
 
 
 def _write_weights(

@@ -16,8 +16,8 @@ from cosmos_export.plan.workload import Workload
 if TYPE_CHECKING:
     from cosmos_export.build.artifacts import Engine
 
-_LOOP = "denoise"
-"""How the engines of a closed loop are called, each with the generator's weights."""
+_BODIES = ("denoise", "generator")
+"""What the names of engines that compute steps begin with; each has the generator's weights."""
 
 
 def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
@@ -28,7 +28,7 @@ def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) ->
     parts = {part.name: part for part in _parts(plan)}
     found = {}
     for engine in engines:
-        part = parts.get("generator" if engine.graph.startswith(_LOOP) else engine.graph)
+        part = parts.get("generator" if engine.graph.startswith(_BODIES) else engine.graph)
         if part is not None:
             found[f"engine {engine.graph}"] = Planned(part.engine_bytes, engine.report.size_bytes)
     peak = host(_subject(plan), list(parts.values()), 1, tensorrt=True).peak_anonymous_bytes
@@ -46,6 +46,8 @@ def _subject(plan: Plan) -> Subject:
 def _parts(plan: Plan) -> list[Component]:
     workloads = [Workload(p.name, plan.options.mode, p, 1, 1) for p in plan.profiles]
     subject, steps = _subject(plan), plan.schedule.steps
-    chosen = precision("bf16", (), plan.target, subject.geometry, steps)
+    distilled = subject.sampling.distilled_sigmas is not None
+    recipe, overrides = plan.precision.recipe, plan.precision.overrides
+    chosen = precision(recipe, overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
     return components(subject, workloads, chosen, 2 if guided else 1)

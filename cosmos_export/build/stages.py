@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
+import cosmos_export
 from cosmos_export.build.artifacts import (
+    ENGINE_BACKENDS,
+    INDUCTOR,
     Engine,
     cache_entries,
     capability_check,
     model_bytes,
     write_engine,
+    write_graph,
     write_models,
 )
 from cosmos_export.build.cache import Cache
-from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
+from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
+from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.sources import weight_sources
@@ -49,7 +58,8 @@ from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
-from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
+from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
+from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.weights import layout, read_source
 
 PARITY_MEMORY_SHARE = 0.4
@@ -65,6 +75,12 @@ class BuildResult:
     passes: list[Report] = field(default_factory=list)
     codecs: list[Codec] = field(default_factory=list)
     prompt: PromptRecord | None = None
+    bodies: tuple[str, ...] = ()
+    """The loop's body of every step, where a host's steps compute differently."""
+    quality: list[Measured] = field(default_factory=list)
+    """How far results of quantized loops are from the unquantized model's."""
+    losses: Losses | None = None
+    """What quantization costs; None where nothing is quantized."""
     parity: list[Measured] = field(default_factory=list)
     parity_note: str = ""
     """Why the transformer was not compared with diffusers'; empty where it was."""
@@ -119,9 +135,21 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else {}
+    closed: Mapping[str, Program] = {}
+    variants: Mapping[str, Program] = {}
+    with stages("quantization"):
+        plain = program
+        if plan.quantized:
+            assign(plain, plan)
+            ranges = activation_ranges(plan)
+            quantized = quantize(plain, plan, ranges)
+            program, variants, result.bodies = quantized.program, quantized.variants, quantized.bodies
+        if plan.options.loop == "device":
+            closed = close_loop(plain, plan.schedule, plan.segments)
+            for segment in closed.values() if plan.quantized else ():
+                insert(segment, ranges, segment.loop.start)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, plan, writer, stages.progress)
+        suffix = _write_onnx(program, variants, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
     for name in plan.components:
@@ -132,13 +160,23 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
             if dtype != torch.float32:
-                result.parity.append(parity.precision(program, dtype))
+                result.parity.append(parity.precision(plain, dtype))
             folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
-            result.parity.append(parity.onnx(program, folder, suffix))
+            result.parity.append(parity.onnx(program, folder, suffix, quantized=plan.quantized))
+            for name, variant in variants.items():
+                result.parity.append(parity.onnx(variant, folder, suffix, body=name, quantized=True))
             if closed:
-                result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
+                scheduler = plan.checkpoint.scheduler
+                measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
+                (result.quality if plan.quantized else result.parity).append(measured)
+    if plan.quantized:
+        with stages("gates"):
+            result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
+            write_losses(result.losses, plan, writer)
     _compare_codecs(result, writer, stages)
     _require_parity(result.parity)
+    if result.losses is not None:
+        require_losses(result.losses, result.quality, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
@@ -146,12 +184,18 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                     engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
+            for name, variant in variants.items():
+                body = variant.graphs[variant.loop.body]
+                inputs = {i: spec_of(node) for i, node in body.inputs.items()}
+                result.engines.append(_build_engine(name, body, inputs, program, plan, writer, stages.progress))
             for name, segment in closed.items():
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
                 engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
                 result.engines.append(engine)
             _build_codec_engines(result, writer, stages.progress)
         _require_plans(result.engines)
+    if plan.target.backend == "tensorrt":
+        _write_requests(_engine_requests(program, closed, result), writer, result)
     with stages("hashing inputs", shown=False):
         hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
@@ -277,13 +321,13 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     if mode == "never":
         return "not asked for (--parity never)"
     needed = 4 * sum(int(product(e.shape)) for e in tensors.values())
-    if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
+    if mode == "auto" and needed > PARITY_MEMORY_SHARE * available_bytes():
         share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
         return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
     return ""
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; what the page cache holds is to be had."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -300,11 +344,18 @@ def _require_parity(measured: Sequence[Measured]) -> None:
         )
 
 
-def _write_onnx(program: Program, plan: Plan, writer: BundleWriter, progress: Progress) -> str:
-    """Every graph with its weights; returns the suffix of the models that run on a CPU."""
+def _write_onnx(
+    program: Program, variants: Mapping[str, Program], plan: Plan, writer: BundleWriter, progress: Progress
+) -> str:
+    """Every graph with its weights; returns the suffix of the models that run on a CPU.
+
+    Bodies of the loop that differ in precision read one file of weights.
+    """
     narrow = model_dtype(program) != torch.float32
     for name, graph in program.graphs.items():
-        suffix = write_models({name: graph}, name, narrow, plan, writer, progress)
+        others = variants if name == program.loop.body else {}
+        graphs = {name: graph, **{other: one.graphs[one.loop.body] for other, one in others.items()}}
+        suffix = write_models(graphs, name, narrow, plan, writer, progress)
     return suffix
 
 
@@ -324,15 +375,20 @@ def _write_loop(
     stored = layout(node.meta["weight"] for node in program.graphs[closed.loop.body].weights.values())
     file = f"{closed.loop.body}.weights"
     narrow = body_dtype(closed) != torch.float32
+    engines = plan.target.backend in ENGINE_BACKENDS
     forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
     for suffix, compute in forms.items():
-        on_cpu = suffix == ".cpu.onnx" or plan.target.backend == "onnxruntime"
-        if narrow and suffix == ".onnx" and plan.target.backend == "onnxruntime":
+        on_cpu = suffix == ".cpu.onnx" or not engines
+        if narrow and suffix == ".onnx" and not engines:
             continue
         model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
+    if plan.target.backend == INDUCTOR:
+        write_graph(body, name, file, plan, writer, layout_of=stored, loop=closed.loop)
+        contiguous = {key: np.ascontiguousarray(table) for key, table in tables.items()}
+        writer.path(f"tables/{name}.safetensors", "table").write_bytes(save_arrays(contiguous))
 
 
 def _build_engine(
@@ -348,11 +404,7 @@ def _build_engine(
 ) -> Engine:
     """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
 
-    def dim(size: Size) -> int | str:
-        # A profile says how long a prompt may be; that holds for the negative prompt too.
-        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
-
-    spec = {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
+    spec = _profile_dims(inputs)
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
@@ -363,6 +415,16 @@ def _build_engine(
     return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
 
 
+def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
+    """Shapes over the dims of a profile."""
+
+    def dim(size: Size) -> int | str:
+        # A profile says how long a prompt may be; that holds for the negative prompt too.
+        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
+
+    return {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
+
+
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
     attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
@@ -370,6 +432,7 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    types, weights = planned_types(graph), layer_weights(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
         counts = {len(g.attention) for g in summary.graphs}
@@ -381,14 +444,67 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         profiles=len(plan.profiles),
         attention_type=kind if fused else None,
         attention_scale=float(scale),
+        other_gemms=types,
+        layer_weights=weights,
+        narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
     )
     wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
     if not fused:
         wanted = (
             f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
         )
+    products = f"every GEMM in {kind}"
+    found = "as planned"
+    if types:
+        listed = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
+        products = f"GEMMs of the layers: {listed}; every other in {kind}"
+        share = min(narrow_share(g, weights) for g in summary.graphs) if summary.graphs else 0.0
+        found = f"as planned: {share:.1%} of the layers' weights in 8 or 4 bit"
     problems = check_plan(summary, expected)
-    return PlanCheck(name, "plan", f"{wanted}, every GEMM in {kind}", "; ".join(problems) or "as planned", not problems)
+    return PlanCheck(name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
+
+
+def _engine_requests(program: Program, closed: Mapping[str, Program], result: BuildResult) -> Iterator[EngineRequest]:
+    """Every engine that this build is for, to be built where its GPU is."""
+    plan = result.plan
+    fused = model_dtype(program) != torch.float32
+    for name, graph in program.graphs.items():
+        if name != SCHEDULE and not (closed and name == program.loop.body):
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+    for name, segment in closed.items():
+        body = segment.graphs[segment.loop.body]
+        inputs = loop_inputs(segment, LOOP_TABLES)
+        # In a loop attention is written out, so that a builder may fuse it there: none is parsed as one.
+        yield replace(_request(name, body, inputs, plan.profiles, decomposable=not fused), attention=0)
+    for codec in result.codecs:
+        profiles = tuple(codec_profiles(codec.name, plan.profiles))
+        for name, graph in codec.program.graphs.items() if profiles else ():
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, profiles, decomposable=True)
+
+
+def _request(
+    name: str, graph: Graph, inputs: Mapping[str, TensorSpec], profiles: Sequence[Profile], *, decomposable: bool
+) -> EngineRequest:
+    spec = _profile_dims(inputs)
+    return EngineRequest(
+        graph=name,
+        profiles=tuple(profile.name for profile in profiles),
+        shapes=tuple(input_shapes(profile, spec) for profile in profiles),
+        decomposable_attention=decomposable,
+        attention=len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)),
+    )
+
+
+def _write_requests(requests: Iterator[EngineRequest], writer: BundleWriter, result: BuildResult) -> None:
+    found = list(requests)
+    writer.path(REQUESTS, "engine-requests").write_text(requests_text(found), encoding="utf-8")
+    writer.path(SCRIPT, "script").write_text(script_text(cosmos_export.__version__), encoding="utf-8")
+    result.notes.append(
+        f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "
+        f"of compute capability {result.plan.target.compute_capability}"
+    )
 
 
 def _require_plans(engines: Sequence[Engine]) -> None:

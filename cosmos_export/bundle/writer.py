@@ -325,6 +325,17 @@ class BundleWriter:
             self._lock = -1
 
 
+def replace_manifest(root: Path, manifest: Manifest) -> None:
+    """``manifest`` in place of the one of the bundle at ``root``, in one step; its files are there already."""
+    data = _checked(manifest)
+    partial = _sibling(root / MANIFEST_NAME, "partial")
+    with _file_system_errors(root):
+        partial.write_bytes(data)
+        _sync_tree(root)
+        partial.replace(root / MANIFEST_NAME)
+        _sync_directory(root)
+
+
 _RESUMABLE = (KeyboardInterrupt, ToolError, OSError, MemoryError)
 """How a build ends that may well succeed when it is tried again."""
 

@@ -16,10 +16,12 @@ from cosmos_export.cli import (
     build,
     bundle,
     cache,
+    calibrate,
     console,
     demo_checkpoint,
     inspect,
     plan,
+    quantize,
     recipes,
     run,
     targets,
@@ -40,7 +42,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, targets, recipes, version):
+for verb in (inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, targets, recipes, version):
     verb.register(app)
 
 
