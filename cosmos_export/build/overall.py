@@ -84,8 +84,8 @@ def expected_seconds(plan: Plan) -> dict[str, float]:
         found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
     for name, size in codecs.items():
         stem = name.replace("-", "_")
+        found[f"components {name}"] = typical(CODEC_S)  # it is captured first, then its weights are written
         found[f"weights of {stem}"] = size / typical(WEIGHT_BYTES_PER_S)
-        found[f"components {name}"] = typical(CODEC_S)
     if plan.target.backend == "tensorrt-rtx":
         for name, size in _engines(plan, graphs, codecs).items():
             found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
@@ -101,7 +101,10 @@ def _engines(plan: Plan, graphs: Mapping[str, int], codecs: Mapping[str, int]) -
         count = len(plan.schedule.segments)
         names = [f"{_LOOP}_{i}" for i in range(1, count + 1)] if count > 1 else [_LOOP]
         found |= dict.fromkeys(names, graphs["generator"])
+    sound = any(profile.dims["sound_len"].max for profile in plan.profiles)
     for name, size in codecs.items():
+        if CODECS[name].modality == "sound" and not sound:
+            continue
         stem = name.replace("-", "_")
         found |= dict.fromkeys([stem] if name == "sound-decoder" else [f"{stem}_first", f"{stem}_next"], size)
     return found

@@ -72,7 +72,7 @@ def test_every_long_task_of_a_build_is_expected(loop: str, tmp_path: Path) -> No
     recorder = Recorder()
     build(options, recorder)
     told = set(recorder.tasks)
-    assert told - set(expected) == {TASK, "time table", "hash"}
-    assert set(expected) == told - {TASK, "time table", "hash"}
+    assert told - set(expected) <= {TASK, "time table", "quantization", "gates", "hash"}
+    assert set(expected) <= told
     assert recorder.shown == sorted(recorder.shown)
     assert recorder.shown[-1] >= 0.99 * UNITS

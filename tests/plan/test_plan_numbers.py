@@ -148,8 +148,9 @@ def test_sizes_and_memory_are_those_of_the_builds_that_were_measured() -> None:
             if part.activation_bytes:
                 assert part.activation_bytes == pytest.approx(engine["activation_bytes"], rel=0.10), engine["graph"]
         peak = found.builds[row["target"]].peak_anonymous_bytes
-        assert peak == pytest.approx(row["peak_anonymous_bytes"], rel=0.15), row["model"]
-        assert found.builds[row["target"]].disk_bytes == pytest.approx(row["bundle_bytes"], rel=0.03)
+        disk = found.builds[row["target"]].disk_bytes
+        for planned, real, tolerance in ((peak, row["peak_anonymous_bytes"], 0.15), (disk, row["bundle_bytes"], 0.03)):
+            assert real is None or planned == pytest.approx(real, rel=tolerance), row["model"]
 
 
 # -- what fits --------------------------------------------------------------------------------------------------------
