@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 from cosmos_export.build.options import available_modalities, model_limits, require_compiler
 from cosmos_export.build.request import request_record
-from cosmos_export.build.schedule import sampling
 from cosmos_export.build.selection import TOKENIZER_FILE
 from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.sampling import Overrides
@@ -109,7 +109,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     setting = Setting(
         record=record,
         profile=ProfileRecord(profile.name, dims),
-        sampling=sampling(checkpoint),
+        sampling=sampling_of(checkpoint),
         overrides=options.overrides,
         modalities=modalities,
         height=dims["height"].opt * record.video.spatial,
@@ -117,7 +117,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         frames=options.frames,
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
-        policy=sampling(checkpoint).policy,
+        policy=sampling_of(checkpoint).policy,
     )
     sources = tuple(read_source(text) for text in options.data)
     tokenizer = PromptTokenizer(prompt, checkpoint.root / prompt.tokenizer)
