@@ -22,7 +22,6 @@ from typing import Any
 import onnx
 
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
-from cosmos_export.build.schedule import sampling
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.capture.model import capture
 from cosmos_export.checkpoint import open_checkpoint
@@ -32,6 +31,7 @@ from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.pipeline import default_passes, run_passes
+from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Silent
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
@@ -54,7 +54,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     print("| steps | engine | fused attention | planned | GEMMs | activations | capturable | build | peak memory |")
     print("|---|---|---|---|---|---|---|---|---|")
     for steps in (int(s) for s in arguments.steps.split(",")):
-        plan = resolve_schedule(sampling(checkpoint), "t2v", Overrides(None, steps, None, 6.0, arguments.interval))
+        plan = resolve_schedule(sampling_of(checkpoint), "t2v", Overrides(None, steps, None, 6.0, arguments.interval))
         for closed in close_loop(program, plan).values():
             rows.append(measure_segment(arguments, program, closed, plan, work))
     return rows

@@ -3,6 +3,6 @@
 Importing this package imports no backend.
 """
 
-from cosmos_export.targets.description import Target, load_target, require_backend, target_names
+from cosmos_export.targets.description import Target, load_target, target_names
 
-__all__ = ["Target", "load_target", "require_backend", "target_names"]
+__all__ = ["Target", "load_target", "target_names"]

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import importlib
 import json
+import mmap
 import os
 import sys
 import time
@@ -60,6 +61,9 @@ def main() -> None:
     except Exception as error:
         channel.fail("import", [str(error)])
 
+    first = request["first_version"]
+    if first is not None and _version(trt) < tuple(first):
+        channel.fail("version", [f"{trt.__version__} is installed, {first[0]}.{first[1]} or later is needed"])
     errors: list[str] = []
     warnings: list[str] = []
 
@@ -101,6 +105,8 @@ def main() -> None:
             channel.fail("build", [f"{name} is refused", *errors])
     if not request["allow_tf32"]:
         config.clear_flag(trt.BuilderFlag.TF32)
+    settings = request["settings"]
+    cache = _apply(trt, config, settings)
     problems = _add_profiles(builder, network, config, request["profiles"])
     if problems:
         channel.fail("profile", problems + errors)
@@ -119,8 +125,15 @@ def main() -> None:
     if not succeeded or channel.broken:
         Path(request["output"]).unlink(missing_ok=True)  # if the parent is gone, nobody else does
         channel.fail("build", errors or ["no reason was given"])
+    if cache is not None:
+        _write_whole(Path(settings["timing_cache"]), bytes(config.get_timing_cache().serialize()))
+    layers = _layers(trt, logger, Path(request["output"])) if settings.get("inspect") else None
+    if layers is not None and not layers:
+        channel.fail("build", ["the engine was written and does not load", *errors])
     channel.send(
         "result",
+        layers=None if layers is None else len(layers),
+        layers_in=_tokens(layers or []),
         version=trt.__version__,
         size_bytes=writer.size,
         sha256=writer.digest.hexdigest(),
@@ -151,6 +164,58 @@ def _attentions(trt: Any, network: Any) -> list[Any]:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class; this is their cast
             found.append(layer.attention)
     return found
+
+
+def _version(trt: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in trt.__version__.split(".")[:2])
+
+
+def _apply(trt: Any, config: Any, settings: dict[str, Any]) -> Any:
+    """Settings of full TensorRT on ``config``; the timing cache in use, if any."""
+    level = settings.get("hardware_compatibility", "none")
+    if level != "none":
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.replace("-", "_").upper())
+    if settings.get("version_compatible"):
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if settings.get("weight_streaming"):
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if settings.get("inspect"):
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    path = settings.get("timing_cache")
+    if path is None:
+        return None
+    known = Path(path).read_bytes() if Path(path).is_file() else b""
+    cache = config.create_timing_cache(known)
+    if cache is None or not config.set_timing_cache(cache, False):  # another GPU's or version's: timed anew
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, False)
+    return cache
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _layers(trt: Any, logger: Any, path: Path) -> list[Any]:
+    """What the engine inspector says of each layer of the engine at ``path``; empty where it does not load."""
+    runtime = trt.Runtime(logger)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        return []
+    inspector = engine.create_engine_inspector()
+    text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = json.loads(text).get("Layers", [])
+    return list(layers)
+
+
+def _tokens(layers: list[Any]) -> dict[str, int]:
+    """How many layers name each kind of operand or kernel."""
+    texts = [json.dumps(layer).lower() for layer in layers]
+    kinds = ("fp8", "bf16", "fp16", "fp32", "int4", "fp4", "mha", "gemm", "softmax", "dequantize")
+    return {kind: count for kind in kinds if (count := sum(kind in text for text in texts))}
 
 
 def _add_profiles(builder: Any, network: Any, config: Any, profiles: list[dict[str, Any]]) -> list[str]:
@@ -226,7 +291,7 @@ def _writer(trt: Any, path: Path) -> Any:
             self.size = 0
             self.error = ""
 
-        def write(self, data: bytes) -> int:
+        def write(self, data: bytes, size: int | None = None) -> int:
             try:
                 rest = memoryview(data)
                 while rest:

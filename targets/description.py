@@ -8,20 +8,32 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
-from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
+from cosmos_export.diagnostics import InternalError, UserError
 
-BACKENDS = ("tensorrt-rtx", "tensorrt", "onnxruntime")
-BUILDABLE_BACKENDS = frozenset({"tensorrt-rtx", "onnxruntime"})
+BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
-_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "efficiency", "other_backends", "engine")
+_OF_A_GPU = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Share of the peak rate that each kind of operation reaches, in whatever type it computes."""
+
+    linear: float
+    attention: float
+    codec: float
+    """Convolutions of the video autoencoder and of the sound decoder, in BF16."""
+    basis: str
+    """What it was measured or taken from."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,26 @@ class Target:
     """Schemes that would build but not pay, and why."""
     traps: tuple[str, ...]
     source: tuple[str, ...]
+    efficiency: Efficiency | None = None
+    """None: no time is predicted."""
+    other_backends: tuple[str, ...] = ()
+    """Those that run on it besides ``backend``, the default."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of an engine's build, as the backend takes them."""
+
+    def on(self, backend: str | None) -> Target:
+        """This target with another of its backends; None: the default. UserError CX407 for one it does not have."""
+        known = (self.backend, *self.other_backends)
+        if backend is None or backend == self.backend:
+            return self
+        if backend not in known:
+            raise UserError(
+                "CX407",
+                f"target `{self.name}` has no backend `{backend}`; it has {' and '.join(known)}",
+                "`cosmos-export targets` lists the backends of each",
+            )
+        rest = tuple(name for name in known if name != backend)
+        return replace(self, backend=backend, other_backends=rest)
 
     def __post_init__(self) -> None:
         problem = self._problem()
@@ -52,10 +84,13 @@ class Target:
             raise InternalError("CX402", f"the description of target `{self.name}` is invalid: {problem}")
 
     def _problem(self) -> str | None:
-        if self.backend not in BACKENDS:
-            return f"backend `{self.backend}` is none of {', '.join(BACKENDS)}"
-        if self.backend != "onnxruntime" and any(getattr(self, field) is None for field in _OPTIONAL):
-            return f"a GPU needs {', '.join(_OPTIONAL)}"
+        for backend in (self.backend, *self.other_backends):
+            if backend not in BACKENDS:
+                return f"backend `{backend}` is none of {', '.join(BACKENDS)}"
+        if self.backend in self.other_backends:
+            return f"backend `{self.backend}` is named twice"
+        if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OF_A_GPU):
+            return f"a GPU needs {', '.join(_OF_A_GPU)}"
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
             return f"compute capability `{capability}` is not of the form 12.0"
@@ -95,14 +130,14 @@ def parse_target(name: str, text: str) -> Target:
         data: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
-    known = {field.name for field in fields(Target)} - {"name"}
+    known = {one.name for one in fields(Target)} - {"name"}
     unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_OPTIONAL))
     if unknown or missing:
         raise InternalError("CX402", f"target `{name}`: its description has unknown fields {unknown}, lacks {missing}")
-    for field, kind in _FIELD_TYPES.items():
-        if field in data and type(data[field]) is not kind:
-            found = type(data[field]).__name__
-            raise InternalError("CX402", f"field `{field}` of target `{name}` is a {found}, not a {kind.__name__}")
+    for key, kind in _FIELD_TYPES.items():
+        if key in data and type(data[key]) is not kind:
+            found = type(data[key]).__name__
+            raise InternalError("CX402", f"field `{key}` of target `{name}` is a {found}, not a {kind.__name__}")
     return Target(
         name=name,
         title=data["title"],
@@ -116,19 +151,21 @@ def parse_target(name: str, text: str) -> Target:
         refused=MappingProxyType(dict(data["refused"])),
         traps=tuple(data["traps"]),
         source=tuple(data["source"]),
+        efficiency=_efficiency(name, data.get("efficiency")),
+        other_backends=tuple(data.get("other_backends", ())),
+        engine=MappingProxyType(dict(data.get("engine", {}))),
     )
 
 
-def require_backend(target: Target) -> None:
-    """Return if engines for ``target`` can be built by this version, else raise `UnsupportedError`."""
-    if target.backend in BUILDABLE_BACKENDS:
-        return
-    others = [name for name in target_names() if load_target(name).backend in BUILDABLE_BACKENDS]
-    raise UnsupportedError(
-        "CX403",
-        f"target `{target.name}` needs the `{target.backend}` backend, which this version does not have",
-        f"these targets build: {', '.join(others)}; `cpu` runs the same graphs through ONNX Runtime",
-    )
+def _efficiency(name: str, data: dict[str, Any] | None) -> Efficiency | None:
+    if data is None:
+        return None
+    kinds = {one.name: str if one.name == "basis" else float for one in fields(Efficiency)}
+    if {key: type(value) for key, value in data.items()} != kinds:
+        raise InternalError("CX402", f"target `{name}`: [efficiency] has {sorted(data)}, not {sorted(kinds)}")
+    if not all(0 < data[key] <= 1 for key, kind in kinds.items() if kind is float):
+        raise InternalError("CX402", f"target `{name}`: an efficiency is a share above 0 and at most 1")
+    return Efficiency(**data)
 
 
 _FIELD_TYPES: Mapping[str, type] = {
@@ -142,7 +179,10 @@ _FIELD_TYPES: Mapping[str, type] = {
     "precisions": list,
     "refused": dict,
     "traps": list,
+    "other_backends": list,
+    "engine": dict,
     "source": list,
+    "efficiency": dict,
 }
 
 

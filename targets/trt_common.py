@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -52,6 +52,8 @@ class TrtFlavor:
     """Optional dependency group of this project that installs it."""
     capabilities: frozenset[str]
     """Compute capabilities it can build for; empty: only that of the GPU in the machine."""
+    first_version: tuple[int, int] | None = None
+    """The first release whose API is the one used here; None: the version is pinned."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class EngineReport:
     peak_anonymous_bytes: int | None
     """The part of it no file backs, sampled; what the machine must really have. None where the system does not tell."""
     warnings: tuple[str, ...]
+    layers: int | None = None
+    """Layers that the engine inspector lists; None where the builder has no inspector."""
+    layers_in: Mapping[str, int] = field(default_factory=dict)
+    """How many of them name each type of operand or kind of kernel, by token of their description."""
 
 
 def require_module(flavor: TrtFlavor) -> None:
@@ -109,6 +115,7 @@ def run_build(
     timeout_s: float | None = None,
     allow_tf32: bool = False,
     decomposable_attention: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> EngineReport:
     """Build ``onnx_path`` (its weights may lie in external files) for ``target`` and write the engine to ``output``."""
     capability = target.compute_capability
@@ -132,6 +139,8 @@ def run_build(
         "profiles": [{key: [list(shape) for shape in span] for key, span in profile.items()} for profile in profiles],
         "allow_tf32": allow_tf32,
         "decomposable_attention": decomposable_attention,
+        "first_version": flavor.first_version,
+        "settings": dict(settings or {}),
     }
     try:
         result, anonymous = _run_worker(request, folder, f"build {output.name}", progress or Silent(), timeout_s)
@@ -151,6 +160,8 @@ def run_build(
             peak_memory_bytes=max(result["peak_memory_bytes"], anonymous or 0),
             peak_anonymous_bytes=anonymous,
             warnings=tuple(result["warnings"]),
+            layers=result["layers"],
+            layers_in=result["layers_in"],
         )
         if report.size_bytes != result["size_bytes"] or not report.size_bytes:
             written = result["size_bytes"]
@@ -238,6 +249,8 @@ def _failure(request: Mapping[str, Any], failure: Mapping[str, Any]) -> CosmosEx
     name, details = Path(request["onnx"]).name, [str(line) for line in failure["details"]]
     listed = "; ".join(details[:8]) + (f"; and {len(details) - 8} more" if len(details) > 8 else "")
     match failure["stage"]:
+        case "version":
+            return UnsupportedError("CX404", f"`{request['module']}`: {listed}", "install the release of the extra")
         case "import":
             return UnsupportedError("CX404", f"`{request['module']}` is installed but does not load: {listed}")
         case "parse":

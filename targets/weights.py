@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -74,21 +76,26 @@ def file_size(stored: dict[WeightBinding, Stored]) -> int:
     return max((s.offset + s.size_bytes for s in stored.values()), default=0)
 
 
-def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, progress: Progress) -> None:
-    """Write every binding at its place. Peak memory is a few chunks of 16 MiB, whatever the model.
+def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, progress: Progress) -> str:
+    """Write every binding at its place; returns the SHA-256 of the file, which appears when it is complete.
 
-    Raises ToolError (CX440) where the disk is full.
+    Peak memory is a few chunks of 16 MiB, whatever the model. Chunks of zeros become holes, as they may be in the
+    checkpoint. Raises ToolError (CX440) where the disk is full.
     """
     progress.begin(task, file_size(stored))
+    partial = path.with_name(f".{path.name}.partial")
     scales = _Scales()
     try:
-        with path.open("wb") as file:
+        with partial.open("wb", buffering=0) as file:
+            writer = _Hashed(file)
             for binding, place in stored.items():
-                file.seek(place.offset)
-                _write(binding, file, scales)
+                writer.pad(place.offset)
+                _write(binding, writer, scales)
                 progress.update(task, place.offset + place.size_bytes)
-            file.flush()
+            file.truncate(writer.size)
             os.fsync(file.fileno())
+        partial.replace(path)
+        return writer.digest.hexdigest()
     except OSError as error:
         raise ToolError(
             "CX440",
@@ -96,10 +103,37 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
             "free disk space or choose another output directory",
         ) from error
     finally:
+        partial.unlink(missing_ok=True)
         progress.end(task)
 
 
-def _write(binding: WeightBinding, file: BinaryIO, scales: _Scales) -> None:
+class _Hashed:
+    """A file written from front to back, and its digest. What is all zero is skipped over and stays a hole."""
+
+    def __init__(self, file: RawIOBase) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: memoryview | bytes) -> None:
+        rest = memoryview(data)
+        if not rest.nbytes:
+            return
+        rest = rest.cast("B")
+        self.digest.update(rest)
+        self.size += len(rest)
+        if not np.frombuffer(rest, np.uint8).any():
+            self._file.seek(len(rest), os.SEEK_CUR)
+            return
+        while rest:
+            rest = rest[self._file.write(rest) or 0 :]
+
+    def pad(self, offset: int) -> None:
+        """Zeros up to ``offset``."""
+        self.write(bytes(offset - self.size))
+
+
+def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
     if binding.packing is not None or any(s.scale is not None for s in binding.sources):
         for packed in _packed(binding, scales):
             file.write(packed)

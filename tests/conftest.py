@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+from pathlib import Path
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Processes the tests start inherit what is ignored, and not what is handled.
@@ -11,3 +13,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # The exporter traces every operation at DEBUG; a failing capture would print thousands of lines.
 logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+
+# A build of a test builds: it takes no engine from another bundle unless the test is about that.
+os.environ["COSMOS_EXPORT_CACHE"] = "off"
+
+# Without a GPU kernels run in Triton's interpreter. It is chosen when a kernel is defined, so before any import.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -21,10 +21,10 @@ OUTSIDE = ("passes", "kernels", "calibration", "targets")
 LEVELS = {
     "cli": 7,
     **dict.fromkeys(["build", "bench"], 6),
-    "report": 5,  # a build puts its report into the bundle
-    "evaluation": 4,  # the build measures its own parity, and measuring runs graphs
-    "runtime": 3,
-    **dict.fromkeys(["targets", "calibration", "passes", "capture"], 2),
+    **dict.fromkeys(["evaluation", "report"], 5),  # the build measures and reports itself
+    "calibration": 4,  # its inputs are requests, and the front end of requests is the runtime's
+    **dict.fromkeys(["runtime", "plan"], 3),
+    **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(["diagnostics", "progress"], 0),
 }
@@ -34,6 +34,7 @@ ONLY = {
     "bundle": {"diagnostics", "progress"},
     "checkpoint": {"diagnostics", "progress"},
     "sampling": {"diagnostics"},
+    "plan": {"targets", "sampling", "checkpoint", "diagnostics"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}
@@ -137,7 +138,7 @@ _HEAVY_BY_NATURE = {
     name
     for name in MODULES
     if name.startswith("cosmos_export.targets.")
-    and name.rpartition(".")[2] in ("onnx_lowering", "onnx_loop", "weights")
+    and name.rpartition(".")[2] in ("onnx_lowering", "onnx_loop", "weights", "inductor")
 }
 
 
@@ -146,7 +147,7 @@ _HEAVY_BY_NATURE = {
     sorted(
         name
         for name in MODULES
-        if part_of(name) in ("checkpoint", "sampling", "targets", "runtime") and name not in _HEAVY_BY_NATURE
+        if part_of(name) in ("checkpoint", "sampling", "targets", "runtime", "plan") and name not in _HEAVY_BY_NATURE
     ),
 )
 def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> None:
@@ -154,7 +155,7 @@ def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "part", ["cli", "checkpoint", "sampling", "bundle", "runtime", "targets", "diagnostics", "progress"]
+    "part", ["cli", "checkpoint", "sampling", "bundle", "runtime", "plan", "targets", "diagnostics", "progress"]
 )
 def test_importing_loads_nothing_heavy(part: str) -> None:
     code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"

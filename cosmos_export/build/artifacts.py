@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from cosmos_export.build.cache import Cache, Entry, copy_checked
+from cosmos_export.build.keys import (
+    Components,
+    engine_components,
+    external_files,
+    key_of,
+    report_facts,
+    report_from,
+    weights_components,
+)
 from cosmos_export.build.options import Plan
 from cosmos_export.bundle import BundleWriter, PlanCheck
+from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.program import Loop
+from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.progress import Progress
 from cosmos_export.targets.plan_inspector import PlanSummary
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt_common import EngineReport
-from cosmos_export.targets.weights import file_size, layout, write_weights
+from cosmos_export.targets.weights import Stored, file_size, layout, write_weights
+
+_log = logging.getLogger("cosmos_export")
+
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+"""Backends whose engines are built from models."""
+INDUCTOR = "inductor"
+"""The backend that runs the graphs themselves."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +84,54 @@ def write_models(
     stored = layout(node.meta["weight"] for graph in graphs.values() for node in graph.weights.values())
     file = f"{stem}.weights"
     if file_size(stored):
-        write_weights(writer.path(f"onnx/{file}", "weights"), stored, f"weights of {stem}", progress)
+        _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)
     forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if narrow else {}
-    if not narrow or plan.target.backend != "onnxruntime":
+    if not narrow or plan.target.backend in ENGINE_BACKENDS:
         forms[".onnx"] = None
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
             path = writer.path(f"onnx/{name}{suffix}", "onnx")
             path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute)))
             onnx.checker.check_model(str(path))
+        write_graph(graph, name, file, plan, writer, layout_of=stored)
     return ".cpu.onnx" if narrow else ".onnx"
+
+
+def write_graph(
+    graph: Graph,
+    name: str,
+    weights_file: str,
+    plan: Plan,
+    writer: BundleWriter,
+    *,
+    layout_of: Mapping[WeightBinding, Stored],
+    loop: Loop | None = None,
+) -> None:
+    """``graphs/NAME.json`` for the backend that runs graphs as they are; a closed ``loop`` over the graph with it."""
+    if plan.target.backend != INDUCTOR:
+        return
+    from cosmos_export.ir.serialize import graph_document
+
+    def place(binding: WeightBinding) -> tuple[int, int]:
+        return layout_of[binding].offset, layout_of[binding].size_bytes
+
+    document: dict[str, Any] = {"graph": graph_document(graph, weights_file, place)}
+    if loop is not None:
+        document["loop"] = {
+            "steps": loop.steps, "carried": dict(loop.carried), "rows": list(loop.rows), "taken": list(loop.taken),
+            "returned": list(loop.returned),
+        }  # fmt: skip
+    text = json.dumps(document, separators=(",", ":"))
+    writer.path(f"graphs/{name}.json", "graph").write_text(text, encoding="utf-8")
+
+
+def _write_weights(
+    name: str, stored: dict[WeightBinding, Stored], task: str, writer: BundleWriter, progress: Progress
+) -> None:
+    """The weight file ``name``, unless the writer has kept it from a build that was interrupted."""
+    path, key = writer.path(name, "weights"), key_of(weights_components(stored))
+    if writer.kept(name, key) is None:
+        writer.keep(name, key, write_weights(path, stored, task, progress))
 
 
 def model_bytes(model: object) -> bytes:
@@ -88,16 +150,59 @@ def write_engine(
     decomposable_attention: bool,
 ) -> EngineReport:
     """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
+    from cosmos_export.targets.tensorrt_rtx import FLAVOR
+
+    model, file = writer.path(f"onnx/{name}.onnx", "onnx"), f"engines/{name}.engine"
+    path = writer.path(file, "engine")
+    shapes = [input_shapes(profile, inputs) for profile in profiles]
+    settings = {"decomposable_attention": decomposable_attention}
+    weights = [_digest_of(f"onnx/{name}", writer) for name in external_files(model)]
+    components = engine_components(model, weights, plan.target, shapes, settings, FLAVOR.module)
+    key = key_of(components)
+    kept = writer.kept(file, key)
+    if kept is not None:
+        return report_from(path, kept.facts)
+    report = _copied(name, key, components, path, plan) or _build(
+        model, path, target=plan.target, profiles=shapes, progress=progress, **settings
+    )
+    writer.keep(file, key, report.sha256, {**report_facts(report), "components": dict(components)})
+    return report
+
+
+def _build(model: Path, path: Path, **settings: Any) -> EngineReport:
     from cosmos_export.targets.tensorrt_rtx import build_engine
 
-    return build_engine(
-        writer.path(f"onnx/{name}.onnx", "onnx"),
-        writer.path(f"engines/{name}.engine", "engine"),
-        target=plan.target,
-        profiles=[input_shapes(profile, inputs) for profile in profiles],
-        progress=progress,
-        decomposable_attention=decomposable_attention,
-    )
+    return build_engine(model, path, **settings)
+
+
+def _digest_of(name: str, writer: BundleWriter) -> str:
+    digest = writer.digest(name)
+    if digest is None:
+        raise InternalError("CX441", f"{name} has weights of an engine and was not kept")
+    return digest
+
+
+def _copied(name: str, key: str, components: Components, path: Path, plan: Plan) -> EngineReport | None:
+    """The engine from another bundle, if one has it."""
+    cache = Cache(plan.options.cache)
+    entry = cache.find(key)
+    if entry is not None and copy_checked(entry, path):
+        _log.debug("engine %s: copied from %s", name, entry.path)
+        return report_from(path, entry.facts)
+    if cache.folder is not None:
+        _log.debug("engine %s: built: %s", name, cache.why(name, components))
+    return None
+
+
+def cache_entries(writer: BundleWriter, created: str) -> Iterator[Entry]:
+    """What the engines of a committed bundle are to later builds."""
+    for kept in writer.all_kept():
+        if kept.name.startswith("engines/"):
+            facts = {name: value for name, value in kept.facts.items() if name != "components"}
+            title = Path(kept.name).name.removesuffix(".engine")
+            path = str(writer.output / kept.name)
+            components = kept.facts["components"]
+            yield Entry(kept.key, title, components, path, kept.size_bytes, kept.sha256, facts, created)
 
 
 def capability_check(name: str, summary: PlanSummary, plan: Plan) -> PlanCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.options import BuildOptions, Plan, resolve
@@ -14,22 +15,41 @@ from cosmos_export.progress import Progress, Silent
 if TYPE_CHECKING:
     from cosmos_export.build.stages import BuildResult
 
+_log = logging.getLogger("cosmos_export")
+
 
 def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:
     """Compile ``options.checkpoint``; returns what was done. The bundle appears under its name when all of it is right.
 
     Raises UserError and UnsupportedError before any work for what cannot be built; FindingError where the results are
     not what the published implementation computes (CX601) or the engines not what was planned (CX450): then no bundle
-    is left.
+    is left. After an interruption, or where a tool or the disk failed, what was finished stays for ``options.resume``.
     """
     progress = progress or Silent()
     plan = resolve(options)
     if options.output is None:
         return _compile_only(plan, progress)
-    with BundleWriter(options.output, options.force, _required_bytes(plan), progress) as writer:
-        from cosmos_export.build.stages import build_bundle
+    writer = BundleWriter(options.output, options.force, _required_bytes(plan), progress, options.resume)
+    try:
+        with writer:
+            from cosmos_export.build.stages import build_bundle
 
-        return build_bundle(plan, writer, progress)
+            if options.resume:
+                _log.info("%s", _resumed(writer))
+            return build_bundle(plan, writer, progress)
+    except BaseException:
+        if writer.left is not None:
+            finished = writer.all_kept()
+            _log.info("finished so far: %s, in %s", ", ".join(kept.name for kept in finished), writer.left)
+        raise
+
+
+def _resumed(writer: BundleWriter) -> str:
+    kept = writer.all_kept()
+    if not kept:
+        return f"nothing to resume beside {writer.output}: starting anew"
+    size = sum(one.size_bytes for one in kept) / 1e9
+    return f"resuming with {len(kept)} finished files ({size:.2f} GB): {', '.join(one.name for one in kept)}"
 
 
 def _compile_only(plan: Plan, progress: Progress) -> BuildResult:

@@ -113,7 +113,7 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
 
 
 def require_losses(losses: Losses, loops: Sequence[Measured], plan: Plan) -> None:
-    """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only to be reported."""
+    """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only reported."""
     failed = losses.failed_linears
     if failed:
         worst = "; ".join(f"{f.site} ({f.scheme}): {f.relative:.3f}, allowed {f.limit:.3f}" for f in failed[:_NAMED])

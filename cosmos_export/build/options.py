@@ -15,7 +15,7 @@ from cosmos_export.calibration.table import ScaleTable, read_scale_table, requir
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.sampling import Overrides, Schedule, Segment
-from cosmos_export.targets import Target, load_target, require_backend
+from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 from cosmos_export.targets.recipe import ACTIVATIONS, DEFAULT, Assignment, load_recipe, resolve_recipe
 
@@ -37,6 +37,8 @@ class BuildOptions:
     checkpoint: Path
     output: Path | None = None
     target: str = "cpu"
+    backend: str | None = None
+    """None: the target's own."""
     profiles: tuple[str, ...] = ("480p-121f",)
     modalities: tuple[str, ...] | None = None
     """None: all that the checkpoint generates."""
@@ -68,6 +70,10 @@ class BuildOptions:
     until: str | None = None
     dump: Path | None = None
     force: bool = False
+    resume: bool = False
+    """Go on from what an interrupted build of the same output has finished."""
+    cache: Path | None = None
+    """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,7 @@ class Plan:
 def resolve(options: BuildOptions) -> Plan:
     """Check the request against itself, the target, this installation and the checkpoint, in that order."""
     _require_consistent(options)
-    target = load_target(options.target)
-    require_backend(target)
+    target = load_target(options.target).on(options.backend)
     profiles = _profiles(options.profiles)
     require_compiler()
     if target.backend == "tensorrt-rtx":
@@ -117,7 +122,7 @@ def resolve(options: BuildOptions) -> Plan:
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)
     _require_buildable(checkpoint)
-    modalities = _modalities(options.modalities, checkpoint)
+    modalities = available_modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
     components = select(options.components, checkpoint, modalities)
     check_request(checkpoint, modalities)
@@ -296,9 +301,15 @@ def _require_buildable(checkpoint: Checkpoint) -> None:
         )
 
 
-def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``checkpoint`` generates."""
     has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
-    available = tuple(name for name, present in has.items() if present)
+    return tuple(name for name, present in has.items() if present)
+
+
+def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is ``asked`` of what the checkpoint generates, in its order; None: all of it. CX210 for anything else."""
+    available = all_modalities(checkpoint)
     if asked is None:
         return available
     if set(asked) - set(available) or "vision" not in asked:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from cosmos_export.build.schedule import sampling
 from cosmos_export.build.selection import codec_config
 from cosmos_export.bundle import (
     ActionRecord,
@@ -23,6 +22,7 @@ from cosmos_export.bundle.manifest import Scalar
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
+from cosmos_export.plan.subject import sampling_of
 
 _PIPELINE_DEFAULTS = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 """What the published pipeline assumes where there is no video autoencoder."""
@@ -70,7 +70,7 @@ def _size(config: Mapping[str, Any], folder: str, key: str, default: int) -> int
 
 
 def _sampling(checkpoint: Checkpoint) -> SamplingRecord:
-    stated = sampling(checkpoint)
+    stated = sampling_of(checkpoint)
     return SamplingRecord(
         scheduler={key: _plain(value) for key, value in stated.scheduler.items() if _is_plain(value)},
         native=stated.native,

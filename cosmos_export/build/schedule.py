@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, resolve_schedule
+from cosmos_export.plan.subject import sampling_of
+from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +22,9 @@ if TYPE_CHECKING:
 DEFAULT_MODE = "t2v"
 
 
-def sampling(checkpoint: Checkpoint) -> CheckpointSampling:
-    """What ``checkpoint`` says of its sampling."""
-    policy = (checkpoint.policy or {}).get("domain_name")
-    return CheckpointSampling(
-        scheduler=checkpoint.scheduler,
-        native=bool(checkpoint.model_index.get("use_native_flow_schedule")),
-        distilled_sigmas=checkpoint.distilled_sigmas,
-        edge=not checkpoint.geometry.gated,
-        policy=None if policy is None else str(policy),
-    )
-
-
 def schedule(checkpoint: Checkpoint, mode: str = DEFAULT_MODE, overrides: Overrides | None = None) -> Schedule:
     """The schedule of a request of ``mode``; UserError CX46x for what the checkpoint cannot be sampled with."""
-    return resolve_schedule(sampling(checkpoint), mode, overrides)
+    return resolve_schedule(sampling_of(checkpoint), mode, overrides)
 
 
 def timesteps(plan: Schedule) -> torch.Tensor:

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint.codecs import CODECS, CodecPart, codec_tensors
 from cosmos_export.checkpoint.strict_json import read_object, shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
 
 TOKENIZER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 _CODEC_TYPES = ("BF16", "F32")
-_QUANT = ("quant_conv.", "post_quant_conv.")
-"""Of both halves of the video autoencoder."""
-
-
-@dataclass(frozen=True)
-class CodecPart:
-    """What of the checkpoint a codec is made from."""
-
-    folder: str
-    tensors: tuple[str, ...]
-    """Its tensors begin with one of these; the others of the folder are another codec's."""
-    width: tuple[str, str]
-    """A key of its configuration and the transformer's that must be equal: channels of the latents."""
-    modality: str = "vision"
-
-
-CODECS: Mapping[str, CodecPart] = MappingProxyType(
-    {
-        "vae-decoder": CodecPart("vae", ("decoder.", *_QUANT), ("z_dim", "latent_channel")),
-        "vae-encoder": CodecPart("vae", ("encoder.", *_QUANT), ("z_dim", "latent_channel")),
-        "sound-decoder": CodecPart("sound_tokenizer", ("decoder.",), ("vocoder_input_dim", "sound_dim"), "sound"),
-    }
-)
 COMPONENTS = (*CODECS, TOKENIZER)
 
 
@@ -78,13 +54,6 @@ def codec_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     """``config.json`` of a component folder; empty where the checkpoint has no such folder."""
     path = checkpoint.components.get(folder)
     return {} if path is None else read_object(path / "config.json")
-
-
-def codec_tensors(checkpoint: Checkpoint, name: str) -> dict[str, TensorEntry]:
-    """The tensors that codec ``name`` computes with."""
-    part = CODECS[name]
-    tensors = checkpoint.component_tensors[part.folder]
-    return {key: entry for key, entry in tensors.items() if key.startswith(part.tensors)}
 
 
 def component_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import resource
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
-from cosmos_export.build.artifacts import Engine, capability_check, model_bytes, write_engine, write_models
-from cosmos_export.build.components import Codec, codec_engines, write_codec, write_tokenizer
+import cosmos_export
+from cosmos_export.build.artifacts import (
+    ENGINE_BACKENDS,
+    INDUCTOR,
+    Engine,
+    cache_entries,
+    capability_check,
+    model_bytes,
+    write_engine,
+    write_graph,
+    write_models,
+)
+from cosmos_export.build.cache import Cache
+from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
+from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
-from cosmos_export.build.selection import CODECS, codec_tensors
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.capture.model import capture
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import Measured, Parity
@@ -46,6 +60,7 @@ from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
+from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.weights import layout, read_source
 
 PARITY_MEMORY_SHARE = 0.4
@@ -77,8 +92,12 @@ class BuildResult:
     engines: list[Engine] = field(default_factory=list)
     dumps: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
-    stage_seconds: dict[str, float] = field(default_factory=dict)
+    meter: Meter = field(default_factory=Meter)
     peak_memory_bytes: int = 0
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        return {name: cost.seconds for name, cost in self.meter.stages.items()}
 
     @property
     def seconds(self) -> float:
@@ -88,7 +107,8 @@ class BuildResult:
 def compile_only(plan: Plan, progress: Progress) -> BuildResult:
     """The graphs up to ``--until``, and their text."""
     result = BuildResult(plan)
-    _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
+    with result.meter:
+        _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
     result.peak_memory_bytes = _peak_memory()
     return result
 
@@ -96,7 +116,12 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
 def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
-    stages = _Stages(result, progress)
+    with result.meter:
+        _build(plan, writer, result, _Stages(result, progress))
+    return result
+
+
+def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages) -> None:
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
@@ -111,7 +136,8 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed, variants = {}, {}
+    closed: Mapping[str, Program] = {}
+    variants: Mapping[str, Program] = {}
     with stages("quantization"):
         plain = program
         if plan.quantized:
@@ -169,12 +195,16 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
                 result.engines.append(engine)
             _build_codec_engines(result, writer, stages.progress)
         _require_plans(result.engines)
+    if plan.target.backend == "tensorrt":
+        _write_requests(_engine_requests(program, closed, result), writer, result)
     with stages("hashing inputs", shown=False):
         hashed = _hash_inputs(plan.checkpoint, stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result.manifest = writer.commit(manifest(result, program, closed, hashed, created))
-    return result
+    record = manifest(result, program, closed, hashed, created)
+    with stages("commit", shown=False):
+        result.manifest = writer.commit(record)
+    Cache(plan.options.cache).add(cache_entries(writer, created))
 
 
 class _Stages:
@@ -186,10 +216,8 @@ class _Stages:
 
     @contextmanager
     def __call__(self, name: str, detail: str = "", *, shown: bool = True) -> Iterator[None]:
-        start = time.perf_counter()
-        with self._task(f"{name} {detail}".strip()) if shown else nullcontext():
+        with self._result.meter.stage(name), self._task(f"{name} {detail}".strip()) if shown else nullcontext():
             yield
-        self._result.stage_seconds[name] = self._result.stage_seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
     def _task(self, name: str) -> Iterator[None]:
@@ -224,7 +252,7 @@ def _compile(
 
     def after_each(_: Program, report: Report) -> None:
         result.passes.append(report)
-        result.stage_seconds["passes"] = result.stage_seconds.get("passes", 0.0) + report.seconds
+        result.meter.add("passes", report.seconds)
         compare(report.name)
 
     compare("capture")
@@ -294,13 +322,13 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     if mode == "never":
         return "not asked for (--parity never)"
     needed = 4 * sum(int(product(e.shape)) for e in tensors.values())
-    if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
+    if mode == "auto" and needed > PARITY_MEMORY_SHARE * available_bytes():
         share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
         return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
     return ""
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; what the page cache holds is to be had."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -348,15 +376,20 @@ def _write_loop(
     stored = layout(node.meta["weight"] for node in program.graphs[closed.loop.body].weights.values())
     file = f"{closed.loop.body}.weights"
     narrow = body_dtype(closed) != torch.float32
+    engines = plan.target.backend in ENGINE_BACKENDS
     forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
     for suffix, compute in forms.items():
-        on_cpu = suffix == ".cpu.onnx" or plan.target.backend == "onnxruntime"
-        if narrow and suffix == ".onnx" and plan.target.backend == "onnxruntime":
+        on_cpu = suffix == ".cpu.onnx" or not engines
+        if narrow and suffix == ".onnx" and not engines:
             continue
         model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
+    if plan.target.backend == INDUCTOR:
+        write_graph(body, name, file, plan, writer, layout_of=stored, loop=closed.loop)
+        contiguous = {key: np.ascontiguousarray(table) for key, table in tables.items()}
+        writer.path(f"tables/{name}.safetensors", "table").write_bytes(save_arrays(contiguous))
 
 
 def _build_engine(
@@ -372,11 +405,7 @@ def _build_engine(
 ) -> Engine:
     """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
 
-    def dim(size: Size) -> int | str:
-        # A profile says how long a prompt may be; that holds for the negative prompt too.
-        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
-
-    spec = {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
+    spec = _profile_dims(inputs)
     dtype = model_dtype(program)
     fused = dtype != torch.float32
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
@@ -388,6 +417,16 @@ def _build_engine(
 
 
 _ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
+
+
+def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
+    """Shapes over the dims of a profile."""
+
+    def dim(size: Size) -> int | str:
+        # A profile says how long a prompt may be; that holds for the negative prompt too.
+        return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
+
+    return {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
 
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
@@ -426,12 +465,55 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
     products = f"every GEMM in {kind}"
     found = "as planned"
     if types:
-        counts = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
-        products = f"GEMMs of the layers: {counts}; every other in {kind}"
+        listed = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
+        products = f"GEMMs of the layers: {listed}; every other in {kind}"
         share = min(narrow_share(g, weights) for g in summary.graphs) if summary.graphs else 0.0
         found = f"as planned: {share:.1%} of the layers' weights in 8 or 4 bit"
     problems = check_plan(summary, expected)
     return PlanCheck(name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
+
+
+def _engine_requests(program: Program, closed: Mapping[str, Program], result: BuildResult) -> Iterator[EngineRequest]:
+    """Every engine that this build is for, to be built where its GPU is."""
+    plan = result.plan
+    fused = model_dtype(program) != torch.float32
+    for name, graph in program.graphs.items():
+        if name != SCHEDULE and not (closed and name == program.loop.body):
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+    for name, segment in closed.items():
+        body = segment.graphs[segment.loop.body]
+        inputs = loop_inputs(segment, LOOP_TABLES)
+        # In a loop attention is written out, so that a builder may fuse it there: none is parsed as one.
+        yield replace(_request(name, body, inputs, plan.profiles, decomposable=not fused), attention=0)
+    for codec in result.codecs:
+        profiles = tuple(codec_profiles(codec.name, plan.profiles))
+        for name, graph in codec.program.graphs.items() if profiles else ():
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            yield _request(name, graph, inputs, profiles, decomposable=True)
+
+
+def _request(
+    name: str, graph: Graph, inputs: Mapping[str, TensorSpec], profiles: Sequence[Profile], *, decomposable: bool
+) -> EngineRequest:
+    spec = _profile_dims(inputs)
+    return EngineRequest(
+        graph=name,
+        profiles=tuple(profile.name for profile in profiles),
+        shapes=tuple(input_shapes(profile, spec) for profile in profiles),
+        decomposable_attention=decomposable,
+        attention=len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)),
+    )
+
+
+def _write_requests(requests: Iterator[EngineRequest], writer: BundleWriter, result: BuildResult) -> None:
+    found = list(requests)
+    writer.path(REQUESTS, "engine-requests").write_text(requests_text(found), encoding="utf-8")
+    writer.path(SCRIPT, "script").write_text(script_text(cosmos_export.__version__), encoding="utf-8")
+    result.notes.append(
+        f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "
+        f"of compute capability {result.plan.target.compute_capability}"
+    )
 
 
 def _require_plans(engines: Sequence[Engine]) -> None:

@@ -2,21 +2,26 @@
 
 Under the final name there is either nothing, the bundle of before, or the whole new bundle. What an interrupted build
 leaves is a hidden directory beside it; a lock on that directory tells the next build whether its owner still lives.
+
+A file that took long is *kept*: recorded as complete, with its digest and the key of what it was made from. A writer
+that resumes takes the hidden directory over, with its kept files and nothing else; the build asks for each by its key.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from cosmos_export.bundle import strict
 from cosmos_export.bundle.manifest import (
@@ -32,19 +37,43 @@ from cosmos_export.bundle.verify import hash_file
 from cosmos_export.diagnostics import InternalError, ToolError, UserError
 from cosmos_export.progress import Progress, Silent
 
+_STATE = ".state"
+"""Folder of the records of kept files, in the staging directory only: no path of a bundle begins with a dot."""
 # What the file system takes besides the files themselves: the manifest, directories, rounding to blocks.
 _SPARE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A file that is complete: what it was made from, and what it is."""
+
+    name: str
+    key: str
+    size_bytes: int
+    mtime_ns: int
+    sha256: str
+    facts: Mapping[str, Any]
+    """What the build wants to know of it when it resumes."""
 
 
 class BundleWriter:
     """Context manager in which a bundle comes into being; only `commit` makes it visible.
 
     ``required_bytes`` is what the build expects to write. It is checked before any work, as are the output, its parent
-    directory and the right to replace what is there.
+    directory and the right to replace what is there. With ``resume`` the kept files of an interrupted writer of the
+    same output are taken over; ``resumed`` says how many there were.
+
+    What is left when the block ends without a commit: nothing, unless it was interrupted or a tool or the disk failed
+    after a file was kept.
     """
 
     def __init__(
-        self, output: Path, force: bool = False, required_bytes: int = 0, progress: Progress | None = None
+        self,
+        output: Path,
+        force: bool = False,
+        required_bytes: int = 0,
+        progress: Progress | None = None,
+        resume: bool = False,
     ) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output
         self._force = force
@@ -53,10 +82,17 @@ class BundleWriter:
         self._roles: dict[str, str] = {}
         self._staging: Path | None = None
         self._lock = -1
+        self._resume = resume
+        self._kept: dict[str, Kept] = {}
+        self.resumed = 0
+        self.left: Path | None = None
+        """Where the kept files of a block that was interrupted are."""
 
     def __enter__(self) -> Self:
         self._check_output()
         self._check_parent()
+        if self._resume:
+            self._adopt()
         self._remove_leftovers()
         self._check_space()
         self._stage()
@@ -65,9 +101,11 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._staging is not None:
+        resumable = kind is not None and issubclass(kind, _RESUMABLE) and bool(self._kept)
+        if self._staging is not None and not resumable:
             shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
+        self.left = self._staging if resumable else None
+        self._staging = None
         self._unlock()
 
     def path(self, name: str, role: str) -> Path:
@@ -82,6 +120,45 @@ class BundleWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def keep(self, name: str, key: str, sha256: str, facts: Mapping[str, Any] | None = None) -> None:
+        """Record that the file ``name`` is complete, made from what ``key`` stands for, and has the digest ``sha256``.
+
+        It and its record are on the disk when this returns. The file must not be written to any more: `commit` takes
+        the digest from here.
+        """
+        path = self._open_staging() / name
+        with _file_system_errors(self.output):
+            _sync(path, os.O_RDONLY)
+            status = path.stat()
+            kept = Kept(name, key, status.st_size, status.st_mtime_ns, sha256, dict(facts or {}))
+            record = self._record_path(name)
+            record.parent.mkdir(exist_ok=True)
+            partial = record.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(kept)), encoding="utf-8")
+            _sync(partial, os.O_RDONLY)
+            partial.replace(record)
+            _sync_directory(record.parent)
+        self._kept[name] = kept
+
+    def kept(self, name: str, key: str) -> Kept | None:
+        """The complete file ``name``, if it was kept under ``key``; one kept under another key is removed."""
+        found = self._kept.get(name)
+        if found is None or found.key == key:
+            return found
+        del self._kept[name]
+        self._record_path(name).unlink(missing_ok=True)
+        (self._open_staging() / name).unlink(missing_ok=True)
+        return None
+
+    def all_kept(self) -> tuple[Kept, ...]:
+        """Every kept file, in the order of their names."""
+        return tuple(self._kept[name] for name in sorted(self._kept))
+
+    def digest(self, name: str) -> str | None:
+        """SHA-256 of the file ``name``, where it was kept."""
+        found = self._kept.get(name)
+        return None if found is None else found.sha256
+
     def commit(self, manifest: Manifest) -> Manifest:
         """Complete ``manifest`` with the files written, write it, and put the bundle in place."""
         staging = self._open_staging()
@@ -91,6 +168,7 @@ class BundleWriter:
             target = staging / MANIFEST_NAME
             target.write_bytes(data)
             _sync_tree(staging)
+            shutil.rmtree(staging / _STATE, ignore_errors=True)
             self._swap(staging)
         self._staging = None
         self._unlock()
@@ -125,7 +203,8 @@ class BundleWriter:
             raise UserError("CX703", f"no permission to write in {parent}", "choose another output")
 
     def _check_space(self) -> None:
-        needed = self._required_bytes + _SPARE_BYTES
+        there = sum(kept.size_bytes for kept in self._kept.values())
+        needed = max(0, self._required_bytes - there) + _SPARE_BYTES
         free = shutil.disk_usage(self.output.parent).free
         if free < needed:
             raise ToolError(
@@ -149,7 +228,38 @@ class BundleWriter:
                 shutil.rmtree(entry, ignore_errors=True)
                 os.close(lock)
 
+    def _adopt(self) -> None:
+        """Take over what an interrupted writer of this output left; of several, the one with the most in kept files."""
+        best: tuple[tuple[int, int], Path, int] | None = None
+        for entry in sorted(self.output.parent.glob(f"{_escaped(f'.{self.output.name}.partial-')}*")):
+            if entry.is_symlink() or not entry.is_dir():
+                continue
+            with contextlib.suppress(OSError):  # a living build has the lock
+                lock = _lock(entry)
+                kept = _read_kept(entry)
+                worth = (sum(one.size_bytes for one in kept), len(kept))
+                if kept and (best is None or worth > best[0]):
+                    if best is not None:
+                        os.close(best[2])
+                    best = (worth, entry, lock)
+                else:
+                    os.close(lock)
+        if best is None:
+            return
+        _, self._staging, self._lock = best
+        self._kept = {kept.name: kept for kept in _read_kept(self._staging)}
+        self.resumed = len(self._kept)
+        # What is not known to be complete is made again.
+        for name, _ in list(_regular_files(self._staging)):
+            if name not in self._kept:
+                (self._staging / name).unlink()
+
+    def _record_path(self, name: str) -> Path:
+        return self._open_staging() / _STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+
     def _stage(self) -> None:
+        if self._staging is not None:
+            return
         with _file_system_errors(self.output):
             while self._staging is None:
                 staging = _sibling(self.output, "partial")
@@ -171,9 +281,13 @@ class BundleWriter:
             raise InternalError("CX706", f"files without a role in the bundle: {', '.join(unknown[:5])}")
         if missing:
             raise InternalError("CX706", f"files never written: {', '.join(missing[:5])}")
-        self._progress.begin("hash", sum(found.values()))
+        known = {name: kept for name, kept in self._kept.items() if name in found and _unchanged(staging / name, kept)}
+        self._progress.begin("hash", sum(size for name, size in found.items() if name not in known))
         done = 0
         for name in sorted(found):
+            if name in known:
+                yield FileRecord(name, known[name].size_bytes, known[name].sha256, self._roles[name])
+                continue
             with _file_system_errors(self.output), (staging / name).open("rb", buffering=0) as file:
                 size, digest = hash_file(file.fileno(), partial(self._hashed, done))
             done += size
@@ -211,6 +325,45 @@ class BundleWriter:
             self._lock = -1
 
 
+def replace_manifest(root: Path, manifest: Manifest) -> None:
+    """``manifest`` in place of the one of the bundle at ``root``, in one step; its files are there already."""
+    data = _checked(manifest)
+    partial = _sibling(root / MANIFEST_NAME, "partial")
+    with _file_system_errors(root):
+        partial.write_bytes(data)
+        _sync_tree(root)
+        partial.replace(root / MANIFEST_NAME)
+        _sync_directory(root)
+
+
+_RESUMABLE = (KeyboardInterrupt, ToolError, OSError, MemoryError)
+"""How a build ends that may well succeed when it is tried again."""
+
+
+def _read_kept(staging: Path) -> list[Kept]:
+    """Records of files that are still as they were when they were kept. One that cannot be read counts for none."""
+    found = []
+    for record in sorted((staging / _STATE).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, StrictError):
+            kept = Kept(**json.loads(record.read_text(encoding="utf-8")))
+            check_path(kept.name, "path")
+            if _unchanged(staging / kept.name, kept):
+                found.append(kept)
+    return found
+
+
+def _unchanged(path: Path, kept: Kept) -> bool:
+    with contextlib.suppress(OSError):
+        status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (kept.size_bytes, kept.mtime_ns)
+    return False
+
+
+def _escaped(text: str) -> str:
+    """``text`` as a pattern that matches itself alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
+
+
 def _checked(manifest: Manifest) -> bytes:
     """The bytes of ``manifest``, after making sure that what is written can be read."""
     for problem in problems(manifest):
@@ -228,6 +381,8 @@ def _checked(manifest: Manifest) -> bytes:
 def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
     """Names (relative to ``root``) and sizes of all files; anything else but directories is refused."""
     for directory, subdirectories, files in os.walk(root):
+        if Path(directory) == root and _STATE in subdirectories:
+            subdirectories.remove(_STATE)
         for name in (*subdirectories, *files):
             path = Path(directory, name)
             status = path.lstat()

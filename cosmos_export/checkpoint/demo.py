@@ -40,8 +40,15 @@ class DemoOptions:
 
     variant: str = "omni"
     true_width: str | None = None
+    """A published size whose widths the transformer has, with two layers."""
+    like: str | None = None
+    """A published size that every component has; with ``layers`` fewer of them."""
+    sparse: bool = False
+    """Of every tensor but the first page the weights are zero and a hole in their file, which takes neither room nor
+    time to write."""
     seed: int = 0
-    dtype: str = "float32"
+    dtype: str | None = None
+    """None: bfloat16, as published, with ``like``; float32 otherwise."""
     layers: int | None = None
     hidden: int | None = None
     heads: int | None = None
@@ -59,15 +66,18 @@ class DemoOptions:
         """The transformer these options describe, or CX132."""
         if self.variant not in VARIANTS:
             _refuse(f"variant {self.variant!r} is not one of {', '.join(VARIANTS)}")
-        if self.dtype not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             _refuse(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.true_width is not None and self.true_width not in PUBLISHED:
-            _refuse(f"true width {self.true_width!r} is not one of {', '.join(PUBLISHED)}")
+        if self.like is not None and self.true_width is not None:
+            _refuse("like and true width are both given; like has the widths too")
+        for what, size in (("true width", self.true_width), ("like", self.like)):
+            if size is not None and size not in PUBLISHED:
+                _refuse(f"{what} {size!r} is not one of {', '.join(PUBLISHED)}")
         if self.shard_size <= 0:
             _refuse(f"shard size {self.shard_size} is not positive")
         base = self._preset()
         if base.family != self.variant:
-            _refuse(f"the width of {self.true_width} belongs to variant {base.family}, not {self.variant}")
+            _refuse(f"the width of {self.like or self.true_width} belongs to variant {base.family}, not {self.variant}")
         chosen = {
             "num_hidden_layers": self.layers, "hidden_size": self.hidden, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.intermediate,
@@ -85,7 +95,14 @@ class DemoOptions:
         except UserError as error:
             _refuse(error.message.removeprefix("transformer/config.json: "))
 
+    @property
+    def stored(self) -> str:
+        """The type of the weights, as the files name it."""
+        return DTYPES[self.dtype or ("float32" if self.like is None else "bfloat16")]
+
     def _preset(self) -> Geometry:
+        if self.like is not None:
+            return PUBLISHED[self.like]
         if self.true_width is not None:
             return replace(PUBLISHED[self.true_width], num_hidden_layers=_TRUE_WIDTH_LAYERS)
         family = PUBLISHED["edge" if self.variant == "edge" else "nano"]
@@ -113,11 +130,11 @@ def write_demo_checkpoint(
     CX130: ``output`` exists; CX131: no room; CX132: an option; CX802: torch or diffusers is not installed.
     """
     chosen = DemoOptions(variant=variant, **options)
-    geometry, dtype = chosen.geometry(), DTYPES[chosen.dtype]
+    geometry, dtype, true_size = chosen.geometry(), chosen.stored, chosen.like is not None
     _check_output(output, force)
     _require_libraries()
     expected = expected_tensors(geometry)
-    config, vision = components.reasoner(geometry, dtype)
+    config, vision = components.reasoner(geometry, dtype, true_size)
     parts = [
         components.Component(
             "transformer",
@@ -125,12 +142,13 @@ def write_demo_checkpoint(
             components.transformer_config(geometry),
             tuple(TensorSpec(tensor.name, dtype, tensor.shape) for tensor in expected.values()),
         ),
-        components.vae(geometry, dtype),
-        *([components.sound_tokenizer(geometry, dtype)] if geometry.sound_gen else []),
+        components.vae(geometry, dtype, true_size),
+        *([components.sound_tokenizer(geometry, dtype, true_size)] if geometry.sound_gen else []),
         vision,
     ]
-    size = sum(spec.size_bytes for part in parts for spec in part.tensors) + _SPARE_BYTES
-    require_space(output, size, "CX131", "the checkpoint", "fewer --layers, --dtype bfloat16, or another disk")
+    size = 0 if chosen.sparse else sum(spec.size_bytes for part in parts for spec in part.tensors)
+    hint = "--sparse, fewer --layers, --dtype bfloat16, or another disk"
+    require_space(output, size + _SPARE_BYTES, "CX131", "the checkpoint", hint)
     with new_directory(output, force) as folder:
         weight_maps = {part.folder: _write_component(folder, part, geometry, chosen, progress) for part in parts}
         write_json(folder / "model_index.json", components.model_index(geometry))
@@ -163,7 +181,9 @@ def _write_component(
         "action_proj_out.fc.weight": geometry.hidden_size,
     }
     produce = random_weights.produce(options.seed, hidden_sums, on_bytes)
-    weight_map = write_shards(folder, part.stem, part.tensors, produce, options.shard_size)
+    if options.sparse:
+        produce = random_weights.produce_heads(options.seed)
+    weight_map = write_shards(folder, part.stem, part.tensors, produce, options.shard_size, sparse=options.sparse)
     report.end(part.folder)
     return {name: f"{part.folder}/{file}" for name, file in weight_map.items()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.checkpoint.geometry import EDGE_BACKBONE, Geometry
+from cosmos_export.checkpoint.published import PROJECTOR_WIDTH, SOUND_WIDTHS, VAE_WIDTHS, VISION_WIDTHS
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json
 
 SPECIAL_TOKENS = (
@@ -53,13 +54,15 @@ class Component:
     tensors: tuple[TensorSpec, ...]
 
 
-def vae(geometry: Geometry, dtype: str) -> Component:
-    """The video autoencoder at an eighth of a percent of its published size; compression and interface are the same."""
+def vae(geometry: Geometry, dtype: str, true_size: bool = False) -> Component:
+    """The video autoencoder, at an eighth of a percent of its published size unless ``true_size``; compression and
+    interface are the same."""
     from diffusers import AutoencoderKLWan
 
     channels = geometry.latent_channel
+    narrow = {"base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     arguments = {
-        "base_dim": 8, "decoder_base_dim": 8, "z_dim": channels, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1,
+        **(VAE_WIDTHS if true_size else narrow), "z_dim": channels,
         "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0, "is_residual": True,
         "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_temporal": 4, "scale_factor_spatial": 16,
         "latents_mean": [round(0.1 * index, 4) for index in range(channels)],
@@ -68,15 +71,16 @@ def vae(geometry: Geometry, dtype: str) -> Component:
     return _diffusers_component("vae", AutoencoderKLWan, arguments, dtype)
 
 
-def sound_tokenizer(geometry: Geometry, dtype: str) -> Component:
-    """The audio autoencoder, narrow; 1,920 samples a latent frame as published."""
+def sound_tokenizer(geometry: Geometry, dtype: str, true_size: bool = False) -> Component:
+    """The audio autoencoder, narrow unless ``true_size``; 1,920 samples a latent frame as published."""
     from diffusers import Cosmos3AVAEAudioTokenizer
 
     assert geometry.sound_dim is not None
+    narrow = {"dec_dim": 4, "dec_c_mults": [1, 1, 1, 1, 1], "enc_dim": 4, "enc_num_blocks": 1, "enc_c_mults": [1, 1, 1]}
     arguments = {
-        "sampling_rate": 48000, "vocoder_input_dim": geometry.sound_dim, "dec_dim": 4, "dec_c_mults": [1, 1, 1, 1, 1],
-        "dec_strides": [2, 4, 5, 6, 8], "dec_out_channels": 2, "hop_size": 1920, "enc_dim": 4, "enc_num_blocks": 1,
-        "enc_latent_dim": 2 * geometry.sound_dim, "enc_c_mults": [1, 1, 1], "enc_strides": [4, 5, 6],
+        **(SOUND_WIDTHS if true_size else narrow), "sampling_rate": 48000, "vocoder_input_dim": geometry.sound_dim,
+        "dec_strides": [2, 4, 5, 6, 8], "dec_out_channels": 2, "hop_size": 1920,
+        "enc_latent_dim": 2 * geometry.sound_dim, "enc_strides": [4, 5, 6],
     }  # fmt: skip
     return _diffusers_component("sound_tokenizer", Cosmos3AVAEAudioTokenizer, arguments, dtype)
 
@@ -169,9 +173,11 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
 
 
-def reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Component]:
-    """Root ``config.json`` and the vision encoder with which transformers loads the reasoner."""
-    return _omni_reasoner(geometry, dtype) if geometry.gated else _edge_reasoner(geometry, dtype)
+def reasoner(geometry: Geometry, dtype: str, true_size: bool = False) -> tuple[dict[str, Any], Component]:
+    """Root ``config.json`` and the vision encoder with which transformers loads the reasoner; narrow unless
+    ``true_size``."""
+    widths = VISION_WIDTHS[geometry.family] if true_size else {}
+    return (_omni_reasoner if geometry.gated else _edge_reasoner)(geometry, dtype, widths)
 
 
 def _text_config(geometry: Geometry) -> dict[str, Any]:
@@ -203,7 +209,7 @@ def _root_config(architecture: str, model_type: str, dtype: str) -> dict[str, An
     }
 
 
-def _omni_reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Component]:
+def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], Component]:
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLVisionModel
 
@@ -216,7 +222,7 @@ def _omni_reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Comp
         "model_type": "qwen3_vl_vision", "depth": 4, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
         "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "out_hidden_size": geometry.hidden_size, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2],
-        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh", **widths,
     }  # fmt: skip
     config = _root_config("Cosmos3OmniForConditionalGeneration", "cosmos3_omni", dtype)
     config |= {"text_config": text, "vision_config": vision}
@@ -225,7 +231,7 @@ def _omni_reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Comp
     return config, Component("vision_encoder", "model", vision, _specs(model.state_dict(), dtype))
 
 
-def _edge_reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Component]:
+def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], Component]:
     """Edge keeps the encoder under its names in the whole model, projector included, and gives it no configuration."""
     import torch
     from transformers import Cosmos3EdgeConfig
@@ -243,10 +249,11 @@ def _edge_reasoner(geometry: Geometry, dtype: str) -> tuple[dict[str, Any], Comp
     vision = {
         "model_type": "cosmos3_edge_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_channels": 3, "patch_size": 16, "num_patches": 16, "spatial_merge_size": 2,
-        "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, **widths,
     }  # fmt: skip
+    projector = PROJECTOR_WIDTH if widths else 80
     config = _root_config("Cosmos3EdgeForConditionalGeneration", "cosmos3_edge", dtype)
-    config |= {"text_config": text, "vision_config": vision, "projector_hidden_size": 80}
+    config |= {"text_config": text, "vision_config": vision, "projector_hidden_size": projector}
     parsed = Cosmos3EdgeConfig(
         text_config=dict(text), vision_config=dict(vision), projector_hidden_size=config["projector_hidden_size"]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from cosmos_export.checkpoint.geometry import Geometry
 
@@ -17,6 +18,27 @@ EDGE = Geometry(
     action_dim=64, action_gen=True,
 )  # fmt: skip
 PUBLISHED: Mapping[str, Geometry] = {"nano": NANO, "super": SUPER, "edge": EDGE}
+
+VAE_WIDTHS: Mapping[str, Any] = {
+    "base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+}  # fmt: skip
+"""Of the video autoencoder, which all sizes share."""
+SOUND_WIDTHS: Mapping[str, Any] = {
+    "dec_dim": 320, "dec_c_mults": [1, 2, 4, 8, 16], "enc_dim": 192, "enc_num_blocks": 2, "enc_c_mults": [1, 2, 4],
+}  # fmt: skip
+VISION_WIDTHS: Mapping[str, Mapping[str, Any]] = {
+    "omni": {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+    },
+    "edge": {
+        "num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16,
+        "num_patches": 256,
+    },
+}  # fmt: skip
+"""Of the reasoner's vision encoder, by family."""
+PROJECTOR_WIDTH = 11520
+"""Of Edge's projector between vision encoder and text tower."""
 
 _SIZE_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

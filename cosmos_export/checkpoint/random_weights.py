@@ -11,16 +11,19 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export.checkpoint import dtypes
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec
 
 _CHUNK = 1 << 20
 """Elements generated at a time. Part of what the bytes are: each chunk has its own seed."""
+_PAGE = 4096
 _AHEAD = 4
 """Chunks in work for each core, so that generating and writing overlap."""
 _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -40,6 +43,17 @@ def produce(
             yield raw.data
 
     return pieces
+
+
+def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
+    """A producer of the first page of each tensor: no two are alike, and a builder that stores equal constants once
+    stores them all. The rest of each is for the writer to leave out."""
+
+    def head(spec: TensorSpec) -> Iterator[memoryview]:
+        few = min(spec.elements, _PAGE // (dtypes.BITS[spec.dtype] // 8))
+        yield _chunk(seed, replace(spec, shape=(few,)), np.float32(0), np.float32(1), 0).data
+
+    return head
 
 
 def _chunk(seed: int, spec: TensorSpec, mean: np.float32, scale: np.float32, index: int) -> NDArray[np.uint8]:

@@ -72,13 +72,17 @@ def shard_names(stem: str, count: int) -> list[str]:
 
 
 def write_shards(
-    folder: Path, stem: str, specs: Sequence[TensorSpec], produce: Produce, shard_size: int
+    folder: Path, stem: str, specs: Sequence[TensorSpec], produce: Produce, shard_size: int, *, sparse: bool = False
 ) -> dict[str, str]:
-    """Writes the files, and their index when there are several. Returns which file holds which tensor."""
+    """Writes the files, and their index when there are several. Returns which file holds which tensor.
+
+    ``sparse``: what ``produce`` does not give of a tensor is a hole, zeros that take no room where the file system has
+    holes; without it, that is a ValueError.
+    """
     shards = split_shards(specs, shard_size)
     weight_map: dict[str, str] = {}
     for name, shard in zip(shard_names(stem, len(shards)), shards, strict=True):
-        _write_file(folder / name, shard, produce)
+        _write_file(folder / name, shard, produce, sparse)
         weight_map.update(dict.fromkeys((spec.name for spec in shard), name))
     if len(shards) > 1:
         total = sum(spec.size_bytes for spec in specs)
@@ -93,11 +97,15 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Produce) -> None:
+def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Produce, sparse: bool) -> None:
     with path.open("wb") as file:
         file.write(encode_header(specs))
         for spec in specs:
+            start = file.tell()
             written = sum(file.write(chunk) for chunk in _nonempty(produce(spec)))
+            if sparse and written < spec.size_bytes:
+                written = spec.size_bytes
+                file.truncate(file.seek(start + written))
             if written != spec.size_bytes:
                 raise ValueError(f"{spec.name}: {written} bytes produced, {spec.size_bytes} declared")
         file.flush()

@@ -12,7 +12,22 @@ from typing import Annotated
 import typer
 
 import cosmos_export
-from cosmos_export.cli import build, bundle, console, demo_checkpoint, inspect, recipes, run, targets, verbs, version
+from cosmos_export.cli import (
+    build,
+    bundle,
+    cache,
+    calibrate,
+    console,
+    demo_checkpoint,
+    inspect,
+    plan,
+    quantize,
+    recipes,
+    run,
+    targets,
+    verbs,
+    version,
+)
 from cosmos_export.diagnostics import ExitCode, UserError
 
 __all__ = ["app", "main"]
@@ -27,7 +42,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, build, bundle, run, targets, recipes, version):
+for verb in (inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, targets, recipes, version):
     verb.register(app)
 
 

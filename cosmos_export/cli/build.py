@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +25,9 @@ def register(app: typer.Typer) -> None:
         ],
         output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle directory to create.")] = None,
         target: Annotated[str, typer.Option(help="What to build for; `cosmos-export targets` lists them.")] = "cpu",
+        backend: Annotated[
+            str | None, typer.Option(help="Another backend of the target than its first; `targets` lists them.")
+        ] = None,
         profile: Annotated[
             list[str] | None,
             typer.Option(help="Name (480p-121f, 720p-189f+sound, policy-droid) and dim=min:opt:max items; may repeat."),
@@ -79,9 +85,20 @@ def register(app: typer.Typer) -> None:
         until: Annotated[str | None, typer.Option(help="Stop after this pass; writes no bundle.")] = None,
         dump: Annotated[Path | None, typer.Option(help="Directory for the graphs as text, one file a pass.")] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on where an interrupted build of the same output stopped.")
+        ] = False,
+        cache: Annotated[
+            Path | None,
+            typer.Option(
+                help="Where engines of other bundles are recorded; default: $COSMOS_EXPORT_CACHE or ~/.cache."
+            ),
+        ] = None,
+        no_cache: Annotated[bool, typer.Option("--no-cache", help="Build every engine, and record none.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
+        from cosmos_export.build.cache import default_folder
         from cosmos_export.build.driver import build as run
         from cosmos_export.build.options import BuildOptions
         from cosmos_export.cli import console
@@ -90,6 +107,7 @@ def register(app: typer.Typer) -> None:
             checkpoint=checkpoint,
             output=output,
             target=target,
+            backend=backend,
             profiles=tuple(profile or BuildOptions.profiles),
             modalities=_names(modalities),
             outputs=_names(outputs),
@@ -110,7 +128,11 @@ def register(app: typer.Typer) -> None:
             until=until,
             dump=dump,
             force=force,
+            resume=resume,
+            cache=None if no_cache else cache or default_folder(),
         )
+        if output is not None:
+            console.set_resume_command(_resume_command())
         result = run(options, console.progress())
         if as_json:
             console.emit_json(_document(result, output))
@@ -130,6 +152,12 @@ def interval(text: str | None) -> tuple[float, float] | None:
     except ValueError as error:
         raise UserError("CX463", f"guidance interval `{text}` is not LOW:HIGH", "for example 400:1000") from error
     return low, high
+
+
+def _resume_command() -> str:
+    """This command, as it would be continued."""
+    arguments = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
+    return shlex.join(["cosmos-export", *arguments])
 
 
 def _names(text: str | None) -> tuple[str, ...] | None:
@@ -293,6 +321,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "profiles": list(e.profiles),
                 "build_s": round(e.report.build_s, 3),
                 "peak_memory_bytes": e.report.peak_memory_bytes,
+                "peak_anonymous_bytes": e.report.peak_anonymous_bytes,
                 "check": {"expected": e.check.expected, "found": e.check.found, "passed": e.check.passed},
             }
             for e in result.engines
@@ -300,4 +329,8 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
         "dumps": [str(p) for p in result.dumps],
         "seconds": round(result.seconds, 3),
         "peak_memory_bytes": result.peak_memory_bytes,
+        "peak_anonymous_bytes": result.meter.peak_anonymous_bytes,
+        "stages": {
+            name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.meter.stages.items()
+        },
     }

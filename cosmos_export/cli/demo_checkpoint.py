@@ -23,6 +23,18 @@ def register(app: typer.Typer) -> None:
                 help="Take the widths of a published size; 2 layers unless --layers.", metavar="nano|super|edge"
             ),
         ] = None,
+        like: Annotated[
+            str | None,
+            typer.Option(
+                help="A published size in full, codecs and vision encoder too, in bfloat16.", metavar="nano|super|edge"
+            ),
+        ] = None,
+        sparse: Annotated[
+            bool,
+            typer.Option(
+                "--sparse", help="Almost all zeros, as holes in the files: any size in seconds and a few MB on disk."
+            ),
+        ] = False,
         layers: Annotated[int | None, typer.Option(help="Layers of each tower.")] = None,
         hidden: Annotated[int | None, typer.Option(help="Model width.")] = None,
         heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
@@ -34,7 +46,14 @@ def register(app: typer.Typer) -> None:
         action_dim: Annotated[int | None, typer.Option(help="Width of an action.")] = None,
         domains: Annotated[int | None, typer.Option(help="Embodiment domains.")] = None,
         sound_dim: Annotated[int | None, typer.Option(help="Channels of the sound latents (omni only).")] = None,
-        dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+        dtype: Annotated[
+            str | None,
+            typer.Option(
+                help="Default: float32, or with --like bfloat16.",
+                metavar="float32|bfloat16|float16",
+                show_default=False,
+            ),
+        ] = None,
         seed: Annotated[int, typer.Option(help="The same seed and options give the same bytes.")] = 0,
         shard_size: Annotated[int | None, typer.Option(help="Most bytes of one weight file.")] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint directory.")] = False,
@@ -48,10 +67,12 @@ def register(app: typer.Typer) -> None:
 
         write_demo_checkpoint(
             output,
-            variant or ("edge" if true_width == "edge" else "omni"),
+            variant or ("edge" if "edge" in (true_width, like) else "omni"),
             force=force,
             progress=console.progress(),
             true_width=true_width,
+            like=like,
+            sparse=sparse,
             layers=layers,
             hidden=hidden,
             heads=heads,
@@ -73,6 +94,7 @@ def register(app: typer.Typer) -> None:
         else:
             size = summary.transformer
             console.out().print(
-                f"{output}: {summary.family}, {size.parameters:,} parameters, {summary.precision}, seed {seed}",
+                f"{output}: {summary.family}, {size.parameters:,} parameters, {summary.precision}, "
+                + f"seed {seed}{', sparse' if sparse else ''}",
                 soft_wrap=True,
             )

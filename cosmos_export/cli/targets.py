@@ -32,13 +32,11 @@ def register(app: typer.Typer) -> None:
 
 
 def _document(target: Target) -> dict[str, Any]:
-    from cosmos_export.targets.description import BUILDABLE_BACKENDS
-
     return {
         "name": target.name,
         "title": target.title,
         "backend": target.backend,
-        "buildable": target.backend in BUILDABLE_BACKENDS,
+        "other_backends": list(target.other_backends),
         "compute_capability": target.compute_capability,
         "memory_bytes": target.memory_bytes,
         "bandwidth_bytes_per_s": target.bandwidth_bytes_per_s,
@@ -55,8 +53,6 @@ def _table(targets: list[Target]) -> Any:
     from rich import box
     from rich.table import Table
 
-    from cosmos_export.targets.description import BUILDABLE_BACKENDS
-
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("target", "CC", "backend"):
         table.add_column(column, no_wrap=True)
@@ -68,7 +64,7 @@ def _table(targets: list[Target]) -> Any:
         table.add_row(
             target.name,
             target.compute_capability or "–",
-            target.backend + ("" if target.backend in BUILDABLE_BACKENDS else " (not built yet)"),
+            ", ".join((target.backend, *target.other_backends)),
             _scaled(target.memory_bytes, 1e9),
             _scaled(target.bandwidth_bytes_per_s, 1e9),
             *(_scaled(rate, 1e12) for rate in rates),
@@ -83,7 +79,7 @@ def _details(target: Target) -> str:
     lines = [
         f"{target.name}: {target.title}",
         f"  compute capability  {target.compute_capability or '–'}",
-        f"  backend             {target.backend}",
+        f"  backend             {', '.join((target.backend, *target.other_backends))}",
         f"  memory              {_scaled(target.memory_bytes, 1e9)} GB{shared}",
         f"  bandwidth           {_scaled(target.bandwidth_bytes_per_s, 1e9)} GB/s",
         *(f"  {kind:<18}  {_scaled(rate, 1e12)} TFLOP/s dense" for kind, rate in target.peak_flops.items()),

@@ -55,6 +55,9 @@ def fail(error: CosmosExportError, as_json: bool) -> NoReturn:
         console.emit_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
     # Written without the console: an error must come out whatever state the terminal is in, and it is never wrapped.
     text = f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+    command = console.resume_command()
+    if command and isinstance(error, ToolError):
+        text += f"hint: what is finished is kept; when that is solved, continue with `{command}`\n"
     sys.stderr.write(text)
     raise typer.Exit(int(error.exit_code))
 

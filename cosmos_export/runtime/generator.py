@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cosmos_export.bundle import EdgeRecord, LoopRecord, RequestRecord, SegmentRecord, StreamRecord
+from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import FindingError, UnsupportedError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions
@@ -30,6 +31,8 @@ PROMPT, STEP = "input_ids", "timestep"
 """Inputs of the caller that make a graph one of the prompt, or one of the step."""
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
+SCHEDULE_TABLE = "tables/schedule.safetensors"
+"""What the build computed for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""
 _LATENT, _SAMPLE, _FINAL, _NOISE = "_latent", "_sample", "_final", "_noise"
 RESULTS_KEPT = 4
 """Results of each graph before the loop that stay on the device: of the reasoner the keys and values of so many
@@ -185,13 +188,15 @@ class Generator:
         progress: Progress,
     ) -> dict[str, Array]:
         """Every step on the device, a call a segment; the sampler's state goes from one to the next there."""
+        # What no output follows from is no state of the loop: it is read as it is given.
+        fixed = {f"{name}{_LATENT}": value for name, value in samples.items()}
         state: dict[str, Array | Value] = {f"{name}{_SAMPLE}": value for name, value in samples.items()}
         first, total = 0, request.schedule.steps
         progress.begin("denoise", total)
         for segment in self._loop.segments:
             span = slice(first, first + segment.steps)
             rows = {row: noise[row.removesuffix(_NOISE)][span] for row in segment.rows}
-            final = self._run(segment.graph, {**inputs, **rows}, {**self._fed(segment.graph, before), **state})
+            final = self._run(segment.graph, {**inputs, **fixed, **rows}, {**self._fed(segment.graph, before), **state})
             state |= {name.removesuffix(_FINAL): value for name, value in final.items()}
             self._require_finite(state, segment, first, request)
             self._done_with(segment.graph)
@@ -252,18 +257,25 @@ class Generator:
             self._done_with(name)
         return {name: state.sample for name, state in states.items()}
 
-    def _step_rows(self, request: Request) -> dict[str, list[Array]]:
-        """What the body takes of each step: computed on the CPU, for the request's own timesteps."""
-        rows: dict[str, list[Array]] = {}
-        manifest = self.bundle.manifest
+    def _step_rows(self, request: Request) -> dict[str, Array]:
+        """What the body takes of each step, [steps, …]: the bundle's table, or computed for other timesteps.
+
+        A table of a narrower type than the body's would round once more than the loop on the device does.
+        """
+        rows: dict[str, Array] = {}
+        manifest, timesteps = self.bundle.manifest, np.array(request.schedule.timesteps, np.float32)
+        tables = read_header(self.bundle.root / SCHEDULE_TABLE).tensors
+        built = np.array_equal(tables["timesteps"].array(), timesteps)
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
-            host = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
-            rows[edge.input] = [
-                host.run({STEP: np.array([t], np.float32)})[edge.output].numpy() for t in request.schedule.timesteps
-            ]
-            host.close()
+            table = tables[edge.output].array()
+            if built and table.dtype == self._session(self._loop.body).inputs[edge.input]:
+                rows[edge.input] = table[:, None]
+                continue
+            graph = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
+            rows[edge.input] = np.stack([graph.run({STEP: t[None]})[edge.output].numpy() for t in timesteps])
+            graph.close()
         return rows
 
     # -- codecs -------------------------------------------------------------------------------------------------------
@@ -307,9 +319,12 @@ class Generator:
     # -- sessions -----------------------------------------------------------------------------------------------------
 
     def _run(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Array | Value]) -> dict[str, Value]:
+        return self._session(name).run({**inputs, **fed})
+
+    def _session(self, name: str) -> Session:
         if name not in self._sessions:
             self._sessions[name] = self.bundle.backend.open(name)
-        return self._sessions[name].run({**inputs, **fed})
+        return self._sessions[name]
 
     def _done_with(self, name: str) -> None:
         if not self._resident and name in self._sessions:

@@ -10,14 +10,21 @@ from cosmos_export.bundle import Manifest, read_bundle
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
-from cosmos_export.runtime import onnx_sessions, rtx_sessions
+from cosmos_export.runtime import onnx_sessions, rtx_sessions, torch_sessions
 from cosmos_export.runtime.sessions import Backend
 
-_DEVICES = {onnx_sessions.NAME: ("cpu", "cuda"), rtx_sessions.NAME: ("cuda",)}
+_DEVICES = {
+    onnx_sessions.NAME: ("cpu", "cuda"),
+    rtx_sessions.NAME: ("cuda",),
+    rtx_sessions.FULL_NAME: ("cuda",),
+    torch_sessions.NAME: ("cuda", "cpu"),
+}
 """Kinds of devices of each backend, its default first."""
 _OPEN: dict[str, Callable[[Path, Manifest, str | None], Backend]] = {
     onnx_sessions.NAME: onnx_sessions.open_backend,
     rtx_sessions.NAME: rtx_sessions.open_backend,
+    rtx_sessions.FULL_NAME: rtx_sessions.open_full_backend,
+    torch_sessions.NAME: torch_sessions.open_backend,
 }
 
 

@@ -1,4 +1,4 @@
-"""Engines of a bundle in TensorRT-RTX, on the GPU they were built for.
+"""Engines of a bundle in TensorRT-RTX or TensorRT, on the GPU they were built for.
 
 All engines of a bundle share one stream and one piece of scratch memory, which is as large as the largest needs. What
 an engine returns stays on the device; a loop, whose calls repeat, is captured into a CUDA graph by the runtime, so its
@@ -7,6 +7,7 @@ inputs and outputs stay at their addresses.
 
 from __future__ import annotations
 
+import importlib
 import mmap
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,12 @@ from cosmos_export.runtime.cuda_memory import Device, DeviceMemory, DeviceValue,
 from cosmos_export.runtime.sessions import Array, Value
 
 NAME = "tensorrt-rtx"
+FULL_NAME = "tensorrt"
+_PACKAGES: Mapping[str, tuple[str, str, str, str]] = {
+    NAME: ("tensorrt_rtx", "TensorRT-RTX", "rtx", "tensorrt-rtx-cu13"),
+    FULL_NAME: ("tensorrt", "TensorRT", "tensorrt", "tensorrt-cu13"),
+}
+"""Backend → module, title, this project's extra, package of its releases. Their API is one."""
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
@@ -70,7 +77,8 @@ class RtxSession:
         self._own: dict[str, DeviceMemory] = {}
         settings = engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if captured:
+        # Full TensorRT leaves capture to its caller; its loop is one call of the engine either way.
+        if captured and hasattr(trt, "CudaGraphStrategy"):
             settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._context = engine.create_execution_context(settings)
         if self._context is None:
@@ -161,7 +169,8 @@ class RtxSession:
 class RtxBackend:
     """The engines of the bundle at ``root`` on one GPU."""
 
-    def __init__(self, trt: Any, device: Device, root: Path, manifest: Manifest) -> None:
+    def __init__(self, trt: Any, device: Device, root: Path, manifest: Manifest, name: str = NAME) -> None:
+        self._name, self._title = name, _PACKAGES[name][1]
         self._trt, self._device, self._root = trt, device, root
         self._engines: dict[str, EngineRecord] = {record.graph: record for record in manifest.engines}
         loop = manifest.loop
@@ -172,7 +181,7 @@ class RtxBackend:
 
     @property
     def name(self) -> str:
-        return NAME
+        return self._name
 
     @property
     def device(self) -> str:
@@ -187,7 +196,7 @@ class RtxBackend:
         if engine is None:
             said = " | ".join(self._log) or "it logged nothing"
             raise ToolError(
-                "CX502", f"TensorRT-RTX cannot load {path}: {said}", "is it installed in the version of the build?"
+                "CX502", f"{self._title} cannot load {path}: {said}", "is it installed in the version of the build?"
             )
         captured = graph in self._captured
         return RtxSession(self._trt, engine, graph, self._device, self._scratch, self._log, captured=captured)
@@ -201,22 +210,34 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> RtxBacke
 
     UnsupportedError CX503: it is not installed, or in another version than the engines are from; CX505: no such GPU.
     """
+    return _open(NAME, root, manifest, device)
+
+
+def open_full_backend(root: Path, manifest: Manifest, device: str | None) -> RtxBackend:
+    """TensorRT for the bundle; errors as `open_backend`."""
+    return _open(FULL_NAME, root, manifest, device)
+
+
+def _open(name: str, root: Path, manifest: Manifest, device: str | None) -> RtxBackend:
+    module, title, extra, package = _PACKAGES[name]
     if not manifest.engines:
-        raise UnsupportedError("CX505", "this bundle has no engines", "`--backend onnxruntime` runs its models")
+        waits = any(file.path == "finish.sh" for file in manifest.files)
+        hint = "run its finish.sh on the GPU" if waits else "`--backend onnxruntime` runs its models"
+        raise UnsupportedError("CX505", "this bundle has no engines", hint)
     try:
-        import tensorrt_rtx as trt
+        trt = importlib.import_module(module)
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"TensorRT-RTX is not installed: {error}", 'pip install "cosmos-export[rtx]"'
+            "CX503", f"{title} is not installed: {error}", f'pip install "cosmos-export[{extra}]"'
         ) from error
-    built = manifest.tools.get("tensorrt_rtx")
+    built = manifest.tools.get(module)
     if built is not None and built != trt.__version__:
         raise UnsupportedError(
-            "CX503", f"TensorRT-RTX {trt.__version__} is installed; the engines are of {built}",
-            f"pip install tensorrt-rtx-cu13=={built}, or build the bundle again",
+            "CX503", f"{title} {trt.__version__} is installed; the engines are of {built}",
+            f"pip install {package}=={built}, or build the bundle again",
         )  # fmt: skip
     _, _, index = (device or "cuda").partition(":")
-    return RtxBackend(trt, open_device(int(index or 0), manifest.target.compute_capability), root, manifest)
+    return RtxBackend(trt, open_device(int(index or 0), manifest.target.compute_capability), root, manifest, name)
 
 
 def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -230,7 +251,7 @@ def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, t
 def _logger(trt: Any, lines: deque[str]) -> Any:
     """A logger that keeps the last warnings and errors for a message."""
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 

@@ -51,7 +51,7 @@ def refused(folder: Path, code: str, status: int, *arguments: object) -> tuple[s
     ("arguments", "code", "status", "message", "hint"),
     [
         (("-o", "x", "--target", "rtx-pro-600"), "CX401", 2, "unknown target `rtx-pro-600`", "mean `rtx-pro-6000`?"),
-        (("-o", "x", "--target", "h100"), "CX403", 3, "target `h100` needs the `tensorrt` backend", "rtx-pro-6000"),
+        (("-o", "x", "--target", "h100", "--backend", "x"), "CX407", 2, "`h100` has no backend `x`", "targets"),
         (("-o", "x", "--profile", "480q"), "CX410", 2, "unknown profile `480q`", "mean `480p`?"),
         (("-o", "x", "--profile", "480p,frame=3"), "CX410", 2, "unknown dimension `frame`", "mean `frames`?"),
         (("-o", "x", "--profile", "480p,frames=a"), "CX410", 2, "`frames=a` is neither frames=N nor", ""),

@@ -321,3 +321,44 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], words: str) -> Non
     error = refuses("CX132", words, tmp_path / "demo", **options)
     assert "config.json" not in error.message
     assert not any(tmp_path.iterdir())
+
+
+# -- true size --------------------------------------------------------------------------------------------------------
+
+TRUE_SIZE = {
+    "nano": {"transformer": 15_173_669_120, "vae": 704_688_668, "sound_tokenizer": 496_286_720},
+    "edge": {"transformer": 3_369_657_024, "vae": 704_688_668},
+}
+"""Parameters of the published models."""
+
+
+@pytest.mark.parametrize("size", TRUE_SIZE)
+def test_a_sparse_checkpoint_of_true_size_takes_no_room(size: str, tmp_path: Path) -> None:
+    variant = "edge" if size == "edge" else "omni"
+    checkpoint = open_checkpoint(write_demo_checkpoint(tmp_path / size, variant, like=size, sparse=True))
+    assert (checkpoint.variant, checkpoint.precision) == (size, "bf16")
+    expected = TRUE_SIZE[size]
+    assert sum(tensor.elements for tensor in checkpoint.expected.values()) == expected.pop("transformer")
+    for component, parameters in expected.items():
+        found = sum(entry.elements for entry in checkpoint.component_tensors[component].values())
+        assert found == pytest.approx(parameters, rel=1e-3), component
+    on_disk = sum(path.stat().st_blocks * 512 for path in checkpoint.root.rglob("*"))
+    assert on_disk < 64 << 20
+    # No two tensors are alike, and only the first page of each is anything but zero.
+    weights = [entry for entry in checkpoint.tensors.values() if entry.elements > 1 << 20]
+    heads = {entry.array().reshape(-1)[:64].tobytes() for entry in weights}
+    assert len(heads) == len(weights)
+    assert not weights[0].array().reshape(-1)[2048:1_000_000].any()
+
+
+def test_true_size_with_few_layers_keeps_every_width(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_demo_checkpoint(tmp_path / "few", like="nano", layers=2, sparse=True))
+    assert (checkpoint.geometry.num_hidden_layers, checkpoint.geometry.hidden_size) == (2, 4096)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [({"like": "nano", "true_width": "nano"}, "both"), ({"like": "big"}, "big")]
+)
+def test_what_a_true_size_cannot_be(options: dict[str, str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        write_demo_checkpoint(tmp_path / "none", **options)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import resource
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
@@ -132,10 +134,26 @@ def test_a_full_disk_is_an_error_of_the_file_system(
     )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
-def test_a_really_full_disk_is_one(bindings: list[WeightBinding]) -> None:
-    with pytest.raises(ToolError, match="CX440"):
-        write_weights(Path("/dev/full"), layout(bindings), "weights", Silent())
+def test_a_file_that_cannot_grow_is_one_and_leaves_nothing(bindings: list[WeightBinding], tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        with pytest.raises(ToolError, match="CX440"):
+            write_weights(tmp_path / "weights.bin", layout(bindings), "weights", Silent())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_the_digest_is_the_file_s_and_zeros_are_holes(tmp_path: Path) -> None:
+    tensors = {"zero": torch.zeros(4 << 20), "some": torch.cat([torch.zeros(2 << 20), torch.randn(5)])}
+    sources = checkpoint(tmp_path / "x.safetensors", tensors)
+    stored = layout(WeightBinding((source,), Transform.IDENTITY, source.dtype) for source in sources.values())
+    digest = write_weights(tmp_path / "weights.bin", stored, "weights", Silent())
+    assert digest == hashlib.sha256((tmp_path / "weights.bin").read_bytes()).hexdigest()
+    assert (tmp_path / "weights.bin").stat().st_blocks * 512 < 16 << 20 < (tmp_path / "weights.bin").stat().st_size
+    for binding, tensor in stored_values(tmp_path / "weights.bin", stored):
+        assert torch.equal(tensor, tensors[binding.sources[0].key])
 
 
 # -- lowering ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import run_samples
 from run_samples import MARK
-from subjects import Subject, Subjects
+from subjects import PROFILE, Subject, Subjects
 
+from cosmos_export.evaluation.parity import PROGRAM_LIMIT
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedAction,
@@ -153,15 +154,29 @@ def test_the_loop_on_the_device_is_the_loop_of_the_host(
     subjects: Subjects, files: Path, backbone: str, interval: Any
 ) -> None:
     """The same requests through both; with an interval the device runs a chain of loops."""
-    options = {"steps": 8, "guidance": 3.0, "guidance_interval": interval}
-    device = subjects(backbone, loop="device", components=("vae-encoder",), **options)
+    options = {"steps": 8, "guidance": 3.0, "guidance_interval": interval, "components": ("vae-encoder", "tokenizer")}
+    device, host = subjects(backbone, loop="device", **options), subjects(backbone, loop="host", **options)
     assert device.manifest.loop is not None
     assert len(device.manifest.loop.segments) == (1 if interval is None else 3)
-    host = subjects(backbone)
     for name in ("t2v", "policy", "forward-dynamics", "inverse-dynamics"):
-        request = host.prepare(ask(modes(files)[name], sampling=Overrides(**options))).request
+        sampling = Overrides(None, 8, None, 3.0, interval)
+        request = host.prepare(ask(modes(files)[name], sampling=sampling)).request
         errors = distances(device.generator.generate(request).latents, host.generator.generate(request).latents)
         assert max(errors.values()) <= 1e-6, (name, errors)
+
+
+@pytest.mark.parametrize("loop", ["host", "device"])
+def test_actions_alone(subjects: Subjects, files: Path, loop: str) -> None:
+    """A bundle that computes no other velocity: what the pictures are is given, and the last layer has few rows."""
+    options = {"steps": 4, "guidance": 3.0, "guidance_interval": (0.0, 1000.0)}
+    profiles = (PROFILE.replace("action_len=0:8:16", "action_len=1:8:16"),)
+    parts = ("vae-encoder", "tokenizer")
+    alone = subjects("omni", loop=loop, outputs=("action_velocity",), profiles=profiles, components=parts,
+                     mode="inverse-dynamics", **options)  # fmt: skip
+    request = alone.prepare(ask(modes(files)["inverse-dynamics"], sampling=Overrides(**options))).request
+    found = alone.generator.generate(request)
+    expected = subjects("omni").generator.generate(request)
+    assert max(distances(found.latents, expected.latents).values()) <= PROGRAM_LIMIT
 
 
 def test_a_prompt_is_read_once(subjects: Subjects, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 from published_schedules import DISTILLED, EDGE, FOUR_STEP, KARRAS, NANO, SIGMAS, STEPS, flow, published
 
-from cosmos_export.build.schedule import sampling, schedule, timesteps
+from cosmos_export.build.schedule import schedule, timesteps
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.published import EDGE as EDGE_GEOMETRY
 from cosmos_export.checkpoint.published import NANO as NANO_GEOMETRY
 from cosmos_export.checkpoint.published import Geometry
 from cosmos_export.diagnostics import UserError
+from cosmos_export.plan.subject import sampling_of
 from cosmos_export.sampling import CheckpointSampling, Overrides
 
 
@@ -70,7 +71,9 @@ def test_a_step_count_that_is_not_sampled_is_refused(facts: Facts, steps: int) -
 
 def test_the_facts_are_the_checkpoint_s() -> None:
     droid = Facts(flow(5.0), EDGE_GEOMETRY, {"use_native_flow_schedule": True}, policy={"domain_name": "droid_lerobot"})
-    assert sampling(droid.checkpoint()) == CheckpointSampling(flow(5.0), native=True, edge=True, policy="droid_lerobot")
+    assert sampling_of(droid.checkpoint()) == CheckpointSampling(
+        flow(5.0), native=True, edge=True, policy="droid_lerobot"
+    )
     assert schedule(droid.checkpoint(), "policy").timesteps == (999.0, 937.0, 833.0, 624.0)
     assert schedule(droid.checkpoint(), "policy").guided == (True, False, False, False)
     assert not any(schedule(droid.checkpoint(), "policy", Overrides(guidance=1.0)).guided)

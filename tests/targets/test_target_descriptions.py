@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from cosmos_export.diagnostics import ExitCode, InternalError, UnsupportedError, UserError
-from cosmos_export.targets import load_target, require_backend, target_names
+from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.targets import load_target, target_names
 from cosmos_export.targets.description import parse_target
 
 NAMES = (
@@ -73,13 +73,14 @@ def test_names_are_looked_up_not_opened(name: str) -> None:
         load_target(name)
 
 
-def test_backend_that_is_not_built_says_what_works() -> None:
-    with pytest.raises(UnsupportedError) as caught:
-        require_backend(load_target("h200"))
-    assert caught.value.exit_code == ExitCode.UNSUPPORTED == 3
-    assert "`tensorrt`" in caught.value.message and "rtx-pro-6000" in caught.value.hint and "cpu" in caught.value.hint
-    for name in ("rtx-pro-6000", "l40s", "cpu"):
-        require_backend(load_target(name))
+def test_a_target_may_have_several_backends() -> None:
+    target = load_target("h200")
+    assert target.on(None) is target.on("inductor") is target
+    other = target.on("tensorrt")
+    assert (other.backend, other.other_backends, other.name) == ("tensorrt", ("inductor",), "h200")
+    with pytest.raises(UserError, match="has no backend `tensorrt-rtx`; it has inductor and tensorrt") as caught:
+        target.on("tensorrt-rtx")
+    assert caught.value.code == "CX407"
 
 
 def test_valid_text_parses() -> None:

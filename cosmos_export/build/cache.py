@@ -1,0 +1,151 @@
+"""Engines that finished builds have left, found by the key of what they were made from.
+
+The cache holds no engine, only where each lies: in the bundle it was built for. A build that needs the same one copies
+it from there and checks its digest; where the bundle is gone or has changed, the engine is built. So the cache costs no
+disk space, and deleting a bundle frees all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 24
+VARIABLE = "COSMOS_EXPORT_CACHE"
+"""Environment variable with the directory of the cache; ``off`` for none."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One engine: what it was made from, and where it lies."""
+
+    key: str
+    name: str
+    components: Mapping[str, str]
+    path: str
+    """Of the file in its bundle."""
+    size_bytes: int
+    sha256: str
+    facts: Mapping[str, Any]
+    """Its report."""
+    created: str
+
+    @property
+    def present(self) -> bool:
+        """The file is there, with the size it had. Its digest is checked when it is copied."""
+        with contextlib.suppress(OSError):
+            return Path(self.path).stat().st_size == self.size_bytes
+        return False
+
+
+def default_folder() -> Path | None:
+    """Where the cache is unless said: ``$COSMOS_EXPORT_CACHE``, else below the user's cache directory."""
+    given = os.environ.get(VARIABLE, "")
+    if given:
+        return None if given == "off" else Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos-export" / "engines"
+
+
+class Cache:
+    """The entries in ``folder``; of None there are none, and none are added."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def find(self, key: str) -> Entry | None:
+        """The entry under ``key`` whose file is there."""
+        if self.folder is None:
+            return None
+        entry = _read(self.folder / f"{key}.json")
+        return entry if entry is not None and entry.present else None
+
+    def add(self, entries: Iterator[Entry] | list[Entry]) -> None:
+        """Record ``entries``. A cache that cannot be written is left as it is: it is a convenience."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError), self._locked() as folder:
+            for entry in entries:
+                partial = folder / f".{entry.key}.partial"
+                partial.write_text(json.dumps(asdict(entry), indent=1), encoding="utf-8")
+                partial.replace(folder / f"{entry.key}.json")
+
+    def entries(self) -> list[Entry]:
+        """All, the newest first. What cannot be read is none."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        found = [entry for path in self.folder.glob("*.json") if (entry := _read(path)) is not None]
+        return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
+
+    def prune(self, everything: bool = False) -> list[Entry]:
+        """Forget the entries whose file is gone or of another size, or all of them; returns them."""
+        if self.folder is None or not self.folder.is_dir():
+            return []
+        with self._locked() as folder:
+            gone = [entry for entry in self.entries() if everything or not entry.present]
+            for entry in gone:
+                (folder / f"{entry.key}.json").unlink(missing_ok=True)
+        return gone
+
+    def why(self, name: str, components: Mapping[str, str]) -> str:
+        """Why there is no entry for an engine of these components: what differs from the nearest of its name."""
+        near = nearest(name, components, self.entries())
+        if near is None:
+            return f"no build of `{name}` is recorded"
+        differing = differences(components, near.components)
+        if differing:
+            return f"{' and '.join(differing)} differ from the one in {near.path}"
+        return f"{near.path} is gone or has changed"
+
+    @contextmanager
+    def _locked(self) -> Iterator[Path]:
+        """The folder, to be changed by this process alone."""
+        assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield self.folder
+
+
+def nearest(name: str, components: Mapping[str, str], entries: list[Entry]) -> Entry | None:
+    """Of the entries called ``name``, the one that differs in the fewest components; the newest of those."""
+    own = [entry for entry in entries if entry.name == name]
+    return min(own, key=lambda entry: len(differences(components, entry.components)), default=None)
+
+
+def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Names of the components that are not the same in both."""
+    return [name for name in {**first, **second} if first.get(name) != second.get(name)]
+
+
+def copy_checked(entry: Entry, target: Path) -> bool:
+    """Copy the file of ``entry`` to ``target``; False, and nothing there, where its digest is not what it was."""
+    partial = target.with_name(f".{target.name}.partial")
+    digest = hashlib.sha256()
+    try:
+        with Path(entry.path).open("rb", buffering=0) as source, partial.open("wb", buffering=0) as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                digest.update(chunk)
+                rest = memoryview(chunk)
+                while rest:
+                    rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        if digest.hexdigest() != entry.sha256:
+            return False
+        partial.replace(target)
+        return True
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Entry | None:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return Entry(**json.loads(path.read_text(encoding="utf-8")))
+    return None

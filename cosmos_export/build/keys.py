@@ -1,0 +1,126 @@
+"""What a file that takes long is made from, as a key: equal keys, equal bytes.
+
+A key is the digest of its components, which are kept beside it in plain words, so that two keys that differ can be
+told apart. Weight files are known by the checkpoint's files they are copied from; engines by the digests of all they
+are built from, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cosmos_export
+from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.targets import Target, trt_common
+from cosmos_export.targets.profiles import ShapeRange
+from cosmos_export.targets.trt_common import EngineReport, EngineTensor
+from cosmos_export.targets.weights import Stored
+
+Components = Mapping[str, str]
+"""What a key is made of: name → value, or digest of it."""
+
+
+def key_of(components: Components) -> str:
+    return _digest(dict(components))
+
+
+def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
+    """Of a weight file: where each of its bytes comes from. The source files are told by size, time and inode."""
+    files = {source.file for binding in stored for source in binding.sources}
+    told = {file: _file_identity(file) for file in files}
+    bindings = [
+        [
+            # Every field a binding has, so that one that is added counts too.
+            [repr(getattr(binding, field.name)) for field in fields(binding) if field.name != "sources"],
+            place.offset,
+            [[told[s.file], s.offset, str(s.dtype), list(s.shape)] for s in binding.sources],
+        ]
+        for binding, place in stored.items()
+    ]
+    return {"compiler": cosmos_export.__version__, "weights": _digest(bindings)}
+
+
+def engine_components(
+    model: Path,
+    weights: Sequence[str],
+    target: Target,
+    profiles: Sequence[Mapping[str, ShapeRange]],
+    settings: Mapping[str, Any],
+    module: str,
+) -> Components:
+    """Of an engine. ``weights``: digests of the files that ``model`` takes its weights from."""
+    return {
+        "graph": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "weights": ",".join(weights),
+        "target": target.compute_capability or "",
+        "profiles": _digest([dict(profile) for profile in profiles]),
+        "settings": json.dumps(dict(settings), sort_keys=True),
+        "builder": f"{module} {_version(module)}",
+        "worker": _worker_digest(),
+    }
+
+
+def external_files(model: Path) -> list[str]:
+    """Names of the files that hold the weights of an ONNX model, sorted."""
+    import onnx
+
+    loaded = onnx.load(str(model), load_external_data=False)
+    found: set[str] = set()
+    for graph in _graphs(loaded.graph):
+        for tensor in graph.initializer:
+            found |= {entry.value for entry in tensor.external_data if entry.key == "location"}
+    return sorted(found)
+
+
+def _graphs(graph: Any) -> list[Any]:
+    """A graph and those in its nodes' attributes."""
+    found = [graph]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                found += _graphs(attribute.g)
+    return found
+
+
+def report_facts(report: EngineReport) -> dict[str, Any]:
+    """An engine's report as plain values, without its path."""
+    facts = asdict(report)
+    del facts["path"]
+    return facts
+
+
+def report_from(path: Path, facts: Mapping[str, Any]) -> EngineReport:
+    """The report of the engine that lies at ``path`` now."""
+    values = {field.name: facts[field.name] for field in fields(EngineReport) if field.name != "path"}
+    for name in ("inputs", "outputs"):
+        values[name] = tuple(EngineTensor(t["name"], t["dtype"], tuple(t["shape"])) for t in facts[name])
+    values["warnings"] = tuple(facts["warnings"])
+    return EngineReport(path=path, **values)
+
+
+def _file_identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _version(module: str) -> str:
+    names = metadata.packages_distributions().get(module, ())
+    return ",".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
+
+
+@cache
+def _worker_digest() -> str:
+    """Of the program that drives the builder: another one may set it up differently."""
+    return hashlib.sha256(Path(trt_common.__file__).with_name("_trt_worker.py").read_bytes()).hexdigest()

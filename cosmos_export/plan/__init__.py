@@ -1,0 +1,23 @@
+"""What a build would cost and what its bundle would do, before either exists. No torch.
+
+Everything follows from numbers that the compiler works with itself: the tensors of the geometry, the profiles, the
+schedule, the targets. Constants that were measured stand in tables with where they come from.
+"""
+
+from cosmos_export.plan.estimate import Estimate, Request, estimate
+from cosmos_export.plan.precision import Precision, precision
+from cosmos_export.plan.subject import Subject, from_checkpoint, published_subject
+from cosmos_export.plan.workload import Workload, parse_workload
+
+__all__ = [
+    "Estimate",
+    "Precision",
+    "Request",
+    "Subject",
+    "Workload",
+    "estimate",
+    "from_checkpoint",
+    "parse_workload",
+    "precision",
+    "published_subject",
+]

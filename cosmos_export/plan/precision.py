@@ -1,0 +1,139 @@
+"""What a recipe means for sizes and speed: bytes of a weight in each scheme, and the type its products are computed in.
+
+Which site gets which scheme is the recipe's (`cosmos_export.targets.recipe`); here it is only added up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.recipe import CORE, LINEARS, Assignment, load_recipe, resolve_recipe
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """``bits``: of a stored weight with its share of the block scales; ``computes``: the key of `Target.peak_flops` at
+    whose rate its products run."""
+
+    bits: float
+    computes: str
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        "bf16": Scheme(16, "bf16"),
+        "fp8": Scheme(8, "fp8"),
+        "fp8-w8a16": Scheme(8, "bf16"),
+        "int4": Scheme(4 + 16 / 128, "bf16"),
+        "nvfp4": Scheme(4 + 8 / 16, "nvfp4"),
+        "fp8-attention": Scheme(8, "fp8"),
+    }
+)
+"""``int4``: groups of 128 with a 16-bit scale; ``nvfp4``: groups of 16 with an 8-bit scale."""
+
+Shares = Mapping[str, float]
+"""Scheme → share of a tower's linears, by parameters, which is by work too."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What one pass of a tower computes in."""
+
+    linears: Shares
+    attention: Shares
+    """Scheme → share of the layers."""
+
+    @property
+    def computes(self) -> frozenset[str]:
+        """Types whose rates it needs."""
+        return frozenset(SCHEMES[name].computes for name in (*self.linears, *self.attention))
+
+    @property
+    def bits(self) -> float:
+        """Of an average weight of its linears."""
+        return sum(share * SCHEMES[name].bits for name, share in self.linears.items())
+
+    @property
+    def label(self) -> str:
+        """The schemes of the linears, the largest share first."""
+        return "+".join(sorted(self.linears, key=lambda name: -self.linears[name]))
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A recipe for one model and schedule, added up."""
+
+    recipe: str
+    reasoner: Mix
+    steps: tuple[tuple[Mix, int], ...]
+    """The generator's mixes, each with the number of steps that have it, in the order they first appear."""
+    of_step: tuple[int, ...]
+    """For each step, the index in ``steps`` of what it has."""
+
+    @property
+    def generator(self) -> Mix:
+        """What most steps compute in. What is stored is the same in all of them."""
+        return max(self.steps, key=lambda entry: entry[1])[0]
+
+    @property
+    def computes(self) -> frozenset[str]:
+        return frozenset.union(self.reasoner.computes, *(mix.computes for mix, _ in self.steps))
+
+
+def precision(
+    recipe: str, overrides: Sequence[str], target: Target, geometry: Geometry, steps: int, *, distilled: bool = False
+) -> Precision:
+    """``recipe`` with ``overrides`` for a model on ``target``; errors as `resolve_recipe`'s."""
+    return _added_up(recipe, tuple(overrides), target.name, geometry, steps, distilled)
+
+
+@cache
+def _added_up(
+    recipe: str, overrides: tuple[str, ...], target: str, geometry: Geometry, steps: int, distilled: bool
+) -> Precision:
+    layers = geometry.num_hidden_layers
+    assigned = resolve_recipe(
+        load_recipe(recipe), overrides, load_target(target), layers=layers, steps=steps, distilled=distilled
+    )
+    keys = assigned.step_keys()
+    counts = Counter(keys)
+    return Precision(
+        recipe=recipe,
+        reasoner=_mix(assigned, geometry, "und", 0),
+        steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
+        of_step=keys,
+    )
+
+
+def _mix(assigned: Assignment, geometry: Geometry, tower: str, step: int) -> Mix:
+    sizes = linear_parameters(geometry)
+    linears: Counter[str] = Counter()
+    attention: Counter[str] = Counter()
+    for layer in range(geometry.num_hidden_layers):
+        for kind in LINEARS:
+            linears[assigned.scheme(tower, kind, layer, step)] += sizes[kind]
+        attention[assigned.scheme(tower, CORE, layer, step)] += 1
+    return Mix(_shares(linears), _shares(attention))
+
+
+def _shares(counted: Counter[str]) -> Shares:
+    total = sum(counted.values())
+    return MappingProxyType({name: count / total for name, count in counted.items()})
+
+
+def linear_parameters(geometry: Geometry) -> Mapping[str, int]:
+    """Parameters of a layer's linears in one tower, by kind."""
+    hidden, query, keys = geometry.hidden_size, geometry.query_width, geometry.key_value_width
+    inner = hidden * geometry.intermediate_size
+    return {
+        "attention.qkv": hidden * (query + 2 * keys),
+        "attention.out": query * hidden,
+        "mlp.gate_up": (2 if geometry.gated else 1) * inner,
+        "mlp.down": inner,
+    }

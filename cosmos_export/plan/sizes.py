@@ -1,0 +1,259 @@
+"""Bytes: of engines, of what a request holds on the device, and of what a build holds on the host and on disk.
+
+Weights are counted exactly, from the geometry. The rest follows from constants that were measured on builds of true
+size (`benchmarks/true_size.py`); each stands below with what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cosmos_export.checkpoint.codecs import CODECS
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.layout import ExpectedTensor
+from cosmos_export.plan.precision import Mix, Precision
+from cosmos_export.plan.subject import Subject
+from cosmos_export.plan.work import encoded_frames
+from cosmos_export.plan.workload import Workload
+
+CODE_BYTES = 500_000
+"""Of an engine besides weights, and again for each layer, as far as it depends on nothing else: kernels and plan."""
+LAYER_CODE_BYTES = 260_000
+PROFILE_CODE_SHARE = 0.5
+"""Each further profile has code of its own, about so much of the first one's."""
+
+BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.09, "fp8": 1.08, "fp8-w8a16": 1.08, "int4": 2.22, "nvfp4": 1.15}
+"""Anonymous memory of the builder for each byte of weights, with merged projections and mapped weights."""
+BUILDER_BYTES = 350 << 20
+"""Of the builder besides."""
+COMPILER_BYTES = 900 << 20
+"""Anonymous memory of the process that captures, lowers and waits."""
+COMPILER_LAYER_BYTES = 8 << 20
+
+CODEC_ACTIVATIONS: Mapping[str, Mapping[str, int]] = {
+    "vae-decoder": {"first": 248_000, "next": 1_409_500},
+    "vae-encoder": {"first": 150_000, "next": 752_700},
+    "sound-decoder": {"": 4_600_000},
+}
+"""Device bytes for each latent row and column of a frame (for sound, each latent), by graph of the codec."""
+_TIME_CONVOLUTIONS = {"vae-decoder": 10_300_000, "vae-encoder": 900_000}
+"""Parameters of a video codec that only its calls after the first read."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One engine: what it weighs on disk and on the device."""
+
+    name: str
+    parameters: int
+    weight_bytes: int
+    engine_bytes: int
+    activation_bytes: int
+    """At the profile's maximum."""
+    scheme: str
+    builder_share: float
+    """Anonymous memory of the builder for each byte of weights."""
+
+
+def components(subject: Subject, workloads: Sequence[Workload], chosen: Precision, branches: int) -> list[Component]:
+    """Every engine of a bundle that serves ``workloads``, in the order of a request.
+
+    ``branches``: guidance branches that one call computes; 1 where the host runs the loop.
+    """
+    geometry, profiles = subject.geometry, len({workload.profile.name for workload in workloads})
+    graphs = subject.graphs()
+    mixes = {"reasoner": chosen.reasoner, "conditioning": None, "generator": chosen.generator}
+    rows = {
+        "reasoner": max(w.profile.dims["und_len"].max for w in workloads),
+        "conditioning": 0,
+        "generator": branches * max(w.most_rows for w in workloads),
+    }
+    found = []
+    for name, mix in mixes.items():
+        if name not in graphs:
+            continue
+        layers = 0 if name == "conditioning" else geometry.num_hidden_layers
+        weights = stored_bytes(graphs[name], mix)
+        code = (CODE_BYTES + layers * LAYER_CODE_BYTES) * (1 + PROFILE_CODE_SHARE * (profiles - 1))
+        parameters = sum(tensor.elements for tensor in graphs[name])
+        activations = activation_bytes(geometry, rows[name])
+        scheme, share = ("bf16", BUILDER_SHARE["bf16"]) if mix is None else (mix.label, _builder_share(mix))
+        found.append(Component(name, parameters, weights, weights + int(code), activations, scheme, share))
+    for codec in subject.codecs:
+        found += _codec(subject, codec, workloads)
+    return found
+
+
+def _builder_share(mix: Mix) -> float:
+    return sum(share * BUILDER_SHARE[name] for name, share in mix.linears.items())
+
+
+def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
+    """Of a graph's weights: linears as in ``mix``, everything else in bf16."""
+    linear = sum(tensor.elements for tensor in tensors if tensor.linear)
+    others = sum(tensor.elements for tensor in tensors if not tensor.linear)
+    return int(linear * (16 if mix is None else mix.bits) / 8) + 2 * others
+
+
+def activation_bytes(geometry: Geometry, rows: int) -> int:
+    """Of a tower's engine at ``rows``: the widest point of a layer (gate, up and their product, or up and its square)
+    with the stream and what is added to it, in bf16. Layers reuse it."""
+    inner = (3 if geometry.gated else 2) * geometry.intermediate_size
+    return 2 * rows * (inner + 2 * geometry.hidden_size)
+
+
+def cache_bytes(subject: Subject, workload: Workload, guided: bool) -> int:
+    """Keys and values of the prompt, and of the negative prompt where a step is guided."""
+    tokens = workload.prompt_tokens + (workload.negative_tokens if guided else 0)
+    return subject.geometry.kv_bytes_per_token() * tokens
+
+
+def latent_bytes(subject: Subject, workload: Workload) -> int:
+    """Latents and the sampler's three states, in fp32."""
+    geometry = subject.geometry
+    vision = geometry.latent_channel * workload.dim("frames") * workload.dim("height") * workload.dim("width")
+    sound = (geometry.sound_dim or 0) * workload.dim("sound_len")
+    action = (geometry.action_dim or 0) * workload.dim("action_len")
+    return 4 * 4 * (vision + sound + action)
+
+
+def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[Component]:
+    served = [w for w in workloads if CODECS[name].modality != "sound" or w.profile.dims["sound_len"].max]
+    if not served:
+        return []
+    result = []
+    for graph, each in CODEC_ACTIVATIONS[name].items():
+        size = max(_codec_size(name, w) for w in served)
+        parameters = subject.codecs[name]
+        if graph == "first":
+            share = subject.codecs[name] / (555_060_892 if name == "vae-decoder" else 149_639_440)
+            parameters -= int(_TIME_CONVOLUTIONS[name] * share)
+        engine = 2 * parameters + CODE_BYTES + 3_000_000
+        title = "_".join(filter(None, (name.replace("-", "_"), graph)))
+        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", BUILDER_SHARE["bf16"]))
+    return result
+
+
+def _codec_size(name: str, workload: Workload) -> int:
+    most = {dim: span.max for dim, span in workload.profile.dims.items()}
+    return most["sound_len"] if name == "sound-decoder" else most["height"] * most["width"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Device memory of one request, by what holds it and by phase."""
+
+    weights_bytes: int
+    """Of all engines."""
+    cache_bytes: int
+    latent_bytes: int
+    activations_bytes: int
+    """Of the engine that needs the most: engines run one after the other and share it."""
+    phases: Mapping[str, int]
+    """With only that phase's engines on the device: ``prefill``, ``denoise``, ``decode``."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """With every engine on the device."""
+        return self.weights_bytes + self.cache_bytes + self.latent_bytes + self.activations_bytes
+
+    @property
+    def phased_bytes(self) -> int:
+        """With engines loaded for their phase and dropped after it."""
+        return max(self.phases.values())
+
+
+def device(subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool) -> Device:
+    """Device memory of ``workload`` on the engines ``parts``."""
+    cache, latents = cache_bytes(subject, workload, guided), latent_bytes(subject, workload)
+    used = [part for part in parts if _runs(part, workload)]
+    of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": ("vae_", "sound_")}
+    phases = {}
+    for phase, names in of.items():
+        own = [part for part in used if part.name.startswith(names)]
+        if own:
+            phases[phase] = sum(p.engine_bytes for p in own) + max(p.activation_bytes for p in own)
+            phases[phase] += latents + (cache if phase != "decode" else 0)
+    return Device(
+        weights_bytes=sum(part.engine_bytes for part in used),
+        cache_bytes=cache,
+        latent_bytes=latents,
+        activations_bytes=max(part.activation_bytes for part in used),
+        phases=phases,
+    )
+
+
+def _runs(part: Component, workload: Workload) -> bool:
+    frames = encoded_frames(workload)
+    match part.name:
+        case "vae_encoder_first":
+            return frames > 0
+        case "vae_encoder_next":
+            return frames > 1
+        case "vae_decoder_first":
+            return workload.mode not in ("policy", "inverse-dynamics")
+        case "vae_decoder_next":
+            return workload.mode not in ("policy", "inverse-dynamics") and workload.dim("frames") > 1
+        case "sound_decoder":
+            return workload.dim("sound_len") > 0
+    return True
+
+
+@dataclass(frozen=True)
+class Host:
+    """What the build takes of the machine it runs on."""
+
+    peak_anonymous_bytes: int
+    """Memory that no file backs: what the machine must really have."""
+    largest: str
+    """The engine whose build takes it."""
+    disk_bytes: int
+    """Of the bundle: models with their weights, and engines."""
+    seconds: tuple[float, float]
+    """From a fast disk and idle cores to a slow disk and shared ones."""
+
+
+ENGINE_BYTES_PER_S = (50e6, 240e6)
+WEIGHT_BYTES_PER_S = (100e6, 800e6)
+HASH_BYTES_PER_S = (400e6, 1500e6)
+CAPTURE_S_PER_LAYER = (2.6, 1.1)
+CODEC_S = (40.0, 15.0)
+"""Slow and fast: builder with its writing, weights, hashing, capture with passes, and the capture of one codec."""
+
+
+def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool) -> Host:
+    """The build of ``parts``; ``segments``: engines that a device loop has, each with its own copy of the weights."""
+    layers = subject.geometry.num_hidden_layers
+    compiler = COMPILER_BYTES + layers * COMPILER_LAYER_BYTES
+    peaks = {part.name: builder_bytes(part) for part in parts} if tensorrt else {}
+    largest = max(peaks, key=peaks.__getitem__, default="")
+    models, engines = model_bytes(subject, parts), engine_bytes(parts, segments) if tensorrt else 0
+    bundle = models + engines + subject.tokenizer_bytes
+    low, high = (
+        engines / ENGINE_BYTES_PER_S[i]
+        + models / WEIGHT_BYTES_PER_S[i]
+        + (bundle + subject.input_bytes) / HASH_BYTES_PER_S[i]
+        + layers * CAPTURE_S_PER_LAYER[i]
+        + len(subject.codecs) * CODEC_S[i]
+        for i in (1, 0)
+    )
+    return Host(compiler + peaks.get(largest, 0), largest, bundle, (low, high))
+
+
+def builder_bytes(part: Component) -> int:
+    """Anonymous memory of the process that builds ``part``."""
+    return int(part.weight_bytes * part.builder_share) + BUILDER_BYTES
+
+
+def engine_bytes(parts: Sequence[Component], segments: int) -> int:
+    return sum(part.engine_bytes * (segments if part.name == "generator" else 1) for part in parts)
+
+
+def model_bytes(subject: Subject, parts: Sequence[Component]) -> int:
+    """Weights beside the models: each once; a codec's two graphs share one file, and folded weights are fp32."""
+    towers = sum(part.weight_bytes for part in parts if not part.name.startswith(("vae_", "sound_")))
+    time = sum(4 * tensor.elements for tensor in subject.graphs().get("schedule", ()))
+    names = {part.name.replace("_first", "").replace("_next", "").replace("_", "-") for part in parts}
+    codecs = sum(2 * subject.codecs[n] + 2 * subject.weight_norm.get(n, 0) for n in names & set(subject.codecs))
+    return towers + time + codecs

@@ -1,0 +1,261 @@
+"""Graphs of a bundle through PyTorch: compiled by inductor, on a GPU as captured CUDA graphs. The one backend that
+needs torch, which is imported when it is opened.
+
+A closed loop runs its body once a step: state, tables and noise are on the device before the first, and no step waits
+for the host. Weights are read once and shared by every graph that has the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from cosmos_export.bundle import Manifest
+from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
+from cosmos_export.runtime.sessions import Array, Value
+
+if TYPE_CHECKING:
+    import torch
+
+    from cosmos_export.targets.inductor import Executable, Settings
+
+NAME = "inductor"
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+    "bool": np.dtype(np.bool_),
+}
+_BITS = {np.dtype(ml_dtypes.bfloat16): np.uint16, np.dtype(ml_dtypes.float8_e4m3fn): np.uint8}
+"""Types that numpy and torch exchange as bits."""
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return _DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def to_torch(array: Array, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the host with the elements of ``array``, cast to ``dtype``; shares no memory with it."""
+    import torch
+
+    own = numpy_type(dtype)
+    data = np.array(array, dtype=own, order="C")
+    bits = _BITS.get(own)
+    return torch.from_numpy(data) if bits is None else torch.from_numpy(data.view(bits)).view(dtype)
+
+
+class TorchValue:
+    """A tensor that nothing writes to any more."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def numpy(self) -> Array:
+        own = numpy_type(self.tensor.dtype)
+        host = self.tensor.detach().cpu().contiguous()
+        bits = _BITS.get(own)
+        if bits is None:
+            plain: Array = host.numpy()
+            return plain
+        import torch
+
+        viewed = host.view(torch.int16 if bits is np.uint16 else torch.uint8).numpy()
+        return viewed.view(own)
+
+
+class TorchSession:
+    """One graph on one device."""
+
+    def __init__(self, name: str, executable: Executable) -> None:
+        self._name = name
+        self._executable = executable
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return {name: numpy_type(dtype) for name, dtype in self._executable.inputs.items()}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(self._executable.graph.outputs)
+
+    def run(self, feeds: Mapping[str, Array | Value]) -> dict[str, Value]:
+        given, tokens = _place(self._executable, self._executable.inputs, feeds)
+        made = _guarded(self._name, self._executable, given, tokens)
+        return {name: TorchValue(tensor.clone()) for name, tensor in made.items()}
+
+    def close(self) -> None:
+        _forget(self)
+
+
+class LoopSession:
+    """A closed loop: its body once a step."""
+
+    def __init__(
+        self, name: str, executable: Executable, loop: Mapping[str, Any], tables: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._name = name
+        self._executable = executable
+        self._carried: dict[str, str] = dict(loop["carried"])
+        self._taken, self._returned = tuple(loop["taken"]), tuple(loop["returned"])
+        self._steps: int = loop["steps"]
+        self._tables = tables
+        self._rows = tuple(row for row in loop["rows"] if row not in tables)
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype[Any]]:
+        return {name: numpy_type(self._executable.inputs[name]) for name in self._free}
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return tuple(f"{name}_final" for name in self._returned)
+
+    @property
+    def _free(self) -> list[str]:
+        """Inputs that are given: not in a table, and of the state only what the loop takes."""
+        inner = {*self._tables, *self._carried} - set(self._taken)
+        return [name for name in self._executable.inputs if name not in inner]
+
+    def run(self, feeds: Mapping[str, Array | Value]) -> dict[str, Value]:
+        import torch
+
+        given, tokens = _place(self._executable, self._free, feeds)
+        # The same for every step: a captured graph reads what it has a token for once.
+        steady = {name: object() for name in given if name not in self._carried and name not in self._rows}
+        tokens = {name: tokens.get(name, token) for name, token in steady.items()}
+        rows = {name: given.pop(name) for name in self._rows} | dict(self._tables)
+        state = {name: given.pop(name) for name in self._taken}
+        like = next(iter(state))
+        for name in self._carried:
+            if name not in state:
+                twin = state.get(f"{name.rpartition('_')[0]}_sample", state[like])
+                state[name] = torch.zeros_like(twin)
+        for step in range(self._steps):
+            now = {**given, **state, **{name: row[step] for name, row in rows.items()}}
+            made = _guarded(self._name, self._executable, now, tokens)
+            state = {name: made[result] for name, result in self._carried.items()}
+        return {f"{name}_final": TorchValue(state[name].clone()) for name in self._returned}
+
+    def close(self) -> None:
+        _forget(self)
+
+
+def _place(
+    executable: Executable, wanted: Any, feeds: Mapping[str, Array | Value]
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Inputs on the device, and what each that nobody changes comes from."""
+    given: dict[str, torch.Tensor] = {}
+    tokens: dict[str, object] = {}
+    for name in wanted:
+        value, dtype = feeds[name], executable.inputs[name]
+        if isinstance(value, TorchValue):
+            given[name], tokens[name] = value.tensor, value
+        else:
+            given[name] = to_torch(np.asarray(value), dtype).to(executable.device)
+    return given, tokens
+
+
+def _guarded(
+    name: str, executable: Executable, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
+    try:
+        return executable(inputs, tokens)
+    except (RuntimeError, ValueError, TypeError) as error:  # torch's own, of the compiler too, are RuntimeErrors
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        hint = "fewer frames or a smaller size take less memory" if "out of memory" in str(error) else ""
+        raise ToolError("CX501", f"PyTorch failed in graph `{name}`: {said}", hint) from error
+
+
+def _forget(session: TorchSession | LoopSession) -> None:
+    import torch
+
+    del session._executable
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class TorchBackend:
+    """The graphs of the bundle at ``root`` on one device."""
+
+    def __init__(self, root: Path, device: torch.device, settings: Settings | None = None) -> None:
+        self._root, self._device, self._settings = root, device, settings
+        self._weights: dict[tuple[Path, int], torch.Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        return NAME
+
+    @property
+    def device(self) -> str:
+        return str(self._device)
+
+    def open(self, graph: str) -> TorchSession | LoopSession:
+        from cosmos_export.ir.serialize import read_graph
+        from cosmos_export.targets.inductor import Executable
+
+        try:
+            document = read_object(self._root / "graphs" / f"{graph}.json")
+            own = read_graph(document["graph"], self._root / "onnx")
+            weights = {name: self._weight(node.meta["weight"]) for name, node in own.weights.items()}
+        except (UserError, OSError, KeyError) as error:
+            raise ToolError("CX502", f"graph `{graph}` of {self._root} cannot be loaded: {error}") from error
+        executable = Executable(own, weights, self._device, self._settings)
+        loop = document.get("loop")
+        if loop is None:
+            return TorchSession(graph, executable)
+        return LoopSession(graph, executable, loop, self._loop_tables(graph, executable))
+
+    def _loop_tables(self, graph: str, executable: Executable) -> dict[str, torch.Tensor]:
+        from safetensors.numpy import load_file
+
+        arrays = load_file(self._root / "tables" / f"{graph}.safetensors")
+        return {name: to_torch(a, executable.inputs[name]).to(self._device) for name, a in arrays.items()}
+
+    def _weight(self, binding: Any) -> torch.Tensor:
+        from cosmos_export.targets.weights import read_source
+
+        (source,) = binding.sources
+        key = (source.file, source.offset)
+        if key not in self._weights or self._weights[key].shape != source.shape:
+            self._weights[key] = read_source(source).to(self._device)
+        return self._weights[key]
+
+    def close(self) -> None:
+        self._weights.clear()
+
+
+def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBackend:
+    """PyTorch for the bundle, on ``cuda[:N]`` or ``cpu``.
+
+    UnsupportedError CX503: torch is not installed; CX505: the bundle has no graphs for it, or there is no such GPU.
+    """
+    if not (root / "graphs").is_dir():
+        raise UnsupportedError(
+            "CX505",
+            "this bundle has no graphs for PyTorch",
+            "build it for h100 or h200, or run another backend",
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise UnsupportedError(
+            "CX503", f"PyTorch is not installed: {error}", 'pip install "cosmos-export[compile]"'
+        ) from error
+    kind, _, index = (device or "cuda").partition(":")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise UnsupportedError(
+            "CX505", f"no CUDA device {index or 0} that PyTorch {torch.__version__} can use",
+            "`--device cpu` runs the same graphs, slowly",
+        )  # fmt: skip
+    return TorchBackend(root, torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu"))

@@ -1,0 +1,34 @@
+"""Kernels as operators a compiled graph calls: opaque to the compiler, with a shape rule, run by the kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from cosmos_export.kernels import joint_attention as kernel
+
+
+@torch.library.custom_op("cosmos_export_kernels::joint_attention", mutates_args=())
+def _joint_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return kernel.joint_attention(query, key, value, prefix_key, prefix_value, scale)
+
+
+@_joint_attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+joint_attention = torch.ops.cosmos_export_kernels.joint_attention.default

@@ -1,0 +1,185 @@
+"""A build that is killed goes on where it stopped, and its bundle is the one it would have been.
+
+Builds run in children forked from this process, so that importing and the checkpoint cost once.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosmos_export.build import artifacts
+from cosmos_export.build.cache import Cache, copy_checked, differences
+from cosmos_export.build.driver import build
+from cosmos_export.build.options import BuildOptions
+from cosmos_export.bundle import verify_bundle
+from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.diagnostics import ToolError
+
+pytest.importorskip("tensorrt_rtx")
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_checkpoint(tmp_path_factory.mktemp("resume") / "checkpoint", layers=1, dtype="bfloat16")
+
+
+def options(checkpoint: Path, output: Path, **changed: Any) -> BuildOptions:
+    return BuildOptions(
+        checkpoint, output, target="rtx-pro-6000", components=("none",), modalities=("vision",), parity="never",
+        **changed,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, float]]:
+    """A build without a pause, and the seconds it took."""
+    import cosmos_export.build.stages  # noqa: F401  (forked children must not import it each)
+
+    path = tmp_path_factory.mktemp("whole") / "bundle"
+    start = time.perf_counter()
+    in_a_child(lambda: build(options(checkpoint, path)))
+    yield path, time.perf_counter() - start
+
+
+def in_a_child(work: Callable[[], object], kill_after: float | None = None) -> int:
+    """Run ``work`` in a forked child, killed after a while if asked; its exit code."""
+    process = _CONTEXT.Process(target=work)
+    process.start()
+    process.join(kill_after)
+    if process.is_alive():
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def contents(bundle: Path) -> dict[str, Any]:
+    """The manifest but for what may differ: the digests of all files are in it."""
+    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_bytes())
+    del manifest["volatile"]
+    return manifest
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_random_moments(seed: int, checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    reference, seconds = whole
+    moments, output = random.Random(seed), tmp_path / "bundle"
+    for _ in range(4):
+        in_a_child(
+            lambda: build(options(checkpoint, output, resume=True)), kill_after=moments.uniform(0.2 * seconds, seconds)
+        )
+        if output.exists():
+            break
+    if not output.exists():
+        assert in_a_child(lambda: build(options(checkpoint, output, resume=True))) == 0
+    assert verify_bundle(output).ok
+    assert contents(output) == contents(reference)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_finished_engines_are_not_built_again(
+    checkpoint: Path, whole: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full when the generator's engine is written; what was built before it stays."""
+    built: list[str] = []
+    full = True
+
+    def recording(model: Path, path: Path, **settings: Any) -> Any:
+        from cosmos_export.targets.tensorrt_rtx import build_engine
+
+        if full and path.name == "generator.engine":
+            raise ToolError("CX424", "the engine could not be written: No space left on device", "free disk space")
+        built.append(path.name)
+        return build_engine(model, path, **settings)
+
+    monkeypatch.setattr(artifacts, "_build", recording)
+    with pytest.raises(ToolError, match="CX424"):
+        build(options(checkpoint, tmp_path / "bundle"))
+    assert "reasoner.engine" in built
+    before, full = list(built), False
+    build(options(checkpoint, tmp_path / "bundle", resume=True))
+    assert built == [*before, "generator.engine"]
+    assert contents(tmp_path / "bundle") == contents(whole[0])
+
+
+def test_a_changed_profile_resumes_only_what_it_does_not_touch(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of other shapes are built again; weights are not written again."""
+    written: list[str] = []
+    original = artifacts.write_weights
+
+    def recording(path: Path, *rest: Any) -> str:
+        written.append(path.name)
+        return original(path, *rest)
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "write_weights", recording)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifacts, "_build", failing)
+        build(options(checkpoint, tmp_path / "bundle"))
+    first = list(written)
+    assert "generator.weights" in first
+    build(options(checkpoint, tmp_path / "bundle", resume=True, profiles=("256p-61f",)))
+    assert written == first
+    assert verify_bundle(tmp_path / "bundle").ok
+
+
+def test_engines_of_another_bundle_are_copied(checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = build(options(checkpoint, tmp_path / "first", cache=cache))
+    entries = Cache(cache).entries()
+    assert {entry.name for entry in entries} == {engine.graph for engine in first.engines}
+    assert all(entry.present and entry.components["target"] == "12.0" for entry in entries)
+    second = build(options(checkpoint, tmp_path / "second", cache=cache))
+    assert [e.report.build_s for e in second.engines] == [e.report.build_s for e in first.engines]
+    assert contents(tmp_path / "second") == contents(tmp_path / "first") == contents(whole[0])
+
+
+def test_an_engine_that_was_changed_is_not_copied(checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "cache")
+    build(options(checkpoint, tmp_path / "first", cache=cache.folder))
+    for entry in cache.entries():
+        data = bytearray(Path(entry.path).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(entry.path).write_bytes(data)
+        assert cache.find(entry.key) is not None
+        assert not copy_checked(entry, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+    build(options(checkpoint, tmp_path / "second", cache=cache.folder))
+    assert contents(tmp_path / "second") == contents(whole[0])
+
+
+def test_what_is_gone_is_pruned_and_why_says_so(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    cache = Cache(tmp_path / "cache")
+    build(options(checkpoint, tmp_path / "first", cache=cache.folder))
+    build(options(checkpoint, tmp_path / "second", cache=cache.folder, profiles=("256p-61f",)))
+    old, new = (
+        next(e for e in cache.entries() if e.name == "generator" and which in e.path) for which in ("first", "second")
+    )
+    assert differences(old.components, new.components) == ["profiles"]
+    assert "profiles differ" in cache.why("generator", {**new.components, "profiles": "others"})
+    assert "no build" in cache.why("another", new.components)
+    shutil.rmtree(tmp_path / "first")
+    assert cache.find(old.key) is None
+    assert "gone" in cache.why("generator", old.components)
+    assert old.key in {entry.key for entry in cache.prune()}
+    assert {entry.key for entry in cache.entries()} == {entry.key for entry in cache.entries() if entry.present}
+    cache.prune(everything=True)
+    assert cache.entries() == []

@@ -1,0 +1,191 @@
+"""An interrupted writer's finished files go on, nothing else of it does, and the bundle is what it would have been."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import bundle_samples
+import pytest
+
+from cosmos_export.bundle import BundleWriter, verify_bundle
+from cosmos_export.diagnostics import FindingError, ToolError
+
+
+def write(writer: BundleWriter, name: str, key: str) -> bool:
+    """Make sample file ``name`` unless it is kept; whether it was made."""
+    role, content = bundle_samples.FILES[name]
+    path = writer.path(name, role)
+    if writer.kept(name, key) is not None:
+        return False
+    path.write_bytes(content)
+    writer.keep(name, key, hashlib.sha256(content).hexdigest(), {"made": name})
+    return True
+
+
+NAMES = sorted(bundle_samples.FILES)
+
+
+def interrupt(output: Path, error: BaseException, count: int = 1) -> None:
+    with pytest.raises(type(error)), BundleWriter(output) as writer:
+        for name in NAMES[:count]:
+            write(writer, name, f"key of {name}")
+        (writer.path(NAMES[count], bundle_samples.FILES[NAMES[count]][0])).write_bytes(b"half")
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ToolError("CX424", "disk full"), OSError(28, "No space")])
+def test_what_was_finished_is_taken_over_and_the_rest_is_not(tmp_path: Path, error: BaseException) -> None:
+    interrupt(tmp_path / "x", error)
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 1
+        kept = writer.kept(NAMES[0], f"key of {NAMES[0]}")
+        assert kept is not None and kept.facts == {"made": NAMES[0]}
+        assert not (writer.path(NAMES[1], bundle_samples.FILES[NAMES[1]][0])).exists()
+        made = [name for name in NAMES if write(writer, name, f"key of {name}")]
+        assert made == NAMES[1:]
+        writer.commit(bundle_samples.manifest())
+    assert verify_bundle(tmp_path / "x").ok
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_it_is_the_bundle_that_it_would_have_been(tmp_path: Path) -> None:
+    whole = bundle_samples.write(tmp_path / "whole")
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        for name in NAMES:
+            write(writer, name, f"key of {name}")
+        assert writer.commit(bundle_samples.manifest()).files == whole.files
+
+
+def test_a_finding_leaves_nothing_to_resume(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", FindingError("CX450", "not as planned"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_resume_what_was_left_is_removed(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    assert len(list(tmp_path.iterdir())) == 1
+    with BundleWriter(tmp_path / "x") as writer:
+        assert writer.kept(NAMES[0], f"key of {NAMES[0]}") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_key_is_another_file(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.kept(NAMES[0], "key of another") is None
+        assert not writer.path(NAMES[0], bundle_samples.FILES[NAMES[0]][0]).exists()
+        assert writer.digest(NAMES[0]) is None
+
+
+@pytest.mark.parametrize("how", ["longer", "same size", "gone", "a link"])
+def test_a_kept_file_that_has_changed_is_not_taken(tmp_path: Path, how: str) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (staging,) = tmp_path.glob(".x.partial-*")
+    path = staging / NAMES[0]
+    content = path.read_bytes()
+    if how == "longer":
+        path.write_bytes(content + b"!")
+    elif how == "same size":
+        path.write_bytes(bytes(len(content)))
+    else:
+        path.unlink()
+        if how == "a link":
+            (tmp_path / "elsewhere").write_bytes(content)
+            path.symlink_to(tmp_path / "elsewhere")
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "../../etc/passwd"}', "null", "{}"])
+def test_a_record_that_cannot_be_read_counts_for_none(tmp_path: Path, text: str) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (record,) = tmp_path.glob(".x.partial-*/.state/*.json")
+    record.write_text(text)
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+
+
+def test_a_record_cannot_name_a_file_outside(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (record,) = tmp_path.glob(".x.partial-*/.state/*.json")
+    (tmp_path / "victim").write_bytes(b"v")
+    status = (tmp_path / "victim").stat()
+    forged = json.loads(record.read_text()) | {
+        "name": "../victim", "size_bytes": status.st_size, "mtime_ns": status.st_mtime_ns,
+    }  # fmt: skip
+    record.write_text(json.dumps(forged))
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+    assert (tmp_path / "victim").exists()
+
+
+def test_a_living_build_is_left_alone(tmp_path: Path) -> None:
+    with BundleWriter(tmp_path / "x") as living:
+        write(living, NAMES[0], "key")
+        with BundleWriter(tmp_path / "x", resume=True) as writer:
+            assert writer.resumed == 0
+        assert living.kept(NAMES[0], "key") is not None
+
+
+def test_the_space_that_is_asked_for_is_what_is_still_missing(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt(), count=2)
+    kept = sum(len(bundle_samples.FILES[name][1]) for name in NAMES[:2])
+    with BundleWriter(tmp_path / "x", required_bytes=kept, resume=True) as writer:
+        assert writer.resumed == 2
+
+
+_PROGRAM = """
+import hashlib, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import bundle_samples
+from cosmos_export.bundle import BundleWriter
+print("ready", flush=True)
+with BundleWriter(Path({output!r}), resume=True) as writer:
+    for name, (role, content) in sorted(bundle_samples.FILES.items()):
+        path = writer.path(name, role)
+        if writer.kept(name, "key of " + name) is None:
+            path.touch()
+            for position in range(0, len(content), 7):
+                with path.open("ab") as file:
+                    file.write(content[position:position + 7])
+                time.sleep(0.0005)
+            writer.keep(name, "key of " + name, hashlib.sha256(content).hexdigest())
+    writer.commit(bundle_samples.manifest())
+"""
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(tmp_path: Path, seed: int) -> None:
+    """Five kills, each in the middle of something; then it is left to finish."""
+    whole, output = bundle_samples.write(tmp_path / "whole"), tmp_path / "x"
+    program = textwrap.dedent(_PROGRAM).format(tests=str(Path(__file__).parent), output=str(output))
+    moments = random.Random(seed)
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(moments.uniform(0.0, 0.06))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if output.exists():
+            break
+    if not output.exists():
+        subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+    report = verify_bundle(output)
+    assert report.ok
+    assert (
+        json.loads((output / "manifest.json").read_bytes())["files"]
+        == json.loads((tmp_path / "whole" / "manifest.json").read_bytes())["files"]
+    ), whole

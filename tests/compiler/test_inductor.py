@@ -1,0 +1,118 @@
+"""Compiled graphs equal the reference, and a graph survives being written down."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compiled
+from test_denoise_loop import case_of, closed, schedule
+from tiny_cosmos import Tensors, assert_close, request
+
+from cosmos_export.ir.dims import bind, evaluate
+from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.interpreter import run_graph
+from cosmos_export.ir.program import Loop, Program
+from cosmos_export.ir.serialize import graph_document, read_graph
+from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.text import print_program
+from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
+from cosmos_export.targets.inductor import Executable, Settings, specialise
+from cosmos_export.targets.weights import layout
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+
+
+def written(graph: Graph, folder: Path = Path()) -> tuple[Graph, dict[str, WeightBinding]]:
+    """``graph`` through its document, and the binding that each weight had."""
+    stored = layout(node.meta["weight"] for node in graph.weights.values())
+    document = graph_document(graph, f"{graph.name}.weights", lambda b: (stored[b].offset, stored[b].size_bytes))
+    again = read_graph(json.loads(json.dumps(document)), folder)
+    return again, {name: node.meta["weight"] for name, node in graph.weights.items()}
+
+
+def inputs_of(graph: Graph, compiled: Compiled, known: Tensors) -> Tensors:
+    """Random values for what the request does not say: keys, values, sampler state."""
+    generator = torch.Generator().manual_seed(3)
+    binding = {"und_len": 7, NEGATIVE_LEN: 5}
+    binding |= bind((n, spec_of(node).shape, tuple(known[n].shape)) for n, node in graph.inputs.items() if n in known)
+    for name, node in compiled.final.graphs["generator"].inputs.items():
+        if name in known:
+            binding |= bind([(name, spec_of(node).shape, tuple(known[name].shape))])
+    found = {}
+    for name, node in graph.inputs.items():
+        spec = spec_of(node)
+        shape = [evaluate(size, binding) for size in spec.shape]
+        found[name] = known[name] if name in known else torch.randn(shape, generator=generator).to(spec.dtype)
+    return found
+
+
+def requested(compiled: Compiled, program: Program) -> Tensors:
+    known = request(compiled.config, case_of(compiled))
+    latents = {name.removesuffix("_latent"): known[name] for name in known if name.endswith("_latent")}
+    state = {f"{n}_{s}": torch.randn(t.shape) for n, t in latents.items() for s in ("sample", "last", "m0", "m1")}
+    return known | state
+
+
+@pytest.mark.parametrize("graph", ["reasoner", "conditioning", "generator", "denoise"])
+def test_a_graph_survives_its_document(compiled: Compiled, graph: str) -> None:
+    program = closed(compiled, schedule()) if graph == "denoise" else compiled.final
+    original = program.graphs["generator" if graph == "denoise" else graph]
+    again, bindings = written(original)
+    assert list(again.inputs) == list(original.inputs) and list(again.outputs) == list(original.outputs)
+    assert [spec_of(a) for a in again.calls()] == [spec_of(b) for b in original.calls()]
+    once_more, _ = written(again)
+    first, second = (print_of(g) for g in (again, once_more))
+    assert first == second
+    inputs = inputs_of(original, compiled, requested(compiled, program))
+    by_key = {str(b): compiled.weights(b) for b in bindings.values()}
+    found = run_graph(again, inputs, lambda binding: by_key[binding.keys[0]])
+    assert_close(found, run_graph(original, inputs, compiled.weights), 0.0, graph)
+
+
+def print_of(graph: Graph) -> str:
+    program = Program({graph.name: graph}, {}, {}, _NO_LOOP)
+    return print_program(program)
+
+
+_NO_LOOP = Loop("", {})
+
+
+def executable(graph: Graph, model: Compiled, **settings: Any) -> Executable:
+    weights = {name: model.weights(node.meta["weight"]) for name, node in graph.weights.items()}
+    return Executable(graph, weights, CPU, Settings(**settings))
+
+
+@pytest.mark.parametrize("graph", ["reasoner", "conditioning", "generator", "denoise"])
+def test_specialised_graphs_are_the_graphs(compiled: Compiled, graph: str) -> None:
+    program = closed(compiled, schedule()) if graph == "denoise" else compiled.final
+    own = program.graphs["generator" if graph == "denoise" else graph]
+    inputs = inputs_of(own, compiled, requested(compiled, program))
+    found = executable(own, compiled, compiled=False)(inputs)
+    assert_close(found, run_graph(own, inputs, compiled.weights), 2e-6, graph)
+
+
+@needs_compiler
+def test_compiled_graphs_equal_the_reference(compiled: Compiled) -> None:
+    """The body of the closed loop: both branches, guidance and sampler."""
+    program = closed(compiled, schedule())
+    body = program.graphs["generator"]
+    inputs = inputs_of(body, compiled, requested(compiled, program))
+    own = executable(body, compiled)
+    assert_close(own(inputs), run_graph(body, inputs, compiled.weights), 5e-6)
+
+
+def test_layers_are_the_same_few_functions(compile_tiny: Any) -> None:
+    """What is compiled does not grow with the number of layers."""
+    compiled = compile_tiny("omni", layers=4)
+    body = compiled.final.graphs["generator"]
+    inputs = inputs_of(body, compiled, requested(compiled, compiled.final))
+    chunks = specialise(body, {name: tuple(t.shape) for name, t in inputs.items()})
+    # Before the first attention, then a layer each: the first two are alike, the next prepares fewer rows of the last.
+    assert len(chunks) == 5
+    assert [chunk.key for chunk in chunks].count(chunks[1].key) == 2

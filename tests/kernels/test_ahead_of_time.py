@@ -1,0 +1,72 @@
+"""Every kernel becomes machine code for Hopper and both Blackwells on this machine, with the instructions it is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from cosmos_export.kernels import ahead
+from cosmos_export.kernels.launch import CAPABILITIES
+
+# In a process of its own: here the kernels may be interpreted.
+_SCRIPT = """
+import json, sys
+from cosmos_export.kernels.ahead import compile_variant, variants
+capability = int(sys.argv[1])
+for variant in variants(capability):
+    b = compile_variant(variant, capability)
+    found = [i for i in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "e4m3", "kind::f8f6f4") if i in b.ptx]
+    record = {"name": b.variant, "entry": b.entry in b.ptx, "cubin": len(b.cubin), "elf": b.cubin[:4] == b"\\x7fELF",
+              "shared": b.shared_bytes, "registers": b.registers, "spilled": b.spilled_bytes, "found": found,
+              "sm": f".target sm_{capability}" in b.ptx}
+    print(json.dumps(record))
+"""
+SHARED_LIMITS = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+MATRIX = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES)
+def compiled(request: pytest.FixtureRequest) -> tuple[int, dict[str, dict[str, Any]]]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", _SCRIPT, str(request.param)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    return request.param, {record["name"]: record for record in records}
+
+
+def test_every_variant_compiles(compiled: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    capability, records = compiled
+    assert {name.split("_")[0] for name in records} == {"joint", "qkv", "norm", "activation", "unipc", "gemm"}
+    for record in records.values():
+        assert record["elf"] and record["entry"] and record["sm"] and record["cubin"] > 1000, record
+        assert record["shared"] <= SHARED_LIMITS[capability], record
+        assert 0 < record["registers"] <= 255
+
+
+def test_matrix_kernels_use_the_matrix_units(compiled: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    capability, records = compiled
+    for name, record in records.items():
+        if name.startswith(("joint", "gemm")):
+            assert MATRIX[capability] in record["found"], record
+        if "fp8" in name or "w8a8" in name or "quantize" in name:
+            assert {"e4m3", "kind::f8f6f4"} & set(record["found"]), record
+
+
+def test_memory_bound_kernels_keep_everything_in_registers(
+    compiled: tuple[int, dict[str, dict[str, Any]]],
+) -> None:
+    for name, record in compiled[1].items():
+        if not name.startswith(("joint", "gemm", "unipc")):
+            assert record["spilled"] == 0, record
+
+
+def test_another_capability_is_refused() -> None:
+    variant = next(iter(ahead.variants(90)))
+    with pytest.raises(ValueError, match="none of"):
+        ahead.compile_variant(variant, 75)

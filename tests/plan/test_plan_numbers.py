@@ -1,0 +1,234 @@
+"""The numbers of a plan against others' arithmetic, and against what the compiler itself makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
+from cosmos_export.checkpoint.published import NANO, SUPER
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan import Request, estimate, from_checkpoint, parse_workload, precision, published_subject
+from cosmos_export.plan.latency import Habits, latency
+from cosmos_export.plan.precision import linear_parameters
+from cosmos_export.plan.sizes import cache_bytes
+from cosmos_export.plan.work import codec_work, generator_pass, layer_linear, reasoner_pass
+from cosmos_export.sampling import Overrides, resolve_schedule
+from cosmos_export.targets import load_target
+
+T2V_720P = parse_workload("t2v-720p-189f", (512, 512))
+
+
+def plan(like: str, target: str = "rtx-pro-6000", workload: str = "t2v-480p-189f", **options: object):  # type: ignore[no-untyped-def]
+    targets = tuple(load_target(name) for name in target.split(","))
+    return estimate(published_subject(like), Request(targets, (parse_workload(workload),), **options))  # type: ignore[arg-type]
+
+
+# -- work -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("like", "linear", "attention"), [("nano", 613e12, 1164e12), ("super", 2756e12, 4137e12)])
+def test_a_pass_at_720p(like: str, linear: float, attention: float) -> None:
+    """Published arithmetic of 189 frames at 720p with 512 prompt tokens."""
+    assert T2V_720P.rows == 44_160
+    work = generator_pass(published_subject(like).geometry, T2V_720P.rows, 512)
+    assert work.linear == pytest.approx(linear, rel=2e-3)
+    assert work.attention == pytest.approx(attention, rel=2e-3)
+
+
+def test_a_pass_of_the_edge() -> None:
+    work = generator_pass(published_subject("edge").geometry, 18_720, 512)
+    assert (work.linear, work.attention) == (pytest.approx(52.8e12, rel=2e-3), pytest.approx(82.6e12, rel=2e-3))
+
+
+def test_work_of_a_layer_is_twice_its_parameters() -> None:
+    assert layer_linear(NANO) == 385_875_968
+    for geometry in (NANO, SUPER, published_subject("edge").geometry):
+        assert layer_linear(geometry) == 2 * sum(linear_parameters(geometry).values())
+
+
+def test_the_reasoner_s_last_layer_is_keys_and_values() -> None:
+    one, two = (reasoner_pass(replace(NANO, num_hidden_layers=n), 100) for n in (1, 2))
+    assert one.attention == 0
+    assert one.linear == 100 * 2 * 2 * 4096 * 1024
+    assert two.linear - one.linear == 100 * layer_linear(NANO)
+
+
+def test_the_codecs_at_every_size() -> None:
+    subject = published_subject("nano")
+    for workload, decode in (("t2v-256p-189f", 214e12), ("t2v-480p-189f", 1391e12), ("t2v-720p-121f", 2057e12)):
+        assert codec_work(subject, "vae-decoder", parse_workload(workload)) == pytest.approx(decode, rel=5e-3)
+    assert codec_work(subject, "sound-decoder", parse_workload("t2v-720p-189f+sound")) == pytest.approx(5.6e12)
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("like", "each"), [("nano", 147_456), ("super", 262_144), ("edge", 114_688)])
+def test_keys_and_values(like: str, each: int) -> None:
+    subject = published_subject(like)
+    assert cache_bytes(subject, T2V_720P, guided=False) == 512 * each
+    assert cache_bytes(subject, T2V_720P, guided=True) == 1024 * each
+
+
+@pytest.mark.parametrize(
+    ("like", "bf16", "fp8", "nvfp4"), [("nano", 13.90, 6.95, 3.91), ("super", 62.42, 31.21, 17.55)]
+)
+def test_weights_of_the_generator(like: str, bf16: float, fp8: float, nvfp4: float) -> None:
+    """Against the published sizes, in GB; those of NVFP4 are of the tower's linears."""
+
+    def weights(**options: object) -> float:
+        (part,) = [p for p in plan(like, **options).components if p.name == "generator"]
+        return part.weight_bytes / 1e9
+
+    assert weights() == pytest.approx(bf16, rel=2e-3)
+    assert weights(recipe="fp8") == pytest.approx(fp8, rel=2e-3)
+    assert weights(recipe="bf16", settings=("gen=nvfp4",)) == pytest.approx(nvfp4, rel=2e-3)
+
+
+def test_a_loop_on_the_device_computes_both_branches() -> None:
+    host, device = (
+        {p.name: p.activation_bytes for p in plan("nano", loop=loop).components} for loop in ("host", "device")
+    )
+    assert device["generator"] == 2 * host["generator"]
+    assert device["reasoner"] == host["reasoner"]
+
+
+def test_engines_of_a_loop_that_changes_its_precision_have_their_own_weights() -> None:
+    """Three runs of steps: 16-bit activations, 8-bit, 16-bit."""
+    disk = {r: plan("nano", loop="device", recipe=r).builds["rtx-pro-6000"].disk_bytes for r in ("bf16", "fp8")}
+    host = plan("nano", loop="host", recipe="fp8").builds["rtx-pro-6000"].disk_bytes
+    assert disk["fp8"] - host == pytest.approx(2 * 6.96e9, rel=0.01)
+    assert disk["bf16"] == plan("nano").builds["rtx-pro-6000"].disk_bytes
+
+
+def test_a_cpu_bundle_has_no_engines() -> None:
+    builds = plan("nano", target="rtx-pro-6000,cpu").builds
+    assert builds["cpu"].disk_bytes < 0.6 * builds["rtx-pro-6000"].disk_bytes
+    assert builds["cpu"].peak_anonymous_bytes < 2 << 30
+
+
+def test_a_checkpoint_and_its_published_size_plan_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from cosmos_export.checkpoint.demo import write_demo_checkpoint
+
+    checkpoint = open_checkpoint(write_demo_checkpoint(tmp_path / "nano", like="nano", sparse=True))
+    found, published = from_checkpoint(checkpoint), published_subject("nano")
+    assert found.codecs == published.codecs
+    assert found.input_bytes == published.input_bytes
+    assert {k: v for k, v in found.weight_norm.items() if v} == published.weight_norm
+    assert found.geometry == published.geometry
+    request = Request((load_target("rtx-pro-6000"),), (parse_workload("t2v-480p-189f"),))
+    assert estimate(found, request).components == estimate(published, request).components
+    for name in CODECS:
+        assert sum(e.elements for e in codec_tensors(checkpoint, name).values()) == published.codecs[name]
+
+
+# -- what fits --------------------------------------------------------------------------------------------------------
+
+
+def test_super_fits_one_card_in_phases() -> None:
+    (fit,) = plan("super").fits
+    assert fit.verdict == "fits in phases"
+    assert fit.phased_bytes < 96e9 < fit.resident_bytes
+    assert any("drop the reasoner" in line for line in fit.advice)
+    assert any(line.startswith("--recipe fp8") for line in fit.advice)
+
+
+def test_what_does_not_fit_says_what_would() -> None:
+    found = plan("super", target="l40s", workload="t2v-720p-189f")
+    (fit,) = found.fits
+    assert (fit.verdict, found.something_fits) == ("does not fit", False)
+    assert any(line.startswith("--recipe fp8") for line in fit.advice)
+    found = plan("nano", target="l40s", workload="t2v-720p-189f")
+    assert found.something_fits
+
+
+def test_fewer_frames_are_advised_where_they_help() -> None:
+    target = replace(load_target("l40s"), memory_bytes=17_000_000_000)
+    request = Request((target,), (parse_workload("t2v-720p-189f"),))
+    (fit,) = estimate(published_subject("nano"), request).fits
+    (line,) = [line for line in fit.advice if "frames" in line]
+    frames = int(line.split()[2])
+    shorter = Request((target,), (parse_workload(f"t2v-720p-{frames}f"),))
+    (fit,) = estimate(published_subject("nano"), shorter).fits
+    assert fit.verdict == "fits in phases"
+    longer = Request((target,), (parse_workload(f"t2v-720p-{frames + 4}f"),))
+    (fit,) = estimate(published_subject("nano"), longer).fits
+    assert fit.verdict == "does not fit"
+
+
+def test_a_target_without_the_kernels_is_left_out_and_says_why() -> None:
+    found = plan("nano", target="rtx-pro-6000,h100", recipe="fp4")
+    assert [(fit.target, fit.verdict) for fit in found.fits] == [("rtx-pro-6000", "fits"), ("h100", "not run")]
+    assert "no FP4 tensor cores" in found.fits[1].advice[0]
+    with pytest.raises(UnsupportedError, match="CX332"):
+        plan("nano", target="h100", recipe="fp4")
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_time_follows_what_is_done() -> None:
+    subject, target = published_subject("nano"), load_target("h100")
+    workload = parse_workload("t2v-720p-189f")
+
+    def seconds(recipe: str = "bf16", habits: Habits | None = None, **asked: object) -> float:
+        schedule = resolve_schedule(subject.sampling, "t2v", Overrides(**asked))  # type: ignore[arg-type]
+        chosen = precision(recipe, (), target, subject.geometry, schedule.steps)
+        found = latency(subject, workload, schedule, chosen, target, habits)
+        assert found is not None
+        return found.total_s - found.codec_s
+
+    whole = seconds()
+    assert seconds(guidance=1.0) == pytest.approx(whole / 2, rel=0.01)
+    assert seconds(steps=70) == pytest.approx(2 * whole, rel=0.01)
+    assert seconds("fp8") < 0.9 * whole
+    assert seconds(habits=Habits(reasoner_every_pass=True)) > whole
+    assert seconds(habits=Habits(computed_steps=0.5)) == pytest.approx(whole / 2, rel=0.01)
+    assert seconds("fp8", Habits(emulates_fp8=True)) == pytest.approx(whole, rel=1e-6)
+
+
+def test_no_time_without_a_rate() -> None:
+    (fit,) = plan("edge", target="dgx-spark").fits
+    assert (fit.latency, fit.no_latency) == (None, "no published rate for bf16")
+
+
+# -- workloads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "rows"),
+    [
+        ("t2v-480p-189f", "t2v", 18_720), ("t2i-720p", "t2i", 920), ("i2v-256p-121f", "i2v", 1_860),
+        ("policy-droid", "policy", 9 * 340 + 33), ("t2v-720p-189f+sound", "t2v", 44_160 + 197),
+        ("inverse-dynamics-480p-61f,action_len=60", "inverse-dynamics", 6_300),
+        ("t2v-frames=24,height=30,width=52", "t2v", 9_360),
+    ],
+)  # fmt: skip
+def test_workloads(text: str, mode: str, rows: int) -> None:
+    workload = parse_workload(text)
+    assert (workload.mode, workload.rows) == (mode, rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("t2x-480p", "CX481"), ("t2v", "CX481"), ("t2v-481p", "CX410"), ("", "CX481")]
+)
+def test_what_is_no_workload(text: str, code: str) -> None:
+    with pytest.raises(UserError, match=code):
+        parse_workload(text)
+
+
+def test_prompts_must_fit_the_profile() -> None:
+    with pytest.raises(UserError, match="CX481"):
+        parse_workload("t2v-480p", (5000, 10))
+    with pytest.raises(UserError, match="CX481"):
+        parse_workload("t2v-480p", (0, 10))
+
+
+def test_shapes_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(UserError, match="no sound is generated"):
+        plan("edge", workload="t2v-480p-121f+sound")

@@ -1,0 +1,121 @@
+"""A bundle for Hopper through PyTorch, here on the CPU: the same requests as through ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import build_harness as harness
+import numpy as np
+import pytest
+import torch
+
+from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
+from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
+from cosmos_export.runtime.request import Request
+from cosmos_export.runtime.torch_sessions import TorchBackend, TorchValue, to_torch
+from cosmos_export.sampling import Schedule
+from cosmos_export.targets.inductor import Settings
+
+pytestmark = pytest.mark.xdist_group("run-inductor")
+
+PROFILE = "und_len=1:64:128,frames=1:3:3,height=3:4:5,width=3:4:6,sound_len=0,action_len=0"
+CPU = torch.device("cpu")
+EAGER = Settings(compiled=False)
+"""The compiler is tested where graphs are; here it would only take its time."""
+
+
+@pytest.fixture(scope="module")
+def built(shared: Path) -> Path:
+    checkpoint = harness.checkpoint(shared, "omni", "float32")
+    arguments = ("--target", "h100", "--parity", "never", "--modalities", "vision", "--components", "vae-decoder",
+                 "--loop", "device", "--steps", "4", "--guidance", "2", "--guidance-interval", "500:1000",
+                 "--profile", PROFILE)  # fmt: skip
+    return harness.command_line_build(shared, "inductor.run", checkpoint, *arguments).path
+
+
+@pytest.fixture(scope="module")
+def manifest(built: Path) -> Manifest:
+    return read_bundle(built)
+
+
+def request(manifest: Manifest, frames: int = 9) -> Request:
+    values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
+    tokens = np.arange(20, dtype=np.int64)
+    return Request("t2v", tokens, tokens[:5], Schedule(**values), frames, 4, 5, 24.0, seed=3)  # type: ignore[arg-type]
+
+
+def test_the_bundle_is_for_pytorch(built: Path, manifest: Manifest) -> None:
+    assert verify_bundle(built).ok
+    assert (manifest.target.name, manifest.target.backend) == ("h100", "inductor")
+    graphs = {file.path for file in manifest.files if file.role == "graph"}
+    assert graphs == {f"graphs/{name}.json" for name in manifest.graphs}
+    assert manifest.loop is not None and len(manifest.loop.segments) == 2
+
+
+def test_requests_are_those_of_onnx_runtime(built: Path, manifest: Manifest) -> None:
+    """Both segments of the loop, and the decoder's stream."""
+    mine = Generator(LoadedBundle(built, manifest, TorchBackend(built, CPU, EAGER)))
+    theirs = Generator(load_bundle(built, backend="onnxruntime"))
+    for frames in (9, 1):
+        found, wanted = (g.generate(request(manifest, frames)) for g in (mine, theirs))
+        for name, latent in wanted.latents.items():
+            error = np.linalg.norm(found.latents[name] - latent) / np.linalg.norm(latent)
+            assert error < 2e-5, (name, error)
+        videos = [np.concatenate(list(result.video()), axis=2) for result in (found, wanted)]
+        assert np.abs(videos[0] - videos[1]).max() < 1e-3
+    mine.close()
+
+
+def test_graphs_share_their_weights(built: Path) -> None:
+    backend = TorchBackend(built, CPU, EAGER)
+    first, second = backend.open("denoise_1"), backend.open("denoise_2")
+    shared = {t.data_ptr() for t in first._executable._fixed.values()}
+    own = {t.data_ptr() for t in second._executable._fixed.values()}
+    weights = set(second._executable.graph.weights)
+    assert len(weights) > 10 and len(shared & own) >= len(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
+def test_values_keep_their_type(dtype: torch.dtype) -> None:
+    array = np.array([[0.0, 1.0, 2.0]])
+    value = TorchValue(to_torch(array, dtype))
+    assert value.tensor.dtype == dtype and value.shape == (1, 3)
+    back = value.numpy()
+    assert str(back.dtype) == str(dtype).removeprefix("torch.")
+    assert back.astype(np.float32).tolist() == array.astype(bool if dtype == torch.bool else np.float32).tolist()
+
+
+def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Path, tmp_path: Path) -> None:
+    with pytest.raises(CosmosExportError, match="no CUDA device") as caught:
+        load_bundle(built)
+    assert caught.value.code == "CX505" and "--device cpu" in caught.value.hint
+    backend = TorchBackend(built, CPU, EAGER)
+    session = backend.open("generator")
+    with pytest.raises(CosmosExportError) as caught:
+        session.run({name: np.zeros((2, 3)) for name in session.inputs})
+    assert caught.value.code == "CX501"
+    with pytest.raises(CosmosExportError) as caught:
+        backend.open("absent")
+    assert caught.value.code == "CX502"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda g: g["operations"][0].update(op="os.system"), "not in the dialect"),
+        (lambda g: g.update(schema=2), "schema 2"),
+        (lambda g: g.update(weights_file="../x"), "not beside"),
+        (lambda g: g["operations"][-1]["args"].append({"eval": "1"}), "unknown kind"),
+        (lambda g: g["weights"][0].update(size_bytes=1), "has 1 bytes"),
+        (lambda g: g["operations"].pop(), "lacks"),
+    ],
+)
+def test_a_damaged_graph_is_refused(built: Path, tmp_path: Path, change: object, said: str) -> None:
+    document = json.loads((built / "graphs/generator.json").read_text())
+    change(document["graph"])  # type: ignore[operator]
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs/generator.json").write_text(json.dumps(document))
+    with pytest.raises(CosmosExportError, match=said):
+        TorchBackend(tmp_path, CPU, EAGER).open("generator")
