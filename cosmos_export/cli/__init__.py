@@ -13,6 +13,7 @@ import typer
 
 import cosmos_export
 from cosmos_export.cli import (
+    bench,
     build,
     bundle,
     cache,
@@ -40,7 +41,7 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, targets, recipes, version):
+for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, bench, targets, recipes, version):
     verb.register(app)
 
 
