@@ -33,7 +33,9 @@ def device_rounding() -> Iterator[None]:
 
 
 def _numpy_type(dtype: Any) -> np.dtype[Any]:
-    return _SPECIAL.get(str(dtype.scalar)) or np.dtype(interpreter._get_np_dtype(dtype.scalar))
+    known = _SPECIAL.get(str(dtype.scalar))
+    plain: np.dtype[Any] = np.dtype(interpreter._get_np_dtype(dtype.scalar))
+    return plain if known is None else known
 
 
 def _typed(handle: Any) -> np.ndarray[Any, Any]:

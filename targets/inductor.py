@@ -19,7 +19,7 @@ from torch import fx
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, spec_of
 from cosmos_export.ir.ops import aten
 
 Function = Callable[..., dict[str, torch.Tensor]]
@@ -62,6 +62,44 @@ def concatenated(
     """Joint attention by PyTorch's own kernels. The copy of K/V is below 1 % of the attention at 480p."""
     keys, values = torch.cat((key, prefix_key)), torch.cat((value, prefix_value))
     return attention(query, keys, values, False, scale)
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.to(torch.float32) / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x.to(torch.float32) * scale).to(dtype)
+
+
+def dequantize_groups(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """INT4 as it is stored, two numbers a byte, the first in the low half: uint8 [N, K / 2]."""
+    wide = packed.to(torch.int16)
+    numbers = torch.stack((wide & 15, wide >> 4), dim=-1).flatten(1)
+    signed = torch.where(numbers > 7, numbers - 16, numbers).to(scale.dtype)
+    rows, columns = signed.shape
+    return (signed.view(rows, scale.shape[1], -1) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``linear(dequantize(x), dequantize(weight))`` as one FP8 product; E4M3 operands, scales of one number.
+
+    cuBLASLt takes sides that are multiples of 16; the others are widened.
+    """
+    if any(side % 16 for side in weight.shape) or dtype != torch.bfloat16:
+        return F.linear(dequantize(x, x_scale, dtype), dequantize(weight, w_scale, dtype), bias)
+    fast = x.device.type == "cuda"
+    result: torch.Tensor = torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
+    )
+    return result
 
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -116,6 +154,9 @@ def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
         ops.SWIGLU: swiglu,
         ops.ATTENTION: attention,
         ops.JOINT_ATTENTION: _joint(kind),
+        ops.QUANTIZE: quantize,
+        ops.DEQUANTIZE: dequantize,
+        ops.DEQUANTIZE_GROUPS: dequantize_groups,
         # These carry their type as an argument in the IR but not in ATen's overload.
         aten._to_copy.default: lambda x, dtype: x.to(dtype),
         aten.view.default: lambda x, shape: x.reshape(shape),
@@ -194,6 +235,11 @@ def _chunk(
         return made[node]
 
     for node in part:
+        scaled = _scaled_operands(node)
+        if scaled is not None:
+            made[node] = result.call_function(scaled_linear, tuple(concrete(map_operands(scaled, operand))))
+            key.append((scaled_linear, str(made[node].args)))
+            continue
         args = concrete(map_operands(node.args, operand))
         kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}
         if node.target in (aten.full.default, aten.arange.start):
@@ -207,6 +253,14 @@ def _chunk(
     key.append(tuple(made[node].name for node in results))
     module = fx.GraphModule(torch.nn.Module(), result)
     return Chunk(module, tuple(key), tuple(n.name for n in operands), tuple(n.name for n in results))
+
+
+def _scaled_operands(node: Node) -> list[Any] | None:
+    """Operands of `scaled_linear` where ``node`` is a linear of two dequantized values; None where it is not."""
+    if not is_op(node, aten.linear.default) or not all(is_op(a, ops.DEQUANTIZE) for a in node.args[:2]):
+        return None
+    (x, x_scale, dtype), (weight, w_scale, _) = (a.args for a in node.args[:2])
+    return [x, x_scale, weight, w_scale, dtype, *node.args[2:]]
 
 
 @dataclass(frozen=True)

@@ -167,13 +167,17 @@ def _key_parts(node: Node) -> list[Node]:
     return [node.args[1], node.args[3]] if is_op(node, ops.JOINT_ATTENTION) else [node.args[1]]
 
 
+_KEPT_NARROW = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+"""Widened before the loop, a weight would be read wide in every step."""
+
+
 def _varying(graph: Graph, loop: Loop) -> set[Node]:
-    """What changes from step to step."""
+    """What changes from step to step, and what belongs to a product that does."""
     found: set[Node] = set()
     for node in graph.nodes:
         if is_input(node):
             if node.name in loop.carried or node.name in loop.rows:
                 found.add(node)
-        elif found.intersection(node.all_input_nodes):
+        elif found.intersection(node.all_input_nodes) or is_op(node, *_KEPT_NARROW):
             found.add(node)
     return found

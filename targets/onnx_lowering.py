@@ -7,6 +7,7 @@ fp32 for ONNX Runtime on a CPU, which casts the stored weights where it reads th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,21 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
-from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
+from cosmos_export.ir.spec import E2M1, INT4, WeightBinding
 from cosmos_export.targets.weights import Stored, numpy_dtype
 
 OPSET = 23
 _IR_VERSION = 11
+_TRT = "trt"
 
 _TYPES: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
     torch.float16: TensorProto.FLOAT16,
     torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float8_e4m3fn: TensorProto.FLOAT8E4M3FN,
+    E2M1: TensorProto.FLOAT4E2M1,
+    INT4: TensorProto.INT4,
     torch.int64: TensorProto.INT64,
     torch.bool: TensorProto.BOOL,
 }
@@ -62,6 +68,8 @@ class Lowering:
         self._sizes: dict[Size, str] = {}
         self._count = 0
         self._scope = ""
+        self.uses_trt = False
+        """An operation of TensorRT's own is in the model, which has no other form there."""
 
     def run(self) -> onnx.ModelProto:
         inputs = []
@@ -97,9 +105,15 @@ class Lowering:
 
     def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         body = helper.make_graph(self.nodes, self.graph.name, inputs, outputs, self.initializers)
-        model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=_IR_VERSION)
+        domains = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(_TRT, 1)] if self.uses_trt else [])]
+        model = helper.make_model(body, opset_imports=domains, ir_version=_IR_VERSION)
         model.producer_name = "cosmos-export"
         return model
+
+    @property
+    def portable(self) -> bool:
+        """The model is for ONNX Runtime on a CPU, and computes in float32."""
+        return self.compute is not None
 
     # -- leaves -------------------------------------------------------------------------------------------------------
 
@@ -113,8 +127,11 @@ class Lowering:
     def _weight(self, node: Node) -> str:
         binding: WeightBinding = node.meta["weight"]
         place = self.stored[binding]
-        name = binding.keys[0] if len(binding.keys) == 1 else node.name
-        tensor = TensorProto(name=name, data_type=_TYPES[binding.dtype], dims=list(binding.shape))
+        name = binding.keys[0] if len(binding.keys) == 1 and binding.packing is None else node.name
+        kind, dims = _TYPES[binding.dtype], list(binding.shape)
+        if self.portable and binding.dtype is E2M1:
+            kind, dims = TensorProto.UINT8, [*dims[:-1], dims[-1] // 2]
+        tensor = TensorProto(name=name, data_type=kind, dims=dims)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.weights_file), ("offset", place.offset), ("length", place.size_bytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -175,9 +192,10 @@ class Lowering:
 
     # -- operations ---------------------------------------------------------------------------------------------------
 
-    def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
+    def op(self, kind: str, *inputs: str, label: str = "", **attributes: Any) -> str:
+        """A node and its result, both called ``label`` or a name of their own."""
         self._count += 1
-        name = f"{self._scope}_{self._count}"
+        name = label or f"{self._scope}_{self._count}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
@@ -210,7 +228,12 @@ class Lowering:
         # With `scale` left to the operator, TensorRT multiplies query and key each by a rounded square root: 0.29 % off
         # on every logit in bf16. One multiplication of the query, and scale 1, keeps it to one rounding of one factor.
         scaled = self.op("Mul", self.heads_last(query), self.scalar(scale, spec_of(query).dtype))
-        attributes = {"q_num_heads": heads, "kv_num_heads": kv_heads, "scale": 1.0, "is_causal": int(causal)}
+        attributes: dict[str, Any] = {
+            "q_num_heads": heads,
+            "kv_num_heads": kv_heads,
+            "scale": 1.0,
+            "is_causal": int(causal),
+        }
         return self.reshape(self.op("Attention", scaled, key, value, **attributes), spec_of(node).shape)
 
 
@@ -254,7 +277,97 @@ def _linear(low: Lowering, node: Node) -> str:
     inputs = [low.values[x], low.values[weight], *(low.values[b] for b in bias if b is not None)]
     if spec_of(x).rank != 2:
         raise InternalError("CX230", f"`{node.name}`: a linear of rows is [N, in], not {spec_of(x)}")
-    return low.op("Gemm", *inputs, transB=1)
+    return low.op("Gemm", *inputs, label=gemm_name(node), transB=1)
+
+
+def gemm_name(node: Node) -> str:
+    """What the product of the linear ``node`` is called in its model, and in the plan of an engine made from it."""
+    return f"gemm_{node.name}"
+
+
+# -- quantization. Scales are float32 and exact; the type of a result is stated, so that the builder sees one type
+# around a product. With the scale in bf16 instead, a weight or an activation is off by up to 0.4 %.
+
+
+def _quantize(low: Lowering, node: Node) -> str:
+    x, scale = (low.values[a] for a in node.args)
+    zero = np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn))
+    return low.op("QuantizeLinear", x, scale, low.constant(zero, "zero"))
+
+
+def _dequantize(low: Lowering, node: Node) -> str:
+    x, scale, dtype = node.args
+    wide = low.dtype(dtype) == torch.float32
+    attributes: dict[str, Any] = {} if wide else {"output_dtype": low.type_of(dtype)}
+    return low.op("DequantizeLinear", low.values[x], low.values[scale], **attributes)
+
+
+def _dequantize_groups(low: Lowering, node: Node) -> str:
+    # The scale has the type of the result here: with another one the builder finds no INT4 product.
+    x, scale = node.args
+    group = int(spec_of(x).shape[1]) // int(spec_of(scale).shape[1])
+    return low.op("DequantizeLinear", low.values[x], low.values[scale], axis=1, block_size=group)
+
+
+def _dequantize_blocks(low: Lowering, node: Node) -> str:
+    x, blocks, scale, dtype = node.args
+    if not low.portable:
+        return _blocks(low, low.values[x], low.values[blocks], low.values[scale], dtype)
+    wide = low.op("DequantizeLinear", low.values[blocks], low.values[scale])
+    # Four-bit floats have no arithmetic in ONNX Runtime: the codes, two a byte, look up their values.
+    codes = low.values[x]
+    halves = [low.op("BitwiseAnd", codes, _byte(low, 15)), low.op("BitShift", codes, _byte(low, 4), direction="RIGHT")]
+    axis = low.ints([-1])
+    pairs = low.op("Concat", *(low.op("Unsqueeze", half, axis) for half in halves), axis=-1)
+    indices = low.op("Cast", low.reshape(pairs, spec_of(x).shape), to=TensorProto.INT32)
+    table = np.asarray([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], dtype=np.float32)
+    values = low.op("Gather", low.constant(table, "e2m1"), indices)
+    return _times_blocks(low, values, wide, spec_of(x).shape)
+
+
+def _requantize_blocks(low: Lowering, node: Node) -> str:
+    x, scale = node.args
+    shape, dtype = spec_of(x).shape, spec_of(x).dtype
+    if not low.portable:
+        low.uses_trt = True
+        inputs, outputs = [low.values[x], low.values[scale]], [f"{node.name}_fp4", f"{node.name}_fp4_scales"]
+        form = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
+        name = f"{node.name}_quantize"
+        low.nodes.append(helper.make_node("TRT_FP4DynamicQuantize", inputs, outputs, name=name, domain=_TRT, **form))
+        return _blocks(low, outputs[0], outputs[1], low.values[scale], dtype)
+    # The same arithmetic as the reference, in float32.
+    number = partial(low.scalar, dtype=torch.float32)
+    zero = low.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
+    blocked = low.reshape(low.values[x], [*shape[:-1], int(shape[-1]) // NVFP4_BLOCK, NVFP4_BLOCK])
+    largest = low.op("ReduceMax", low.op("Abs", blocked), low.ints([-1]), keepdims=0)
+    ratio = low.op("Div", largest, low.op("Mul", number(E2M1_MAX), low.values[scale]))
+    ratio = low.op("Where", low.op("Greater", ratio, number(0.0)), ratio, number(1.0))
+    # Not `Clip`: ONNX Runtime folds it into the quantization behind it, and knows no FP8 there.
+    ratio = low.op("Min", low.op("Max", ratio, number(SMALLEST_BLOCK_SCALE)), number(E4M3_MAX))
+    narrow = low.op("QuantizeLinear", ratio, number(1.0), zero)
+    steps = low.op("Mul", low.op("Cast", narrow, to=TensorProto.FLOAT), low.values[scale])
+    quotient = low.op("Div", blocked, low.op("Unsqueeze", steps, low.ints([-1])))
+    size = low.op("Abs", quotient)
+    unit = low.op("Where", low.op("Less", size, number(4.0)), number(1.0), number(2.0))
+    unit = low.op("Where", low.op("Less", size, number(2.0)), number(0.5), unit)
+    rounded = low.op("Min", low.op("Mul", low.op("Round", low.op("Div", size, unit)), unit), number(E2M1_MAX))
+    values = low.op("Mul", rounded, low.op("Sign", quotient))
+    return low.reshape(low.op("Mul", values, low.op("Unsqueeze", steps, low.ints([-1]))), shape)
+
+
+def _blocks(low: Lowering, values: str, blocks: str, scale: str, dtype: torch.dtype) -> str:
+    """Four-bit floats as ``dtype``. A cast, since with `output_dtype` in its place the builder refuses the scales."""
+    wide = low.cast(low.op("DequantizeLinear", blocks, scale), torch.float32, dtype)
+    return low.op("DequantizeLinear", values, wide, axis=-1, block_size=NVFP4_BLOCK)
+
+
+def _times_blocks(low: Lowering, values: str, blocks: str, shape: Sequence[Size]) -> str:
+    blocked = low.reshape(values, [*shape[:-1], int(shape[-1]) // NVFP4_BLOCK, NVFP4_BLOCK])
+    return low.reshape(low.op("Mul", blocked, low.op("Unsqueeze", blocks, low.ints([-1]))), shape)
+
+
+def _byte(low: Lowering, value: int) -> str:
+    return low.constant(np.asarray(value, dtype=np.uint8), "byte")
 
 
 def _matmul(low: Lowering, node: Node) -> str:
@@ -286,7 +399,7 @@ def _convolution(low: Lowering, node: Node) -> str:
             before[axes - 1 - i] += frame[2 * i]
             after[axes - 1 - i] += frame[2 * i + 1]
     inputs = [low.values[n] for n in (x, weight, bias) if n is not None]
-    steps = {"strides": ops.spatial(stride, axes), "dilations": ops.spatial(dilation, axes)}
+    steps: dict[str, Any] = {"strides": ops.spatial(stride, axes), "dilations": ops.spatial(dilation, axes)}
     return low.op("Conv", *inputs, pads=[*before, *after], group=groups, **steps)
 
 
@@ -296,7 +409,12 @@ def _transposed_convolution(low: Lowering, node: Node) -> str:
     )
     # TensorRT-RTX 1.7 has no transposed convolution in bf16 (its type inference fails), only in fp32 and fp16.
     inputs = [low.operand(n, torch.float32) for n in (x, weight, bias) if n is not None]
-    attributes = {"strides": stride, "pads": padding * 2, "output_padding": output_padding, "dilations": dilation}
+    attributes: dict[str, Any] = {
+        "strides": stride,
+        "pads": padding * 2,
+        "output_padding": output_padding,
+        "dilations": dilation,
+    }
     result = low.op("ConvTranspose", *inputs, **attributes)
     return low.cast(result, torch.float32, spec_of(node).dtype)
 
@@ -475,4 +593,9 @@ _RULES: dict[Any, Rule] = {
     ops.SWIGLU: _swiglu,
     ops.ATTENTION: _attention,
     ops.JOINT_ATTENTION: _joint_attention,
+    ops.QUANTIZE: _quantize,
+    ops.DEQUANTIZE: _dequantize,
+    ops.DEQUANTIZE_GROUPS: _dequantize_groups,
+    ops.DEQUANTIZE_BLOCKS: _dequantize_blocks,
+    ops.REQUANTIZE_BLOCKS: _requantize_blocks,
 }

@@ -19,6 +19,9 @@ from pathlib import Path
 
 from cosmos_export.diagnostics import UserError
 
+NARROW_SHARE = 0.99
+"""Of the weights that are planned in 8 or 4 bit, so much must be."""
+
 KNOWN_VERSIONS = frozenset({(1, 7, 1, 116)})
 
 _HEADER_BYTES = 64
@@ -131,6 +134,10 @@ class PlanExpectation:
     attention_scale: float | None = None
     """The exact logit scale. A kernel may hold it, or 1 where the product went into the kernel before. The literal of
     a narrow kernel holds the quantization scales too and is not compared."""
+    layer_weights: Mapping[str, int] = field(default_factory=dict)
+    """ONNX nodes that multiply by the weights of layers → elements of the weight."""
+    narrow_share: float = 0.0
+    """The part of them, by elements, that is meant to be multiplied in 8 or 4 bit."""
     weight_dequantize: bool = False
     """A separate kernel may dequantize weights (weight-only FP8)."""
     max_activation_bytes: int | None = None
@@ -212,6 +219,9 @@ def _graph_problems(graph: PlanGraph, expect: PlanExpectation) -> Iterator[str]:
             wrong.setdefault((gemm.type, planned), []).append(gemm.name)
     for (kind, planned), names in wrong.items():
         yield f"{len(names)} of {len(graph.gemms)} GEMMs compute in {kind}, planned {planned}: {_some(names)}"
+    share = narrow_share(graph, expect.layer_weights)
+    if share < NARROW_SHARE * expect.narrow_share:
+        yield f"{share:.1%} of the layers' weights are stored in 8 or 4 bit, planned {expect.narrow_share:.1%}"
     if not graph.gemms:
         yield "no GEMM was found"
     if graph.dequantize and not expect.weight_dequantize:
@@ -221,6 +231,16 @@ def _graph_problems(graph: PlanGraph, expect: PlanExpectation) -> Iterator[str]:
         yield f"activations take {graph.activation_bytes} bytes at the largest shapes, planned at most {ceiling}"
     if expect.stream_capturable is not None and graph.stream_capturable != expect.stream_capturable:
         yield f"stream_capturable is {graph.stream_capturable}, planned {expect.stream_capturable}"
+
+
+def narrow_share(graph: PlanGraph, weights: Mapping[str, int]) -> float:
+    """The part of ``weights`` (ONNX node → elements) that the plan multiplies by in 8 or 4 bit; 0 without any."""
+    narrow: dict[str, bool] = {}
+    for gemm in graph.gemms:
+        for name in weights.keys() & set(gemm.nodes):
+            narrow[name] = narrow.get(name, True) and gemm.type not in (*_WIDE, "unknown")
+    total = sum(weights.values())
+    return sum(count for name, count in weights.items() if narrow.get(name)) / total if total else 0.0
 
 
 def _some(names: tuple[str, ...] | list[str]) -> str:

@@ -120,11 +120,11 @@ def recipe_names() -> tuple[str, ...]:
 
 @cache
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``; CX330 names the nearest one if there is none."""
+    """The recipe called ``name``; CX350 names the nearest one if there is none."""
     if name not in recipe_names():
         near = difflib.get_close_matches(name.lower(), recipe_names(), n=1, cutoff=0.5)
         raise UserError(
-            "CX330",
+            "CX350",
             f"unknown recipe `{name}`; known: {', '.join(recipe_names())}",
             f"did you mean `{near[0]}`?" if near else "`cosmos-export recipes ls` describes them",
         )
@@ -132,23 +132,23 @@ def load_recipe(name: str) -> Recipe:
 
 
 def parse_recipe(name: str, text: str) -> Recipe:
-    """A `Recipe` from TOML text. Unknown, missing and mistyped fields and contradictions are errors (CX331)."""
+    """A `Recipe` from TOML text. Unknown, missing and mistyped fields and contradictions are errors (CX351)."""
     try:
         data: dict[str, Any] = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InternalError("CX331", f"recipe `{name}` is not TOML: {error}") from error
+        raise InternalError("CX351", f"recipe `{name}` is not TOML: {error}") from error
     known = {field.name for field in fields(Recipe)} - {"name"}
     if data.keys() != known:
         unknown, missing = sorted(data.keys() - known), sorted(known - data.keys())
-        raise InternalError("CX331", f"recipe `{name}` has unknown fields {unknown}, lacks {missing}")
+        raise InternalError("CX351", f"recipe `{name}` has unknown fields {unknown}, lacks {missing}")
     for field, kind in _FIELD_TYPES.items():
         if type(data[field]) is not kind:
-            raise InternalError("CX331", f"field `{field}` of recipe `{name}` is not a {kind.__name__}")
+            raise InternalError("CX351", f"field `{field}` of recipe `{name}` is not a {kind.__name__}")
     try:
         rules = tuple(rule for item in data["rules"] for rule in _rules(item))
         check_rules(rules)
     except UserError as error:
-        raise InternalError("CX331", f"recipe `{name}`: {error.message}") from error
+        raise InternalError("CX351", f"recipe `{name}`: {error.message}") from error
     return Recipe(
         name=name,
         title=data["title"],
@@ -178,7 +178,7 @@ def _rules(item: Any) -> Iterator[Rule]:
 
 
 def parse_rule(text: str) -> Rule:
-    """``PLACE=SCHEME``, as `--set` takes it; CX333 for what is not one."""
+    """``PLACE=SCHEME``, as `--set` takes it; CX353 for what is not one."""
     place, separator, scheme = text.rpartition("=")
     if not separator:
         _wrong(f"`{text}` is not PLACE=SCHEME")
@@ -218,7 +218,7 @@ def _span(text: str, span: str | None) -> Span | None:
 
 
 def check_rules(rules: Sequence[Rule]) -> None:
-    """No two rules are for exactly the same sites with different schemes; CX333."""
+    """No two rules are for exactly the same sites with different schemes; CX353."""
     seen: dict[tuple[Any, ...], Rule] = {}
     for rule in rules:
         place = rule.place
@@ -229,7 +229,7 @@ def check_rules(rules: Sequence[Rule]) -> None:
 
 
 def _wrong(what: str) -> NoReturn:
-    raise UserError("CX333", what, "for example `gen.mlp.down=fp8`, `gen.mlp[0:2]=bf16`, `gen@-3:=fp8-w8a16`")
+    raise UserError("CX353", what, "for example `gen.mlp.down=fp8`, `gen.mlp[0:2]=bf16`, `gen@-3:=fp8-w8a16`")
 
 
 def _folder() -> Any:
@@ -291,6 +291,12 @@ class Assignment:
         seen: dict[tuple[str, ...], int] = {}
         return tuple(seen.setdefault(column, len(seen)) for column in columns)
 
+    def weight_only_steps(self) -> tuple[int, ...]:
+        """Steps in which the generator multiplies narrow weights by wide activations."""
+        narrow = STORAGE.keys() - ACTIVATIONS
+        sites = [site for site in self.sites() if site[0] == "gen"]
+        return tuple(step for step in range(self.steps) if any(self.scheme(*site, step) in narrow for site in sites))
+
     def table(self) -> dict[str, str]:
         """Place → scheme of every site, sites that are alike together; what is not quantized is left out."""
         found: dict[str, str] = {}
@@ -322,8 +328,8 @@ def resolve_recipe(
     """What ``recipe`` with ``overrides`` (``PLACE=SCHEME``, later ones count) means for a model on ``target``.
 
     A recipe's own rules for ranges of steps are left out for a distilled model and for one step, as the published
-    policy leaves them out; an override's are not. UserError CX333 for overrides that are none or contradict each other
-    and CX334 for an assignment that would store a weight twice; UnsupportedError CX332 for a scheme that the target
+    policy leaves them out; an override's are not. UserError CX353 for overrides that are none or contradict each other
+    and CX354 for an assignment that would store a weight twice; UnsupportedError CX352 for a scheme that the target
     does not run.
     """
     own = [rule for rule in recipe.rules if rule.place.steps is None or not (distilled or steps == 1)]
@@ -356,7 +362,7 @@ def _require_scheme(rule: Rule, target: Target) -> None:
     if rule.scheme not in PRECISIONS and rule.scheme not in target.refused:
         _wrong(f"`{rule}`: there is no scheme `{rule.scheme}`; schemes of `{target.name}`: {runs}")
     raise UnsupportedError(
-        "CX332",
+        "CX352",
         f"target `{target.name}` does not run {rule.scheme} (`{rule}`): {reason}",
         f"schemes it runs: {runs}; choose another recipe, or another scheme with `--set {rule.place.text}=…`",
     )
@@ -368,7 +374,7 @@ def _require_one_storage(assignment: Assignment) -> None:
         schemes = set(assignment.over_steps(tower, kind, layer))
         if kind != CORE and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
             raise UserError(
-                "CX334",
+                "CX354",
                 f"recipe `{assignment.recipe}` contradicts itself: {tower}.{kind} of layer {layer} is "
                 f"{' and '.join(sorted(schemes))} in different steps, and would be stored twice",
                 "steps may differ between fp8 and fp8-w8a16, which share the weight",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
-from cosmos_export.ir.interpreter import weight_norm
-from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
+from cosmos_export.ir.interpreter import FOUR_BIT, pack_rows, tensor_scale, weight_norm
+from cosmos_export.ir.packing import e2m1_codes, nibbles
+from cosmos_export.ir.spec import E2M1, INT4, Format, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
 ALIGNMENT = 4096
@@ -29,6 +30,8 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float16: np.dtype(np.float16),
     torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
     torch.float8_e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
+    INT4: np.dtype(ml_dtypes.int4),
+    E2M1: np.dtype(ml_dtypes.float4_e2m1fn),
     torch.int64: np.dtype(np.int64),
     torch.bool: np.dtype(np.bool_),
 }
@@ -54,7 +57,8 @@ def map_source(source: WeightSource) -> np.ndarray:
 
 
 def size_bytes(binding: WeightBinding) -> int:
-    return int(product(binding.shape)) * binding.dtype.itemsize
+    elements = int(product(binding.shape))
+    return elements // 2 if binding.dtype in FOUR_BIT else elements * binding.dtype.itemsize
 
 
 def layout(bindings: Iterable[WeightBinding]) -> dict[WeightBinding, Stored]:
@@ -80,12 +84,13 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
     """
     progress.begin(task, file_size(stored))
     partial = path.with_name(f".{path.name}.partial")
+    scales = _Scales()
     try:
         with partial.open("wb", buffering=0) as file:
             writer = _Hashed(file)
             for binding, place in stored.items():
                 writer.pad(place.offset)
-                _write(binding, writer)
+                _write(binding, writer, scales)
                 progress.update(task, place.offset + place.size_bytes)
             file.truncate(writer.size)
             os.fsync(file.fileno())
@@ -128,7 +133,11 @@ class _Hashed:
         self.write(bytes(offset - self.size))
 
 
-def _write(binding: WeightBinding, file: _Hashed) -> None:
+def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
+    if binding.packing is not None or any(s.scale is not None for s in binding.sources):
+        for packed in _packed(binding, scales):
+            file.write(packed)
+        return
     dtype = numpy_dtype(binding.dtype)
     sources = [map_source(s) for s in binding.sources]
     if binding.transform is Transform.INTERLEAVE:
@@ -136,6 +145,10 @@ def _write(binding: WeightBinding, file: _Hashed) -> None:
         for start in range(0, len(sources[0]), rows):
             block = np.stack([s[start : start + rows].astype(dtype, copy=False) for s in sources], axis=1)
             file.write(np.ascontiguousarray(block).view(np.uint8).data)
+        return
+    if binding.transform is Transform.SCALE:
+        vector, factors = (_tensor(s, source.dtype) for s, source in zip(sources, binding.sources, strict=True))
+        file.write(_bytes((vector.to(torch.float32) * factors.to(torch.float32)).to(binding.dtype)))
         return
     if binding.transform is Transform.WEIGHT_NORM:
         magnitudes, directions = sources
@@ -152,6 +165,66 @@ def _write(binding: WeightBinding, file: _Hashed) -> None:
         for start in range(0, len(source), rows):
             block = np.ascontiguousarray(source[start : start + rows].astype(dtype, copy=False))
             file.write(block.view(np.uint8).data)
+
+
+class _Scales:
+    """Scales of packed weights, each found once: their values and their scale are two tensors of the file."""
+
+    def __init__(self) -> None:
+        self._known: dict[WeightBinding, torch.Tensor] = {}
+
+    def of(self, binding: WeightBinding) -> torch.Tensor:
+        assert binding.packing is not None
+        if binding.packing.format is Format.INT4:
+            return torch.ones(())  # its scales are in the rows
+        plain = replace(binding, dtype=torch.float32, packing=replace(binding.packing, part=Part.SCALE))
+        if plain not in self._known:
+            amax = torch.stack([block.abs().amax() for block in _rows(binding)]).amax()
+            self._known[plain] = tensor_scale(binding, amax, read_source)
+        return self._known[plain]
+
+
+def _packed(binding: WeightBinding, scales: _Scales) -> Iterator[bytes]:
+    """The bytes of a weight that is computed, a block of rows at a time."""
+    packing = binding.packing
+    if packing is None:
+        yield from (_bytes(block.to(binding.dtype)) for block in _rows(binding))
+        return
+    scale = scales.of(binding)
+    if packing.part is Part.SCALE and packing.format is not Format.INT4:
+        yield _bytes(scale)
+        return
+    for block in _rows(binding):
+        packed = pack_rows(packing, block, scale)
+        if binding.dtype is INT4:
+            packed = nibbles(packed)
+        elif binding.dtype is E2M1:
+            packed = nibbles(e2m1_codes(packed))
+        yield _bytes(packed)
+
+
+def _rows(binding: WeightBinding) -> Iterator[torch.Tensor]:
+    """Float32 rows of what sources and transform of a binding give, before it is packed, in blocks."""
+    sources = [(map_source(source), source) for source in binding.sources]
+    divisor = None
+    if binding.packing is not None and binding.packing.divisor is not None:
+        divisor = read_source(binding.packing.divisor).to(torch.float32)
+    together = binding.transform is Transform.INTERLEAVE
+    for group in [sources] if together else [[one] for one in sources]:
+        count = _rows_per_chunk(group[0][0], 2 * len(group))
+        for start in range(0, len(group[0][0]), count):
+            parts = [_widened(array[start : start + count], source) for array, source in group]
+            block = torch.stack(parts, dim=1).flatten(0, 1) if together else parts[0]
+            yield block if divisor is None else block / divisor
+
+
+def _widened(rows: np.ndarray, source: WeightSource) -> torch.Tensor:
+    value = _tensor(rows, source.dtype).to(torch.float32)
+    return value if source.scale is None else value * read_source(source.scale).to(torch.float32)
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _rows_per_chunk(array: np.ndarray, sources: int) -> int:

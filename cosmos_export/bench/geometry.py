@@ -32,7 +32,7 @@ DEVIATION = 0.02
 TINY: Mapping[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "latent_channel": 16, "patch_latent_dim": 64,
-    "rope_scaling": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+    "rope_axes_dim": (6, 5, 5),
 }  # fmt: skip
 """What a dry run changes of a geometry: everything that takes time."""
 GUIDED, PLAIN = "step-guided", "step-plain"
@@ -88,8 +88,7 @@ def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, graph in found.graphs.items():
-        sizes = {node.meta["weight"]: node.meta["weight"] for node in graph.weights.values()}
-        document = graph_document(graph, "random.weights", lambda b, known=sizes: (0, _bytes(known[b].shape, b.dtype)))
+        document = graph_document(graph, "random.weights", lambda binding: (0, _bytes(binding.shape, binding.dtype)))
         path = folder / f"{name}.json"
         path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
         paths.append(path)

@@ -70,6 +70,6 @@ def _required_bytes(plan: Plan) -> int:
     if plan.target.backend == "tensorrt-rtx":
         in_loop = [name for name, e in plan.checkpoint.expected.items() if e.tower is Tower.GENERATOR]
         generator = sum(tensors[name].size_bytes for name in in_loop if name in tensors)
-        further = len(plan.schedule.segments) - 1 if plan.options.loop == "device" else 0
+        further = len(plan.segments) - 1 if plan.options.loop == "device" else 0
         weights = 2 * weights + further * generator
     return int(weights * 1.05) + tokenizer_bytes(plan.checkpoint, plan.components)

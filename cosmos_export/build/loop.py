@@ -6,7 +6,7 @@ a segment, that hand the sampler's state on.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -28,12 +28,12 @@ LOOP_TABLES = (TIME_EMBEDDING, COEFFICIENTS)
 _LOOP = "denoise"
 
 
-def close_loop(program: Program, schedule: Schedule) -> dict[str, Program]:
-    """For each segment of ``schedule``, in order, a copy of ``program`` whose loop runs it by itself, verified.
+def close_loop(program: Program, schedule: Schedule, segments: Sequence[Segment] | None = None) -> dict[str, Program]:
+    """For each of ``segments`` (all of the schedule), a copy of ``program`` whose loop runs it by itself, verified.
 
     Under the name of the model that it becomes: ``denoise``, or where there are several ``denoise_1``, ``denoise_2``, …
     """
-    segments = schedule.segments
+    segments = segments or schedule.segments
     names = [f"{_LOOP}_{i}" for i in range(1, len(segments) + 1)] if len(segments) > 1 else [_LOOP]
     return {name: _close(program, schedule, segment) for name, segment in zip(names, segments, strict=True)}
 

@@ -11,17 +11,23 @@ from typing import Literal, get_args
 from cosmos_export.build.request import check_request
 from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.build.selection import select
+from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.sampling import Overrides, Schedule
+from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
+from cosmos_export.targets.recipe import ACTIVATIONS, DEFAULT, Assignment, load_recipe, resolve_recipe
 
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
+WeightMode = Literal["embedded", "external"]
+QualityMode = Literal["enforce", "report"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
+MAX_SINGLE_STEPS = 8
+"""Engines of one step in a loop on the device: as many as the published policy has, and two."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,16 @@ class BuildOptions:
     loop: LoopMode = "host"
     """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
     step a call."""
+    recipe: str = DEFAULT
+    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`."""
+    overrides: tuple[str, ...] = ()
+    """``PLACE=SCHEME``, over the recipe's own rules."""
+    calibration: Path | None = None
+    """A scale table, where the recipe or an override quantizes activations."""
+    weights: WeightMode = "embedded"
+    """``external``: engines take their weights as inputs, and share them."""
+    quality: QualityMode = "enforce"
+    """Whether a loss of whole steps beyond its limit (gate G2) ends the build."""
     parity: ParityMode = "auto"
     until: str | None = None
     dump: Path | None = None
@@ -72,6 +88,25 @@ class Plan:
     outputs: tuple[str, ...]
     components: tuple[str, ...]
     schedule: Schedule
+    precision: Assignment
+    scales: ScaleTable | None
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.precision.schemes)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Steps that compute the same, by guidance and by precision.
+
+        A step with narrow weights and wide activations is a segment by itself where TensorRT builds it: a weight that
+        several steps of one engine read is widened once for all of them, and lies there in full.
+        """
+        keys = list(self.precision.step_keys())
+        if self.target.backend == "tensorrt-rtx":
+            for step in self.precision.weight_only_steps():
+                keys[step] = self.schedule.steps + step
+        return self.schedule.segments_by(keys)
 
 
 def resolve(options: BuildOptions) -> Plan:
@@ -87,7 +122,7 @@ def resolve(options: BuildOptions) -> Plan:
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)
     _require_buildable(checkpoint)
-    modalities = _modalities(options.modalities, checkpoint)
+    modalities = available_modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
     components = select(options.components, checkpoint, modalities)
     check_request(checkpoint, modalities)
@@ -97,7 +132,84 @@ def resolve(options: BuildOptions) -> Plan:
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan)
+    precision = _precision(options, target, checkpoint, plan, profiles)
+    scales = _scales(options, precision, checkpoint)
+    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, precision, scales)
+
+
+def _precision(
+    options: BuildOptions,
+    target: Target,
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    profiles: Sequence[Profile],
+) -> Assignment:
+    """The recipe for this model and target. CX35x for what the two do not allow."""
+    found = resolve_recipe(
+        load_recipe(options.recipe),
+        options.overrides,
+        target,
+        layers=checkpoint.geometry.num_hidden_layers,
+        steps=schedule.steps,
+        distilled=schedule.sampler == "distilled-sde",
+    )
+    if found.schemes and checkpoint.precision == "fp32" and target.backend == "tensorrt-rtx":
+        raise UnsupportedError(
+            "CX358",
+            f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
+            "convert the checkpoint to bf16, or build it for the target `cpu`",
+        )
+    if "int4" in found.schemes and options.weights == "external":
+        raise UnsupportedError(
+            "CX357",
+            "INT4 weights as inputs of an engine would be widened by a kernel of their own in every call",
+            "leave `--weights external` out, or choose a recipe without int4",
+        )
+    alone = found.weight_only_steps()
+    if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:
+        raise UnsupportedError(
+            "CX364",
+            f"{len(alone)} of {schedule.steps} steps multiply narrow weights by wide activations, and each would be an "
+            f"engine of its own (at most {MAX_SINGLE_STEPS})",
+            "leave `--loop device` out, or choose a recipe that quantizes the generator's activations, such as fp8",
+        )
+    if "fp8-attention" in found.schemes and target.backend == "tensorrt-rtx":
+        _require_fixed(profiles)
+    return found
+
+
+def _require_fixed(profiles: Sequence[Profile]) -> None:
+    """FP8 attention is fused only over a number of keys that is known when the engine is built."""
+    for profile in profiles:
+        dynamic = [dim for dim, span in profile.dims.items() if span.min != span.max]
+        if dynamic:
+            fixed = ",".join(f"{dim}={profile.dims[dim].opt}" for dim in dynamic)
+            raise UnsupportedError(
+                "CX359",
+                f"FP8 attention needs to know the number of keys, and profile `{profile.name}` leaves "
+                f"{', '.join(dynamic)} open: the builder would fall back to stored scores",
+                f"fix them, for example `{profile.name},{fixed}`, or `--set gen.attention.core=bf16`",
+            )
+
+
+def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> ScaleTable | None:
+    """The scale table, of exactly this checkpoint."""
+    if options.calibration is None:
+        if precision.needs_calibration:
+            wanted = ", ".join(sorted(precision.schemes & ACTIVATIONS))
+            raise UserError(
+                "CX356",
+                f"recipe `{precision.recipe}` quantizes activations ({wanted}) and needs their ranges",
+                "make a scale table with `cosmos-export calibrate`, and pass `--calibration DIR`",
+            )
+        return None
+    if not precision.needs_calibration and "int4" not in precision.schemes:
+        raise UserError(
+            "CX356", f"recipe `{precision.recipe}` uses no calibration", "leave `--calibration` out, or choose a recipe"
+        )
+    table = read_scale_table(options.calibration)
+    require_checkpoint(table, checkpoint)
+    return table
 
 
 def require_compiler() -> None:
@@ -140,6 +252,12 @@ def _require_consistent(options: BuildOptions) -> None:
     if options.loop not in get_args(LoopMode):
         allowed = ", ".join(get_args(LoopMode))
         raise UserError("CX451", f"loop `{options.loop}` is none of {allowed}", f"pass one of {allowed}")
+    if options.weights not in get_args(WeightMode):
+        allowed = ", ".join(get_args(WeightMode))
+        raise UserError("CX451", f"weights `{options.weights}` is none of {allowed}", f"pass one of {allowed}")
+    if options.quality not in get_args(QualityMode):
+        allowed = ", ".join(get_args(QualityMode))
+        raise UserError("CX451", f"quality `{options.quality}` is none of {allowed}", f"pass one of {allowed}")
     if options.output is None and options.until is None:
         raise UserError(
             "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"
@@ -189,7 +307,8 @@ def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name, present in has.items() if present)
 
 
-def _modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is ``asked`` of what the checkpoint generates, in its order; None: all of it. CX210 for anything else."""
     available = all_modalities(checkpoint)
     if asked is None:
         return available

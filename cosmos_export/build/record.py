@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import cosmos_export
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
+from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.build.request import request_record
 from cosmos_export.bundle import (
     DimRecord,
@@ -67,14 +68,22 @@ def manifest(
         profiles=tuple(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in plan.profiles
         ),
-        recipe=checkpoint.precision,
+        recipe=plan.precision.recipe if plan.quantized else checkpoint.precision,
         graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
+        | {name: _contract(program.graphs[program.loop.body]) for name in result.bodies}
         | _loop_contracts(closed),
         edges=(
             *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
+            *(
+                EdgeRecord(e.source, e.output, name, e.input)
+                for name in dict.fromkeys(result.bodies)
+                if name != program.loop.body
+                for e in program.edges_into(program.loop.body)
+            ),
             *_loop_edges(closed),
         ),
-        loop=_loop(program, closed),
+        loop=_loop(program, closed, result.bodies),
+        precision=precision_record(plan) if plan.quantized else None,
         streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
         request=request_record(checkpoint, plan.modalities, result.prompt),
         engines=tuple(
@@ -99,18 +108,19 @@ def manifest(
             build_seconds=round(result.seconds, 3),
             peak_memory_bytes=result.peak_memory_bytes,
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
-            measured={m.stage: m.value for m in result.parity},
+            measured={m.stage: m.value for m in (*result.parity, *result.quality)}
+            | ({} if result.losses is None else loss_values(result.losses)),
         ),
     )
 
 
-def _loop(program: Program, closed: Mapping[str, Program]) -> LoopRecord:
+def _loop(program: Program, closed: Mapping[str, Program], bodies: tuple[str, ...]) -> LoopRecord:
     """The loop a host runs, and the segments that run by themselves."""
     segments = tuple(
         SegmentRecord(name, one.loop.steps or 0, tuple(n for n in one.loop.rows if n not in LOOP_TABLES))
         for name, one in closed.items()
     )
-    return LoopRecord(program.loop.body, dict(program.loop.carried), segments)
+    return LoopRecord(program.loop.body, dict(program.loop.carried), segments, bodies)
 
 
 def _loop_contracts(closed: Mapping[str, Program]) -> dict[str, GraphContract]:
@@ -163,4 +173,5 @@ def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         Verdict("engine", e.graph, "relative L2", None, "not-measured", "needs the target's GPU")
         for e in result.engines
     ]
-    return (*measured, *missing, *engines)
+    lost = () if result.losses is None else loss_verdicts(result.losses)
+    return (*measured, *lost, *missing, *engines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,8 +32,10 @@ from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
+from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.sources import weight_sources
@@ -56,7 +59,7 @@ from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
-from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan
+from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.weights import layout, read_source
 
@@ -73,6 +76,12 @@ class BuildResult:
     passes: list[Report] = field(default_factory=list)
     codecs: list[Codec] = field(default_factory=list)
     prompt: PromptRecord | None = None
+    bodies: tuple[str, ...] = ()
+    """The loop's body of every step, where a host's steps compute differently."""
+    quality: list[Measured] = field(default_factory=list)
+    """How far results of quantized loops are from the unquantized model's."""
+    losses: Losses | None = None
+    """What quantization costs; None where nothing is quantized."""
     parity: list[Measured] = field(default_factory=list)
     parity_note: str = ""
     """Why the transformer was not compared with diffusers'; empty where it was."""
@@ -127,9 +136,21 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed = close_loop(program, plan.schedule) if plan.options.loop == "device" else {}
+    closed: Mapping[str, Program] = {}
+    variants: Mapping[str, Program] = {}
+    with stages("quantization"):
+        plain = program
+        if plan.quantized:
+            assign(plain, plan)
+            ranges = activation_ranges(plan)
+            quantized = quantize(plain, plan, ranges)
+            program, variants, result.bodies = quantized.program, quantized.variants, quantized.bodies
+        if plan.options.loop == "device":
+            closed = close_loop(plain, plan.schedule, plan.segments)
+            for segment in closed.values() if plan.quantized else ():
+                insert(segment, ranges, segment.loop.start)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, plan, writer, stages.progress)
+        suffix = _write_onnx(program, variants, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
     for name in plan.components:
@@ -140,13 +161,23 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
             if dtype != torch.float32:
-                result.parity.append(parity.precision(program, dtype))
+                result.parity.append(parity.precision(plain, dtype))
             folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
-            result.parity.append(parity.onnx(program, folder, suffix))
+            result.parity.append(parity.onnx(program, folder, suffix, quantized=plan.quantized))
+            for name, variant in variants.items():
+                result.parity.append(parity.onnx(variant, folder, suffix, body=name, quantized=True))
             if closed:
-                result.parity.append(parity.loop(closed, plan.schedule, plan.checkpoint.scheduler, folder, suffix))
+                scheduler = plan.checkpoint.scheduler
+                measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
+                (result.quality if plan.quantized else result.parity).append(measured)
+    if plan.quantized:
+        with stages("gates"):
+            result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
+            write_losses(result.losses, plan, writer)
     _compare_codecs(result, writer, stages)
     _require_parity(result.parity)
+    if result.losses is not None:
+        require_losses(result.losses, result.quality, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
@@ -154,6 +185,10 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                     engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
+            for name, variant in variants.items():
+                body = variant.graphs[variant.loop.body]
+                inputs = {i: spec_of(node) for i, node in body.inputs.items()}
+                result.engines.append(_build_engine(name, body, inputs, program, plan, writer, stages.progress))
             for name, segment in closed.items():
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
                 engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
@@ -287,13 +322,13 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     if mode == "never":
         return "not asked for (--parity never)"
     needed = 4 * sum(int(product(e.shape)) for e in tensors.values())
-    if mode == "auto" and needed > PARITY_MEMORY_SHARE * _available_bytes():
+    if mode == "auto" and needed > PARITY_MEMORY_SHARE * available_bytes():
         share = f"{PARITY_MEMORY_SHARE:.0%} of the memory there is"
         return f"the stock model in fp32 takes {needed / 2**30:.1f} GiB, more than {share} (--parity always)"
     return ""
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Memory that can be had without swapping; what the page cache holds is to be had."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -310,11 +345,18 @@ def _require_parity(measured: Sequence[Measured]) -> None:
         )
 
 
-def _write_onnx(program: Program, plan: Plan, writer: BundleWriter, progress: Progress) -> str:
-    """Every graph with its weights; returns the suffix of the models that run on a CPU."""
+def _write_onnx(
+    program: Program, variants: Mapping[str, Program], plan: Plan, writer: BundleWriter, progress: Progress
+) -> str:
+    """Every graph with its weights; returns the suffix of the models that run on a CPU.
+
+    Bodies of the loop that differ in precision read one file of weights.
+    """
     narrow = model_dtype(program) != torch.float32
     for name, graph in program.graphs.items():
-        suffix = write_models({name: graph}, name, narrow, plan, writer, progress)
+        others = variants if name == program.loop.body else {}
+        graphs = {name: graph, **{other: one.graphs[one.loop.body] for other, one in others.items()}}
+        suffix = write_models(graphs, name, narrow, plan, writer, progress)
     return suffix
 
 
@@ -391,6 +433,7 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    types, weights = planned_types(graph), layer_weights(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
         counts = {len(g.attention) for g in summary.graphs}
@@ -402,14 +445,24 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         profiles=len(plan.profiles),
         attention_type=kind if fused else None,
         attention_scale=float(scale),
+        other_gemms=types,
+        layer_weights=weights,
+        narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
     )
     wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
     if not fused:
         wanted = (
             f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
         )
+    products = f"every GEMM in {kind}"
+    found = "as planned"
+    if types:
+        listed = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
+        products = f"GEMMs of the layers: {listed}; every other in {kind}"
+        share = min(narrow_share(g, weights) for g in summary.graphs) if summary.graphs else 0.0
+        found = f"as planned: {share:.1%} of the layers' weights in 8 or 4 bit"
     problems = check_plan(summary, expected)
-    return PlanCheck(name, "plan", f"{wanted}, every GEMM in {kind}", "; ".join(problems) or "as planned", not problems)
+    return PlanCheck(name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
 
 
 def _engine_requests(program: Program, closed: Mapping[str, Program], result: BuildResult) -> Iterator[EngineRequest]:

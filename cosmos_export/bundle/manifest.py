@@ -152,6 +152,9 @@ class LoopRecord:
     body: Name
     carried: Mapping[str, Name]
     segments: tuple[SegmentRecord, ...] = ()
+    bodies: tuple[Name, ...] = ()
+    """Where a host's steps compute differently: the body of each step of the compiled schedule, like `body` in all but
+    its precision."""
 
 
 @dataclass(frozen=True)
@@ -301,6 +304,33 @@ class Volatile:
 
 
 @dataclass(frozen=True)
+class CalibrationRecord:
+    """The scale table that quantizers of activations were made from."""
+
+    checkpoint: Sha256
+    """Identity of the checkpoint it was made of."""
+    scales_sha256: Sha256
+    lineage_sha256: Sha256
+    lineage: BundlePath
+    """A copy of what it says of its data."""
+
+
+@dataclass(frozen=True)
+class PrecisionRecord:
+    """What the products of the towers compute in."""
+
+    recipe: Name
+    overrides: tuple[Name, ...]
+    table: Mapping[str, Name]
+    """Place (tower, kind, layers, steps) → scheme; what is not here is in the model's own type."""
+    rounding: Name
+    """How weights were rounded: `exact` is once, from float32."""
+    calibration: CalibrationRecord | None
+    report: BundlePath
+    """What each linear and each step loses."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A bundle: what it was built from, what is in it, and what was measured."""
 
@@ -320,6 +350,8 @@ class Manifest:
     evaluation: tuple[Verdict, ...]
     plan_checks: tuple[PlanCheck, ...]
     volatile: Volatile
+    precision: PrecisionRecord | None = None
+    """None where nothing is quantized."""
     files: tuple[FileRecord, ...] = ()
     """Left empty by the build: `BundleWriter.commit` fills it in."""
     schema_version: Literal[1] = 1
@@ -445,6 +477,11 @@ def _loop_problems(manifest: Manifest) -> Iterator[StrictError]:
     if manifest.loop is not None:
         body = manifest.loop.body
         yield from _carried_problems(manifest, "loop", body, [body], manifest.loop.carried)
+        for name in dict.fromkeys(manifest.loop.bodies):
+            if name not in manifest.graphs or body not in manifest.graphs:
+                yield StrictError("loop.bodies", f"{shown(name)} is not a graph of this manifest")
+            elif manifest.graphs[name] != manifest.graphs[body]:
+                yield StrictError("loop.bodies", f"{shown(name)} takes or returns other tensors than {shown(body)}")
         for i, segment in enumerate(manifest.loop.segments):
             graph = manifest.graphs.get(segment.graph)
             if graph is None:

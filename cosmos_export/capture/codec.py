@@ -45,7 +45,7 @@ def capture_vae_decoder(config: Mapping[str, Any], sources: Mapping[str, WeightS
     float32 [1, 3, 1, 16·height, 16·width] in [−1, 1], and the caches. ``vae_decoder_next``: the next ``latent`` and the
     caches → the next four frames of ``pixels`` and the new caches. ``config`` is ``vae/config.json``.
     """
-    vae = _video_autoencoder(config)
+    vae = empty_video_autoencoder(config)
     vae.encoder = None
     return _stream("vae_decoder", _Decoder(vae), config, sources, "latent", "decoding does not read it")
 
@@ -57,7 +57,7 @@ def capture_vae_encoder(config: Mapping[str, Any], sources: Mapping[str, WeightS
     [1, C, 1, height, width] and the caches: all that an image or a policy needs. ``vae_encoder_next``: the next four
     frames and the caches → the next ``latent`` and the new caches. First and next are five frames, and so on.
     """
-    vae = _video_autoencoder(config)
+    vae = empty_video_autoencoder(config)
     vae.decoder = None
     return _stream("vae_encoder", _Encoder(vae), config, sources, "pixels", "encoding does not read it")
 
@@ -228,7 +228,7 @@ class _SoundDecoder(nn.Module):
 # -- empty models -----------------------------------------------------------------------------------------------------
 
 
-def _video_autoencoder(config: Mapping[str, Any]) -> Any:
+def empty_video_autoencoder(config: Mapping[str, Any]) -> Any:
     """The published autoencoder with parameters that have shapes only."""
     from diffusers import AutoencoderKLWan
 

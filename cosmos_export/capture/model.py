@@ -115,7 +115,7 @@ def compute_dtypes(model: nn.Module, stored: Mapping[str, torch.dtype]) -> dict[
     }
 
 
-def _real_buffers(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def real_buffers(config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Buffers that no checkpoint stores, from the stock constructor on a model without layers or vocabulary."""
     from diffusers import Cosmos3OmniTransformer
 
@@ -157,7 +157,7 @@ def capture(
         raise InternalError("CX204", f"no source for {len(missing)} parameters, first `{missing[0]}`")
     dtypes = compute_dtypes(model, {n: sources[n].dtype for n in names})
     model_dtype = dtypes["proj_in.weight"]
-    buffers = _real_buffers(config)
+    buffers = real_buffers(config)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     shapes = _input_shapes(config, wanted)

@@ -44,6 +44,14 @@ _POLICY: Mapping[str, Any] = {
     "scope": ["transformer"],
     "default_mode": "native",
 }
+FIRST_LAST_THREE: Mapping[str, Any] = {
+    **_POLICY,
+    "first_steps": {"count": 3, "mode": "a16"},
+    "last_steps": {"count": 3, "mode": "a16"},
+    "overlap": "a16",
+    "reasoner": "a16",
+}
+"""The policy of the published FP8 revisions of Nano, Super and Super-Image2Video."""
 _POLICY_KEYS = {*_POLICY, "first_steps", "last_steps", "overlap", "reasoner"}
 
 

@@ -12,7 +12,7 @@ from cosmos_export.checkpoint.strict_json import read_object, require_file, show
 from cosmos_export.diagnostics import UserError
 
 INDEX_SUFFIX = ".index.json"
-_PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".npy", ".npz")
+PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".npy", ".npz")
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ def _ignored(folder: Path, used: set[Path]) -> Iterable[tuple[Path, str]]:
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" and path not in used:
             yield path, "not named by the index" if len(used) > 1 else "not the checkpoint's weight file"
-        elif path.suffix in _PICKLES:
+        elif path.suffix in PICKLES:
             yield path, "may hold pickled objects; never opened"
 
 
 def _no_weights(folder: Path, stem: str) -> NoReturn:
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         detail, hint = f"; it has {', '.join(others[:4])}", f"the weights must be named {stem}.safetensors"

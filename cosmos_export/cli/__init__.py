@@ -17,10 +17,13 @@ from cosmos_export.cli import (
     build,
     bundle,
     cache,
+    calibrate,
     console,
     demo_checkpoint,
+    doctor,
     inspect,
     plan,
+    quantize,
     recipes,
     run,
     targets,
@@ -41,7 +44,11 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, plan, build, bundle, cache, run, bench, targets, recipes, version):
+VERBS = (
+    inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, bench, doctor, targets, recipes,
+    version,
+)  # fmt: skip
+for verb in VERBS:
     verb.register(app)
 
 

@@ -44,6 +44,9 @@ def register(app: typer.Typer) -> None:
         graphs: Annotated[
             Path | None, typer.Option(help="Graphs of the geometry, from benchmarks/geometry.py, captured elsewhere.")
         ] = None,
+        eager: Annotated[
+            bool, typer.Option("--eager", help="Of a geometry: one operation after another, for comparison.")
+        ] = False,
         runs: Annotated[int, typer.Option(help="Measured runs; a median is taken.")] = 5,
         warm_up: Annotated[int, typer.Option(help="Runs before them, after the one that compiles.")] = 1,
         max_regression: Annotated[float, typer.Option(help="compare: share by which B may be slower than A.")] = 0.05,
@@ -70,7 +73,7 @@ def register(app: typer.Typer) -> None:
         if geometry is not None:
             asked = GeometryRequest(
                 geometry, workload, recipe, "cpu" if dry_run and device is None else device or "cuda", runs, warm_up,
-                graphs=graphs, attention=attention, dry_run=dry_run,
+                graphs=graphs, attention=attention, compiled=not (eager or dry_run), dry_run=dry_run,
             )  # fmt: skip
             found = measure_geometry(asked, console.progress(), command)
         else:

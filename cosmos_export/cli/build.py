@@ -63,6 +63,22 @@ def register(app: typer.Typer) -> None:
         loop: Annotated[
             str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
         ] = "host",
+        recipe: Annotated[
+            str, typer.Option(help="What each product computes in; `cosmos-export recipes ls` lists them.")
+        ] = "bf16",
+        set_: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="PLACE=SCHEME over the recipe's own rules, e.g. gen.mlp.down=fp8; may repeat."),
+        ] = None,
+        calibration: Annotated[
+            Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
+        ] = None,
+        weights: Annotated[
+            str, typer.Option(help="embedded in the engines, or external: inputs that engines share.")
+        ] = "embedded",
+        quality: Annotated[
+            str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
+        ] = "enforce",
         parity: Annotated[
             str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")
         ] = "auto",
@@ -103,6 +119,11 @@ def register(app: typer.Typer) -> None:
             guidance=guidance,
             guidance_interval=interval(guidance_interval),
             loop=loop,  # type: ignore[arg-type]
+            recipe=recipe,
+            overrides=tuple(set_ or ()),
+            calibration=calibration,
+            weights=weights,  # type: ignore[arg-type]
+            quality=quality,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
             dump=dump,
@@ -164,6 +185,8 @@ def _print(result: BuildResult) -> None:
         out.print(table)
     for subject, note in _not_compared(result).items():
         out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
+    if result.losses is not None:
+        out.print(_losses(result))
     if result.engines:
         table = Table(
             "engine", "size", "attention", "GEMMs", "activations", "build", "peak memory", "plan",
@@ -192,6 +215,24 @@ def _print(result: BuildResult) -> None:
         )
     for path in result.dumps:
         out.print(str(path), soft_wrap=True)
+
+
+def _losses(result: BuildResult) -> Any:
+    from rich.table import Table
+
+    losses, precision = result.losses, result.plan.precision
+    assert losses is not None
+    table = Table(
+        "what", "loss", "limit", title=f"\nQuantization by recipe {precision.recipe}", title_justify="left", box=None
+    )
+    for loss in losses.worst_linears:
+        table.add_row(f"{loss.site} ({loss.scheme})", f"{loss.relative:.4f}", f"{loss.limit:.4f}")
+    for step in losses.steps:
+        table.add_row(f"step {step.step + 1}", f"{step.relative:.4f}", f"{losses.limits.largest}")
+    for m in result.quality:
+        table.add_row(f"{m.stage}: {m.metric}", f"{m.value:.4f}", f"{m.limit}")
+    table.caption = "relative errors: the five linears nearest to their limit, and the velocity of whole steps"
+    return table
 
 
 def _not_compared(result: BuildResult) -> dict[str, str]:
@@ -228,6 +269,18 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     return f"built {output}: transformer{components}, {engines}{proof}"
 
 
+def _gates(result: BuildResult) -> dict[str, Any] | None:
+    if result.losses is None:
+        return None
+    from cosmos_export.build.losses import loss_values
+
+    worst = [{"site": w.site, "scheme": w.scheme, "relative": w.relative} for w in result.losses.worst_linears]
+    problems = [f"{f.site}: {f.relative:.4f} > {f.limit:.4f}" for f in result.losses.failed_linears]
+    quality = {m.stage: {"metric": m.metric, "value": m.value, "limit": m.limit} for m in result.quality}
+    problems += result.losses.step_problems
+    return {**loss_values(result.losses), "worst": worst, "problems": problems, "loops": quality}
+
+
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
     return {
         "output": None if output is None else str(output),
@@ -253,6 +306,9 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             for m in result.parity
         ],
         "parity_note": result.parity_note,
+        "recipe": result.plan.precision.recipe,
+        "precision": result.plan.precision.table(),
+        "gates": _gates(result),
         "components": list(result.plan.components),
         "not_compared": _not_compared(result),
         "notes": result.notes,

@@ -12,7 +12,7 @@ import torch
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
-from cosmos_export.evaluation.reference import Reference, relative_error
+from cosmos_export.evaluation.reference import Reference, cosine, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampled, step_noise
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, run_program
@@ -23,6 +23,10 @@ PROGRAM_LIMIT = 1e-5
 """fp32, relative L2: a pass only reorders sums."""
 RUNTIME_LIMIT = 1e-4
 """fp32, relative L2: ONNX Runtime has its own kernels."""
+QUANTIZED_LIMIT = 1e-3
+"""fp32, relative L2: a rounding of the last bit moves some quantized values by a step."""
+LATENT_LIMIT = 0.02
+"""1 − cosine of final latents of a quantized loop to those of the unquantized model."""
 PRECISION_LIMIT = 1.5
 """In the model's precision: times the published implementation's own distance from fp32."""
 
@@ -100,8 +104,14 @@ class Parity:
         metric = f"distance from fp32 / that of stock {name}"
         return Measured(name, metric, ratio, PRECISION_LIMIT, f"rms of {len(ours)} cases", "all")
 
-    def onnx(self, program: Program, folder: Path, suffix: str) -> Measured:
-        """The lowered graphs in ONNX Runtime on the CPU, one feeding the next."""
+    def onnx(
+        self, program: Program, folder: Path, suffix: str, *, body: str | None = None, quantized: bool = False
+    ) -> Measured:
+        """The lowered graphs in ONNX Runtime on the CPU, one feeding the next.
+
+        ``body`` is the model of the loop's body where it has another name. ``quantized``: compared with the program
+        itself in the interpreter (gate G0), since what quantization loses is measured elsewhere.
+        """
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -110,7 +120,8 @@ class Parity:
         values: dict[str, dict[str, dict[str, np.ndarray]]] = {c.name: {} for c in self._cases}
         for name, graph in program.graphs.items():
             # One session at a time: the towers of a large model do not fit side by side.
-            session = onnxruntime.InferenceSession(str(folder / f"{name}{suffix}"), options, ["CPUExecutionProvider"])
+            file = body if body is not None and name == program.loop.body else name
+            session = onnxruntime.InferenceSession(str(folder / f"{file}{suffix}"), options, ["CPUExecutionProvider"])
             for case in self._cases:
                 inputs, results = self._inputs(case), values[case.name]
                 feed = {i: inputs[i].numpy() for i in program.free_inputs(name)}
@@ -121,15 +132,30 @@ class Parity:
         errors = {}
         for case in self._cases:
             found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
-            errors[case.name] = self._compare(case, found)
+            if quantized:
+                expected = run_program(program, self._inputs(case), self._weights, compute=torch.float32)
+                errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if v.numel()})
+            else:
+                errors[case.name] = self._compare(case, found)
+        if quantized:
+            stage = f"ONNX Runtime, {body or program.loop.body} as quantized"
+            return _worst(stage, "relative L2, fp32", errors, QUANTIZED_LIMIT)
         return _worst("ONNX Runtime", "relative L2, fp32", errors, RUNTIME_LIMIT)
 
     def loop(
-        self, closed: Mapping[str, Program], schedule: Schedule, scheduler: Mapping[str, Any], folder: Path, suffix: str
+        self,
+        closed: Mapping[str, Program],
+        schedule: Schedule,
+        scheduler: Mapping[str, Any],
+        folder: Path,
+        suffix: str,
+        *,
+        quantized: bool = False,
     ) -> Measured:
         """Every step in ONNX Runtime, against the stock model under diffusers' scheduler, from the same noise.
 
-        ``closed`` has the loop's segments in order, by the name of their models in ``folder``.
+        ``closed`` has the loop's segments in order, by the name of their models in ``folder``. ``quantized``: by the
+        cosine of the final latents, as they run freely.
         """
         errors = {}
         for case in self._cases:
@@ -137,7 +163,10 @@ class Parity:
                 self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler
             )
             found = run_loop_model(closed, self._loop_inputs(case, schedule), folder, suffix)
-            errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if k in found})
+            wanted = {k: v for k, v in expected.items() if k in found}
+            errors[case.name] = 1 - cosine(found, wanted) if quantized else relative_error(found, wanted)
+        if quantized:
+            return _worst(f"loop of {schedule.steps} steps", "1 − cosine to unquantized", errors, LATENT_LIMIT)
         return _worst(f"loop of {schedule.steps} steps", "relative L2, fp32", errors, RUNTIME_LIMIT)
 
     def _loop_inputs(self, case: Case, schedule: Schedule) -> dict[str, torch.Tensor]:

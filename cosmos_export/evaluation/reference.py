@@ -93,6 +93,19 @@ def relative_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, tor
     return max((_relative_error(found.get(name), reference) for name, reference in expected.items()), default=inf)
 
 
+def cosine(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
+    """Smallest cosine between an output and its reference; −1 where one is missing, of another shape or not finite."""
+    return min((_cosine(found.get(name), reference) for name, reference in expected.items()), default=-1.0)
+
+
+def _cosine(found: torch.Tensor | None, expected: torch.Tensor) -> float:
+    if found is None or found.shape != expected.shape:
+        return -1.0
+    a, b = found.double().flatten(), expected.double().flatten()
+    scale = (a.norm() * b.norm()).item()
+    return (a @ b).item() / scale if scale > 0.0 and isfinite(scale) else -1.0
+
+
 def _relative_error(found: torch.Tensor | None, expected: torch.Tensor) -> float:
     if found is None or found.shape != expected.shape:
         return inf

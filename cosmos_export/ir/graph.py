@@ -7,6 +7,7 @@ It wraps ``torch.fx.Graph``. Node metadata:
 ``passes``     names of the passes that made or touched it
 ``weight``     WeightBinding (weight placeholders only)
 ``constant``   small tensor (constant placeholders only)
+``precision``  what a matrix product is and computes in (its weight, or attention itself), once that is assigned
 """
 
 from __future__ import annotations
@@ -165,6 +166,8 @@ class Graph:
         origin = like.meta if like is not None else {}
         touched = (*origin.get("passes", ()), *((by,) if by and by not in origin.get("passes", ()) else ()))
         node.meta.update(spec=spec, module=origin.get("module", ""), passes=touched)
+        if "precision" in origin:
+            node.meta["precision"] = origin["precision"]
         return node
 
     def _operation(

@@ -9,13 +9,19 @@ import sympy
 import torch
 
 from cosmos_export.ir import ops
+from cosmos_export.ir import packing as packs
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
+
+FOUR_BIT = frozenset({INT4, E2M1})
+"""Types that weights may have and torch has no tensors of; see `read_weights`."""
 
 Tensors = Mapping[str, torch.Tensor]
 Weights = Callable[[WeightBinding], torch.Tensor]
+Observe = Callable[[Node, Mapping[Node, torch.Tensor]], None]
+"""An operation that has run, and the values at hand: its operands and its result among them."""
 
 _NATIVE: dict[Any, Callable[..., torch.Tensor]] = {
     # These carry their type as an argument in the IR but not in ATen's overload.
@@ -35,21 +41,65 @@ def weight_norm(magnitudes: torch.Tensor, directions: torch.Tensor, dtype: torch
 
 
 def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
-    """Values of bindings from ``read``, which gives the tensor of one source."""
+    """Values of bindings from ``read``, which gives the tensor of one source.
+
+    4-bit numbers come as whole numbers in int8 and as E2M1 numbers in float32: torch has no arithmetic on them.
+    """
+
+    def source_value(source: WeightSource) -> torch.Tensor:
+        tensor = read(source)
+        return tensor if source.scale is None else tensor.to(torch.float32) * read(source.scale).to(torch.float32)
 
     def value(binding: WeightBinding) -> torch.Tensor:
-        parts = [read(source) for source in binding.sources]
+        parts = [source_value(source) for source in binding.sources]
         if binding.transform is Transform.CONCATENATE:
             result = torch.cat(parts, dim=0)
         elif binding.transform is Transform.INTERLEAVE:
             result = torch.stack(parts, dim=1).flatten(0, 1)
         elif binding.transform is Transform.WEIGHT_NORM:
             result = weight_norm(parts[0], parts[1], binding.dtype)
+        elif binding.transform is Transform.SCALE:
+            result = parts[0].to(torch.float32) * parts[1].to(torch.float32)
         else:
             result = parts[0]
-        return result.to(binding.dtype)
+        if binding.packing is None:
+            return result.to(binding.dtype)
+        rows = result.to(torch.float32)
+        if binding.packing.divisor is not None:
+            rows = rows / read(binding.packing.divisor).to(torch.float32)
+        return pack_rows(binding.packing, rows, tensor_scale(binding, rows.abs().amax(), read))
 
     return value
+
+
+def tensor_scale(
+    binding: WeightBinding, amax: torch.Tensor, read: Callable[[WeightSource], torch.Tensor]
+) -> torch.Tensor:
+    """The float32 scale of a packed weight whose largest magnitude is ``amax``.
+
+    That of weights which are stored in FP8 already is the largest of theirs, so that one alone keeps its bytes.
+    """
+    packing = binding.packing
+    assert packing is not None
+    if packing.format is Format.NVFP4:
+        return packs.nvfp4_scale(amax)
+    given = [source.scale for source in binding.sources]
+    if packing.divisor is None and all(given):
+        return torch.stack([read(s).to(torch.float32).reshape(()) for s in given if s is not None]).amax()
+    return packs.fp8_scale(amax)
+
+
+def pack_rows(packing: Packing, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """One tensor of the packed form of float32 ``rows`` [n, K] of a weight whose `tensor_scale` is ``scale``."""
+    if packing.format is Format.INT4:
+        scales = packs.int4_scale(rows, packing.group, packing.dtype)
+        return scales if packing.part is Part.SCALE else packs.to_int4(rows, scales, packing.group)
+    if packing.part is Part.SCALE:
+        return scale
+    if packing.format is Format.FP8:
+        return packs.to_fp8(rows, scale)
+    blocks = packs.nvfp4_block_scale(rows, scale)
+    return blocks if packing.part is Part.BLOCK_SCALE else packs.to_e2m1(rows, blocks, scale)
 
 
 def run_graph(
@@ -59,11 +109,13 @@ def run_graph(
     binding: Mapping[str, int] | None = None,
     *,
     compute: torch.dtype | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs of ``graph``. Checks inputs and every result against their specs.
 
     ``binding`` gives dims that no input shows. ``compute`` replaces bfloat16 in every value, so that a low-precision
-    program can be compared with an fp32 reference. Raises ValueError where an input does not fit.
+    program can be compared with an fp32 reference. ``observe`` sees every operation once it has run. Raises ValueError
+    where an input does not fit.
     """
     widen = _Widen(compute)
     known = dict(binding or {})
@@ -82,6 +134,8 @@ def run_graph(
     with torch.no_grad():
         for node in graph.nodes:
             values[node] = _value(node, inputs, weights, known, values, widen)
+            if observe is not None and node.op == "call_function":
+                observe(node, values)
             for operand in node.all_input_nodes:
                 if last_use[operand] is node and operand not in kept:
                     values.pop(operand, None)
@@ -107,7 +161,8 @@ def _value(
     widen: _Widen,
 ) -> torch.Tensor:
     if "weight" in node.meta:
-        return weights(node.meta["weight"]).to(widen(spec_of(node).dtype))
+        value, wanted = weights(node.meta["weight"]), widen(spec_of(node).dtype)
+        return value if wanted in FOUR_BIT else value.to(wanted)
     if "constant" in node.meta:
         constant = node.meta["constant"]
         assert isinstance(constant, torch.Tensor)
@@ -115,6 +170,15 @@ def _value(
     if node.op == "placeholder":
         return inputs[node.name]
 
+    result = _call(node, binding, values, widen)
+    spec = spec_of(node)
+    expected = tuple(evaluate(s, binding) for s in spec.shape)
+    if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
+        raise ValueError(f"`{node.name}` gave {result.dtype}{tuple(result.shape)}, its spec says {spec}")
+    return result
+
+
+def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Tensor], widen: _Widen) -> torch.Tensor:
     def concrete(value: Any) -> Any:
         if isinstance(value, sympy.Expr):
             return evaluate(value, binding)
@@ -125,16 +189,30 @@ def _value(
     args, kwargs = (map_operands(operands, values.__getitem__) for operands in (node.args, node.kwargs))
     function = _NATIVE.get(node.target, node.target)
     result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
-    spec = spec_of(node)
-    expected = tuple(evaluate(s, binding) for s in spec.shape)
-    if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
-        raise ValueError(f"`{node.name}` gave {result.dtype}{tuple(result.shape)}, its spec says {spec}")
     assert isinstance(result, torch.Tensor)
     return result
 
 
+def compute_value(
+    node: Node, weights: Weights, values: Mapping[Node, torch.Tensor], compute: torch.dtype | None = None
+) -> torch.Tensor:
+    """The value of one weight, constant or operation without symbolic dims, from those of its operands.
+
+    Its shape is not checked: ``values`` may have any number of rows.
+    """
+    widen = _Widen(compute)
+    if node.op == "placeholder":
+        return _value(node, {}, weights, {}, values, widen)
+    return _call(node, {}, values, widen)
+
+
 def run_program(
-    program: Program, inputs: Tensors, weights: Weights, *, compute: torch.dtype | None = None
+    program: Program,
+    inputs: Tensors,
+    weights: Weights,
+    *,
+    compute: torch.dtype | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, torch.Tensor]:
     """One pass through the program's graphs in order: the step of the loop for the given inputs.
 
@@ -154,7 +232,7 @@ def run_program(
         for instance in program.instances(name):
             prefix = f"{instance}_" if instance else ""
             supplied = {i: inputs[prefix + i] for i in program.free_inputs(name) if prefix + i in inputs}
-            run = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute)
+            run = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute, observe=observe)
             results[name, instance] = run
     return results[program.loop.body, ""]
 

@@ -13,8 +13,9 @@ import sympy
 import torch
 import torch.nn.functional as F
 
+from cosmos_export.ir import packing
 from cosmos_export.ir.dims import Shape, Size, equal, floor_div, product, simplify
-from cosmos_export.ir.spec import TensorSpec
+from cosmos_export.ir.spec import E2M1, INT4, TensorSpec
 
 aten = torch.ops.aten
 
@@ -68,7 +69,49 @@ def joint_attention(
     return result
 
 
+@torch.library.custom_op("cosmos_export::quantize", mutates_args=())
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """``x / scale`` in FP8 E4M3, saturated; ``scale`` float32 []."""
+    return packing.to_fp8(x, scale)
+
+
+@torch.library.custom_op("cosmos_export::dequantize", mutates_args=())
+def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x · scale`` of FP8 E4M3 ``x``, multiplied in float32 and rounded to ``dtype``."""
+    return (x.to(torch.float32) * scale).to(dtype)
+
+
+@torch.library.custom_op("cosmos_export::dequantize_groups", mutates_args=())
+def dequantize_groups(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """INT4 ``x`` [N, K] times the ``scale`` [N, K / group] of its group, in the type of ``scale``."""
+    group = x.shape[1] // scale.shape[1]
+    return (packing.groups_of(x.to(scale.dtype), group) * scale.unsqueeze(-1)).flatten(-2)
+
+
+@torch.library.custom_op("cosmos_export::dequantize_blocks", mutates_args=())
+def dequantize_blocks(
+    x: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """NVFP4: E2M1 ``x`` [N, K] times the scale of its block, ``block_scale · scale`` rounded to ``dtype``."""
+    blocks = (block_scale.to(torch.float32) * scale).to(dtype).unsqueeze(-1)
+    return (packing.groups_of(x.to(dtype), packing.NVFP4_BLOCK) * blocks).flatten(-2)
+
+
+@torch.library.custom_op("cosmos_export::requantize_blocks", mutates_args=())
+def requantize_blocks(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Activations in NVFP4 and back: block scales follow from ``x``, ``scale`` float32 [] does not."""
+    blocks = packing.nvfp4_block_scale(x, scale)
+    values = packing.to_e2m1(x, blocks, scale)
+    result: torch.Tensor = dequantize_blocks(values, blocks, scale, x.dtype)
+    return result
+
+
 _ours = torch.ops.cosmos_export
+QUANTIZE = _ours.quantize.default
+DEQUANTIZE = _ours.dequantize.default
+DEQUANTIZE_GROUPS = _ours.dequantize_groups.default
+DEQUANTIZE_BLOCKS = _ours.dequantize_blocks.default
+REQUANTIZE_BLOCKS = _ours.requantize_blocks.default
 RMS_NORM = _ours.rms_norm.default
 ROTARY = _ours.rotary.default
 SWIGLU = _ours.swiglu.default
@@ -106,6 +149,31 @@ def _(
     scale: float,
 ) -> torch.Tensor:
     return torch.empty_like(query)
+
+
+@quantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn)
+
+
+@dequantize.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@dequantize_groups.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x, dtype=scale.dtype)
+
+
+@dequantize_blocks.register_fake
+def _(x: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+@requantize_blocks.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -433,6 +501,46 @@ def _joint_attention(
     _check_attention(query, key, value)
     _check_attention(query, prefix_key, prefix_value)
     return query
+
+
+def _require_scale(scale: TensorSpec) -> None:
+    _require(scale == TensorSpec(torch.float32, ()), f"a scale is one float32 number, not {scale}")
+
+
+@_rule(QUANTIZE)
+def _quantize(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
+    _require_scale(scale)
+    _require(x.dtype in (torch.float32, torch.bfloat16, torch.float16), f"quantize of {x}")
+    return TensorSpec(torch.float8_e4m3fn, x.shape)
+
+
+@_rule(DEQUANTIZE)
+def _dequantize(x: TensorSpec, scale: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    _require_scale(scale)
+    _require(x.dtype == torch.float8_e4m3fn, f"dequantize of {x}")
+    return TensorSpec(dtype, x.shape)
+
+
+@_rule(DEQUANTIZE_GROUPS)
+def _dequantize_groups(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
+    fits = x.dtype == INT4 and x.rank == scale.rank == 2 and equal(x.shape[0], scale.shape[0])
+    _require(fits and x.shape[1] % scale.shape[1] == 0, f"dequantize of {x} by {scale}")
+    return TensorSpec(scale.dtype, x.shape)
+
+
+@_rule(DEQUANTIZE_BLOCKS)
+def _dequantize_blocks(x: TensorSpec, block_scale: TensorSpec, scale: TensorSpec, dtype: torch.dtype) -> TensorSpec:
+    _require_scale(scale)
+    blocks = TensorSpec(torch.float8_e4m3fn, (*x.shape[:-1], x.shape[-1] // packing.NVFP4_BLOCK))
+    _require(x.dtype == E2M1 and block_scale == blocks, f"dequantize of {x} by {block_scale}")
+    return TensorSpec(dtype, x.shape)
+
+
+@_rule(REQUANTIZE_BLOCKS)
+def _requantize_blocks(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
+    _require_scale(scale)
+    _require(x.shape[-1] % packing.NVFP4_BLOCK == 0, f"{x} has no blocks of {packing.NVFP4_BLOCK}")
+    return x
 
 
 @_rule(aten.scaled_dot_product_attention.default)

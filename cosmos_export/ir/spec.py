@@ -9,12 +9,18 @@ from pathlib import Path
 import torch
 
 from cosmos_export.ir.dims import Shape, simplify_shape
+from cosmos_export.ir.packing import NVFP4_BLOCK
+
+INT4: torch.dtype = vars(torch)["int4"]  # a type without tensors, which torch's stubs do not name
+E2M1 = torch.float4_e2m1fn_x2
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float8_e4m3fn: "float8_e4m3fn",
+    E2M1: "float4_e2m1",
+    INT4: "int4",
     torch.int64: "int64",
     torch.int32: "int32",
     torch.bool: "bool",
@@ -69,17 +75,72 @@ class Transform(Enum):
     """Rows of the sources alternate along axis 0: a0, b0, a1, b1 …"""
     WEIGHT_NORM = "weight_norm"
     """Sources are magnitudes g and directions v: ``g · v / ‖v‖``, the norm over all axes but the first."""
+    SCALE = "scale"
+    """Sources are a vector and factors of its elements, multiplied in float32."""
+
+
+class Format(Enum):
+    """Low-precision forms of a weight [N, K]; `cosmos_export.ir.packing` has their arithmetic."""
+
+    FP8 = "fp8"
+    INT4 = "int4"
+    NVFP4 = "nvfp4"
+
+
+class Part(Enum):
+    """The tensors of a packed weight."""
+
+    VALUES = "values"
+    """[N, K]; two 4-bit numbers are one byte where they are stored."""
+    SCALE = "scale"
+    """float32 []; of INT4 [N, K / group] in the type that the weight is dequantized to."""
+    BLOCK_SCALE = "block_scale"
+    """E4M3 [N, K / 16], of NVFP4."""
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """A tensor in the checkpoint. ``offset`` is absolute in ``file``, in bytes."""
+    """A tensor in the checkpoint. ``offset`` is absolute in ``file``, in bytes.
+
+    ``scale`` is the number that a tensor stored in FP8 is to be multiplied by.
+    """
 
     key: str
     file: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scale: WeightSource | None = None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One tensor of the low-precision form of a weight."""
+
+    format: Format
+    part: Part
+    dtype: torch.dtype
+    """What the weight is dequantized to."""
+    group: int = 0
+    """Columns with one scale, of INT4."""
+    divisor: WeightSource | None = None
+    """[K]: what the columns are divided by before they are packed; the input is multiplied by it (AWQ)."""
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of this tensor."""
+        if self.part is Part.VALUES:
+            return _PACKED_TYPES[self.format]
+        if self.part is Part.BLOCK_SCALE:
+            return torch.float8_e4m3fn
+        return self.dtype if self.format is Format.INT4 else torch.float32
+
+
+_PACKED_TYPES: dict[Format, torch.dtype] = {
+    Format.FP8: torch.float8_e4m3fn,
+    Format.INT4: INT4,
+    Format.NVFP4: E2M1,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +151,8 @@ class WeightBinding:
     transform: Transform
     dtype: torch.dtype
     """The type of the value in the graph; a cast from the stored type where they differ."""
+    packing: Packing | None = None
+    """Where the value is one tensor of a low-precision form of what sources and transform give."""
 
     def __post_init__(self) -> None:
         if self.transform is Transform.IDENTITY and len(self.sources) != 1:
@@ -98,12 +161,26 @@ class WeightBinding:
             raise ValueError("interleaved sources have one shape")
         if self.transform is Transform.WEIGHT_NORM and len(self.sources) != 2:
             raise ValueError("a normalised weight has two sources: magnitudes and directions")
+        if self.transform is Transform.SCALE and len({s.shape for s in self.sources}) != 1:
+            raise ValueError("factors have the shape of what they multiply")
+        if self.packing is not None and self.dtype != self.packing.stored:
+            raise ValueError(f"a packed weight's {self.packing.part.value} are {self.packing.stored}")
         if self.transform is not Transform.IDENTITY and any(s.shape == () for s in self.sources):
             raise ValueError("scalars have no axis to merge along")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        if self.transform in (Transform.IDENTITY, Transform.WEIGHT_NORM):
+        whole = self.unpacked_shape
+        if self.packing is None or self.packing.part is Part.VALUES:
+            return whole
+        if self.packing.part is Part.BLOCK_SCALE:
+            return (whole[0], whole[1] // NVFP4_BLOCK)
+        return (whole[0], whole[1] // self.packing.group) if self.packing.format is Format.INT4 else ()
+
+    @property
+    def unpacked_shape(self) -> tuple[int, ...]:
+        """Of what sources and transform give."""
+        if self.transform in (Transform.IDENTITY, Transform.WEIGHT_NORM, Transform.SCALE):
             return self.sources[-1].shape
         return (sum(s.shape[0] for s in self.sources), *self.sources[0].shape[1:])
 
@@ -120,4 +197,12 @@ class WeightBinding:
 
     def __str__(self) -> str:
         inner = ", ".join(self.keys)
-        return inner if self.transform is Transform.IDENTITY else f"{self.transform.value}({inner})"
+        text = inner if self.transform is Transform.IDENTITY else f"{self.transform.value}({inner})"
+        return text if self.packing is None else f"{self.packing.format.value}_{self.packing.part.value}({text})"
+
+    def packed(
+        self, format: Format, part: Part, *, group: int = 0, divisor: WeightSource | None = None
+    ) -> WeightBinding:
+        """One tensor of the low-precision form of this weight."""
+        packing = Packing(format, part, self.dtype, group, divisor)
+        return replace(self, dtype=packing.stored, packing=packing)

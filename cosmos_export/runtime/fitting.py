@@ -13,8 +13,12 @@ def fit_profile(
     dims: Mapping[str, int | Sequence[int]],
     record: RequestRecord,
     least: Mapping[str, int] | None = None,
+    refusal: str = "no profile of this bundle takes",
 ) -> ProfileRecord:
-    """The first profile in which every value of ``dims`` is allowed, and that reaches ``least``; or CX607."""
+    """The first profile in which every value of ``dims`` is allowed, and that reaches ``least``; or CX607.
+
+    ``refusal`` is how the message begins.
+    """
     values = {name: [value] if isinstance(value, int) else list(value) for name, value in dims.items()}
     reached = least or {}
     misfits: list[str] = []
@@ -29,7 +33,7 @@ def fit_profile(
         concerned |= {name: max(values.get(name, [reached.get(name, 0)])) for name in wrong}
         hint = hint or _hint(wrong[0], concerned[wrong[0]], profile.dims[wrong[0]])
     wanted = ", ".join(_said(name, str(_size(name, value, record))) for name, value in concerned.items())
-    raise UserError("CX607", f"no profile of this bundle takes {wanted}: {'; '.join(misfits)}", hint)
+    raise UserError("CX607", f"{refusal} {wanted}: {'; '.join(misfits)}", hint)
 
 
 def _within(span: DimRecord, value: int) -> bool:

@@ -33,13 +33,7 @@ from cosmos_export.runtime.asked import (
 from cosmos_export.runtime.embodiments import ActionScale, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.media import Mark
-from cosmos_export.runtime.prompts import (
-    DEFAULT_VIEWPOINT,
-    action_caption,
-    read_prompt,
-    system_message,
-    with_metadata,
-)
+from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
 from cosmos_export.runtime.scheduling import request_schedule
@@ -139,14 +133,10 @@ def _tokenized(
     if record.prompt is None:
         raise UnsupportedError("CX605", "this bundle has no tokenizer", "build it from a checkpoint that has one")
     prompt, negative = read_prompt(asked.prompt), read_prompt(asked.negative or "", "negative prompt")
-    texts = [prompt.text, negative.text]
-    if stage.mode in ACTION_MODES:
-        if not prompt.caption:
-            texts[0] = action_caption(prompt.text, stage.scene, asked.viewpoint or DEFAULT_VIEWPOINT)
-        elif asked.viewpoint is not None:
-            raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
-    elif asked.metadata or (asked.metadata is None and not prompt.caption):
-        texts = [with_metadata(text, stage.scene, negative=i == 1) for i, text in enumerate(texts)]
+    if stage.mode in ACTION_MODES and prompt.caption and asked.viewpoint is not None:
+        raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
+    action = (asked.viewpoint or DEFAULT_VIEWPOINT) if stage.mode in ACTION_MODES else None
+    texts = request_texts(prompt, negative, stage.scene, action=action, metadata=asked.metadata)
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
     tokenizer = PromptTokenizer(record.prompt, _verified(bundle, record.prompt.tokenizer, manifest))

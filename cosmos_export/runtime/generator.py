@@ -236,7 +236,8 @@ class Generator:
         for step in range(plan.steps):
             now = {**inputs, **{f"{name}{_LATENT}": state.sample for name, state in states.items()}}
             now |= {name: values[step] for name, values in rows.items()}
-            found = [self._run(body, now, fed) for fed in branches[: 2 if plan.guided[step] else 1]]
+            runs = self._loop.bodies[step] if self._loop.bodies else body
+            found = [self._run(runs, now, fed) for fed in branches[: 2 if plan.guided[step] else 1]]
             for latent, output in self._loop.carried.items():
                 name = latent.removesuffix(_LATENT)
                 velocities = [branch[output].numpy().astype(np.float32) for branch in found]
@@ -252,7 +253,8 @@ class Generator:
                     states[name] = State.start(moved)
             progress.update("denoise", step + 1)
         progress.end("denoise")
-        self._done_with(body)
+        for name in {body, *self._loop.bodies}:
+            self._done_with(name)
         return {name: state.sample for name, state in states.items()}
 
     def _step_rows(self, request: Request) -> dict[str, Array]:

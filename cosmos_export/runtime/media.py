@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -80,15 +81,15 @@ def read_image(path: Path) -> Frames:
         return first
 
 
-def read_clip(path: Path, count: int, *, last: bool = False) -> Clip:
+def read_clip(path: Path, count: int, *, last: bool = False, skip: int = 0) -> Clip:
     """The first ``count`` frames of the clip in ``path``, or the last; fewer if it has fewer.
 
-    A still picture is a clip of one frame. CX614 if there is no frame.
+    ``skip`` frames are left out before the first. A still picture is a clip of one frame. CX614 if there is no frame.
     """
     kept: list[Frames] = []
     with _opened(path) as stream:
         rate = stream.average_rate
-        for frame in _frames(path, stream):
+        for frame in islice(_frames(path, stream), skip, None):
             kept.append(frame)
             if last:
                 del kept[:-count]

@@ -50,9 +50,7 @@ def read_prompt(value: str, what: str = "prompt") -> Prompt:
     Text that is itself a JSON object is a caption as it stands.
     """
     if "\n" in value or not value.endswith(".json"):
-        _require_size(len(value.encode("utf-8", "surrogatepass")), what)
-        _require_utf8(value, what)
-        return Prompt(value, _is_object(value))
+        return text_prompt(value, what)
     path = Path(value)
     try:
         data = path.read_bytes()
@@ -68,6 +66,13 @@ def read_prompt(value: str, what: str = "prompt") -> Prompt:
             "CX600", f"the {what} file {path} is not a JSON caption: {error}", "a caption is one JSON object in UTF-8"
         ) from error
     return Prompt(json.dumps(caption), caption=True)
+
+
+def text_prompt(value: str, what: str = "prompt") -> Prompt:
+    """The prompt that ``value`` is, whatever it looks like: text of a data set opens no file."""
+    _require_size(len(value.encode("utf-8", "surrogatepass")), what)
+    _require_utf8(value, what)
+    return Prompt(value, _is_object(value))
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,21 @@ class Scene:
     @property
     def seconds(self) -> float:
         return self.frames / self.fps
+
+
+def request_texts(
+    prompt: Prompt, negative: Prompt, scene: Scene, *, action: str | None = None, metadata: bool | None = None
+) -> tuple[str, str]:
+    """Both texts of a request for ``scene`` as the tokenizer gets them.
+
+    ``action``: the viewpoint of an action, whose prompt becomes a caption; None: no action. ``metadata``: whether
+    sentences on duration and resolution follow; None: unless the prompt is a caption.
+    """
+    if action is not None:
+        return prompt.text if prompt.caption else action_caption(prompt.text, scene, action), negative.text
+    if metadata or (metadata is None and not prompt.caption):
+        return with_metadata(prompt.text, scene), with_metadata(negative.text, scene, negative=True)
+    return prompt.text, negative.text
 
 
 def with_metadata(text: str, scene: Scene, *, negative: bool = False) -> str:

@@ -33,7 +33,15 @@ def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord
         if asked == Overrides():
             return recorded
         asked = _completed(asked, recorded)
-    return resolve_schedule(checkpoint_sampling(record), mode, asked)
+    found = resolve_schedule(checkpoint_sampling(record), mode, asked)
+    bodies = manifest.loop.bodies
+    if bodies and found.steps != len(bodies):
+        raise UserError(
+            "CX606",
+            f"{found.steps} steps; this bundle's recipe says what each of {len(bodies)} steps computes in",
+            f"ask for {len(bodies)} steps, or build with the steps you need",
+        )
+    return found
 
 
 def _recorded(manifest: Manifest) -> Schedule | None:

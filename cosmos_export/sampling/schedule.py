@@ -6,7 +6,7 @@ Every field that decides the trajectory is in ``Schedule``; nothing downstream l
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import Any, Literal, NoReturn, TypeGuard, get_args
@@ -82,7 +82,12 @@ class Schedule:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """All steps, in order, as the longest runs of steps that compute the same."""
-        runs = (list(steps) for _, steps in groupby(range(self.steps), key=self.guided.__getitem__))
+        return self.segments_by([0] * self.steps)
+
+    def segments_by(self, keys: Sequence[int]) -> tuple[Segment, ...]:
+        """The same where steps with different ``keys``, one a step, compute differently, too."""
+        kinds = list(zip(self.guided, keys, strict=True))
+        runs = (list(steps) for _, steps in groupby(range(self.steps), key=kinds.__getitem__))
         return tuple(Segment(run[0], len(run), self.guided[run[0]]) for run in runs)
 
 

@@ -165,3 +165,32 @@ def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any
         results[name] = dict(zip(names, session.run(names, feed), strict=True))
         waiting.remove(name)
     return results[manifest.loop.body]
+
+
+def scale_table(checkpoint: Path, output: Path, margin: float = 1.1) -> Path:
+    """A scale table of ``checkpoint`` at ``output``: the largest input of every linear in a few requests, and some."""
+    from cosmos_export.build.sources import weight_sources
+    from cosmos_export.calibration.table import ScaleTable, write_scale_table
+    from cosmos_export.checkpoint import checkpoint_identity, open_checkpoint
+    from cosmos_export.evaluation.cases import CASES
+    from cosmos_export.evaluation.gates import observe_inputs
+    from cosmos_export.ir.interpreter import read_weights
+    from cosmos_export.passes.pipeline import default_passes, run_passes
+    from cosmos_export.targets.weights import read_source
+
+    def make() -> None:
+        found = open_checkpoint(checkpoint)
+        config = found.geometry.config
+        modalities = tuple(m for m, has in (("vision", True), ("sound", found.geometry.sound_gen),
+                                            ("action", found.geometry.action_gen)) if has)  # fmt: skip
+        program = remembered_capture(config, weight_sources(found.tensors), modalities=modalities)
+        run_passes(program, default_passes())
+        amax: dict[str, float] = {}
+        for case in (CASES[1], CASES[4]):
+            seen = observe_inputs(program, case.inputs(config, modalities), read_weights(read_source))
+            amax = {key: max(margin * value, amax.get(key, 0.0)) for key, value in seen.items()}
+        linears = {name.removesuffix(".weight") for name, t in found.expected.items() if t.linear}
+        kept = {key: value for key, value in amax.items() if key.removesuffix(".input_amax") in linears}
+        write_scale_table(ScaleTable(kept, {}, checkpoint_identity(found), {"data": "test requests"}), output)
+
+    return once(output, make)

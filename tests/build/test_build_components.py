@@ -360,7 +360,7 @@ def test_without_memory_each_component_counts_for_itself(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The transformer may be too large to compare where a codec is not."""
-    monkeypatch.setattr(stages, "_available_bytes", lambda: 2_000_000)
+    monkeypatch.setattr(stages, "available_bytes", lambda: 2_000_000)
     manifest = built(omni, tmp_path / "x", parity="auto", components=("vae-decoder",))
     verdicts = {v.subject: v.verdict for v in manifest.evaluation}
     assert verdicts == {"vae-decoder": "pass", "transformer": "not-measured"}

@@ -137,7 +137,7 @@ def test_what_was_not_compared_is_said(tmp_path: Path, omni: Path, monkeypatch: 
     (verdict,) = manifest.evaluation
     assert (verdict.verdict, verdict.note) == ("not-measured", "not asked for (--parity never)")
     assert manifest.volatile.measured == {}
-    monkeypatch.setattr(stages, "_available_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(stages, "available_bytes", lambda: 1_000_000)
     (verdict,) = built(omni, tmp_path / "y", parity="auto").evaluation
     assert verdict.verdict == "not-measured"
     assert "more than 40% of the memory there is (--parity always)" in verdict.note

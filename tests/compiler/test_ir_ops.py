@@ -20,6 +20,9 @@ from cosmos_export.ir.ops import SpecError, aten
 from cosmos_export.ir.spec import TensorSpec
 
 F32, BF16, I64, BOOL = torch.float32, torch.bfloat16, torch.int64, torch.bool
+E4M3, E2M1, INT4 = torch.float8_e4m3fn, torch.float4_e2m1fn_x2, torch.int4
+STAND_IN = {E2M1: torch.float32, INT4: torch.int8}
+"""Types without tensors, and what the interpreter has in their place."""
 N, M = symbol("n"), symbol("m")
 
 
@@ -31,8 +34,10 @@ class V:
 
     def value(self, binding: dict[str, int]) -> torch.Tensor:
         shape = [evaluate(s, binding) for s in self.shape]
+        if self.dtype in STAND_IN:
+            return torch.ones(shape, dtype=STAND_IN[self.dtype])
         if self.dtype.is_floating_point:
-            return torch.rand(shape).to(self.dtype) + 1
+            return (torch.rand(shape) + 1).to(self.dtype)
         return torch.randint(0, self.high, shape).to(self.dtype)
 
 
@@ -102,6 +107,11 @@ SAMPLES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (ops.ATTENTION, (V(N, 4, 8), V(M, 2, 8), V(M, 2, 8), False, 0.3), {}),
     (ops.ATTENTION, (V(N, 4, 8), V(N, 2, 8), V(N, 2, 8), True, 0.3), {}),
     (ops.JOINT_ATTENTION, (V(N, 4, 8), V(N, 2, 8), V(N, 2, 8), V(M, 2, 8), V(M, 2, 8), 0.3), {}),
+    (ops.QUANTIZE, (V(N, 4, dtype=BF16), V()), {}),
+    (ops.DEQUANTIZE, (V(N, 4, dtype=E4M3), V(), BF16), {}),
+    (ops.DEQUANTIZE_GROUPS, (V(6, 64, dtype=INT4), V(6, 2, dtype=BF16)), {}),
+    (ops.DEQUANTIZE_BLOCKS, (V(6, 32, dtype=E2M1), V(6, 2, dtype=E4M3), V(), BF16), {}),
+    (ops.REQUANTIZE_BLOCKS, (V(N, 32, dtype=BF16), V()), {}),
 ]  # fmt: skip
 
 
@@ -188,6 +198,13 @@ WRONG = [
     (ops.ATTENTION, (V(N, 2, 8), V(M, 2, 4), V(M, 2, 4), False, 1.0), "attention of"),
     (ops.ATTENTION, (V(N, 2, 8), V(M, 2, 8), V(M, 2, 8), True, 1.0), "causal attention is over the same rows"),
     (ops.JOINT_ATTENTION, (V(N, 2, 8), V(M, 2, 8), V(M, 2, 8), V(M, 1, 4), V(M, 1, 4), 1.0), "attention of"),
+    (ops.QUANTIZE, (V(N, 4, dtype=I64), V()), "quantize of int64"),
+    (ops.QUANTIZE, (V(N, 4), V(4)), "one float32 number"),
+    (ops.DEQUANTIZE, (V(N, 4), V(), BF16), "dequantize of float32"),
+    (ops.DEQUANTIZE, (V(N, 4, dtype=E4M3), V(dtype=BF16), BF16), "one float32 number"),
+    (ops.DEQUANTIZE_GROUPS, (V(6, 64, dtype=INT4), V(2, 6)), "dequantize of int4"),
+    (ops.DEQUANTIZE_BLOCKS, (V(6, 32, dtype=E2M1), V(2, 6, dtype=E4M3), V(), BF16), "dequantize of float4"),
+    (ops.REQUANTIZE_BLOCKS, (V(N, 24), V()), "no blocks of 16"),
 ]  # fmt: skip
 
 

@@ -80,22 +80,22 @@ def test_overrides_come_last() -> None:
 @pytest.mark.parametrize(
     ("override", "code", "message"),
     [
-        ("gen.mlp.down", "CX333", "not PLACE=SCHEME"),
-        ("vae.mlp=fp8", "CX333", "towers: und, gen"),
-        ("gen.conv=fp8", "CX333", "no kind `conv`"),
-        ("gen.ml=fp8", "CX333", "no kind `ml`"),
-        ("gen.mlp=fp9", "CX333", "no scheme `fp9`"),
-        ("gen.mlp[3:3]=fp8", "CX333", "is empty"),
-        ("gen.mlp[1]=fp8", "CX333", "not a range"),
-        ("gen.mlp[4:]=bf16", "CX333", "no such layer"),
-        ("gen.mlp@10:=fp8", "CX333", "no such step"),
-        ("und@0:3=bf16", "CX333", "no steps"),
-        ("gen.mlp=fp8-attention", "CX333", "mlp.gate_up takes"),
-        ("gen.attention.core=fp8", "CX333", "attention.core takes"),
-        ("gen.mlp@0:3=bf16", "CX334", "stored twice"),
-        ("gen.mlp.down@5:6=int4", "CX334", "stored twice"),
-        ("gen.mlp=mxfp8", "CX332", "dequantized"),
-        ("gen.mlp=nvfp4-w4a16", "CX332", "dequantized by a separate kernel"),
+        ("gen.mlp.down", "CX353", "not PLACE=SCHEME"),
+        ("vae.mlp=fp8", "CX353", "towers: und, gen"),
+        ("gen.conv=fp8", "CX353", "no kind `conv`"),
+        ("gen.ml=fp8", "CX353", "no kind `ml`"),
+        ("gen.mlp=fp9", "CX353", "no scheme `fp9`"),
+        ("gen.mlp[3:3]=fp8", "CX353", "is empty"),
+        ("gen.mlp[1]=fp8", "CX353", "not a range"),
+        ("gen.mlp[4:]=bf16", "CX353", "no such layer"),
+        ("gen.mlp@10:=fp8", "CX353", "no such step"),
+        ("und@0:3=bf16", "CX353", "no steps"),
+        ("gen.mlp=fp8-attention", "CX353", "mlp.gate_up takes"),
+        ("gen.attention.core=fp8", "CX353", "attention.core takes"),
+        ("gen.mlp@0:3=bf16", "CX354", "stored twice"),
+        ("gen.mlp.down@5:6=int4", "CX354", "stored twice"),
+        ("gen.mlp=mxfp8", "CX352", "dequantized"),
+        ("gen.mlp=nvfp4-w4a16", "CX352", "dequantized by a separate kernel"),
     ],
 )
 def test_overrides_that_are_refused(override: str, code: str, message: str) -> None:
@@ -113,14 +113,14 @@ def test_overrides_that_contradict_each_other() -> None:
 def test_a_recipe_for_a_target_that_cannot_run_it(target: str) -> None:
     with pytest.raises(UnsupportedError) as caught:
         resolved("fp4", target=target)
-    assert caught.value.code == "CX332" and "nvfp4" in caught.value.message and caught.value.exit_code == 3
+    assert caught.value.code == "CX352" and "nvfp4" in caught.value.message and caught.value.exit_code == 3
     assert load_target(target).refused["nvfp4"] in caught.value.message
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("fp8-attn")
-    assert caught.value.code == "CX330" and "fp8-attention" in caught.value.hint
+    assert caught.value.code == "CX350" and "fp8-attention" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["../cpu", "", "zzz"])
@@ -145,7 +145,7 @@ def test_names_are_looked_up_not_opened(name: str) -> None:
 def test_a_wrong_recipe_fails(old: str, new: str, message: str) -> None:
     with pytest.raises(InternalError, match=message) as caught:
         parse_recipe("test", VALID.replace(old, new, 1))
-    assert caught.value.code == "CX331"
+    assert caught.value.code == "CX351"
     assert parse_recipe("test", VALID).schemes == ("fp8",)
 
 

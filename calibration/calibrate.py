@@ -1,0 +1,262 @@
+"""A calibration from requests to a scale table: clean latents, inputs of every pass, and the way through the layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import cosmos_export
+from cosmos_export.bundle import RequestRecord
+from cosmos_export.calibration.awq import search_pre_scales
+from cosmos_export.calibration.coverage import Coverage, Sample
+from cosmos_export.calibration.encode import Encoder
+from cosmos_export.calibration.inputs import Latents, noised, step_inputs
+from cosmos_export.calibration.layers import Entrance, LayerSource
+from cosmos_export.calibration.observers import Observer
+from cosmos_export.calibration.requests import Work, read_latents
+from cosmos_export.calibration.rollout import Rollout
+from cosmos_export.calibration.sources import Source
+from cosmos_export.calibration.stream import LayerResult, Workspace, run_layers, zero_ranges
+from cosmos_export.calibration.table import ScaleTable
+from cosmos_export.calibration.weights import torch_dtype
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint.output import require_space
+from cosmos_export.diagnostics import FindingError
+from cosmos_export.progress import Progress, Silent
+from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime.request import Request
+
+_AWQ_ROWS = 256
+"""Rows of each tensor that the search sees, over all passes."""
+_TASK = "make inputs"
+_PLANNED = ("mode", "frames", "height", "width", "fps", "sound")
+"""Fields of a request that a plan names; the rest follows from the data or from these."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a calibration depends on."""
+
+    checkpoint: Checkpoint
+    identity: str
+    record: RequestRecord
+    sources: tuple[Source, ...]
+    works: tuple[Work, ...]
+    samples: tuple[Sample, ...]
+    coverage: Coverage
+    observer: Observer
+    awq: bool
+    seed: int = 0
+
+    def plan(self) -> dict[str, Any]:
+        """What must be equal for an interrupted calibration to go on."""
+        return {
+            "checkpoint": self.identity,
+            "sources": [source.digest for source in self.sources],
+            "works": [
+                [w.name, w.latents, [getattr(w.request, name) for name in _PLANNED], w.request.input_ids.tolist()]
+                for w in self.works
+            ],
+            "schedules": [asdict(w.request.schedule) for w in self.works],
+            "samples": [[s.work, s.step, s.branch] for s in self.samples],
+            "observer": asdict(self.observer),
+            "awq": self.awq,
+            "seed": self.seed,
+            "versions": {"cosmos-export": cosmos_export.__version__, "torch": torch.__version__},
+        }
+
+
+def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) -> ScaleTable:
+    """The scale table of ``job``. What ``workspace`` holds of an earlier run of the same job is not done again.
+
+    CX321: an activation is not finite; CX323: a tensor was never anything but zero.
+    """
+    report = progress or Silent()
+    _enter_all(job, workspace, report)
+    results = run_layers(
+        LayerSource(job.checkpoint),
+        workspace,
+        [f"{job.works[s.work].name}, step {s.step} ({s.branch})" for s in job.samples],
+        job.observer,
+        search=search_pre_scales if job.awq else None,
+        rows=-(-_AWQ_ROWS // len(job.samples)),
+        progress=report,
+    )
+    for name in zero_ranges(results):
+        raise FindingError(
+            "CX323", f"{name} was 0 in every pass, so it has no range", "is the checkpoint complete? add --data"
+        )
+    return ScaleTable(
+        amax={f"layers.{i}.{name}": value for i, result in enumerate(results) for name, value in result.ranges.items()},
+        pre_scales=_pre_scales(results),
+        checkpoint=job.identity,
+        lineage=lineage(job),
+    )
+
+
+def _pre_scales(results: Sequence[LayerResult]) -> dict[str, NDArray[np.float32]]:
+    return {
+        f"layers.{index}.{name}": np.array(scale.float().numpy(), dtype=np.float32)
+        for index, result in enumerate(results)
+        for name, scale in result.pre_scales.items()
+    }
+
+
+def lineage(job: Job) -> dict[str, Any]:
+    """What the table was made of; no paths, and the same for the same data."""
+    return {
+        "tool": {"name": "cosmos-export", "version": cosmos_export.__version__},
+        "observer": job.observer.settings,
+        "awq": job.awq,
+        "seed": job.seed,
+        "passes": len(job.samples),
+        "tokens": sum(_rows(job.works[s.work], job.record) for s in job.samples),
+        "coverage": job.coverage,
+        "schedules": sorted({_schedule(work) for work in job.works}),
+        "sources": [_source(job, number, source) for number, source in enumerate(job.sources)],
+    }
+
+
+def _source(job: Job, number: int, source: Source) -> dict[str, Any]:
+    works = [work for work in job.works if work.source == number]
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "sha256": source.digest,
+        "count": len(source.items),
+        "licence": source.licence,
+        "origin": source.origin,
+        "modes": _counted([work.request.mode for work in works]),
+        "latents": _counted([work.latents for work in works]),
+        "notes": list(source.notes),
+    }
+
+
+def _counted(values: Sequence[str]) -> dict[str, int]:
+    return {value: values.count(value) for value in sorted(set(values))}
+
+
+def _schedule(work: Work) -> str:
+    s = work.request.schedule
+    shift = "" if s.shift is None else f", shift {s.shift:g}"
+    return f"{work.request.mode}: {s.sampler} on {s.grid}, {s.steps} steps{shift}, guidance {s.guidance:g}"
+
+
+def _rows(work: Work, record: RequestRecord) -> int:
+    request, patch = work.request, record.video.patch
+    frames = (request.frames - 1) // record.video.temporal + 1
+    return frames * -(-request.height // patch) * -(-request.width // patch)
+
+
+# -- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _enter_all(job: Job, workspace: Workspace, report: Progress) -> None:
+    """Every sample that has not entered: its clean latents, noised to its step, through what is before the layers."""
+    numbered = [(index, sample) for index, sample in enumerate(job.samples) if workspace.passed(index) is None]
+    if not numbered:
+        return
+    report.begin(_TASK, len(job.samples))
+    makers = _Makers(job)
+    entrance = Entrance(job.checkpoint)
+    done = len(job.samples) - len(numbered)
+    for number, group in groupby(numbered, key=lambda pair: pair[1].work):
+        work, mine = job.works[number], list(group)
+        latents = makers.latents(work, sorted({sample.step for _, sample in mine}), job.seed + number)
+        for index, sample in mine:
+            at_step = latents(sample.step, job.seed + 1_000_003 * (index + 1))
+            inputs = step_inputs(
+                work.request, job.record, at_step, sample.step, uncond=sample.branch == "uncond", dtype=entrance.dtype
+            )
+            workspace.enter(index, entrance(inputs))
+            done += 1
+            report.update(_TASK, done)
+    report.end(_TASK)
+
+
+class _AtStep:
+    """Latents of a request at its steps: noised from clean ones, or as a rollout passed through them."""
+
+    def __init__(self, work: Work, record: RequestRecord, clean: Latents, passed: Mapping[int, Latents]) -> None:
+        self._work, self._record, self._clean, self._passed = work, record, clean, passed
+
+    def __call__(self, step: int, seed: int) -> Latents:
+        if step in self._passed:
+            return self._passed[step]
+        return noised(self._work.request, self._record, self._clean, step, seed)
+
+
+class _Makers:
+    """What makes latents; each is loaded when it is first needed."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._encoder: Encoder | None = None
+        self._rollout: Rollout | None = None
+
+    def latents(self, work: Work, steps: Sequence[int], seed: int) -> _AtStep:
+        """Of ``work``, for ``steps``."""
+        record = self._job.record
+        if work.latents == "rollout":
+            return _AtStep(work, record, {}, self._rolled(replace(work.request, seed=seed), steps))
+        if work.latents == "noise":
+            return _AtStep(work, record, {}, {})
+        if work.latents == "recorded":
+            assert work.file is not None
+            return _AtStep(work, record, read_latents(work.file, record, work.name), {})
+        clean: dict[str, NDArray[np.float32]] = {"vision": self._encoded(work)}
+        if work.given is not None and record.action is not None:
+            rows = np.zeros((len(work.given), record.action.dim), np.float32)
+            rows[:, : work.given.shape[1]] = work.given
+            clean["action"] = rows
+        return _AtStep(work, record, clean, {})
+
+    def _encoded(self, work: Work) -> NDArray[np.float32]:
+        self._encoder = self._encoder or Encoder(self._job.checkpoint)
+        latent = self._encoder(pixels(work, self._job.record))
+        # An action's canvas is padded; its latents are those of the content.
+        return latent[..., : work.request.height, : work.request.width]
+
+    def _rolled(self, request: Request, steps: Sequence[int]) -> dict[int, Latents]:
+        if self._rollout is None:
+            dtype = torch_dtype(self._job.checkpoint.tensors["proj_in.weight"])
+            self._rollout = Rollout(self._job.checkpoint.components["transformer"], dtype, self._job.record)
+        return self._rollout(request, steps)
+
+
+def pixels(work: Work, record: RequestRecord) -> canvas.Float:
+    """float32 [3, frames, H, W] in [−1, 1]: the clip or picture of ``work`` on its canvas."""
+    request, spatial = work.request, record.video.spatial
+    if work.image is not None:
+        frames = media.read_image(work.image)[None]
+    else:
+        assert work.clip is not None
+        frames = media.read_clip(work.clip.path, request.frames, skip=work.clip.skip).frames
+    if work.canvas is not None:
+        return canvas.action_canvas(frames, work.canvas)
+    height, width = request.height * spatial, request.width * spatial
+    if request.mode == "v2v":
+        return canvas.stretch(frames, height, width)
+    return np.stack([canvas.cover(frame, height, width) for frame in frames], axis=1)
+
+
+def workspace_folder(output: Path) -> Path:
+    """Where the calibration for ``output`` keeps what it has done."""
+    return output.with_name(f".{output.name}.calibrating")
+
+
+def require_workspace_space(job: Job, output: Path) -> None:
+    """There is room for the hidden states of all samples beside ``output``; CX348."""
+    geometry, states = job.checkpoint.geometry, 0
+    for sample in job.samples:
+        work = job.works[sample.work]
+        rows = _rows(work, job.record) + len(work.request.input_ids)
+        states += rows * (geometry.hidden_size + 2 * geometry.head_dim) * 4
+    require_space(output, states, "CX348", "the calibration", "fewer --samples or --frames, or another disk")

@@ -1,0 +1,350 @@
+"""Items of data as requests in the model's own terms: the front end of `run`, with whole clips in place of frames.
+
+Everything that can be wrong with the data is found here, before a weight is read: clips are opened and counted, prompts
+are tokenized and measured against the shape profile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.bundle import ProfileRecord, RequestRecord
+from cosmos_export.calibration.sources import ClipPart, Item
+from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime.embodiments import embodiment
+from cosmos_export.runtime.fitting import fit_profile
+from cosmos_export.runtime.inputs import sound_latents
+from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
+from cosmos_export.runtime.request import ActionPart, Request
+from cosmos_export.runtime.scenes import KEPT_LATENTS
+from cosmos_export.runtime.tokenize import PromptTokenizer
+from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, resolve_schedule
+
+Latents = Literal["encoded", "borrowed", "recorded", "rollout", "noise"]
+"""Where clean latents come from: the item's own clip, another item's, a file, the model itself; ``noise``: nowhere."""
+
+ACTION_MODES: tuple[Mode, ...] = ("policy", "forward-dynamics", "inverse-dynamics")
+_CLIP_MODES: tuple[Mode, ...] = ("t2v", "i2v", "v2v")
+_RATE_TOLERANCE = 0.01
+_LEAST_FRAMES: Mapping[str, int] = {"t2i": 1, "v2v": 1 + 4 * KEPT_LATENTS}
+"""Pixel frames a mode needs; five where it is not listed."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all requests of a calibration share."""
+
+    record: RequestRecord
+    profile: ProfileRecord
+    sampling: CheckpointSampling
+    overrides: Overrides
+    modalities: tuple[str, ...]
+    height: int
+    width: int
+    """Pixels of videos and images."""
+    frames: int
+    negative: Prompt
+    latents: Literal["auto", "rollout", "noise"] = "auto"
+    policy: str | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, and where its clean latents come from."""
+
+    name: str
+    source: int
+    request: Request
+    latents: Latents
+    clip: ClipPart | None = None
+    image: Path | None = None
+    canvas: canvas.ActionCanvas | None = None
+    file: Path | None = None
+    given: NDArray[np.float32] | None = field(default=None, repr=False)
+    """Actions [rows, width] in the model's units, where the request itself does not hold them."""
+
+
+def make_requests(
+    sources: Sequence[Sequence[Item]], setting: Setting, tokenizer: PromptTokenizer, use_system: bool
+) -> list[Work]:
+    """A request for each item, and for each of the three modes that actions can be read in.
+
+    CX343: a clip at another rate than is said; CX344: a clip too short, or latents of another model; CX346: a prompt
+    without a clip, and nothing that makes latents for it; CX607: a prompt or a clip outside the profile; CX614: media.
+    """
+    items = [(number, item) for number, source in enumerate(sources) for item in source]
+    lenders = [item for _, item in items if item.clip is not None and item.actions is None]
+    works: list[Work] = []
+    for index, (number, item) in enumerate(items):
+        for mode in _modes(item, index, setting):
+            lender = lenders[index % len(lenders)] if lenders else None
+            works.append(_work(item, mode, number, lender, setting, tokenizer, use_system))
+    return works
+
+
+def _modes(item: Item, index: int, setting: Setting) -> tuple[Mode, ...]:
+    if item.mode is not None:
+        return (item.mode,)
+    distilled = setting.sampling.distilled_sigmas is not None
+    if item.actions is not None:
+        return ACTION_MODES
+    if item.clip is not None:
+        return (_CLIP_MODES[index % len(_CLIP_MODES)],)
+    if item.image is not None or _single(setting):
+        return ("t2i",)
+    if item.latents is not None and _recorded(item, setting)["vision"].shape[2] == 1:
+        return ("t2i",)
+    return ("t2v",) if not distilled or not _single(setting) else ("t2i",)
+
+
+def _single(setting: Setting) -> bool:
+    return setting.profile.dims["frames"].max == 1
+
+
+def _work(
+    item: Item,
+    mode: Mode,
+    source: int,
+    lender: Item | None,
+    setting: Setting,
+    tokenizer: PromptTokenizer,
+    use_system: bool,
+) -> Work:
+    schedule = resolve_schedule(setting.sampling, mode, _overrides(setting.overrides, mode))
+    base = Request(mode, _NO_IDS, None, schedule, 1, 1, 1, setting.record.video.base_fps)
+    work = Work(f"{item.name} ({mode})", source, base, "encoded")
+    if mode in ACTION_MODES:
+        work, scene = _action(item, work, setting)
+    elif item.latents is not None:
+        work, scene = _from_file(item, work, setting)
+    else:
+        work, scene = _video(item, work, lender, setting)
+    request = work.request
+    texts = request_texts(
+        item.prompt, item.negative or setting.negative, scene, action=DEFAULT_VIEWPOINT if request.action else None
+    )
+    system = system_message(scene) if use_system else None
+    guided = any(schedule.guided)
+    ids, negative = tokenizer(texts[0], system), tokenizer(texts[1], system) if guided else None
+    lengths = [len(ids)] + ([len(negative)] if negative is not None else [])
+    frames = (request.frames - 1) // setting.record.video.temporal + 1
+    sound = sound_latents(request.frames, request.fps, setting.record) if request.sound else 0
+    dims: dict[str, int | Sequence[int]] = {
+        "und_len": lengths, "frames": frames, "height": request.height, "width": request.width, "sound_len": sound,
+        "action_len": request.action.rows if request.action else 0,
+    }  # fmt: skip
+    try:
+        fit_profile([setting.profile], dims, setting.record, refusal=f"{item.name}: the profile does not take")
+    except UserError as error:
+        raise UserError(
+            error.code, error.message, "leave the item out, or --profile with the range you will run"
+        ) from error
+    return replace(work, request=replace(request, input_ids=ids, negative_ids=negative))
+
+
+_NO_IDS = np.zeros(0, np.int64)
+
+
+def _overrides(asked: Overrides, mode: Mode) -> Overrides:
+    """An interval is for requests that are guided; an action usually is not."""
+    return replace(asked, guidance_interval=None) if mode in ACTION_MODES and asked.guidance is None else asked
+
+
+# -- videos and images ------------------------------------------------------------------------------------------------
+
+
+def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tuple[Work, Scene]:
+    mode, video = work.request.mode, setting.record.video
+    clip, image, latents = item.clip, item.image, work.latents
+    fps = item.fps
+    if clip is None and image is None:
+        latents = _made(item, lender, setting)
+        if latents == "borrowed":
+            assert lender is not None
+            clip = lender.clip
+    frames = 1 if mode == "t2i" else item.frames or setting.frames
+    if clip is not None and mode != "t2i":
+        found = media.read_clip(clip.path, min(frames, clip.count or frames), skip=clip.skip)
+        frames = (len(found.frames) - 1) // video.temporal * video.temporal + 1
+        if latents == "encoded":
+            fps = _rate(item, clip, found.fps, fps)
+    elif clip is not None:
+        media.read_clip(clip.path, 1, skip=clip.skip)
+    elif image is not None:
+        media.read_image(image)
+    least = _LEAST_FRAMES.get(mode, 1 + video.temporal)
+    if frames < least:
+        raise UserError(
+            "CX344", f"{item.name}: {frames} frames; mode {mode} needs {least}", "a longer clip, or mode=t2i"
+        )
+    height, width = setting.height // video.spatial, setting.width // video.spatial
+    sound = latents == "rollout" and "sound" in setting.modalities and mode != "t2i"
+    request = replace(
+        work.request,
+        frames=frames,
+        height=height,
+        width=width,
+        fps=fps or video.base_fps,
+        clean_frames=_CLEAN.get(mode, ()),
+        sound=sound,
+    )
+    scene = Scene(frames, setting.height, setting.width, request.fps)
+    return replace(work, request=request, latents=latents, clip=clip, image=image), scene
+
+
+_CLEAN: Mapping[str, tuple[int, ...]] = {"i2v": (0,), "v2v": tuple(range(KEPT_LATENTS))}
+
+
+def _made(item: Item, lender: Item | None, setting: Setting) -> Latents:
+    """Where latents for a prompt without a picture come from."""
+    if item.mode in ("i2v", "v2v"):
+        raise UserError("CX346", f"{item.name}: mode {item.mode} without a clip", "leave the mode out, or add a clip")
+    if setting.latents == "rollout":
+        return "rollout"
+    if lender is not None:
+        return "borrowed"
+    if setting.latents == "noise":
+        return "noise"
+    raise UserError(
+        "CX346",
+        f"{item.name} is a prompt without a clip, and no source has clips to make latents from",
+        "add --data with a folder of clips, or --rollout (the model makes its own; small models), or as a last resort "
+        "--noise-latents",
+    )
+
+
+def _rate(item: Item, clip: ClipPart, found: float | None, asked: float | None) -> float | None:
+    """The rate of a clip; CX343 where the file and the data set, or the options, say different things."""
+    said = clip.fps if clip.fps is not None else asked
+    if found is not None and said is not None and abs(found - said) > _RATE_TOLERANCE * said:
+        raise UserError(
+            "CX343",
+            f"{item.name}: {clip.path.name} has {found:g} frames a second; {said:g} are said",
+            "the rate decides the model's positions: convert the clip, or correct fps",
+        )
+    return said if said is not None else found
+
+
+# -- actions ----------------------------------------------------------------------------------------------------------
+
+
+def _action(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
+    """An embodiment's actions and the clip they go with, on the canvas of the published pipeline."""
+    record, video = setting.record, setting.record.video
+    if record.action is None:
+        raise UserError("CX345", f"{item.name} has actions; this checkpoint generates none", "leave the source out")
+    if item.actions is None or item.clip is None:
+        what = "actions" if item.actions is None else "a clip"
+        raise UserError(
+            "CX346", f"{item.name}: mode {work.request.mode} without {what}", "…,video=CLIP.mp4 beside them"
+        )
+    robot = embodiment(item.embodiment, setting.policy)
+    rows = min(len(item.actions), robot.chunk) // video.temporal * video.temporal
+    if not rows:
+        raise UserError("CX344", f"{item.name}: {len(item.actions)} actions; at least {video.temporal}")
+    columns = item.actions.shape[1]
+    if columns > record.action.dim or robot.domain >= record.action.domains:
+        raise UserError("CX611", f"{item.name}: actions of {columns} columns; the model has 1 to {record.action.dim}")
+    clip = media.read_clip(item.clip.path, rows + 1, skip=item.clip.skip)
+    if len(clip.frames) <= rows:
+        raise UserError("CX344", f"{item.name}: {len(clip.frames)} frames for {rows} actions; one more than actions")
+    said = item.fps if item.fps is not None else item.clip.fps
+    fps = _rate(item, item.clip, clip.fps, said if said is not None else robot.fps) or robot.fps
+    # The most of the tiers that the profile takes: the canvas follows from the picture.
+    _, height, width, _ = clip.frames.shape
+    plan = canvas.plan_action_canvas(height, width, _tier(robot.tier, setting), video.spatial)
+    given = item.actions[:rows]
+    latent_frames = rows // video.temporal + 1
+    mode = work.request.mode
+    part = ActionPart(rows, robot.domain, columns, given if mode == "forward-dynamics" else None)
+    request = replace(
+        work.request,
+        frames=rows + 1,
+        height=max(plan.content_height // video.spatial, 1),
+        width=max(plan.content_width // video.spatial, 1),
+        fps=fps,
+        clean_frames=tuple(range(latent_frames)) if mode == "inverse-dynamics" else (0,),
+        action=part,
+    )
+    scene = Scene(rows + 1, plan.height, plan.width, fps)
+    return replace(work, request=request, clip=item.clip, canvas=plan, given=given), scene
+
+
+def _tier(own: int, setting: Setting) -> int:
+    """The embodiment's tier, or the largest below it whose canvases the profile takes."""
+    video, dims = setting.record.video, setting.profile.dims
+    reach = min(dims["height"].max, dims["width"].max) * video.spatial
+    fits = [tier for tier, bins in canvas.ACTION_BINS.items() if tier <= own and min(max(b) for b in bins) <= reach]
+    return max(fits, default=min(canvas.ACTION_BINS))
+
+
+# -- recorded latents -------------------------------------------------------------------------------------------------
+
+
+def _from_file(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
+    latents = _recorded(item, setting)
+    video = setting.record.video
+    _, _, frames, height, width = latents["vision"].shape
+    pixel_frames = (frames - 1) * video.temporal + 1
+    fps = item.fps or video.base_fps
+    sound = "sound" in latents
+    if sound and setting.record.sound is not None:
+        expected = sound_latents(pixel_frames, fps, setting.record)
+        if latents["sound"].shape[1] != expected:
+            _misfit(item, f"`sound` has {latents['sound'].shape[1]} latents; {pixel_frames} frames have {expected}")
+    request = replace(
+        work.request,
+        frames=pixel_frames,
+        height=height,
+        width=width,
+        fps=fps,
+        sound=sound,
+        clean_frames=_CLEAN.get(work.request.mode, ()),
+    )
+    scene = Scene(pixel_frames, height * video.spatial, width * video.spatial, fps)
+    return replace(work, request=request, latents="recorded", file=item.latents), scene
+
+
+def _recorded(item: Item, setting: Setting) -> dict[str, NDArray[np.float32]]:
+    assert item.latents is not None
+    return read_latents(item.latents, setting.record, item.name)
+
+
+def read_latents(path: Path, record: RequestRecord, name: str) -> dict[str, NDArray[np.float32]]:
+    """float32 ``vision`` [1, C, T, h, w] and perhaps ``sound`` [C, T_s] of ``path``; CX344 for anything else."""
+    try:
+        tensors = read_header(path).tensors
+    except UserError as error:
+        raise UserError("CX344", f"{name}: {error.message}", "record them with `run --save-latents`") from error
+    if "vision" not in tensors:
+        _refuse_latents(name, f"tensors {', '.join(list(tensors)[:8]) or 'none'}; `vision` is missing")
+    found: dict[str, NDArray[np.float32]] = {}
+    for key in ("vision", "sound"):
+        entry = tensors.get(key)
+        if entry is None or (key == "sound" and record.sound is None):
+            continue
+        rank, channels = (5, record.video.channels) if key == "vision" else (2, record.sound and record.sound.channels)
+        if entry.dtype not in ("F64", "F32", "F16", "BF16") or len(entry.shape) != rank or 0 in entry.shape:
+            _refuse_latents(name, f"`{key}` is {entry.dtype} {list(entry.shape)}")
+        if entry.shape[rank == 5] != channels:
+            _refuse_latents(name, f"`{key}` has {entry.shape[rank == 5]} channels; the model has {channels}")
+        found[key] = np.asarray(entry.array(), dtype=np.float32)
+        if not np.isfinite(found[key]).all():
+            _refuse_latents(name, f"`{key}` holds NaN or infinite values")
+    return found
+
+
+def _refuse_latents(name: str, what: str) -> NoReturn:
+    raise UserError("CX344", f"{name}: {what}", "record them with `run --save-latents`")
+
+
+def _misfit(item: Item, what: str, hint: str = "is fps= what they were made at?") -> NoReturn:
+    raise UserError("CX344", f"{item.name}: {what}", hint)

@@ -1,0 +1,419 @@
+"""What people have to calibrate on, as items: prompts, captions, pictures, clips, robot data, recorded latents.
+
+A source is a path and options, ``PATH[,key=value…]``; what it is follows from the path. Reading a source looks into its
+text files only; pictures and clips are opened when the requests are made of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.embodiments import Actions, embodiment, read_actions
+from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
+from cosmos_export.sampling import MODES, Mode
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+ORIGINS = ("real", "synthetic")
+_OPTIONS = (
+    "licence", "origin", "prompt", "negative", "mode", "embodiment", "video", "fps", "frames", "limit", "camera",
+)  # fmt: skip
+_OPTION = re.compile(rf",({'|'.join(_OPTIONS)})=")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ClipPart:
+    """Frames of a file from ``skip`` on, at most ``count``; ``fps`` is what the data set says of them."""
+
+    path: Path
+    skip: int = 0
+    count: int | None = None
+    fps: float | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to calibrate on. What it has decides which modes it can stand for."""
+
+    name: str
+    prompt: Prompt
+    negative: Prompt | None = None
+    mode: Mode | None = None
+    image: Path | None = None
+    clip: ClipPart | None = None
+    actions: Actions | None = None
+    """In the units of the model."""
+    embodiment: str | None = None
+    latents: Path | None = None
+    fps: float | None = None
+    frames: int | None = None
+    beside: tuple[Path, ...] = ()
+    """Further files it was made of."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Items of one ``--data``, and what the lineage says of it."""
+
+    kind: str
+    name: str
+    items: tuple[Item, ...]
+    digest: str
+    """SHA-256 of the files that were used, whatever their place and names."""
+    licence: str | None = None
+    origin: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What follows the path of a source."""
+
+    licence: str | None = None
+    origin: str | None = None
+    prompt: str | None = None
+    negative: str | None = None
+    mode: Mode | None = None
+    embodiment: str | None = None
+    video: Path | None = None
+    fps: float | None = None
+    frames: int | None = None
+    limit: int | None = None
+    camera: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a reader makes of a source."""
+
+    kind: str
+    items: tuple[Item, ...]
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def read_source(text: str) -> Source:
+    """The source that ``text`` names. CX340: no such thing, or nothing in it; CX341: an option; CX6xx: its files."""
+    path, options = parse_source(text)
+    if not path.exists():
+        raise UserError("CX340", f"{path} does not exist", "is it the right path?")
+    found = _reader(path)(path, options)
+    items = found.items[: options.limit]
+    if not items:
+        raise UserError("CX340", f"{path} holds nothing to calibrate on ({found.kind})", "see docs/calibration.md")
+    items = tuple(_with(item, options) for item in items)
+    used = [path for item in items for path in _files(item)]
+    return Source(
+        found.kind,
+        path.name,
+        items,
+        digest_of([*found.files, *used]),
+        options.licence,
+        options.origin,
+        found.notes,
+    )
+
+
+def parse_source(text: str) -> tuple[Path, Options]:
+    """``PATH[,key=value…]``; CX341 for an unknown or unusable option. A comma in the path stays one."""
+    path, *pairs = _OPTION.split(text)
+    values: dict[str, Any] = {}
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        if key in values:
+            _bad_option(key, value, "given twice")
+        values[key] = _CONVERT[key](key, value) if key in _CONVERT else value
+    return Path(path), Options(**values)
+
+
+def _files(item: Item) -> Iterator[Path]:
+    yield from item.beside
+    if item.image is not None:
+        yield item.image
+    if item.clip is not None:
+        yield item.clip.path
+    if item.latents is not None:
+        yield item.latents
+
+
+def _with(item: Item, options: Options) -> Item:
+    """``item`` and what the options say of all items of the source; what an item says itself comes first."""
+    negative = item.negative
+    if negative is None and options.negative is not None:
+        negative = read_prompt(options.negative, "negative prompt")
+    prompt = item.prompt
+    if not prompt.text and options.prompt is not None:
+        prompt = read_prompt(options.prompt)
+    clip = item.clip
+    if clip is None and options.video is not None:
+        clip = ClipPart(options.video)
+    return replace(
+        item,
+        prompt=prompt,
+        negative=negative,
+        clip=clip,
+        mode=item.mode or options.mode,
+        embodiment=item.embodiment or options.embodiment,
+        fps=item.fps if item.fps is not None else options.fps,
+        frames=item.frames or options.frames,
+    )
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def _bad_option(key: str, value: str, why: str) -> NoReturn:
+    raise UserError("CX341", f"{key}={shown(value)}: {why}", f"options of --data: {', '.join(_OPTIONS)}")
+
+
+def _choice(allowed: tuple[str, ...]) -> Callable[[str, str], str]:
+    def convert(key: str, value: str) -> str:
+        if value not in allowed:
+            _bad_option(key, value, f"known: {', '.join(allowed)}")
+        return value
+
+    return convert
+
+
+def _whole(key: str, value: str) -> int:
+    if not value.isdecimal() or not 0 < int(value) < 1_000_000:
+        _bad_option(key, value, "not a whole number above 0")
+    return int(value)
+
+
+def _rate(key: str, value: str) -> float:
+    try:
+        rate = float(value)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 1000:
+        _bad_option(key, value, "not a rate, above 0 to 1000 frames a second")
+    return rate
+
+
+def _robot(key: str, value: str) -> str:
+    return embodiment(value, None).name
+
+
+_CONVERT: Mapping[str, Callable[[str, str], Any]] = {
+    "origin": _choice(ORIGINS),
+    "mode": _choice(MODES),
+    "embodiment": _robot,
+    "video": lambda _, value: Path(value),
+    "fps": _rate,
+    "frames": _whole,
+    "limit": _whole,
+}
+
+
+# -- readers ----------------------------------------------------------------------------------------------------------
+
+
+def _reader(path: Path) -> Callable[[Path, Options], Found]:
+    if path.is_dir():
+        if (path / "meta" / "info.json").is_file():
+            from cosmos_export.calibration.lerobot import read_lerobot
+
+            return read_lerobot
+        return _read_folder
+    suffix = path.suffix.lower()
+    if suffix in (*IMAGES, *CLIPS):
+        return _read_medium
+    if suffix not in _READERS:
+        known = ", ".join((*_READERS, *CLIPS, *IMAGES))
+        raise UserError(
+            "CX340", f"{path}: a name that ends in {shown(suffix)} is no source", f"known: {known}, folders"
+        )
+    return _READERS[suffix]
+
+
+def _read_text(path: Path, options: Options) -> Found:
+    """One prompt a line."""
+    lines = _decoded(path).splitlines()
+    items = [
+        Item(f"{path.name}:{number}", text_prompt(line.strip())) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    return Found("prompts", tuple(items), (path,))
+
+
+def _read_lines(path: Path, options: Options) -> Found:
+    """One object a line."""
+    items = []
+    for number, line in enumerate(_decoded(path).splitlines(), 1):
+        if line.strip():
+            name = f"{path.name}:{number}"
+            items.append(_item(name, _object(path, number, line), path.parent))
+    return Found("jsonl", tuple(items), (path,))
+
+
+def _read_json(path: Path, options: Options) -> Found:
+    """A caption, an object or a list of objects as in ``.jsonl``, or actions."""
+    text = _decoded(path)
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("CX340", f"{path} is not JSON: {error}") from error
+    rows = document.get("actions") if isinstance(document, dict) and set(document) <= {"actions"} else document
+    if isinstance(rows, list) and rows and isinstance(rows[0], list):
+        item = Item(path.name, Prompt(""), actions=read_actions(path))
+        return Found("actions", (item,), (path,))
+    if isinstance(document, list):
+        entries = [_checked(path, number, entry) for number, entry in enumerate(document, 1)]
+        items = tuple(_item(f"{path.name}:{n}", entry, path.parent) for n, entry in enumerate(entries, 1))
+        return Found("json", items, (path,))
+    entry = _checked(path, 1, document)
+    if _PROMPT_KEYS & entry.keys():
+        return Found("json", (_item(path.name, entry, path.parent),), (path,))
+    return Found("caption", (Item(path.name, read_prompt(str(path))),), (path,))
+
+
+def _read_latents(path: Path, options: Options) -> Found:
+    """Latents as `cosmos-export run --save-latents` writes them."""
+    return Found("latents", (Item(path.name, Prompt(""), latents=path),), ())
+
+
+def _read_medium(path: Path, options: Options) -> Found:
+    return Found("media", (_medium(path),), ())
+
+
+def _read_folder(path: Path, options: Options) -> Found:
+    """Pictures and clips, each with the text or caption beside it that has its name."""
+    items: list[Item] = []
+    files: list[Path] = []
+    for medium in sorted(p for p in path.rglob("*") if p.suffix.lower() in (*IMAGES, *CLIPS)):
+        item = _medium(medium)
+        for suffix in (".txt", ".json"):
+            beside = medium.with_suffix(suffix)
+            if beside.is_file():
+                prompt = read_prompt(str(beside)) if suffix == ".json" else text_prompt(_decoded(beside).strip())
+                item = replace(item, prompt=prompt)
+                files.append(beside)
+                break
+        items.append(item)
+    return Found("media", tuple(items), tuple(files))
+
+
+def _medium(path: Path) -> Item:
+    if path.suffix.lower() in IMAGES:
+        return Item(path.name, Prompt(""), image=path)
+    return Item(path.name, Prompt(""), clip=ClipPart(path))
+
+
+_READERS: Mapping[str, Callable[[Path, Options], Found]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".safetensors": _read_latents,
+}
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+_PROMPT_KEYS = {"prompt", "caption", "caption_json"}
+_MEDIA_KEYS = ("image", "video", "vision_path", "image_path", "video_path")
+_MODES: Mapping[str, Mode] = {
+    **{mode: mode for mode in MODES},
+    "forward_dynamics": "forward-dynamics",
+    "inverse_dynamics": "inverse-dynamics",
+}
+_MODE_KEYS = ("mode", "model_mode")
+
+
+def _item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
+    """An object of a ``.jsonl`` file or of the framework's ``inputs/omni``. Keys that say nothing here are let be."""
+    prompt = next((entry[key] for key in ("prompt", "caption", "caption_json") if entry.get(key) is not None), None)
+    if isinstance(prompt, dict):
+        prompt = json.dumps(prompt)
+    if not isinstance(prompt, str):
+        _bad_entry(name, f"prompt = {shown(prompt)} is not text")
+    item = Item(entry_name(name, entry), text_prompt(prompt))
+    negative = entry.get("negative_prompt")
+    if isinstance(negative, str) and negative:
+        item = replace(item, negative=text_prompt(negative, "negative prompt"))
+    for key in _MEDIA_KEYS:
+        value = entry.get(key)
+        if isinstance(value, str) and value:
+            path = folder / value
+            if not path.is_file():
+                _bad_entry(name, f"{key} = {shown(value)} is not a file beside it")
+            medium = _medium(path)
+            item = replace(item, image=medium.image, clip=medium.clip)
+    if isinstance(action := entry.get("action_path"), str):
+        path = folder / action
+        item = replace(item, actions=read_actions(path), beside=(path,))
+    if isinstance(domain := entry.get("domain_name"), str) and domain:
+        item = replace(item, embodiment=embodiment(domain, None).name)
+    for key in _MODE_KEYS:
+        if entry.get(key) in _MODES:
+            item = replace(item, mode=_MODES[entry[key]])
+    fps, frames = entry.get("fps"), entry.get("num_frames")
+    if type(fps) in (int, float):
+        item = replace(item, fps=_rate("fps", str(fps)))
+    if type(frames) is int:
+        item = replace(item, frames=_whole("frames", str(frames)))
+    return item
+
+
+def entry_name(name: str, entry: Mapping[str, Any]) -> str:
+    """``name``, and what the entry calls itself."""
+    own = entry.get("name")
+    return f"{name} ({own[:60]})" if isinstance(own, str) and own.isprintable() else name
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        return parse_object(line.encode())
+    except ValueError as error:
+        raise UserError("CX340", f"{path}, line {number}: {error}", "one JSON object a line") from error
+
+
+def _checked(path: Path, number: int, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise UserError("CX340", f"{path}: entry {number} is {type(entry).__name__}, not an object")
+    return entry
+
+
+def _bad_entry(name: str, what: str) -> NoReturn:
+    raise UserError("CX340", f"{name}: {what}")
+
+
+def _decoded(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_JSON_BYTES:
+            raise UserError("CX340", f"{path} has {len(data):,} bytes; allowed: {MAX_JSON_BYTES:,}")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError("CX340", f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError("CX340", f"{path} is not UTF-8 text") from error
+
+
+def digest_of(files: list[Path]) -> str:
+    """SHA-256 of the contents of ``files``; neither their order nor their names matter."""
+    digests = sorted(_file_digest(path) for path in set(files))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for chunk in _chunks(file):
+                digest.update(chunk)
+    except OSError as error:
+        raise UserError("CX340", f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def _chunks(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk

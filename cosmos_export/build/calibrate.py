@@ -1,0 +1,184 @@
+"""``calibrate`` from a user's words: sources, requests, passes and coverage are settled before a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cosmos_export.build.options import available_modalities, model_limits, require_compiler
+from cosmos_export.build.request import request_record
+from cosmos_export.build.selection import TOKENIZER_FILE
+from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
+from cosmos_export.calibration.table import require_output, write_scale_table
+from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan.subject import sampling_of
+from cosmos_export.progress import Progress
+from cosmos_export.runtime.prompts import read_prompt
+from cosmos_export.sampling import Overrides
+from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
+
+if TYPE_CHECKING:
+    from cosmos_export.calibration.calibrate import Job
+
+DEFAULT_PROFILE = "frames=1:5:48,height=3:12:24,width=3:20:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
+"""Every shape that calibration itself would choose: 320 × 192 pixels unless an action's picture says otherwise."""
+DEFAULT_SAMPLES = 128
+DEFAULT_FRAMES = 17
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """A calibration as the user gives it."""
+
+    checkpoint: Path
+    output: Path
+    data: tuple[str, ...]
+    profile: str = DEFAULT_PROFILE
+    modalities: tuple[str, ...] | None = None
+    """Those that must be covered; None: all that the checkpoint generates."""
+    samples: int = DEFAULT_SAMPLES
+    frames: int = DEFAULT_FRAMES
+    latents: Literal["auto", "rollout", "noise"] = "auto"
+    negative: str = ""
+    overrides: Overrides = field(default_factory=Overrides)
+    observer: str = "absmax"
+    margin: float = 1.1
+    percentile: float = 99.999
+    awq: bool = False
+    seed: int = 0
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class CalibrateResult:
+    """What was made."""
+
+    output: Path
+    job: Job
+    ranges: int
+    pre_scales: int
+    resumed: bool
+
+
+def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> CalibrateResult:
+    """Write the scale table ``options.output``. CX31x the table; CX32x observers and coverage; CX34x the data."""
+    require_compiler()
+    from cosmos_export.calibration import calibrate as stream
+    from cosmos_export.calibration.stream import Workspace
+
+    require_output(options.output, options.force)
+    job = resolve(options, progress)
+    folder = stream.workspace_folder(options.output)
+    stream.require_workspace_space(job, options.output)
+    workspace = Workspace(folder, job.plan())
+    table = stream.calibrate(job, workspace, progress)
+    write_scale_table(table, options.output, force=options.force)
+    workspace.remove()
+    return CalibrateResult(options.output, job, len(table.amax), len(table.pre_scales), workspace.resumed)
+
+
+def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
+    """Everything the calibration depends on, checked."""
+    from cosmos_export.calibration.calibrate import Job
+    from cosmos_export.calibration.coverage import coverage, plan_samples, require_coverage
+    from cosmos_export.calibration.observers import Observer
+    from cosmos_export.calibration.requests import Setting, make_requests
+    from cosmos_export.calibration.sources import read_source
+    from cosmos_export.runtime.tokenize import PromptTokenizer
+
+    observer = Observer(options.observer, options.margin, options.percentile)  # type: ignore[arg-type]
+    if options.samples < 1:
+        raise UserError("CX322", f"{options.samples} passes", f"--samples {DEFAULT_SAMPLES}")
+    if not options.data:
+        raise UserError("CX340", "nothing to calibrate on", "--data with prompts, clips, robot data or latents")
+    checkpoint = open_checkpoint(options.checkpoint)
+    _require_calibratable(checkpoint)
+    if options.latents == "rollout":
+        _require_memory(checkpoint)
+    modalities = available_modalities(options.modalities, checkpoint)
+    prompt = _prompt_record(checkpoint)
+    record = request_record(checkpoint, modalities, prompt)
+    profile = parse_profile(options.profile)
+    if options.profile == DEFAULT_PROFILE:
+        profile = _without_rows(profile, modalities)
+    check_limits(profile, model_limits(checkpoint, modalities))
+    dims = {name: DimRecord(span.min, span.opt, span.max) for name, span in profile.dims.items()}
+    setting = Setting(
+        record=record,
+        profile=ProfileRecord(profile.name, dims),
+        sampling=sampling_of(checkpoint),
+        overrides=options.overrides,
+        modalities=modalities,
+        height=dims["height"].opt * record.video.spatial,
+        width=dims["width"].opt * record.video.spatial,
+        frames=options.frames,
+        negative=read_prompt(options.negative, "negative prompt"),
+        latents=options.latents,
+        policy=sampling_of(checkpoint).policy,
+    )
+    sources = tuple(read_source(text) for text in options.data)
+    tokenizer = PromptTokenizer(prompt, checkpoint.root / prompt.tokenizer)
+    works = make_requests([source.items for source in sources], setting, tokenizer, prompt.use_system)
+    samples = plan_samples(works, options.samples)
+    found = coverage(works, samples)
+    require_coverage(found, modalities)
+    return Job(
+        checkpoint=checkpoint,
+        identity=checkpoint_identity(checkpoint, progress),
+        record=record,
+        sources=sources,
+        works=tuple(works),
+        samples=tuple(samples),
+        coverage=found,
+        observer=observer,
+        awq=options.awq,
+        seed=options.seed,
+    )
+
+
+def _require_calibratable(checkpoint: Checkpoint) -> None:
+    if checkpoint.quantization is not None:
+        raise UnsupportedError(
+            "CX324",
+            f"{checkpoint.root} is quantized ({checkpoint.precision}); its scales are in it",
+            "calibrate the bf16 revision",
+        )
+    if checkpoint.precision not in ("bf16", "fp32"):
+        raise UnsupportedError(
+            "CX324", f"{checkpoint.root} has {checkpoint.precision} weights", "calibrate bf16 or fp32 weights"
+        )
+
+
+def _require_memory(checkpoint: Checkpoint) -> None:
+    """A rollout has the whole transformer in memory."""
+    from cosmos_export.build.stages import available_bytes
+
+    needed, available = sum(entry.size_bytes for entry in checkpoint.tensors.values()), available_bytes()
+    if needed > available // 2:
+        raise UserError(
+            "CX347",
+            f"--rollout needs the whole model in memory: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free",
+            "give clips instead: their latents are noised along the schedule",
+        )
+
+
+def _prompt_record(checkpoint: Checkpoint) -> PromptRecord:
+    """The checkpoint's own tokenizer and chat template, in place in the checkpoint."""
+    from cosmos_export.build.prompt import compile_chat_template
+
+    if "text_tokenizer" not in checkpoint.components:
+        raise UserError("CX324", f"{checkpoint.root} has no text_tokenizer/", "complete the checkpoint")
+    template = compile_chat_template(checkpoint)
+    use_system = bool(checkpoint.model_index.get("default_use_system_prompt", True))
+    return PromptRecord(
+        f"text_tokenizer/{TOKENIZER_FILE}", template.plain, template.system, use_system, template.suffix_ids
+    )
+
+
+def _without_rows(profile: Profile, modalities: Sequence[str]) -> Profile:
+    """``profile`` without rows of what the checkpoint does not generate."""
+    none = {f"{name}_len": DimRange(0, 0, 0) for name in ("sound", "action") if name not in modalities}
+    return Profile(profile.name, {**profile.dims, **none})

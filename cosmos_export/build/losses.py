@@ -1,0 +1,216 @@
+"""Gates of a quantized build: what each linear (G1) and each step (G2) loses, as a verdict, as JSON and as a page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from cosmos_export.build.options import Plan
+from cosmos_export.build.precision import insert
+from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
+from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE
+from cosmos_export.diagnostics import FindingError
+from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.gates import (
+    FOUR_BIT_STEPS,
+    FP8_STEPS,
+    LinearLoss,
+    StepLimits,
+    StepLoss,
+    linear_losses,
+    record_rollout,
+    step_losses,
+)
+from cosmos_export.evaluation.parity import Measured
+from cosmos_export.evaluation.sampled import negative_ids
+from cosmos_export.ir.interpreter import Weights
+from cosmos_export.ir.packing import ROUNDING
+from cosmos_export.ir.program import Program
+from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.report.losses import loss_page
+
+REPORT_JSON, REPORT_PAGE = "report/quantization.json", "report/quantization.html"
+LINEAGE = "calibration/lineage.json"
+_STEPS = 6
+"""Steps of the schedule that are looked at: the first, the last, and others between them."""
+_CASE = "text-to-video"
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a quantized build loses."""
+
+    linears: tuple[LinearLoss, ...]
+    steps: tuple[StepLoss, ...]
+    limits: StepLimits
+    note: str
+    """What the latents are that it was measured on."""
+
+    @property
+    def worst_linears(self) -> list[LinearLoss]:
+        return sorted(self.linears, key=lambda loss: loss.relative / loss.limit, reverse=True)[:_NAMED]
+
+    @property
+    def failed_linears(self) -> list[LinearLoss]:
+        return [loss for loss in self.linears if not loss.passed]
+
+    @property
+    def step_problems(self) -> list[str]:
+        """What whole steps lose beyond the limits."""
+        middle = median(loss.relative for loss in self.steps)
+        worst = max(self.steps, key=lambda loss: loss.relative)
+        apart = min(self.steps, key=lambda loss: loss.cosine)
+        problems = []
+        if not middle <= self.limits.median:
+            problems.append(f"the median step is {middle:.2%} off, allowed {self.limits.median:.0%}")
+        if not worst.relative <= self.limits.largest:
+            problems.append(f"step {worst.step + 1} is {worst.relative:.2%} off, allowed {self.limits.largest:.0%}")
+        if not apart.cosine >= self.limits.cosine:
+            problems.append(f"step {apart.step + 1} has a cosine of {apart.cosine:.5f}, wanted {self.limits.cosine}")
+        return problems
+
+
+def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights, *, rollout: bool) -> Losses:
+    """Both gates on one request. ``plain`` is labelled and not quantized.
+
+    With ``rollout`` the latents of each step come from the unquantized model's own sampling. Without (a model too large
+    to sample here) there is the first step alone, whose latents are noise by right.
+    """
+    config, schedule = plan.checkpoint.geometry.config, plan.schedule
+    case = next(c for c in CASES if c.name == _CASE and set(c.outputs) & set(plan.outputs))
+    inputs = case.inputs(config, plan.modalities)
+    count = schedule.steps if rollout else 1
+    chosen = sorted({round(float(i)) for i in np.linspace(0, count - 1, min(count, _STEPS))})
+    recorded = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
+    note = f"steps {', '.join(str(i + 1) for i in chosen)} of {schedule.steps} of an unquantized rollout, {case.name}"
+    if not rollout:
+        note += "; the model is too large to sample here, so that only the first step, whose latents are noise, is seen"
+    keys = plan.precision.step_keys()
+    programs: dict[int, Program] = {}
+
+    def quantized(step: int) -> Program:
+        if keys[step] not in programs:
+            programs[keys[step]] = plain.copy()
+            insert(programs[keys[step]], ranges, step)
+        return programs[keys[step]]
+
+    linears: dict[tuple[str, str], LinearLoss] = {}
+    for key in dict.fromkeys(keys):
+        step = keys.index(key)
+        seen = [now for at, now in recorded if keys[at] == key] or [recorded[0][1]]
+        for loss in linear_losses(plain, quantized(step), step, seen, weights):
+            linears.setdefault((loss.site, loss.scheme), loss)
+    narrow = plan.precision.schemes & {"int4", "nvfp4"}
+    limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
+    return Losses(tuple(linears.values()), tuple(step_losses(plain, quantized, recorded, weights)), limits, note)
+
+
+def require_losses(losses: Losses, loops: Sequence[Measured], plan: Plan) -> None:
+    """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only reported."""
+    failed = losses.failed_linears
+    if failed:
+        worst = "; ".join(f"{f.site} ({f.scheme}): {f.relative:.3f}, allowed {f.limit:.3f}" for f in failed[:_NAMED])
+        raise FindingError(
+            "CX361",
+            f"{len(failed)} linears lose more than their scheme should: {worst}",
+            f"calibrate again, or leave them unquantized: {_hints(failed)}",
+        )
+    problems = losses.step_problems
+    problems += [f"{m.stage}: {m.metric} is {m.value:.3f}, allowed {m.limit}" for m in loops if not m.passed]
+    if problems and plan.options.quality == "enforce":
+        raise FindingError(
+            "CX362",
+            f"the quantized model is too far from the unquantized one: {'; '.join(problems)}",
+            f"give the worst linears more bits: {_hints(losses.worst_linears)}; or accept it with `--quality report`",
+        )
+
+
+def _hints(losses: list[LinearLoss]) -> str:
+    """``--set`` for each of the sites that lose most."""
+    places = dict.fromkeys(f"{f.tower}.{f.kind}[{f.layer}:{f.layer + 1}]" for f in losses[:_NAMED])
+    return " ".join(f"--set '{place}=bf16'" for place in places)
+
+
+def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
+    """The gates as a manifest has them."""
+    worst = losses.worst_linears
+    named = ", ".join(f"{loss.site} {loss.relative:.3f} of {loss.limit:.3f}" for loss in worst)
+    problems = losses.step_problems
+    return (
+        Verdict(
+            "G1", "linears", "relative error / limit", 1.0, "fail" if losses.failed_linears else "pass",
+            f"worst of {len(losses.linears)}: {named}",
+        ),
+        Verdict(
+            "G2", "steps", "relative L2 of the velocity, median", losses.limits.median,
+            "fail" if problems else "pass", "; ".join([*problems, losses.note]),
+        ),
+    )  # fmt: skip
+
+
+def loss_values(losses: Losses) -> dict[str, float]:
+    """The numbers behind the verdicts."""
+    return {
+        "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
+        "G2": median(loss.relative for loss in losses.steps),
+    }
+
+
+def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:
+    """The report as JSON."""
+    return {
+        "recipe": plan.precision.recipe,
+        "overrides": list(plan.precision.overrides),
+        "measured_on": losses.note,
+        "limits": {"steps": asdict(losses.limits)},
+        "linears": [
+            {
+                "tower": loss.tower, "kind": loss.kind, "layer": loss.layer, "scheme": loss.scheme,
+                "relative": loss.relative, "sqnr_db": round(loss.sqnr_db, 2), "limit": loss.limit,
+                "passed": loss.passed,
+            }
+            for loss in losses.linears
+        ],
+        "steps": [asdict(loss) for loss in losses.steps],
+        "problems": losses.step_problems,
+    }  # fmt: skip
+
+
+def write_losses(losses: Losses, plan: Plan, writer: BundleWriter) -> None:
+    """The report in both forms, and a copy of the calibration's lineage."""
+    document = loss_document(losses, plan)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    writer.path(REPORT_JSON, "report").write_text(text, encoding="utf-8")
+    writer.path(REPORT_PAGE, "report").write_text(loss_page(document), encoding="utf-8")
+    if plan.options.calibration is not None:
+        data = (plan.options.calibration / LINEAGE_FILE).read_bytes()
+        writer.path(LINEAGE, "calibration").write_bytes(data)
+
+
+def precision_record(plan: Plan) -> PrecisionRecord:
+    """What the manifest says of a quantized build."""
+    return PrecisionRecord(
+        recipe=plan.precision.recipe,
+        overrides=plan.precision.overrides,
+        table=plan.precision.table(),
+        rounding=ROUNDING,
+        calibration=_calibration(plan),
+        report=REPORT_JSON,
+    )
+
+
+def _calibration(plan: Plan) -> CalibrationRecord | None:
+    folder = plan.options.calibration
+    if plan.scales is None or folder is None:
+        return None
+    digests: Mapping[str, str] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (SCALES_FILE, LINEAGE_FILE)
+    }
+    return CalibrationRecord(plan.scales.checkpoint, digests[SCALES_FILE], digests[LINEAGE_FILE], LINEAGE)

@@ -1,0 +1,128 @@
+"""The precision of a build: a plan's recipe on its program, and what the engines are to contain because of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmos_export.build.options import Plan
+from cosmos_export.calibration.table import SCALES_FILE
+from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.diagnostics import InternalError
+from cosmos_export.evaluation.gates import misplaced_towers
+from cosmos_export.ir import ops
+from cosmos_export.ir.dims import product
+from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import WeightSource
+from cosmos_export.ir.verifier import verify
+from cosmos_export.passes.assign_precision import AssignPrecision
+from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+from cosmos_export.targets.onnx_lowering import gemm_name
+
+_PRE_SCALE = ".pre_quant_scale"
+_WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+
+
+def assign(program: Program, plan: Plan) -> None:
+    """Label the sites of ``program`` with the plan's schemes; CX360: dataflow and the reader disagree on a tower."""
+    step = AssignPrecision(plan.precision.over_steps)
+    step.run(program)
+    program.history.append(step.name)
+    towers = {name: expected.tower for name, expected in plan.checkpoint.expected.items()}
+    wrong = misplaced_towers(program, towers)
+    if wrong:
+        raise InternalError("CX360", f"sites are given to the wrong tower: {'; '.join(wrong[:3])}")
+
+
+def insert(program: Program, ranges: Ranges, step: int) -> None:
+    """Quantize the labelled ``program`` as its sites compute from ``step`` on."""
+    rewrite = InsertQuantization(ranges, step)
+    rewrite.run(program)
+    program.history.append(rewrite.name)
+    verify(program, stage=rewrite.name)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A program whose sites compute as a plan says."""
+
+    program: Program
+    """As most steps compute; the unquantized program itself where nothing is quantized."""
+    variants: Mapping[str, Program]
+    """For a host's loop: the program with another body, by that body's name."""
+    bodies: tuple[str, ...]
+    """The body of every step, where there are several."""
+
+
+def quantize(plain: Program, plan: Plan, ranges: Ranges) -> Quantized:
+    """``plain``, labelled, once for every way in which steps compute."""
+    keys, body = plan.precision.step_keys(), plain.loop.body
+    by_count = [key for key, _ in Counter(keys).most_common()]
+    names = {key: body if i == 0 else f"{body}_{i + 1}" for i, key in enumerate(by_count)}
+    programs = {}
+    for key, name in names.items():
+        programs[name] = plain.copy()
+        insert(programs[name], ranges, keys.index(key))
+    if plan.options.loop == "device" or len(names) == 1:
+        return Quantized(programs[body], {}, ())
+    variants = {name: program for name, program in programs.items() if name != body}
+    return Quantized(programs[body], variants, tuple(names[key] for key in keys))
+
+
+def activation_ranges(plan: Plan) -> Ranges:
+    """The plan's scale table, in the words of the pass. Pre-scales that are equal become one source."""
+    if plan.scales is None or plan.options.calibration is None:
+        return Ranges()
+    entries = read_header(plan.options.calibration / SCALES_FILE).tensors
+    sources: dict[bytes, WeightSource] = {}
+    pre_scales = {}
+    for linear, factors in plan.scales.pre_scales.items():
+        entry = entries[linear + _PRE_SCALE]
+        data = np.ascontiguousarray(factors).tobytes()
+        source = sources.setdefault(data, _source(linear + _PRE_SCALE, entry))
+        pre_scales[linear] = source
+    return Ranges(plan.scales.amax, pre_scales)
+
+
+def _source(key: str, entry: Any) -> WeightSource:
+    return WeightSource(key, Path(entry.file), entry.offset, torch.float32, tuple(entry.shape))
+
+
+# -- what plans are to contain ----------------------------------------------------------------------------------------
+
+
+def planned_type(node: Node) -> str | None:
+    """What the product of the linear ``node`` computes in, in the words of a plan; None for the model's own type."""
+    weight, x = node.args[1], node.args[0]
+    if not is_op(weight, *_WEIGHT_OPS):
+        return None
+    if is_op(weight, ops.DEQUANTIZE_BLOCKS):
+        return "nvfp4"
+    if is_op(weight, ops.DEQUANTIZE_GROUPS):
+        return "int4-weight"
+    return "fp8" if is_op(x, ops.DEQUANTIZE) else "fp8-weight"
+
+
+def planned_types(graph: Graph) -> dict[str, str]:
+    """Name of every quantized product of ``graph`` in its model → what it is to compute in."""
+    found = {gemm_name(node): planned_type(node) for node in graph.calls(aten.linear.default)}
+    return {name: kind for name, kind in found.items() if kind is not None}
+
+
+def layer_weights(graph: Graph) -> dict[str, int]:
+    """Elements of the weight of every linear that is part of a layer, by the name of its product."""
+    found = {}
+    for node in graph.calls(aten.linear.default):
+        weight = node.args[1]
+        leaves = [weight] if is_weight(weight) else list(weight.all_input_nodes)
+        if any("precision" in leaf.meta for leaf in leaves):
+            found[gemm_name(node)] = int(product(spec_of(weight).shape))
+    return found

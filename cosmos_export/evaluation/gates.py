@@ -1,0 +1,252 @@
+"""What quantization costs: each linear by itself, and the velocity of whole steps.
+
+Everything runs in the interpreter, which holds one weight at a time: a model of any size is measured in the memory of
+its activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import inf, isfinite, log10, sqrt
+
+import numpy as np
+import torch
+
+from cosmos_export.checkpoint import Tower
+from cosmos_export.ir import ops
+from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
+from cosmos_export.ir.interpreter import Tensors, Weights, compute_value, run_program
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import Transform
+from cosmos_export.passes.assign_precision import Precision
+from cosmos_export.passes.insert_quantization import InsertQuantization, linears_of
+from cosmos_export.sampling import Schedule, coefficient_table
+from cosmos_export.sampling.solvers import State, distilled_step, guide, unipc_step
+
+Observer = Callable[[Node, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""A linear, its input [rows, K], its weight [N, K] and its result."""
+
+
+def observe_inputs(program: Program, inputs: Tensors, weights: Weights) -> dict[str, float]:
+    """``<linear>.input_amax`` of every linear of ``program`` in one step, in float32."""
+    found: dict[str, float] = {}
+
+    def see(node: Node, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+        for linear in linears_of(node.args[1].meta["weight"]):
+            amax = float(x.abs().amax()) if x.numel() else 0.0
+            found[f"{linear}.input_amax"] = max(found.get(f"{linear}.input_amax", 0.0), amax)
+
+    run_program(program, inputs, weights, compute=torch.float32, observe=watch_linears(see))
+    return found
+
+
+def watch_linears(see: Observer) -> Callable[[Node, Mapping[Node, torch.Tensor]], None]:
+    """An observer for the interpreter that sees linears with plain weights."""
+
+    def observe(node: Node, values: Mapping[Node, torch.Tensor]) -> None:
+        if node.target is aten.linear.default and is_weight(node.args[1]):
+            see(node, values[node.args[0]], values[node.args[1]], values[node])
+
+    return observe
+
+
+def misplaced_towers(program: Program, towers: Mapping[str, Tower]) -> list[str]:
+    """Sites that the compiler gives to another tower than the reader of checkpoints: two accounts that must agree."""
+    names = {"und": Tower.REASONER, "gen": Tower.GENERATOR}
+    found = []
+    for graph in program.graphs.values():
+        for node in graph.weights.values():
+            precision = node.meta.get("precision")
+            if precision is None:
+                continue
+            wrong = [key for key in node.meta["weight"].keys if towers.get(key) is not names[precision.tower]]
+            found += [f"{precision.site}: {key} is of the {towers.get(key, 'unknown')} tower" for key in wrong[:1]]
+    return found
+
+
+# -- G1: each linear by itself ----------------------------------------------------------------------------------------
+
+LINEAR_LIMITS: Mapping[str, float] = {"fp8-w8a16": 0.0265, "fp8": 0.0374, "int4": 0.117, "nvfp4": 0.134}
+"""Relative error of one linear's result for Gaussian weights and inputs, by scheme: measured at 4096 × 4096."""
+LINEAR_MARGIN = 1.3
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    """What one quantized linear loses on the inputs that it has in the unquantized model."""
+
+    tower: str
+    kind: str
+    layer: int
+    scheme: str
+    relative: float
+    """‖y' − y‖ / ‖y‖ over all inputs."""
+    limit: float
+
+    @property
+    def site(self) -> str:
+        return f"{self.tower}.{self.kind}[{self.layer}]"
+
+    @property
+    def sqnr_db(self) -> float:
+        return -20 * log10(self.relative) if self.relative > 0 else inf
+
+    @property
+    def passed(self) -> bool:
+        return self.relative <= self.limit
+
+
+def linear_losses(
+    plain: Program, quantized: Program, step: int, inputs: Sequence[Tensors], weights: Weights
+) -> list[LinearLoss]:
+    """The loss of every quantized linear, in order, each on what it reads in the unquantized program ``plain``.
+
+    ``plain`` is labelled by `assign_precision`; ``quantized`` is what it becomes from ``step`` on. The quantized linear
+    is the one in its graph, with its quantizers and packed weight: what is wrong there shows here.
+    """
+    forms = {keys: node for graph in quantized.graphs.values() for keys, node in _quantized_linears(graph)}
+    error: dict[tuple[str, ...], list[float]] = {}
+    found: dict[tuple[str, ...], Precision] = {}
+
+    def see(node: Node, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
+        keys = node.args[1].meta["weight"].keys
+        if keys not in forms or not y.numel():
+            return
+        lossy = _run_linear(forms[keys], x, weights)
+        found[keys] = node.args[1].meta["precision"]
+        sums = error.setdefault(keys, [0.0, 0.0])
+        sums[0] += float((lossy.double() - y.double()).square().sum())
+        sums[1] += float(y.double().square().sum())
+
+    for one in inputs:
+        run_program(plain, one, weights, compute=torch.float32, observe=watch_linears(see))
+    losses = []
+    for keys, precision in found.items():
+        scheme = precision.at(step)
+        lost, whole = error[keys]
+        relative = sqrt(lost / whole) if whole > 0 and isfinite(lost) else inf
+        limit = LINEAR_LIMITS[scheme] * LINEAR_MARGIN
+        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, relative, limit))
+    return losses
+
+
+def _quantized_linears(graph: Graph) -> Iterator[tuple[tuple[str, ...], Node]]:
+    """Linears with a packed weight, by the keys of what is packed."""
+    for node in graph.calls(aten.linear.default):
+        packed = [n for n in node.args[1].all_input_nodes if is_weight(n) and n.meta["weight"].packing is not None]
+        if packed:
+            yield packed[0].meta["weight"].keys, node
+
+
+_COMPUTED = (ops.QUANTIZE, ops.DEQUANTIZE, ops.REQUANTIZE_BLOCKS, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+
+
+def _run_linear(linear: Node, x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """The result of a quantized linear whose unquantized form reads ``x``: quantizers, pre-scale and product."""
+
+    def value(node: Node) -> torch.Tensor:
+        # A factor that the pass put before the product carries its name.
+        scaling = is_op(node, aten.mul.Tensor) and InsertQuantization.name in node.meta["passes"]
+        if node.op == "placeholder" or is_op(node, *_COMPUTED) or scaling:
+            return compute_value(node, weights, {n: value(n) for n in node.all_input_nodes}, torch.float32)
+        if is_op(node, ops.RMS_NORM) and node.args[1].meta["weight"].transform is Transform.SCALE:
+            binding = node.args[1].meta["weight"]
+            factors = replace(binding, sources=binding.sources[1:], transform=Transform.IDENTITY, dtype=torch.float32)
+            return x * weights(factors)
+        return x
+
+    operands = [value(n) for n in linear.args]
+    result: torch.Tensor = torch.nn.functional.linear(*operands)
+    return result
+
+
+# -- G2: whole steps --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """What a step may lose: relative L2 of its velocity, the median and the largest over all steps, and its cosine."""
+
+    median: float
+    largest: float
+    cosine: float
+
+
+FP8_STEPS = StepLimits(0.03, 0.05, 0.999)
+FOUR_BIT_STEPS = StepLimits(0.08, 0.08, 0.996)
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """How far the velocity of one step is from that of the unquantized model at the same latents."""
+
+    step: int
+    relative: float
+    cosine: float
+
+
+def step_losses(
+    plain: Program, quantized: Callable[[int], Program], recorded: Sequence[tuple[int, Tensors]], weights: Weights
+) -> list[StepLoss]:
+    """Each of the ``recorded`` steps (index in the schedule, inputs) again, quantized as ``quantized`` says for it."""
+    losses = []
+    for step, inputs in recorded:
+        expected = run_program(plain, inputs, weights, compute=torch.float32)
+        found = run_program(quantized(step), inputs, weights, compute=torch.float32)
+        a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
+        scale = float(a.norm() * b.norm())
+        cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else -1.0
+        relative = float((b - a).norm() / a.norm()) if isfinite(scale) and float(a.norm()) > 0 else inf
+        losses.append(StepLoss(step, relative, cosine))
+    return losses
+
+
+def record_rollout(
+    program: Program,
+    inputs: Tensors,
+    negative: torch.Tensor,
+    schedule: Schedule,
+    steps: Sequence[int],
+    weights: Weights,
+) -> list[tuple[int, dict[str, torch.Tensor]]]:
+    """Inputs of ``steps`` (indices in the schedule) of a rollout of the unquantized ``program`` from ``inputs``' noise.
+
+    The sampler is that of a bundle: guidance and update in float32 on the host. A stochastic sampler draws its noise
+    from a fixed seed.
+    """
+    table = coefficient_table(schedule)
+    generator = np.random.default_rng(_NOISE_SEED)
+    states = {n: State.start(v.numpy()) for n, v in inputs.items() if n.endswith(_LATENT) and v.numel()}
+    recorded = []
+    for step in range(max(steps) + 1):
+        latents = {name: torch.from_numpy(np.asarray(state.sample)) for name, state in states.items()}
+        now = {**inputs, **latents, "timestep": torch.tensor([float(schedule.timesteps[step])])}
+        if step in steps:
+            recorded.append((step, now))
+        cond = run_program(program, now, weights, compute=torch.float32)
+        uncond = None
+        if schedule.guided[step]:
+            uncond = run_program(program, {**now, "input_ids": negative}, weights, compute=torch.float32)
+        for name, state in states.items():
+            output = program.loop.carried[name]
+            other = None if uncond is None else uncond[output].numpy()
+            velocity = guide(cond[output].numpy(), other, schedule.guidance)
+            mask = _noisy(name, inputs)
+            if schedule.sampler == "unipc":
+                states[name] = unipc_step(table[step], state, velocity, mask)
+            else:
+                noise = generator.standard_normal(state.sample.shape, dtype=np.float32)
+                states[name] = State.start(distilled_step(table[step], state.sample, velocity, noise, mask))
+    return recorded
+
+
+_LATENT, _NOISE_SEED = "_latent", 7
+
+
+def _noisy(latent: str, inputs: Tensors) -> np.ndarray:
+    """1 where rows are generated, broadcastable to the latent."""
+    if latent == "vision_latent":
+        return inputs["vision_mask"].numpy().reshape(1, 1, -1, 1, 1)
+    return inputs["action_mask"].numpy().reshape(-1, 1) if latent == "action_latent" else np.ones(1, np.float32)

@@ -1,0 +1,76 @@
+"""What quantization costs, as a page: a map of layers and modules, and the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+_STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 72em; color: #1b1b1b; background: #fff; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { border: 1px solid #d0d0d0; padding: .25em .6em; text-align: right; font-variant-numeric: tabular-nums; }
+th { background: #f3f3f3; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+.over { outline: 2px solid #b00020; outline-offset: -2px; }
+caption { text-align: left; font-weight: 600; padding: .3em 0; }
+"""
+
+
+def loss_page(document: Mapping[str, Any]) -> str:
+    """The report of a build (`report/quantization.json`) as HTML without scripts and without anything from outside.
+
+    A cell is the relative error of one linear, and its colour how much of what its scheme may lose that is.
+    """
+    recipe = escape(str(document["recipe"]))
+    overrides = "".join(f" <code>--set {escape(str(one))}</code>" for one in document["overrides"])
+    tables = "".join(_tower(tower, document["linears"]) for tower in ("gen", "und"))
+    problems = "".join(f"<li>{escape(str(one))}</li>" for one in document["problems"])
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Quantization: {recipe}</title>\n'
+        f"<style>{_STYLE}</style>\n<h1>Quantization: {recipe}{overrides}</h1>\n"
+        f"<p>Measured on {escape(str(document['measured_on']))}.</p>\n{tables}{_steps(document)}"
+        + (f"<h2>Beyond the limits</h2>\n<ul>{problems}</ul>\n" if problems else "")
+        + "</html>\n"
+    )
+
+
+def _tower(tower: str, linears: list[Mapping[str, Any]]) -> str:
+    """Layers down, modules across; a module with several schemes over the steps has a column for each."""
+    own = [one for one in linears if one["tower"] == tower]
+    if not own:
+        return ""
+    columns = list(dict.fromkeys((one["kind"], one["scheme"]) for one in own))
+    cells = {(one["layer"], one["kind"], one["scheme"]): one for one in own}
+    head = "".join(f"<th>{escape(kind)}<br>{escape(scheme)}</th>" for kind, scheme in columns)
+    rows = "".join(
+        f"<tr><th>{layer}</th>" + "".join(_cell(cells.get((layer, *column))) for column in columns) + "</tr>\n"
+        for layer in sorted({one["layer"] for one in own})
+    )
+    title = {"gen": "Generator", "und": "Reasoner"}[tower]
+    caption = f"<caption>{title}: relative error of each linear</caption>"
+    return f"<table>\n{caption}\n<tr><th>layer</th>{head}</tr>\n{rows}</table>\n"
+
+
+def _cell(loss: Mapping[str, Any] | None) -> str:
+    if loss is None:
+        return "<td></td>"
+    share = min(loss["relative"] / loss["limit"], 1.0)
+    # From white to red: the limit is full colour.
+    colour = f"hsl(8 80% {97 - 42 * share:.0f}%)"
+    over = "" if loss["passed"] else ' class="over"'
+    hint = f"SQNR {loss['sqnr_db']} dB, allowed {loss['limit']:.4f}"
+    return f'<td{over} style="background:{colour}" title="{hint}">{loss["relative"]:.4f}</td>'
+
+
+def _steps(document: Mapping[str, Any]) -> str:
+    limits = document["limits"]["steps"]
+    rows = "".join(
+        f"<tr><td>{one['step'] + 1}</td><td>{one['relative']:.4f}</td><td>{one['cosine']:.6f}</td></tr>\n"
+        for one in document["steps"]
+    )
+    allowed = f"median ≤ {limits['median']}, each ≤ {limits['largest']}, cosine ≥ {limits['cosine']}"
+    return (
+        f"<table>\n<caption>Velocity of whole steps against the unquantized model ({allowed})</caption>\n"
+        f"<tr><th>step</th><th>relative L2</th><th>cosine</th></tr>\n{rows}</table>\n"
+    )

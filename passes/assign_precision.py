@@ -1,0 +1,143 @@
+"""What every matrix product of the towers is, and what it computes in at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from cosmos_export.ir import ops
+from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.rates import rates_of
+from cosmos_export.ir.spec import Rate
+from cosmos_export.passes.base import CannotApply, Pass, PassResult
+
+UND, GEN = "und", "gen"
+QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "attention.core"
+
+OverSteps = Callable[[str, str, int], tuple[str, ...]]
+"""Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
+
+_ATTENTION = (ops.ATTENTION, ops.JOINT_ATTENTION)
+_ACTIVATIONS = (ops.SWIGLU, aten.relu.default)
+_MOVES = (*ops.VIEWS, aten.slice.Tensor, aten.select.int, aten.cat.default)
+_ON_THE_WAY_TO_ATTENTION = (*_MOVES, ops.RMS_NORM, ops.ROTARY)
+_ON_THE_WAY_TO_ACTIVATION = (*_MOVES,)
+_BEHIND_ACTIVATION = (*_MOVES, aten.pow.Tensor_Scalar, aten.mul.Tensor)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A site of a tower, and its scheme at every step of the schedule."""
+
+    tower: str
+    kind: str
+    layer: int
+    schemes: tuple[str, ...]
+
+    @property
+    def site(self) -> str:
+        return f"{self.tower}.{self.kind}[{self.layer}]"
+
+    def at(self, step: int) -> str:
+        """The scheme at ``step``; the reasoner has one for all."""
+        return self.schemes[step if len(self.schemes) > 1 else 0]
+
+
+class AssignPrecision(Pass):
+    """Every linear of a layer, and every attention, is told its scheme for each step. Nothing else changes.
+
+    Sites follow from dataflow. The generator is the loop's body; the reasoner is the graph that hands it what changes
+    with the prompt. A linear whose result comes to attention through norms, rotations and moves is ``attention.qkv``,
+    one that reads attention's result ``attention.out``, one that an activation reads ``mlp.gate_up``, one that reads an
+    activation ``mlp.down``; what is none of these (heads, embeddings of time) has no scheme. The layer is the number of
+    attentions before the site. The label lies on the weight, and on the attention itself, and outlives copies.
+    Refused: a linear that is two of these, as its one weight would need two schemes (CX220).
+    Numerical effect: none.
+    """
+
+    name = "assign_precision"
+
+    def __init__(self, over_steps: OverSteps) -> None:
+        self._over_steps = over_steps
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        for tower, graph in towers_of(program).items():
+            depth: dict[Node, int] = {}
+            for node in graph.nodes:
+                inputs = [depth[n] for n in node.all_input_nodes]
+                depth[node] = max(inputs, default=0) + int(is_op(node, *_ATTENTION))
+            for node in graph.calls(aten.linear.default, *_ATTENTION):
+                if is_op(node, aten.linear.default) and not is_weight(node.args[1]):
+                    result.decline(node, "its weight is computed")
+                    continue
+                kind = CORE if is_op(node, *_ATTENTION) else self._kind(program, graph, node)
+                if kind is None:
+                    result.decline(node, "no part of a layer")
+                    continue
+                layer = depth[node] - int(kind != QKV)
+                owner = node if kind == CORE else node.args[1]
+                found = Precision(tower, kind, layer, self._over_steps(tower, kind, layer))
+                if owner.meta.get("precision") != found:
+                    owner.meta["precision"] = found
+                    result.changes[f"{tower}.{kind}"] += 1
+        return result
+
+    def _kind(self, program: Program, graph: Graph, node: Node) -> str | None:
+        found = [
+            kind
+            for kind, holds in (
+                (QKV, _reaches(program, graph, node, _ATTENTION, _ON_THE_WAY_TO_ATTENTION)),
+                (OUT, _follows(node, _ATTENTION, _MOVES)),
+                (GATE_UP, _reaches(program, graph, node, _ACTIVATIONS, _ON_THE_WAY_TO_ACTIVATION)),
+                (DOWN, _follows(node, _ACTIVATIONS, _BEHIND_ACTIVATION)),
+            )
+            if holds
+        ]
+        if len(found) > 1:
+            raise CannotApply(self.name, node, f"is {' and '.join(found)} at once")
+        return found[0] if found else None
+
+
+def towers_of(program: Program) -> dict[str, Graph]:
+    """The graphs of the two towers, where they have been split."""
+    body = program.graphs[program.loop.body]
+    rates = rates_of(program, body)
+    found = {e.source: UND for e in program.edges_into(body.name) if rates[body.inputs[e.input]] is Rate.PROMPT}
+    return {tower: program.graphs[name] for name, tower in (*found.items(), (body.name, GEN))}
+
+
+def _reaches(program: Program, graph: Graph, node: Node, ends: tuple[object, ...], through: tuple[object, ...]) -> bool:
+    """The value of ``node`` comes to one of ``ends`` by operations of ``through`` alone, over edges too."""
+    stack, seen = list(_readers(program, graph, node)), set[Node]()
+    while stack:
+        where, reader = stack.pop()
+        if is_op(reader, *ends):
+            return True
+        if reader not in seen and (is_op(reader, *through) or reader.op == "placeholder"):
+            seen.add(reader)
+            stack += _readers(program, where, reader)
+    return False
+
+
+def _readers(program: Program, graph: Graph, node: Node) -> Iterator[tuple[Graph, Node]]:
+    yield from ((graph, user) for user in node.users if user.op != "output")
+    for edge in program.edges:
+        if edge.source == graph.name and graph.outputs[edge.output] is node:
+            target = program.graphs[edge.target]
+            yield target, target.inputs[edge.input]
+
+
+def _follows(node: Node, starts: tuple[object, ...], through: tuple[object, ...]) -> bool:
+    """What ``node`` reads comes from one of ``starts`` by operations of ``through`` alone."""
+    stack, seen = [node.args[0]], set[Node]()
+    while stack:
+        current = stack.pop()
+        if is_op(current, *starts):
+            return True
+        if current not in seen and is_op(current, *through):
+            seen.add(current)
+            stack += current.all_input_nodes
+    return False

@@ -1,0 +1,209 @@
+"""Quantized matrix products, in the patterns that builders fuse."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from cosmos_export.diagnostics import UserError
+from cosmos_export.ir import ops, packing
+from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import Format, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.passes.assign_precision import Precision, towers_of
+from cosmos_export.passes.base import Pass, PassResult
+
+BF16, FP8, FP8_W8A16, INT4, NVFP4 = "bf16", "fp8", "fp8-w8a16", "int4", "nvfp4"
+INT4_GROUPS = (128, 64, 32)
+"""Columns with one scale: the largest that divides the row into two or more (with one, TensorRT-RTX 1.7 widens the
+whole weight in every call)."""
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What calibration found, by the name of a linear: its weight's key without ``.weight``."""
+
+    amax: Mapping[str, float] = field(default_factory=dict)
+    """``<linear>.input_amax`` → largest magnitude of its input."""
+    pre_scales: Mapping[str, WeightSource] = field(default_factory=dict)
+    """Linear → where the factors of its input's channels lie; equal factors are one source."""
+
+    def input_amax(self, weight: WeightBinding) -> float:
+        """Of the linear with ``weight``, or of all that were merged into it; CX312 for one without a range."""
+        keys = [f"{linear}.input_amax" for linear in linears_of(weight)]
+        missing = [key for key in keys if key not in self.amax]
+        if missing:
+            raise UserError(
+                "CX312", f"the scale table has no {missing[0]}", "calibrate with the towers and modes of the recipe"
+            )
+        return max(self.amax[key] for key in keys)
+
+    def pre_scale(self, weight: WeightBinding) -> WeightSource | None:
+        """The factors of the input of ``weight``; CX355 where linears that were merged have different ones."""
+        found = {self.pre_scales.get(linear) for linear in linears_of(weight)}
+        if len(found) > 1:
+            raise UserError(
+                "CX355",
+                f"{', '.join(linears_of(weight))} read one value, and have different pre-scales in the scale table",
+                "calibrate again with one search for linears that read the same value",
+            )
+        return found.pop()
+
+
+def linears_of(weight: WeightBinding) -> tuple[str, ...]:
+    """Names of the linears whose weights are in ``weight``."""
+    return tuple(key.removesuffix(".weight") for key in weight.keys)
+
+
+class InsertQuantization(Pass):
+    """Linears compute as `assign_precision` said for the steps from ``step`` on.
+
+        fp8        x·Wᵀ  →  dq(q(x, a), a) · dq(W₈, w)ᵀ      constants a = amax(x)/448, w = amax(W)/448
+        fp8-w8a16  x·Wᵀ  →  x · dq(W₈, w)ᵀ
+        int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ                   s: one scale a row and group of columns
+        nvfp4      x·Wᵀ  →  qdq₄(x, a) · dq(W₄, b, w)ᵀ       b: one scale a block of 16; blocks of x as they come
+
+    The low-precision tensors are bindings like any weight: they are computed when they are written, and no data moves
+    here. A merged weight has one scale over all its parts (fp8), or those of its rows (int4), so that nothing is
+    rounded twice. Linears that read one value and quantize it alike read one quantized value. A pre-scale (AWQ, int4)
+    goes into the weight of the norm before, if all that reads the norm has the same one, and is a multiplication
+    otherwise; the weight's columns are divided by it.
+    Left alone: sites in the model's own type. Refused: an input without a range (CX312), a width that the scheme
+    cannot divide (CX355). Numerical effect: that of the scheme. Without a quantized site: none, not one node changes.
+    """
+
+    name = "insert_quantization"
+
+    def __init__(self, ranges: Ranges | None = None, step: int = 0) -> None:
+        self._ranges = ranges or Ranges()
+        self._step = step
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        for graph in towers_of(program).values():
+            groups: dict[tuple[Node, str, WeightSource | None], list[Node]] = defaultdict(list)
+            for node, precision in _sites(graph):
+                scheme = precision.at(self._step)
+                if scheme != BF16:
+                    pre = self._ranges.pre_scale(node.args[1].meta["weight"]) if scheme == INT4 else None
+                    groups[node.args[0], scheme, pre].append(node)
+            for (value, scheme, pre), linears in groups.items():
+                read = self._input(graph, value, scheme, pre, linears, result)
+                for node in linears:
+                    weight = self._weight(graph, node, scheme, pre)
+                    operands = (read, weight, *node.args[2:])
+                    new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
+                    graph.replace(node, new)
+                    result.changes[f"{scheme} linears"] += 1
+            graph.eliminate_dead_code()
+        return result
+
+    # -- activations --------------------------------------------------------------------------------------------------
+
+    def _input(
+        self,
+        graph: Graph,
+        value: Node,
+        scheme: str,
+        pre: WeightSource | None,
+        linears: list[Node],
+        result: PassResult,
+    ) -> Node:
+        """What ``linears`` read instead of ``value``."""
+        first = linears[0]
+        if pre is not None:
+            return self._scaled(graph, value, pre, linears, result)
+        if scheme not in (FP8, NVFP4):
+            return value
+        amax = torch.tensor(max(self._ranges.input_amax(n.args[1].meta["weight"]) for n in linears))
+        result.changes["activation quantizers"] += 1
+        if scheme == NVFP4:
+            _require_width(first, packing.NVFP4_BLOCK)
+            scale = self._constant(graph, value, packing.nvfp4_scale(amax))
+            return graph.call(ops.REQUANTIZE_BLOCKS, value, scale, before=first, like=first, by=self.name)
+        scale = self._constant(graph, value, packing.fp8_scale(amax))
+        narrow = graph.call(ops.QUANTIZE, value, scale, before=first, like=first, by=self.name)
+        dtype = spec_of(value).dtype
+        return graph.call(ops.DEQUANTIZE, narrow, scale, dtype, before=first, like=first, by=self.name)
+
+    @staticmethod
+    def _constant(graph: Graph, value: Node, scale: torch.Tensor) -> Node:
+        return graph.add_constant(f"{value.name}_scale", scale, module=value.meta.get("module", ""))
+
+    def _scaled(self, graph: Graph, value: Node, pre: WeightSource, linears: list[Node], result: PassResult) -> Node:
+        """``value`` with its channels multiplied by ``pre``."""
+        first = linears[0]
+        norm = value.args[1] if is_op(value, ops.RMS_NORM) else None
+        if norm is not None and _plain_weight(norm) and len(norm.users) == 1 and set(value.users) == set(linears):
+            binding: WeightBinding = norm.meta["weight"]
+            folded = replace(binding, sources=(*binding.sources, pre), transform=Transform.SCALE)
+            weight = graph.add_weight(f"{norm.name}_scaled", folded, module=norm.meta["module"])
+            value.args = (value.args[0], weight, *value.args[2:])
+            result.changes["pre-scales in norms"] += 1
+            return value
+        dtype = spec_of(value).dtype
+        factors = WeightBinding((pre,), Transform.IDENTITY, dtype)
+        known = next((n for n in graph.weights.values() if n.meta["weight"] == factors), None)
+        factor = known or graph.add_weight(f"{value.name}_pre_scale", factors)
+        result.changes["pre-scales multiplied"] += 1
+        return graph.call(aten.mul.Tensor, value, factor, before=first, like=first, by=self.name)
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def _weight(self, graph: Graph, node: Node, scheme: str, pre: WeightSource | None) -> Node:
+        """The dequantized weight of the linear ``node``."""
+        old: Node = node.args[1]
+        binding: WeightBinding = old.meta["weight"]
+
+        def part(format: Format, which: Part, **options: object) -> Node:
+            name = f"{old.name}_{format.value}_{which.value}"
+            new = graph.add_weight(name, binding.packed(format, which, **options), module=old.meta["module"])  # type: ignore[arg-type]
+            new.meta["precision"] = old.meta["precision"]
+            return new
+
+        def call(target: object, *args: object) -> Node:
+            return graph.call(target, *args, before=node, like=node, by=self.name)
+
+        if scheme in (FP8, FP8_W8A16):
+            values, scale = part(Format.FP8, Part.VALUES), part(Format.FP8, Part.SCALE)
+            return call(ops.DEQUANTIZE, values, scale, binding.dtype)
+        if scheme == INT4:
+            width = binding.unpacked_shape[1]
+            group = _require_width(node, *(size for size in INT4_GROUPS if size < width))
+            values, scale = (part(Format.INT4, p, group=group, divisor=pre) for p in (Part.VALUES, Part.SCALE))
+            return call(ops.DEQUANTIZE_GROUPS, values, scale)
+        if scheme == NVFP4:
+            values, blocks, scale = (part(Format.NVFP4, p) for p in (Part.VALUES, Part.BLOCK_SCALE, Part.SCALE))
+            return call(ops.DEQUANTIZE_BLOCKS, values, blocks, scale, binding.dtype)
+        raise UserError("CX353", f"there is no scheme `{scheme}` for a linear", "`cosmos-export targets` lists schemes")
+
+
+def _sites(graph: Graph) -> Iterator[tuple[Node, Precision]]:
+    """Linears with a scheme, whose weight is not packed yet."""
+    for node in graph.calls(aten.linear.default):
+        weight = node.args[1]
+        if is_weight(weight) and "precision" in weight.meta and weight.meta["weight"].packing is None:
+            yield node, weight.meta["precision"]
+
+
+def _plain_weight(node: Node) -> bool:
+    return is_weight(node) and node.meta["weight"].transform is Transform.IDENTITY
+
+
+def _require_width(node: Node, *sizes: int) -> int:
+    """The first of ``sizes`` that divides the row of ``node``'s weight; CX355 where none does."""
+    weight: WeightBinding = node.args[1].meta["weight"]
+    width = weight.unpacked_shape[1]
+    fitting = [size for size in sizes if width % size == 0]
+    if not fitting:
+        site = node.args[1].meta["precision"].site
+        raise UserError(
+            "CX355",
+            f"{site} has rows of {width}, which is no multiple of {' or '.join(map(str, sizes))}",
+            f"give it another scheme: `--set {site.partition('[')[0]}=fp8`",
+        )
+    return fitting[0]
