@@ -282,7 +282,7 @@ class _Dump:
 
 def body_dtype(closed: Program) -> torch.dtype:
     """The type in which a closed loop's body computes: that of its attention."""
-    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION)
+    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
     return spec_of(attention[0]).dtype
 
 
@@ -410,9 +410,12 @@ def _build_engine(
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
     report = write_engine(name, spec, plan.profiles, plan, writer, progress, decomposable_attention=not fused)
     summary = inspect_plan(report.path)
-    attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
+    attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
     return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
+
+
+_ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
 
 
 def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
@@ -427,11 +430,13 @@ def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
-    attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
+    attention = graph.calls(*_ATTENTIONS)
     if not attention:  # tables: a few element-wise kernels, nothing that could fall back
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
-    scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    scale = attention[0].args[-1]
+    in_fp8 = [node for node in attention if node.target is ops.JOINT_ATTENTION_FP8]
+    attends = "fp8" if len(in_fp8) == len(attention) else kind
     types, weights = planned_types(graph), layer_weights(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
@@ -442,13 +447,16 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         gemm_type=kind,
         compute_capability=plan.target.compute_capability or "",
         profiles=len(plan.profiles),
-        attention_type=kind if fused else None,
+        # Where some layers attend in fp8 and some do not, their number is checked and not which is which.
+        attention_type=None if not fused or 0 < len(in_fp8) < len(attention) else attends,
         attention_scale=float(scale),
         other_gemms=types,
         layer_weights=weights,
         narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
     )
-    wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
+    wanted = f"{len(attention)} fused attention kernels, {len(in_fp8)} in fp8, nothing stored O(S²)"
+    if not in_fp8:
+        wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
     if not fused:
         wanted = (
             f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"

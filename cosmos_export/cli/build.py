@@ -76,9 +76,6 @@ def register(app: typer.Typer) -> None:
         calibration: Annotated[
             Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
         ] = None,
-        weights: Annotated[
-            str, typer.Option(help="embedded in the engines, or external: inputs that engines share.")
-        ] = "embedded",
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
         ] = "enforce",
@@ -125,7 +122,6 @@ def register(app: typer.Typer) -> None:
             recipe=recipe,
             overrides=tuple(set_ or ()),
             calibration=calibration,
-            weights=weights,  # type: ignore[arg-type]
             quality=quality,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
