@@ -200,6 +200,8 @@ class _Makers:
         self._job = job
         self._encoder: Encoder | None = None
         self._rollout: Rollout | None = None
+        self._last: tuple[tuple[Any, ...], NDArray[np.float32]] | None = None
+        """The latent that was encoded last, and what it is of: the three readings of an action follow each other."""
 
     def latents(self, work: Work, steps: Sequence[int], seed: int) -> _AtStep:
         """Of ``work``, for ``steps``."""
@@ -219,10 +221,13 @@ class _Makers:
         return _AtStep(work, record, clean, {})
 
     def _encoded(self, work: Work) -> NDArray[np.float32]:
-        self._encoder = self._encoder or Encoder(self._job.checkpoint)
-        latent = self._encoder(pixels(work, self._job.record))
+        request = work.request
+        key = (work.clip, work.image, work.canvas, request.frames, request.height, request.width, request.mode == "v2v")
+        if self._last is None or self._last[0] != key:
+            self._encoder = self._encoder or Encoder(self._job.checkpoint)
+            self._last = key, self._encoder(pixels(work, self._job.record))
         # An action's canvas is padded; its latents are those of the content.
-        return latent[..., : work.request.height, : work.request.width]
+        return self._last[1][..., : request.height, : request.width]
 
     def _rolled(self, request: Request, steps: Sequence[int]) -> dict[int, Latents]:
         if self._rollout is None:

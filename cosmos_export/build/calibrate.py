@@ -101,9 +101,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     modalities = available_modalities(options.modalities, checkpoint)
     prompt = _prompt_record(checkpoint)
     record = request_record(checkpoint, modalities, prompt)
-    profile = parse_profile(options.profile)
-    if options.profile == DEFAULT_PROFILE:
-        profile = _without_rows(profile, modalities)
+    profile = _without_rows(parse_profile(options.profile), modalities)
     check_limits(profile, model_limits(checkpoint, modalities))
     dims = {name: DimRecord(span.min, span.opt, span.max) for name, span in profile.dims.items()}
     setting = Setting(
@@ -179,6 +177,6 @@ def _prompt_record(checkpoint: Checkpoint) -> PromptRecord:
 
 
 def _without_rows(profile: Profile, modalities: Sequence[str]) -> Profile:
-    """``profile`` without rows of what the checkpoint does not generate."""
+    """``profile`` without rows of what is not wanted: it bounds the requests, and none has them."""
     none = {f"{name}_len": DimRange(0, 0, 0) for name in ("sound", "action") if name not in modalities}
     return Profile(profile.name, {**profile.dims, **none})

@@ -33,6 +33,8 @@ from cosmos_export.evaluation.reference import Reference
 from cosmos_export.sampling import Overrides
 
 SHORT = Overrides(steps=6)
+SMALL = "frames=1:5:48,height=3:6:24,width=3:8:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
+"""128 × 96 pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,7 @@ def options(checkpoint: Path, output: Path, root: Path, **changes: Any) -> Calib
                  str(root / "latents.safetensors")),
         "samples": 40,
         "frames": 9,
+        "profile": SMALL,
         "overrides": SHORT,
         "margin": 1.0,
     }  # fmt: skip
@@ -228,7 +231,7 @@ def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, t
         "Workspace.advance = slowly\n"
         f"calibrate(CalibrateOptions(Path({str(checkpoint)!r}), Path({str(tmp_path / 'killed')!r}),\n"
         f"    ({str(data / 'clips')!r},), modalities=('vision',), samples=12, frames=9, margin=1.0,\n"
-        "    overrides=Overrides(steps=6)))\n"
+        f"    profile={SMALL!r}, overrides=Overrides(steps=6)))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "now\n"
