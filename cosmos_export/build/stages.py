@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from cosmos_export.build.artifacts import (
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
@@ -39,10 +39,9 @@ from cosmos_export.build.precision import activation_ranges, assign, insert, lay
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.sources import weight_sources
-from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
-from cosmos_export.bundle.verify import hash_file
+from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord
 from cosmos_export.capture.model import capture
-from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
@@ -116,12 +115,12 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
 def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
-    with result.meter:
-        _build(plan, writer, result, _Stages(result, progress))
+    with result.meter, InputHashes(plan.checkpoint) as hashes:
+        _build(plan, writer, result, _Stages(result, progress), hashes)
     return result
 
 
-def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages) -> None:
+def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes) -> None:
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
@@ -198,7 +197,7 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
     if plan.target.backend == "tensorrt":
         _write_requests(_engine_requests(program, closed, result), writer, result)
     with stages("hashing inputs", shown=False):
-        hashed = _hash_inputs(plan.checkpoint, stages.progress)
+        hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     record = manifest(result, program, closed, hashed, created)
@@ -524,23 +523,3 @@ def _require_plans(engines: Sequence[Engine]) -> None:
             "engines do not contain what was planned: " + " | ".join(f"{c.engine}: {c.found}" for c in missed),
             "nothing was written; a narrower profile or another target may avoid it",
         )
-
-
-def _hash_inputs(checkpoint: Checkpoint, progress: Progress) -> tuple[InputFile, ...]:
-    files = checkpoint.files()
-    task, done = "hashing inputs", 0
-    progress.begin(task, sum(f.stat().st_size for f in files))
-
-    def advance(before: int, read: int) -> None:
-        progress.update(task, before + read)
-
-    records = []
-    try:
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                size, digest = hash_file(file.fileno(), partial(advance, done))
-            done += size
-            records.append(InputFile(path.relative_to(checkpoint.root).as_posix(), size, digest))
-    finally:
-        progress.end(task)
-    return tuple(records)
