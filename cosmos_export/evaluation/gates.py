@@ -104,14 +104,15 @@ def linear_losses(
     """The loss of every quantized linear, in order, each on what it reads in the unquantized program ``plain``.
 
     ``plain`` is labelled by `assign_precision`; ``quantized`` is what it becomes from ``step`` on. The quantized linear
-    is the one in its graph, with its quantizers and packed weight: what is wrong there shows here.
+    is the one in its graph, with its quantizers and packed weight: what is wrong there shows here. Weights are told by
+    what they are made of, in whatever order. One without an unquantized counterpart counts as lost altogether.
     """
-    forms = {keys: node for graph in quantized.graphs.values() for keys, node in _quantized_linears(graph)}
-    error: dict[tuple[str, ...], list[float]] = {}
-    found: dict[tuple[str, ...], Precision] = {}
+    forms = {frozenset(keys): node for graph in quantized.graphs.values() for keys, node in _quantized_linears(graph)}
+    error: dict[frozenset[str], list[float]] = {}
+    found: dict[frozenset[str], Precision] = {}
 
     def see(node: Node, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
-        keys = node.args[1].meta["weight"].keys
+        keys = frozenset(node.args[1].meta["weight"].keys)
         if keys not in forms or not y.numel():
             return
         lossy = _run_linear(forms[keys], x, weights)
@@ -122,6 +123,9 @@ def linear_losses(
 
     for one in inputs:
         run_program(plain, one, weights, compute=torch.float32, observe=watch_linears(see))
+    for keys in forms.keys() - found.keys():
+        weight = next(n for n in forms[keys].args[1].all_input_nodes if "precision" in n.meta)
+        found[keys], error[keys] = weight.meta["precision"], [inf, 1.0]
     losses = []
     for keys, precision in found.items():
         scheme = precision.at(step)

@@ -13,7 +13,6 @@ import build_harness as harness
 import pytest
 import torch
 
-import cosmos_export.build.losses as losses
 import cosmos_export.build.stages as stages
 from cosmos_export.build.driver import build
 from cosmos_export.build.options import resolve
@@ -110,8 +109,7 @@ def test_a_loop_of_segments_that_share_weights(tmp_path: Path, omni: Path, scale
     assert ["fp8" in one for one in found] == [False, False, False, True, False, False, False]
     assert all(e.check.passed for e in result.engines)
     weights = [f.path for f in manifest.files if f.path.endswith(".weights")]
-    assert sorted(weights) == ["onnx/conditioning.weights", "onnx/generator.weights", "onnx/reasoner.weights",
-                               "onnx/schedule.weights"] or len(weights) <= 4  # fmt: skip
+    assert "onnx/generator.weights" in weights and not any("denoise" in path for path in weights)
 
 
 def test_weights_alone_in_a_loop_are_refused_where_they_would_be_widened(omni: Path) -> None:
@@ -156,7 +154,7 @@ def test_a_scale_that_is_computed_is_caught(
 
     monkeypatch.setitem(onnx_lowering._RULES, ops.QUANTIZE, computed)
     with pytest.raises(FindingError) as caught:
-        quantized(edge, tmp_path / "x", "fp4", target="l40s", calibration=edge_scales, overrides=("gen=fp8",))
+        quantized(edge, tmp_path / "x", "fp8", target="rtx-pro-6000", calibration=edge_scales, steps=1)
     assert caught.value.code == "CX450" and "planned fp8" in caught.value.message
 
 
@@ -307,7 +305,6 @@ def test_keys_for_values_are_caught(tmp_path: Path, omni: Path, scales: Path, mo
                     node.meta["weight"] = replace(binding, sources=(q, v, k))
 
     _planted(monkeypatch, swap)
-    monkeypatch.setattr(losses, "insert", stages.insert)
     with pytest.raises(FindingError) as caught:
         quantized(omni, tmp_path / "x", calibration=scales)
     assert caught.value.code in ("CX361", "CX362")
