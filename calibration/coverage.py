@@ -1,13 +1,14 @@
 """Which forward passes are made, and whether they cover what the quantized model will run.
 
-A pass is one request at one step on one branch of guidance. Steps are spread over the whole schedule by a sequence of
-low discrepancy (van der Corput), different for each request, and the first and the last step are always among them.
+A pass is one request at one step on one branch of guidance. A cell is a part of the schedule on one branch; passes are
+spread over all cells, and within a cell over its steps by a sequence of low discrepancy (van der Corput), the first and
+the last step of the schedule before others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from cosmos_export.calibration.requests import Work
@@ -16,7 +17,6 @@ from cosmos_export.diagnostics import FindingError
 Branch = Literal["cond", "uncond"]
 RANGES = 4
 """Parts of a schedule that are each to be seen."""
-_GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
@@ -29,31 +29,69 @@ class Sample:
 
 
 def plan_samples(works: Sequence[Work], count: int) -> list[Sample]:
-    """At most ``count`` different passes, equally many of each request; in the order of their requests."""
-    found: dict[Sample, None] = {}
+    """At most ``count`` different passes, in the order of their requests.
+
+    Requests with the same modalities have at least a pass for each of their cells where ``count`` allows it, and of the
+    rest as many as is their share of the requests. Passes go round the cells, and in a cell round the requests.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, work in enumerate(works):
+        groups.setdefault(modalities(work), []).append(index)
+    cells = [_cells(works, members) for members in groups.values()]
+    least = [len(own) for own in cells]
+    found: set[Sample] = set()
+    left, requests = count, len(works)
+    for own, needed, members in zip(cells, least, groups.values(), strict=True):
+        spare = max(left - sum(least), 0)
+        share = min(left, needed + round(spare * len(members) / requests))
+        found |= _passes(own, share)
+        left, requests, least = left - share, requests - len(members), least[1:]
+    return sorted(found, key=lambda s: (s.work, s.step, s.branch))
+
+
+def _passes(cells: Sequence[_Cell], count: int) -> set[Sample]:
+    found: set[Sample] = set()
     for number in range(count):
-        index, round_ = number % len(works), number // len(works)
-        schedule = works[index].request.schedule
-        place = (_van_der_corput(round_) + index * _GOLDEN) % 1
-        step = int(place * schedule.steps)
-        uncond = schedule.guided[step] and (round_ + index) % 2 == 1
-        found[Sample(index, step, "uncond" if uncond else "cond")] = None
-    samples = list(found)
-    for step, choose in ((0, min), (-1, max)):
-        at = choose(range(len(samples)), key=lambda i: samples[i].step / works[samples[i].work].request.schedule.steps)
-        steps = works[samples[at].work].request.schedule.steps
-        samples[at] = replace(samples[at], step=step % steps)
-    guided = [replace(s, branch="cond") if not works[s.work].request.schedule.guided[s.step] else s for s in samples]
-    return sorted(set(guided), key=lambda s: (s.work, s.step, s.branch))
+        at, round_ = number % len(cells), number // len(cells)
+        branch, requests = cells[at]
+        index = list(requests)[(round_ + at) % len(requests)]
+        steps = requests[index]
+        # The ends of a schedule come first: nowhere do ranges differ as much.
+        place = _van_der_corput(round_) if at != _last_cell(cells) else 1 - _van_der_corput(round_)
+        found.add(Sample(index, steps[min(int(place * len(steps)), len(steps) - 1)], branch))
+    return found
 
 
-def _van_der_corput(number: int, base: int = 3) -> float:
-    """The base is not 2: whether ``number`` is even decides the branch, and must not decide the step as well."""
-    value, share = 0.0, 1 / base
+_Cell = tuple[Branch, dict[int, list[int]]]
+"""A branch, and the steps in a part of the schedule at which each request has it."""
+
+
+def _cells(works: Sequence[Work], members: Sequence[int]) -> list[_Cell]:
+    """Parts of the schedule in order with guidance's first branch, then with its second."""
+    cells: dict[tuple[Branch, int], dict[int, list[int]]] = {}
+    branches: tuple[Branch, ...] = ("cond", "uncond")
+    for branch in branches:
+        for quarter in range(RANGES):
+            for index in members:
+                schedule = works[index].request.schedule
+                for step in range(schedule.steps):
+                    if step * RANGES // schedule.steps == quarter and (branch == "cond" or schedule.guided[step]):
+                        cells.setdefault((branch, quarter), {}).setdefault(index, []).append(step)
+    return [(branch, requests) for (branch, _), requests in cells.items()]
+
+
+def _last_cell(cells: Sequence[_Cell]) -> int:
+    """Of the first branch: that with the end of the schedule."""
+    return max(i for i, (branch, _) in enumerate(cells) if branch == "cond")
+
+
+def _van_der_corput(number: int) -> float:
+    """The next place in [0, 1) farthest from those before: 0, 1/2, 1/4, 3/4 …"""
+    value, share = 0.0, 0.5
     while number:
-        number, digit = divmod(number, base)
+        number, digit = divmod(number, 2)
         value += digit * share
-        share /= base
+        share /= 2
     return value
 
 

@@ -37,7 +37,7 @@ class LayerSource:
     """Decoder layers of ``checkpoint``; at most one has memory at a time if the caller drops the one before."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._tensors = checkpoint.tensors
+        self._tensors, self.geometry = checkpoint.tensors, checkpoint.geometry
         self.count = checkpoint.geometry.num_hidden_layers
         model = _empty(checkpoint.geometry.config | {"num_hidden_layers": 1, "vocab_size": 1})
         self._layer = model.layers[0]

@@ -222,7 +222,12 @@ def zero_ranges(results: Sequence[LayerResult]) -> Iterator[str]:
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # The file format has no tensor twice: of those that are one in memory each gets its own.
+    seen: set[int] = set()
+    contiguous: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        contiguous[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
     _replace(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))
 
 

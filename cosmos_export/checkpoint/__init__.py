@@ -7,6 +7,7 @@ is ever unpickled. No torch here except in ``demo``, which is imported only to w
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.identity import checkpoint_identity
 from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
+from cosmos_export.checkpoint.quantized import QuantizedLinear, quantized_linears
 from cosmos_export.checkpoint.reader import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 
@@ -14,9 +15,11 @@ __all__ = [
     "Checkpoint",
     "ExpectedTensor",
     "Geometry",
+    "QuantizedLinear",
     "TensorEntry",
     "Tower",
     "checkpoint_identity",
     "expected_tensors",
     "open_checkpoint",
+    "quantized_linears",
 ]

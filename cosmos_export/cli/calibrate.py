@@ -113,6 +113,8 @@ def _document(result: CalibrateResult) -> dict[str, Any]:
 
 
 def _print(result: CalibrateResult) -> None:
+    import logging
+
     from rich.table import Table
 
     from cosmos_export.calibration.calibrate import lineage
@@ -130,13 +132,14 @@ def _print(result: CalibrateResult) -> None:
             source["origin"] or "not stated",
             source["licence"] or "not stated",
         )
-        for note in source["notes"]:
-            sources.add_row("", note)
     passes = Table("passes", "steps", "cond", "uncond", box=None)
     for modality, parts in document["coverage"].items():
         for part, cells in sorted(parts.items(), key=lambda item: int(item[0].split("-")[0])):
             passes.add_row(modality, part, str(cells.get("cond", "")), str(cells.get("uncond", "")))
     console.out().print(sources)
+    for source in document["sources"]:
+        for note in source["notes"]:
+            console.log(f"{source['name']}: {note}", logging.WARNING)
     console.out().print()
     console.out().print(passes)
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cosmos_export.build.quantize import quantize
 from cosmos_export.calibration.formats import Format, dequantized
 from cosmos_export.calibration.table import ScaleTable, fp8_scale, write_scale_table
-from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
+from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint, quantized_linears
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.cli import app
@@ -196,6 +196,75 @@ def test_diffusers_reads_the_policy_and_the_weights(tmp_path: Path, source: Path
     for name, value in model.state_dict().items():
         error = (value.float() - before[name].float()).norm() / before[name].float().norm()
         assert error < (0.03 if found.expected[name].linear else 1e-6)
+
+
+def rewritten(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]) -> None:
+    """The transformer's tensors as ``change`` distributes them over new shards."""
+    from safetensors.torch import save_file
+
+    folder = checkpoint / "transformer"
+    tensors = {name: tensor(entry) for name, entry in entries(checkpoint).items()}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    shards, weight_map = change(tensors), {}
+    for number, shard in enumerate(shards, 1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: value.contiguous().clone() for name, value in shard.items()}, folder / file)
+        weight_map |= dict.fromkeys(shard, file)
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_the_published_revision_with_all_its_oddities_is_the_same_input(tmp_path: Path, source: Path) -> None:
+    """Scales in another shard, leftovers of calibration, and names of the training framework, some twice."""
+    quantize(source, source.parent / "scales", tmp_path / "fp8")
+    plain = quantized_linears(open_checkpoint(tmp_path / "fp8"))
+    before = {name: bytes(linear.weight.raw()) for name, linear in plain.items()}
+    query = "layers.0.self_attn.add_q_proj"
+
+    def odd(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        scales = {name: value for name, value in tensors.items() if name.endswith("_scale")}
+        rest = {name: value for name, value in tensors.items() if name not in scales}
+        rest["model.vae2llm.weight"] = rest["proj_in.weight"]  # the same tensor under a second name
+        rest["llm2vae.bias"] = rest.pop("proj_out.bias")
+        rest["model.layers.0.self_attn.q_proj_moe_gen.weight"] = rest.pop(f"{query}.weight")
+        for linear, found in plain.items():
+            scales[f"{linear}.weight_quantizer._amax"] = torch.tensor(448 * found.weight_scale)
+            scales[f"{linear}.weight_quantizer._scale"] = torch.tensor(found.weight_scale)
+            scales[f"{linear}.input_quantizer._amax"] = torch.tensor(448 * (found.input_scale or 0))
+        return [rest, scales]
+
+    rewritten(tmp_path / "fp8", odd)
+    checkpoint = open_checkpoint(tmp_path / "fp8")
+    found = quantized_linears(checkpoint)
+    assert list(found) == list(plain) and len(found) == 28
+    for name, linear in found.items():
+        assert bytes(linear.weight.raw()) == before[name]
+        assert linear.weight.dtype == "F8_E4M3"
+        assert (linear.weight_scale, linear.input_scale) == (plain[name].weight_scale, plain[name].input_scale)
+    reasons = dict(checkpoint.unused)
+    assert "identical copy" in reasons["model.vae2llm.weight"]
+    assert "calibration leftover" in reasons[f"{query}.weight_quantizer._amax"]
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "input_scale"])
+def test_scales_that_are_no_scales_are_refused(leaf: str, tmp_path: Path, source: Path) -> None:
+    quantize(source, source.parent / "scales", tmp_path / "fp8")
+    name = f"layers.1.mlp.down_proj.{leaf}"
+
+    def without(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        return [{key: value for key, value in tensors.items() if key != name}]
+
+    for value in (float("nan"), 0.0, -1.0):
+        rewritten(tmp_path / "fp8", lambda tensors, value=value: [{**tensors, name: torch.tensor(value)}])  # type: ignore[misc]
+        assert name in refused("CX124", lambda: quantized_linears(open_checkpoint(tmp_path / "fp8")))
+    rewritten(tmp_path / "fp8", without)
+    with pytest.raises(UserError, match=leaf):
+        open_checkpoint(tmp_path / "fp8")
+
+
+def test_a_checkpoint_that_is_not_quantized_has_none(source: Path) -> None:
+    assert quantized_linears(open_checkpoint(source)) == {}
 
 
 def test_bad_requests_are_refused_before_work(tmp_path: Path, source: Path) -> None:

@@ -1,0 +1,377 @@
+"""Calibration against the published model: the streamed ranges are those of hooks on the whole stock transformer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import data_samples
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from cosmos_export.build.calibrate import CalibrateOptions, calibrate, resolve
+from cosmos_export.build.quantize import quantize
+from cosmos_export.calibration import calibrate as stream
+from cosmos_export.calibration.calibrate import Job
+from cosmos_export.calibration.coverage import coverage, plan_samples
+from cosmos_export.calibration.inputs import step_inputs
+from cosmos_export.calibration.stream import Workspace
+from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scale_table, require_checkpoint
+from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.cli import app
+from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
+from cosmos_export.evaluation.reference import Reference
+from cosmos_export.sampling import Overrides
+
+SHORT = Overrides(steps=6)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    (root / "prompts.txt").write_text("A robot folds a towel.\nA red car turns left.\n")
+    data_samples.write_clip(root / "clips" / "a.mp4", frames=9)
+    data_samples.write_clip(root / "clips" / "b.mp4", frames=9, seed=1)
+    data_samples.write_lerobot(root / "robot", episodes=1)
+    random = np.random.default_rng(0)
+    latents = {"vision": random.standard_normal((1, 4, 3, 12, 20), np.float32)}
+    latents["sound"] = random.standard_normal((8, 10), np.float32)
+    save_file(latents, root / "latents.safetensors")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_demo_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=2)
+
+
+def options(checkpoint: Path, output: Path, root: Path, **changes: Any) -> CalibrateOptions:
+    fields: dict[str, Any] = {
+        "data": (f"{root / 'clips'},origin=real", str(root / "prompts.txt"), str(root / "robot"),
+                 str(root / "latents.safetensors")),
+        "samples": 40,
+        "frames": 9,
+        "overrides": SHORT,
+        "margin": 1.0,
+    }  # fmt: skip
+    return CalibrateOptions(checkpoint, output, **{**fields, **changes})
+
+
+def refused(code: str, call: Callable[[], object], kind: type[CosmosExportError] = UserError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    assert caught.value.code == code, caught.value
+    return caught.value.message
+
+
+@pytest.mark.parametrize("variant", ["omni", "edge"])
+def test_ranges_are_those_of_the_stock_model(
+    variant: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every input that calibration makes also goes through diffusers' whole transformer, packed by its pipeline."""
+    path = write_demo_checkpoint(tmp_path / "tiny", variant, layers=2)
+    sources = [f"{data / 'clips'}", str(data / "robot")]
+    if variant == "omni":
+        sources.append(str(data / "latents.safetensors"))
+    recorded: list[tuple[dict[str, torch.Tensor], float]] = []
+
+    def recording(request: Any, *arguments: Any, **keywords: Any) -> dict[str, torch.Tensor]:
+        inputs = step_inputs(request, *arguments, **keywords)
+        recorded.append((inputs, request.fps))
+        return inputs
+
+    monkeypatch.setattr(stream, "step_inputs", recording)
+    calibrate(options(path, tmp_path / "scales", data, data=tuple(sources)))
+    table = read_scale_table(tmp_path / "scales")
+
+    reference = Reference(path / "transformer", torch.float32)
+    largest: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[[Any, Any], None]:
+        def before(_: Any, arguments: Any) -> None:
+            largest[name] = max(largest.get(name, 0.0), float(arguments[0].abs().max()))
+
+        return before
+
+    for name, module in reference.transformer.named_modules():
+        if name.startswith("layers.") and isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(hook(f"{name}.input_amax"))
+    for inputs, fps in recorded:
+        reference.step(inputs, fps)
+    linears = {key: value for key, value in table.amax.items() if ".attention." not in key}
+    assert linears.keys() == largest.keys()
+    for key, value in largest.items():
+        assert linears[key] == pytest.approx(value, rel=2e-5), key
+    assert len(table.amax) - len(linears) == 2 * 2 * 3
+    require_checkpoint(table, open_checkpoint(path))
+
+
+def test_attention_ranges_are_of_what_enters_attention(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    """After the norm, a row of q has length √head_dim·|weight|; a rotation does not change it."""
+    calibrate(options(checkpoint, tmp_path / "scales", data))
+    table, opened = read_scale_table(tmp_path / "scales"), open_checkpoint(checkpoint)
+    for tower, norm in (("generator", "norm_added_q"), ("reasoner", "norm_q")):
+        amax = table.amax[f"layers.0.attention.{tower}.q_amax"]
+        weight = np.asarray(opened.tensors[f"layers.0.self_attn.{norm}.weight"].array(), np.float32)
+        assert 1 < amax <= float(np.sqrt(32) * np.abs(weight).max()) * 1.001
+    # k and v of the generator's attention hold those of the reasoner too.
+    for operand in ("k", "v"):
+        joint = table.amax[f"layers.1.attention.generator.{operand}_amax"]
+        assert joint >= table.amax[f"layers.1.attention.reasoner.{operand}_amax"]
+
+
+def test_inputs_are_made_as_the_model_sees_them(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    modes = [work.request.mode for work in job.works]
+    assert modes == ["t2v", "i2v", "t2v", "t2v", "policy", "forward-dynamics", "inverse-dynamics", "t2v"]
+    assert [w.latents for w in job.works] == ["encoded"] * 2 + ["borrowed"] * 2 + ["encoded"] * 3 + ["recorded"]
+    assert job.works[1].request.clean_frames == (0,)
+    makers = stream._Makers(job)
+    work = job.works[1]
+    latents = makers.latents(work, [0, 5], 0)
+    clean = stream._Makers(job)._encoded(work)
+    for step in (0, 5):
+        x, sigma = latents(step, 7)["vision"], work.request.schedule.sigmas[step]
+        np.testing.assert_array_equal(x[:, :, 0], clean[:, :, 0])  # given frames have no noise
+        noise = (x[:, :, 1:] - (1 - sigma) * clean[:, :, 1:]) / sigma
+        assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
+    action = makers.latents(job.works[4], [2], 0)(2, 3)["action"]
+    assert action[:, :10].any() and not action[:, 10:].any()
+    given = makers.latents(job.works[5], [2], 0)(2, 3)["action"]
+    np.testing.assert_array_equal(given[:, :10], job.works[5].given)
+
+
+def test_encoded_latents_are_those_of_the_pipeline(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    from diffusers import Cosmos3OmniPipeline
+
+    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    pipe = Cosmos3OmniPipeline.from_pretrained(str(checkpoint), torch_dtype=torch.float32, local_files_only=True)
+    work = job.works[0]
+    pixels = torch.from_numpy(stream.pixels(work, job.record))[None]
+    with torch.no_grad():
+        expected = pipe._encode_video(pixels).numpy()
+    np.testing.assert_allclose(stream._Makers(job)._encoded(work), expected, atol=2e-5)
+
+
+def test_passes_cover_steps_branches_and_modalities(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    assert len(set(job.samples)) == len(job.samples)
+    steps = {sample.step for sample in job.samples}
+    assert {0, 5} <= steps
+    assert job.coverage == coverage(job.works, job.samples)
+    assert set(job.coverage) == {"vision", "sound", "action"}
+    assert set(job.coverage["vision"]) == {"0-25 %", "25-50 %", "50-75 %", "75-100 %"}
+    assert all(count for parts in job.coverage.values() for cells in parts.values() for count in cells.values())
+    assert "uncond" not in job.coverage["action"]["0-25 %"]  # actions are not guided
+    assert plan_samples(job.works, 40) == list(job.samples)
+
+
+def test_too_little_coverage_fails(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    def run(**changes: Any) -> Callable[[], object]:
+        return lambda: resolve(options(checkpoint, tmp_path / "scales", data, **changes))
+
+    clips = str(data / "clips")
+    assert "sound" in refused("CX322", run(data=(clips,)), FindingError)
+    assert "action" in refused("CX322", run(data=(clips,), modalities=("vision", "action")), FindingError)
+    assert "too few passes" in refused("CX322", run(samples=3), FindingError)
+    resolve(options(checkpoint, tmp_path / "scales", data, data=(clips,), modalities=("vision",)))
+
+
+def test_prompts_alone_need_latents_from_somewhere(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    only = {"data": (str(data / "prompts.txt"),), "modalities": ("vision", "sound"), "samples": 24}
+    refused("CX346", lambda: resolve(options(checkpoint, tmp_path / "scales", data, **only)))
+    result = calibrate(options(checkpoint, tmp_path / "scales", data, latents="rollout", **only))
+    assert {work.latents for work in result.job.works} == {"rollout"}
+    (source,) = read_scale_table(tmp_path / "scales").lineage["sources"]
+    assert source["latents"] == {"rollout": 2}
+    noise = only | {"modalities": ("vision",), "latents": "noise"}
+    assert resolve(options(checkpoint, tmp_path / "x", data, **noise)).works[0].latents == "noise"
+
+
+def test_lineage_says_what_it_was_made_of(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    for name in ("one", "two"):
+        calibrate(options(checkpoint, tmp_path / name, data, data=(f"{data / 'clips'},origin=real,licence=CC0",),
+                          modalities=("vision",), samples=12))  # fmt: skip
+    assert (tmp_path / "one" / SCALES_FILE).read_bytes() == (tmp_path / "two" / SCALES_FILE).read_bytes()
+    text = (tmp_path / "one" / LINEAGE_FILE).read_text()
+    assert text == (tmp_path / "two" / LINEAGE_FILE).read_text() and str(data) not in text
+    lineage = json.loads(text)["lineage"]
+    (source,) = lineage["sources"]
+    assert (source["count"], source["licence"], source["origin"], source["kind"]) == (2, "CC0", "real", "media")
+    assert len(source["sha256"]) == 64 and source["modes"] == {"i2v": 1, "t2v": 1}
+    assert lineage["passes"] == 12 and lineage["observer"] == {"method": "absmax", "margin": 1.0}
+
+
+def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
+    calibrate(options(checkpoint, tmp_path / "whole", data, **small))
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from cosmos_export.build.calibrate import CalibrateOptions, calibrate\n"
+        "from cosmos_export.calibration.stream import Workspace\n"
+        "from cosmos_export.sampling import Overrides\n"
+        "advance = Workspace.advance\n"
+        "def slowly(self, sample, hidden, passed, seen):\n"
+        "    advance(self, sample, hidden, passed, seen)\n"
+        "    if (passed, sample) == (2, 5):\n"
+        "        print('now', flush=True)\n"
+        "        import time; time.sleep(60)\n"
+        "Workspace.advance = slowly\n"
+        f"calibrate(CalibrateOptions(Path({str(checkpoint)!r}), Path({str(tmp_path / 'killed')!r}),\n"
+        f"    ({str(data / 'clips')!r},), modalities=('vision',), samples=12, frames=9, margin=1.0,\n"
+        "    overrides=Overrides(steps=6)))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "now\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists()
+    workspace = stream.workspace_folder(tmp_path / "killed")
+    assert (workspace / "layers" / "00000.safetensors").is_file()
+    made: list[int] = []
+    again = calibrate(options(checkpoint, tmp_path / "killed", data, **small), _Counting(made))
+    assert again.resumed and not workspace.exists()
+    for file in (SCALES_FILE, LINEAGE_FILE):
+        assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+class _Counting:
+    def __init__(self, made: list[int]) -> None:
+        self._made = made
+
+    def begin(self, task: str, total: int | None = None) -> None:
+        assert task != "make inputs", "the inputs of every pass were on disk"
+
+    def update(self, task: str, completed: int) -> None: ...
+
+    def end(self, task: str) -> None: ...
+
+
+def test_other_data_starts_anew(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    folder = stream.workspace_folder(tmp_path / "scales")
+    first = Workspace(folder, job.plan())
+    (folder / "layers" / "00000.safetensors").write_bytes(b"a result")
+    assert not first.resumed and Workspace(folder, job.plan()).resumed
+    other = resolve(options(checkpoint, tmp_path / "scales", data, seed=1))
+    assert not Workspace(folder, other.plan()).resumed
+    assert not (folder / "layers" / "00000.safetensors").exists()
+
+
+@pytest.mark.parametrize("observer", ["percentile", "mse"])
+def test_other_observers_choose_smaller_ranges(observer: str, checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
+    calibrate(options(checkpoint, tmp_path / "absmax", data, **small))
+    calibrate(options(checkpoint, tmp_path / observer, data, observer=observer, percentile=99.0, **small))
+    widest, found = (read_scale_table(tmp_path / name).amax for name in ("absmax", observer))
+    assert all(0 < found[key] <= value * 1.0001 for key, value in widest.items())
+    assert any(found[key] < 0.95 * value for key, value in widest.items())
+
+
+def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, data: Path) -> None:
+    path = write_demo_checkpoint(tmp_path / "wide", layers=1, hidden=128, intermediate=256)
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "awq": True}
+    result = calibrate(options(path, tmp_path / "scales", data, **small))
+    assert result.pre_scales == 14
+    table = read_scale_table(tmp_path / "scales")
+    queries = [f"layers.0.self_attn.add_{name}_proj" for name in "qkv"]
+    for name in queries[1:]:
+        np.testing.assert_array_equal(table.pre_scales[name], table.pre_scales[queries[0]])
+    assert not np.array_equal(
+        table.pre_scales["layers.0.mlp.up_proj"], table.pre_scales["layers.0.mlp_moe_gen.up_proj"]
+    )
+    assert quantize(path, tmp_path / "scales", tmp_path / "int4", kind="int4").quantized == 14
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def _job(checkpoint: Path, tmp_path: Path, source: str, **changes: Any) -> Job:
+    fields = {"data": (source,), "modalities": ("vision",), **changes}
+    return resolve(options(checkpoint, tmp_path / "scales", tmp_path, **fields))
+
+
+def test_empty_and_unreadable_media(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    refused("CX614", lambda: _job(checkpoint, tmp_path, str(tmp_path / "empty.mp4")))
+    (tmp_path / "text.png").write_text("no picture")
+    refused("CX614", lambda: _job(checkpoint, tmp_path, str(tmp_path / "text.png")))
+    clip = data_samples.write_clip(tmp_path / "short.mp4", frames=3)
+    assert "1 frames" in refused("CX344", lambda: _job(checkpoint, tmp_path, str(clip)))
+
+
+def test_a_video_of_the_wrong_rate(checkpoint: Path, tmp_path: Path) -> None:
+    clip = data_samples.write_clip(tmp_path / "clip.mp4", fps=30)
+    message = refused("CX343", lambda: _job(checkpoint, tmp_path, f"{clip},fps=24"))
+    assert "30" in message and "24" in message
+    assert _job(checkpoint, tmp_path, str(clip)).works[0].request.fps == 30
+    robot = data_samples.write_lerobot(tmp_path / "robot", fps=15)
+    data_samples.write_clip(robot / f"videos/{data_samples.CAMERA}/chunk-000/file-000.mp4", frames=40, fps=30)
+    refused("CX343", lambda: _job(checkpoint, tmp_path, str(robot), modalities=("vision", "action")))
+
+
+def test_a_prompt_longer_than_the_profile(checkpoint: Path, tmp_path: Path) -> None:
+    data_samples.write_clip(tmp_path / "clips" / "a.mp4")
+    (tmp_path / "clips" / "a.txt").write_text("word " * 2000)
+    message = refused("CX607", lambda: _job(checkpoint, tmp_path, str(tmp_path / "clips")))
+    assert "a.mp4" in message and "4096 prompt tokens" in message
+
+
+def test_latents_of_another_model_and_nan(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for name, value in (("vision", (1, 5, 3, 12, 20)), ("vision", (4, 3, 12, 20)), ("other", (1,))):
+        save_file({name: np.zeros(value, np.float32)}, path)
+        refused("CX344", lambda: _job(checkpoint, tmp_path, str(path)))
+    save_file({"vision": np.full((1, 4, 3, 12, 20), np.nan, np.float32)}, path)
+    assert "NaN" in refused("CX344", lambda: _job(checkpoint, tmp_path, str(path)))
+    path.write_bytes(b"no header")
+    refused("CX344", lambda: _job(checkpoint, tmp_path, str(path)))
+
+
+def test_nan_in_a_weight_is_named(tmp_path: Path, data: Path) -> None:
+    path = write_demo_checkpoint(tmp_path / "damaged", layers=2)
+    entry = open_checkpoint(path).tensors["layers.0.mlp_moe_gen.up_proj.weight"]
+    with entry.file.open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(np.float32(np.nan).tobytes())
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
+    message = refused("CX321", lambda: calibrate(options(path, tmp_path / "scales", data, **small)), FindingError)
+    assert "layers.0.mlp_moe_gen.down_proj" in message
+    assert not (tmp_path / "scales").exists()
+
+
+def test_options_are_checked(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    def run(**changes: Any) -> Callable[[], object]:
+        return lambda: calibrate(options(checkpoint, tmp_path / "scales", data, **changes))
+
+    refused("CX320", run(margin=0.5))
+    refused("CX320", run(observer="mean"))
+    refused("CX320", run(percentile=10.0))
+    refused("CX322", run(samples=0))
+    refused("CX340", run(data=()))
+    refused("CX210", run(modalities=("smell",)))
+    (tmp_path / "scales").mkdir()
+    refused("CX313", run())
+
+
+def test_the_verb(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    scales = str(tmp_path / "scales")
+    arguments = ["calibrate", str(checkpoint), "--data", f"{data / 'clips'},origin=real", "-o", scales,
+                 "--modalities", "vision", "--samples", "12", "--frames", "9", "--steps", "6"]  # fmt: skip
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["ranges"] == 2 * (14 + 6) and document["lineage"]["observer"]["margin"] == 1.1
+    plain = CliRunner().invoke(app, [*arguments, "--force", "--no-progress"])
+    assert plain.exit_code == 0 and "0-25 %" in plain.stdout and "clips" in plain.stdout
+    both = CliRunner().invoke(app, [*arguments, "--rollout", "--noise-latents"])
+    assert both.exit_code == 2 and "CX346" in both.stderr
