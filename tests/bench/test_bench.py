@@ -42,8 +42,8 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def asked(graphs: Path, **options: Any) -> GeometryRequest:
-    given = {"runs": 1, "warm_up": 0, "graphs": graphs / "tiny-vision", "compiled": False, "dry_run": True}
+def asked(graphs: Path, folder: Path | None = None, **options: Any) -> GeometryRequest:
+    given = {"runs": 1, "warm_up": 0, "graphs": folder or graphs / "tiny-vision", "compiled": False, "dry_run": True}
     return GeometryRequest("nano", **{"workload": "t2i-720p", "device": "cpu", **given, **options})
 
 
@@ -73,7 +73,7 @@ def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
     ("options", "code"),
     [
         ({"runs": 0}, "CX672"), ({"recipe": "int8"}, "CX672"), ({"workload": "t9v-480p"}, "CX481"),
-        ({"device": "cuda"}, "CX505"), ({"graphs": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
+        ({"device": "cuda"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: str) -> None:
