@@ -21,9 +21,10 @@ import torch
 
 from cosmos_export.build.artifacts import model_bytes
 from cosmos_export.build.components import capture_codec
-from cosmos_export.build.selection import CODECS, codec_config, codec_tensors
+from cosmos_export.build.selection import codec_config
 from cosmos_export.build.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import read_weights, run_graph

@@ -64,6 +64,8 @@ def measure(name: str, checkpoint: Path, bundles: dict[str, Path], arguments: ar
             started = time.perf_counter()
             result = generator.generate(prepared.request)
             frames = np.concatenate([media.as_unit(chunk) for chunk in result.video()])
+            if prepared.request.sound:
+                result.sound()
             seconds[loop].append(time.perf_counter() - started)
             found[loop] = (result, frames)
             reasoner.append(result.timings["reasoner"] / (1 if prepared.request.negative_ids is None else 2))
@@ -86,7 +88,7 @@ def measure(name: str, checkpoint: Path, bundles: dict[str, Path], arguments: ar
         "reasoner_saved_s": once * (passes - 2),
         "reasoner_saved_share": once * (passes - 2) / (times[first] + once * (passes - 2)),
         "latents_relative_l2": {
-            loop: distances(result.latents, expected.latents)["vision"] for loop, (result, _) in found.items()
+            loop: max(distances(result.latents, expected.latents).values()) for loop, (result, _) in found.items()
         },
         "frames_psnr_db": {loop: psnr(frames, expected) for loop, (_, frames) in found.items()},
     }
@@ -100,14 +102,16 @@ def ask(generator: Generator, bundle: Path, prompt: str, arguments: argparse.Nam
     manifest = generator.bundle.manifest
     device = bool(manifest.loop and manifest.loop.segments)
     sampling = Overrides() if device else Overrides(steps=arguments.steps)
-    return prepare(Asked(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1), manifest, bundle)
+    sound = manifest.profiles[0].dims["sound_len"].min > 0
+    return prepare(Asked(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1, sound=sound), manifest, bundle)
 
 
 def published(checkpoint: Path, prepared: Prepared, prompt: str, generator: Generator) -> Published:
     request, record = prepared.request, generator.bundle.manifest.request
     height, width = prepared.size
-    noise = [Noise(request, sizes(request, record)).initial["vision"]]
-    size = {"frames": request.frames, "height": height, "width": width, "fps": request.fps}
+    drawn = Noise(request, sizes(request, record)).initial
+    noise = [drawn["vision"], *([drawn["sound"]] if request.sound else [])]
+    size = {"frames": request.frames, "height": height, "width": width, "fps": request.fps, "sound": request.sound}
     return run_published(checkpoint, PublishedRequest("t2v", prompt, NEGATIVE, request.schedule, noise, **size))
 
 

@@ -19,7 +19,7 @@ QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up",
 OverSteps = Callable[[str, str, int], tuple[str, ...]]
 """Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
 
-_ATTENTION = (ops.ATTENTION, ops.JOINT_ATTENTION)
+_ATTENTION = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
 _ACTIVATIONS = (ops.SWIGLU, aten.relu.default)
 _MOVES = (*ops.VIEWS, aten.slice.Tensor, aten.select.int, aten.cat.default)
 _ON_THE_WAY_TO_ATTENTION = (*_MOVES, ops.RMS_NORM, ops.ROTARY)

@@ -18,6 +18,7 @@ from cosmos_export.passes.assign_precision import Precision, towers_of
 from cosmos_export.passes.base import Pass, PassResult
 
 BF16, FP8, FP8_W8A16, INT4, NVFP4 = "bf16", "fp8", "fp8-w8a16", "int4", "nvfp4"
+FP8_ATTENTION = "fp8-attention"
 INT4_GROUPS = (128, 64, 32)
 """Columns with one scale: the largest that divides the row into two or more (with one, TensorRT-RTX 1.7 widens the
 whole weight in every call)."""
@@ -31,6 +32,8 @@ class Ranges:
     """``<linear>.input_amax`` → largest magnitude of its input."""
     pre_scales: Mapping[str, WeightSource] = field(default_factory=dict)
     """Linear → where the factors of its input's channels lie; equal factors are one source."""
+    attention: Mapping[tuple[int, str], float] = field(default_factory=dict)
+    """Layer and operand (``q``, ``k``, ``v``) of the generator's attention → largest magnitude."""
 
     def input_amax(self, weight: WeightBinding) -> float:
         """Of the linear with ``weight``, or of all that were merged into it; CX312 for one without a range."""
@@ -41,6 +44,18 @@ class Ranges:
                 "CX312", f"the scale table has no {missing[0]}", "calibrate with the towers and modes of the recipe"
             )
         return max(self.amax[key] for key in keys)
+
+    def attention_scales(self, layer: int, scale: float) -> torch.Tensor:
+        """float32 [3]: FP8 scales of the query times ``scale``, of keys and of values; CX312 for a missing range."""
+        missing = [operand for operand in "qkv" if (layer, operand) not in self.attention]
+        if missing:
+            raise UserError(
+                "CX312",
+                f"the scale table has no {missing[0]}_amax of attention in layer {layer} of the generator",
+                "calibrate with the towers and modes of the recipe",
+            )
+        q, k, v = (self.attention[layer, operand] for operand in "qkv")
+        return packing.fp8_scale(torch.tensor([q * scale, k, v]))
 
     def pre_scale(self, weight: WeightBinding) -> WeightSource | None:
         """The factors of the input of ``weight``; CX355 where linears that were merged have different ones."""
@@ -66,6 +81,7 @@ class InsertQuantization(Pass):
         fp8-w8a16  x·Wᵀ  →  x · dq(W₈, w)ᵀ
         int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ                   s: one scale a row and group of columns
         nvfp4      x·Wᵀ  →  qdq₄(x, a) · dq(W₄, b, w)ᵀ       b: one scale a block of 16; blocks of x as they come
+        fp8-attention       joint attention whose query, keys, values and softmax are quantized
 
     The low-precision tensors are bindings like any weight: they are computed when they are written, and no data moves
     here. A merged weight has one scale over all its parts (fp8), or those of its rows (int4), so that nothing is
@@ -99,8 +115,29 @@ class InsertQuantization(Pass):
                     new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
                     graph.replace(node, new)
                     result.changes[f"{scheme} linears"] += 1
+            self._attentions(graph, result)
             graph.eliminate_dead_code()
         return result
+
+    def _attentions(self, graph: Graph, result: PassResult) -> None:
+        for node in graph.calls(ops.JOINT_ATTENTION):
+            precision: Precision | None = node.meta.get("precision")
+            if precision is None or precision.at(self._step) != FP8_ATTENTION:
+                continue
+            *operands, scale = node.args
+            name = f"{node.name}_scales"
+            known = [n for n in graph.constants.values() if n.meta.get("layer") == precision.layer]
+            scales = (
+                known[0]
+                if known
+                else graph.add_constant(
+                    name, self._ranges.attention_scales(precision.layer, scale), module=node.meta["module"]
+                )
+            )
+            scales.meta["layer"] = precision.layer
+            new = graph.call(ops.JOINT_ATTENTION_FP8, *operands, scales, scale, before=node, like=node, by=self.name)
+            graph.replace(node, new)
+            result.changes["fp8 attentions"] += 1
 
     # -- activations --------------------------------------------------------------------------------------------------
 

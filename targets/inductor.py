@@ -8,7 +8,7 @@ not constants of the code: one copy on the device serves every size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import fx
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, spec_of
 from cosmos_export.ir.ops import aten
 
 Function = Callable[..., dict[str, torch.Tensor]]
@@ -64,8 +64,75 @@ def concatenated(
     return attention(query, keys, values, False, scale)
 
 
-ATTENTIONS = ("sdpa", "triton")
-"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V."""
+def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.to(torch.float32) / scale).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (x.to(torch.float32) * scale).to(dtype)
+
+
+def dequantize_groups(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """INT4 as it is stored, two numbers a byte, the first in the low half: uint8 [N, K / 2]."""
+    wide = packed.to(torch.int16)
+    numbers = torch.stack((wide & 15, wide >> 4), dim=-1).flatten(1)
+    signed = torch.where(numbers > 7, numbers - 16, numbers).to(scale.dtype)
+    rows, columns = signed.shape
+    return (signed.view(rows, scale.shape[1], -1) * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def scaled_linear(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    w_scale: torch.Tensor,
+    dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``linear(dequantize(x), dequantize(weight))`` as one FP8 product; E4M3 operands, scales of one number.
+
+    cuBLASLt takes sides that are multiples of 16; the others are widened.
+    """
+    if any(side % 16 for side in weight.shape) or dtype != torch.bfloat16:
+        return F.linear(dequantize(x, x_scale, dtype), dequantize(weight, w_scale, dtype), bias)
+    fast = x.device.type == "cuda"
+    result: torch.Tensor = torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
+    )
+    return result
+
+
+def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """W8A8 with scales of one: cuBLASLt's product; the compiler fuses the quantization into what makes ``x``."""
+    one = torch.ones((), device=x.device)
+    narrow = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    fast = x.device.type == "cuda"
+    result: torch.Tensor = torch._scaled_mm(
+        narrow, weight.t(), scale_a=one, scale_b=one, out_dtype=x.dtype, use_fast_accum=fast
+    )
+    return result if bias is None else result + bias
+
+
+def joint_fp8(*operands: Any) -> torch.Tensor:
+    """Our FP8 attention with scales of one; values are transposed as its matrix products want them."""
+    from cosmos_export.kernels import operators
+
+    def narrow(x: torch.Tensor) -> torch.Tensor:
+        return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+    def transposed(x: torch.Tensor) -> torch.Tensor:
+        return narrow(x).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+    query, key, value, prefix_key, prefix_value, scale = operands
+    result: torch.Tensor = operators.joint_attention_fp8(
+        narrow(query), narrow(key), transposed(value), narrow(prefix_key), transposed(prefix_value), scale
+    )
+    return result.to(query.dtype)
+
+
+ATTENTIONS = ("sdpa", "triton", "triton-fp8")
+"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V;
+``triton-fp8``: the same on E4M3 operands with scales of one, for benchmarks of random weights."""
 
 
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
@@ -75,6 +142,8 @@ def _joint(kind: str) -> Callable[..., torch.Tensor]:
         from cosmos_export.kernels import operators
 
         return operators.joint_attention
+    if kind == "triton-fp8":
+        return joint_fp8
     raise ValueError(f"attention {kind!r} is none of {', '.join(ATTENTIONS)}")
 
 
@@ -85,6 +154,9 @@ def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
         ops.SWIGLU: swiglu,
         ops.ATTENTION: attention,
         ops.JOINT_ATTENTION: _joint(kind),
+        ops.QUANTIZE: quantize,
+        ops.DEQUANTIZE: dequantize,
+        ops.DEQUANTIZE_GROUPS: dequantize_groups,
         # These carry their type as an argument in the IR but not in ATen's overload.
         aten._to_copy.default: lambda x, dtype: x.to(dtype),
         aten.view.default: lambda x, shape: x.reshape(shape),
@@ -105,7 +177,12 @@ class Chunk:
     results: tuple[str, ...]
 
 
-def specialise(graph: Graph, sizes: Mapping[str, tuple[int, ...]], attention_kind: str = "sdpa") -> list[Chunk]:
+def specialise(
+    graph: Graph,
+    sizes: Mapping[str, tuple[int, ...]],
+    attention_kind: str = "sdpa",
+    narrow: Collection[str] = (),
+) -> list[Chunk]:
     """``graph`` for inputs of ``sizes``, cut in front of every attention: it is a kernel of its own anyway.
 
     The layers of a model are then the same few chunks over and over, and compiling takes as long as for one layer.
@@ -121,16 +198,21 @@ def specialise(graph: Graph, sizes: Mapping[str, tuple[int, ...]], attention_kin
     read_by = {node: set(node.users) for node in graph.nodes}
     kept = set(graph.outputs.values())
     chunks = []
+    names = frozenset(narrow)
     for part in parts:
         inside = set(part)
         results = [node for node in part if node in kept or read_by[node] - inside]
         if results:
-            chunks.append(_chunk(part, results, binding, implementations))
+            chunks.append(_chunk(part, results, binding, implementations, names))
     return chunks
 
 
 def _chunk(
-    part: list[Node], results: list[Node], binding: Mapping[str, int], implementations: Mapping[Any, Callable[..., Any]]
+    part: list[Node],
+    results: list[Node],
+    binding: Mapping[str, int],
+    implementations: Mapping[Any, Callable[..., Any]],
+    narrow: frozenset[str],
 ) -> Chunk:
     result = fx.Graph()
     device = result.placeholder("device")
@@ -153,17 +235,32 @@ def _chunk(
         return made[node]
 
     for node in part:
+        scaled = _scaled_operands(node)
+        if scaled is not None:
+            made[node] = result.call_function(scaled_linear, tuple(concrete(map_operands(scaled, operand))))
+            key.append((scaled_linear, str(made[node].args)))
+            continue
         args = concrete(map_operands(node.args, operand))
         kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}
         if node.target in (aten.full.default, aten.arange.start):
             kwargs["device"] = device  # new values appear where the others are
         target = implementations.get(node.target, node.target)
+        if node.target is aten.linear.default and node.args[1].name in narrow:
+            target = fp8_linear
         made[node] = result.call_function(target, tuple(args), kwargs, name=f"value_{len(made)}")
         key.append((target, str(args), str(kwargs)))
     result.output(tuple(made[node] for node in results))
     key.append(tuple(made[node].name for node in results))
     module = fx.GraphModule(torch.nn.Module(), result)
     return Chunk(module, tuple(key), tuple(n.name for n in operands), tuple(n.name for n in results))
+
+
+def _scaled_operands(node: Node) -> list[Any] | None:
+    """Operands of `scaled_linear` where ``node`` is a linear of two dequantized values; None where it is not."""
+    if not is_op(node, aten.linear.default) or not all(is_op(a, ops.DEQUANTIZE) for a in node.args[:2]):
+        return None
+    (x, x_scale, dtype), (weight, w_scale, _) = (a.args for a in node.args[:2])
+    return [x, x_scale, weight, w_scale, dtype, *node.args[2:]]
 
 
 @dataclass(frozen=True)
@@ -173,6 +270,8 @@ class Settings:
     attention: str = "sdpa"
     compiled: bool = True
     """False: the graph's operations one after another, for comparison."""
+    narrow: frozenset[str] = frozenset()
+    """Weights that are given in E4M3: the linears that read them are W8A8 with scales of one. For benchmarks."""
     captured: bool = True
     """Replay CUDA graphs, on a GPU."""
 
@@ -220,7 +319,7 @@ class Executable:
             return function(inputs, tokens or {}) if isinstance(function, Captured) else function(inputs)
 
     def _make(self, sizes: Sizes, inputs: Mapping[str, torch.Tensor]) -> Function:
-        chunks = specialise(self.graph, dict(sizes), self.settings.attention)
+        chunks = specialise(self.graph, dict(sizes), self.settings.attention, self.settings.narrow)
         steps = [(self._code(chunk), chunk.operands, chunk.results) for chunk in chunks]
         last = {name: i for i, (_, operands, _) in enumerate(steps) for name in operands}
         outputs = {name: node.name for name, node in self.graph.outputs.items()}

@@ -295,11 +295,45 @@ def _quantize(low: Lowering, node: Node) -> str:
     return low.op("QuantizeLinear", x, scale, low.constant(zero, "zero"))
 
 
+def _joint_attention_fp8(low: Lowering, node: Node) -> str:
+    """Products around a softmax, which the builder fuses into one FP8 kernel only if it sees all four quantizers."""
+    query, key, value, prefix_key, prefix_value, scales, scale = node.args
+    rows, heads, size = spec_of(query).shape
+    kv_heads, dtype = int(spec_of(key).shape[1]), spec_of(query).dtype
+    group = simplify(sympy.sympify(heads) / kv_heads)
+    steps = [float(s) for s in scales.meta["constant"]]
+
+    def narrow(name: str, step: float) -> str:
+        by = low.constant(np.asarray(step, dtype=np.float32), "scale")
+        zero = low.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
+        return _widened(low, low.op("QuantizeLinear", name, by, zero), by, dtype)
+
+    def heads_first(own: Node, prefix: Node, step: float) -> str:
+        """[1, heads, keys, d]: the heads of keys and values repeated for those of the query."""
+        keys = simplify(sympy.sympify(spec_of(own).shape[0]) + spec_of(prefix).shape[0])
+        joined = low.op("Concat", low.values[own], low.values[prefix], axis=0)
+        joined = low.op("Transpose", joined, perm=[1, 0, 2])
+        wide = low.op("Expand", low.op("Unsqueeze", joined, low.ints([1])), low.ints([kv_heads, group, keys, size]))
+        return narrow(low.reshape(wide, [1, heads, keys, size]), step)
+
+    q = low.op("Mul", low.values[query], low.scalar(scale, dtype))
+    q = narrow(low.op("Unsqueeze", low.op("Transpose", q, perm=[1, 0, 2]), low.ints([0])), steps[0])
+    k, v = heads_first(key, prefix_key, steps[1]), heads_first(value, prefix_value, steps[2])
+    logits = low.op("MatMul", q, low.op("Transpose", k, perm=[0, 1, 3, 2]))
+    weights = narrow(low.op("Softmax", logits, axis=-1), 1 / E4M3_MAX)
+    out = low.reshape(low.op("MatMul", weights, v), [heads, rows, size])
+    return low.op("Transpose", out, perm=[1, 0, 2])
+
+
 def _dequantize(low: Lowering, node: Node) -> str:
     x, scale, dtype = node.args
+    return _widened(low, low.values[x], low.values[scale], dtype)
+
+
+def _widened(low: Lowering, x: str, scale: str, dtype: torch.dtype) -> str:
     wide = low.dtype(dtype) == torch.float32
     attributes: dict[str, Any] = {} if wide else {"output_dtype": low.type_of(dtype)}
-    return low.op("DequantizeLinear", low.values[x], low.values[scale], **attributes)
+    return low.op("DequantizeLinear", x, scale, **attributes)
 
 
 def _dequantize_groups(low: Lowering, node: Node) -> str:
@@ -593,6 +627,7 @@ _RULES: dict[Any, Rule] = {
     ops.SWIGLU: _swiglu,
     ops.ATTENTION: _attention,
     ops.JOINT_ATTENTION: _joint_attention,
+    ops.JOINT_ATTENTION_FP8: _joint_attention_fp8,
     ops.QUANTIZE: _quantize,
     ops.DEQUANTIZE: _dequantize,
     ops.DEQUANTIZE_GROUPS: _dequantize_groups,

@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.options import BuildOptions, Plan, resolve
+from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.selection import component_bytes, tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.checkpoint import Tower
@@ -36,7 +37,8 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
 
             if options.resume:
                 _log.info("%s", _resumed(writer))
-            return build_bundle(plan, writer, progress)
+            with Overall(progress, expected_seconds(plan)) as overall:
+                return build_bundle(plan, writer, overall)
     except BaseException:
         if writer.left is not None:
             finished = writer.all_kept()

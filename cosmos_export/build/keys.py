@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from importlib import metadata
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import cosmos_export
-from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.spec import WeightBinding, WeightSource
 from cosmos_export.targets import Target, trt_common
 from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.trt_common import EngineReport, EngineTensor
@@ -33,18 +33,28 @@ def key_of(components: Components) -> str:
 
 def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
     """Of a weight file: where each of its bytes comes from. The source files are told by size, time and inode."""
-    files = {source.file for binding in stored for source in binding.sources}
+    files = {source.file for binding in stored for source in _read_by(binding)}
     told = {file: _file_identity(file) for file in files}
     bindings = [
         [
             # Every field a binding has, so that one that is added counts too.
             [repr(getattr(binding, field.name)) for field in fields(binding) if field.name != "sources"],
             place.offset,
-            [[told[s.file], s.offset, str(s.dtype), list(s.shape)] for s in binding.sources],
+            [[told[s.file], s.offset, str(s.dtype), list(s.shape)] for s in _read_by(binding)],
         ]
         for binding, place in stored.items()
     ]
     return {"compiler": cosmos_export.__version__, "weights": _digest(bindings)}
+
+
+def _read_by(binding: WeightBinding) -> Iterator[WeightSource]:
+    """Everything on disk that the value of ``binding`` follows from."""
+    for source in binding.sources:
+        yield source
+        if source.scale is not None:
+            yield source.scale
+    if binding.packing is not None and binding.packing.divisor is not None:
+        yield binding.packing.divisor
 
 
 def engine_components(

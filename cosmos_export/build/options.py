@@ -21,7 +21,6 @@ from cosmos_export.targets.recipe import ACTIVATIONS, DEFAULT, Assignment, load_
 
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
-WeightMode = Literal["embedded", "external"]
 QualityMode = Literal["enforce", "report"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
@@ -62,8 +61,6 @@ class BuildOptions:
     """``PLACE=SCHEME``, over the recipe's own rules."""
     calibration: Path | None = None
     """A scale table, where the recipe or an override quantizes activations."""
-    weights: WeightMode = "embedded"
-    """``external``: engines take their weights as inputs, and share them."""
     quality: QualityMode = "enforce"
     """Whether a loss of whole steps beyond its limit (gate G2) ends the build."""
     parity: ParityMode = "auto"
@@ -153,17 +150,17 @@ def _precision(
         steps=schedule.steps,
         distilled=schedule.sampler == "distilled-sde",
     )
+    if found.schemes and target.backend == "inductor":
+        raise UnsupportedError(
+            "CX358",
+            f"recipe `{found.recipe}` is not built through PyTorch yet",
+            "build for TensorRT with `--backend tensorrt`, or leave `--recipe` out",
+        )
     if found.schemes and checkpoint.precision == "fp32" and target.backend == "tensorrt-rtx":
         raise UnsupportedError(
             "CX358",
             f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
             "convert the checkpoint to bf16, or build it for the target `cpu`",
-        )
-    if "int4" in found.schemes and options.weights == "external":
-        raise UnsupportedError(
-            "CX357",
-            "INT4 weights as inputs of an engine would be widened by a kernel of their own in every call",
-            "leave `--weights external` out, or choose a recipe without int4",
         )
     alone = found.weight_only_steps()
     if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:
@@ -252,9 +249,6 @@ def _require_consistent(options: BuildOptions) -> None:
     if options.loop not in get_args(LoopMode):
         allowed = ", ".join(get_args(LoopMode))
         raise UserError("CX451", f"loop `{options.loop}` is none of {allowed}", f"pass one of {allowed}")
-    if options.weights not in get_args(WeightMode):
-        allowed = ", ".join(get_args(WeightMode))
-        raise UserError("CX451", f"weights `{options.weights}` is none of {allowed}", f"pass one of {allowed}")
     if options.quality not in get_args(QualityMode):
         allowed = ", ".join(get_args(QualityMode))
         raise UserError("CX451", f"quality `{options.quality}` is none of {allowed}", f"pass one of {allowed}")

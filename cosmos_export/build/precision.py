@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 from cosmos_export.targets.onnx_lowering import gemm_name
 
 _PRE_SCALE = ".pre_quant_scale"
+_ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
 _WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
 
 
@@ -89,7 +91,12 @@ def activation_ranges(plan: Plan) -> Ranges:
         data = np.ascontiguousarray(factors).tobytes()
         source = sources.setdefault(data, _source(linear + _PRE_SCALE, entry))
         pre_scales[linear] = source
-    return Ranges(plan.scales.amax, pre_scales)
+    attention = {}
+    for key, amax in plan.scales.amax.items():
+        match = _ATTENTION.fullmatch(key)
+        if match is not None:
+            attention[int(match["layer"]), match["operand"]] = amax
+    return Ranges(plan.scales.amax, pre_scales, attention)
 
 
 def _source(key: str, entry: Any) -> WeightSource:

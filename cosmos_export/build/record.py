@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import cosmos_export
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
+from cosmos_export.build.planned import planned
 from cosmos_export.build.request import request_record
 from cosmos_export.bundle import (
     DimRecord,
@@ -110,6 +111,7 @@ def manifest(
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
             measured={m.stage: m.value for m in (*result.parity, *result.quality)}
             | ({} if result.losses is None else loss_values(result.losses)),
+            planned=planned(plan, result.engines, result.meter.peak_anonymous_bytes),
         ),
     )
 

@@ -66,6 +66,11 @@ def component_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:
     return total
 
 
+def codec_tensors_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Bytes in the checkpoint of what codec ``name`` computes with."""
+    return sum(entry.size_bytes for entry in codec_tensors(checkpoint, name).values())
+
+
 def tokenizer_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:
     """What the tokenizer, if it is among ``components``, has in a bundle."""
     if TOKENIZER not in components:

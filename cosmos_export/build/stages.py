@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from cosmos_export.build.artifacts import (
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
@@ -39,10 +39,9 @@ from cosmos_export.build.precision import activation_ranges, assign, insert, lay
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.build.sources import weight_sources
-from cosmos_export.bundle import BundleWriter, InputFile, Manifest, PlanCheck, PromptRecord
-from cosmos_export.bundle.verify import hash_file
+from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord
 from cosmos_export.capture.model import capture
-from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
@@ -116,12 +115,12 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
 def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
-    with result.meter:
-        _build(plan, writer, result, _Stages(result, progress))
+    with result.meter, InputHashes(plan.checkpoint) as hashes:
+        _build(plan, writer, result, _Stages(result, progress), hashes)
     return result
 
 
-def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages) -> None:
+def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes) -> None:
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
@@ -198,7 +197,7 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
     if plan.target.backend == "tensorrt":
         _write_requests(_engine_requests(program, closed, result), writer, result)
     with stages("hashing inputs", shown=False):
-        hashed = _hash_inputs(plan.checkpoint, stages.progress)
+        hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     record = manifest(result, program, closed, hashed, created)
@@ -283,7 +282,7 @@ class _Dump:
 
 def body_dtype(closed: Program) -> torch.dtype:
     """The type in which a closed loop's body computes: that of its attention."""
-    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION)
+    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
     return spec_of(attention[0]).dtype
 
 
@@ -411,9 +410,12 @@ def _build_engine(
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
     report = write_engine(name, spec, plan.profiles, plan, writer, progress, decomposable_attention=not fused)
     summary = inspect_plan(report.path)
-    attention = len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION))
+    attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
     return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
+
+
+_ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
 
 
 def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
@@ -428,11 +430,13 @@ def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
-    attention = graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)
+    attention = graph.calls(*_ATTENTIONS)
     if not attention:  # tables: a few element-wise kernels, nothing that could fall back
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
-    scale = attention[0].args[4 if attention[0].target is ops.ATTENTION else 5]
+    scale = attention[0].args[-1]
+    in_fp8 = [node for node in attention if node.target is ops.JOINT_ATTENTION_FP8]
+    attends = "fp8" if len(in_fp8) == len(attention) else kind
     types, weights = planned_types(graph), layer_weights(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
@@ -443,13 +447,16 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
         gemm_type=kind,
         compute_capability=plan.target.compute_capability or "",
         profiles=len(plan.profiles),
-        attention_type=kind if fused else None,
+        # Where some layers attend in fp8 and some do not, their number is checked and not which is which.
+        attention_type=None if not fused or 0 < len(in_fp8) < len(attention) else attends,
         attention_scale=float(scale),
         other_gemms=types,
         layer_weights=weights,
         narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
     )
-    wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
+    wanted = f"{len(attention)} fused attention kernels, {len(in_fp8)} in fp8, nothing stored O(S²)"
+    if not in_fp8:
+        wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
     if not fused:
         wanted = (
             f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
@@ -516,23 +523,3 @@ def _require_plans(engines: Sequence[Engine]) -> None:
             "engines do not contain what was planned: " + " | ".join(f"{c.engine}: {c.found}" for c in missed),
             "nothing was written; a narrower profile or another target may avoid it",
         )
-
-
-def _hash_inputs(checkpoint: Checkpoint, progress: Progress) -> tuple[InputFile, ...]:
-    files = checkpoint.files()
-    task, done = "hashing inputs", 0
-    progress.begin(task, sum(f.stat().st_size for f in files))
-
-    def advance(before: int, read: int) -> None:
-        progress.update(task, before + read)
-
-    records = []
-    try:
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                size, digest = hash_file(file.fileno(), partial(advance, done))
-            done += size
-            records.append(InputFile(path.relative_to(checkpoint.root).as_posix(), size, digest))
-    finally:
-        progress.end(task)
-    return tuple(records)

@@ -292,6 +292,14 @@ class PlanCheck:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """A number of the plan, and what became of it."""
+
+    planned: int
+    found: int
+
+
+@dataclass(frozen=True)
 class Volatile:
     """The only fields that may differ between two builds of the same inputs with the same options and tools."""
 
@@ -301,6 +309,8 @@ class Volatile:
     stage_seconds: Mapping[str, float]
     measured: Mapping[str, float]
     """The value behind each verdict, by stage."""
+    planned: Mapping[str, Planned]
+    """Bytes: of engines, and of memory that no file backs."""
 
 
 @dataclass(frozen=True)

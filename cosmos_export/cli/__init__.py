@@ -13,12 +13,14 @@ import typer
 
 import cosmos_export
 from cosmos_export.cli import (
+    bench,
     build,
     bundle,
     cache,
     calibrate,
     console,
     demo_checkpoint,
+    doctor,
     inspect,
     plan,
     quantize,
@@ -42,7 +44,11 @@ app = verbs.Verbs(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, targets, recipes, version):
+VERBS = (
+    inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, bench, doctor, targets, recipes,
+    version,
+)  # fmt: skip
+for verb in VERBS:
     verb.register(app)
 
 

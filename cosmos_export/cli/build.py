@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cosmos_export.build.artifacts import Engine
     from cosmos_export.build.stages import BuildResult
+    from cosmos_export.bundle import Planned
 
 
 def register(app: typer.Typer) -> None:
@@ -73,9 +76,6 @@ def register(app: typer.Typer) -> None:
         calibration: Annotated[
             Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
         ] = None,
-        weights: Annotated[
-            str, typer.Option(help="embedded in the engines, or external: inputs that engines share.")
-        ] = "embedded",
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
         ] = "enforce",
@@ -122,7 +122,6 @@ def register(app: typer.Typer) -> None:
             recipe=recipe,
             overrides=tuple(set_ or ()),
             calibration=calibration,
-            weights=weights,  # type: ignore[arg-type]
             quality=quality,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]
             until=until,
@@ -207,6 +206,7 @@ def _print(result: BuildResult) -> None:
     for note in result.notes:
         out.print(f"\n{note}")
     if result.manifest is not None:
+        _print_planned(result.manifest.volatile.planned)
         out.print(f"\nComponents: {', '.join(('transformer', *result.plan.components))}")
         files = result.manifest.files
         out.print(
@@ -215,6 +215,19 @@ def _print(result: BuildResult) -> None:
         )
     for path in result.dumps:
         out.print(str(path), soft_wrap=True)
+
+
+def _print_planned(planned: Mapping[str, Planned]) -> None:
+    from rich.table import Table
+
+    from cosmos_export.cli import console
+
+    if planned:
+        table = Table("", "planned", "found", "", title="\nPlan", title_justify="left", box=None)
+        for name, one in planned.items():
+            share = f"{one.planned / one.found - 1:+.1%}" if one.found else "–"
+            table.add_row(name, _size(one.planned), _size(one.found), share)
+        console.out().print(table)
 
 
 def _losses(result: BuildResult) -> Any:

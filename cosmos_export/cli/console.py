@@ -133,7 +133,11 @@ def is_verbose() -> bool:
 
 
 class RichProgress:
-    """`Progress` on a console: bars with the time left on a terminal, elsewhere one line per 10 %."""
+    """`Progress` on a console: bars with the time left on a terminal, elsewhere one line per 10 %.
+
+    Where lines are printed, a task that begins inside one with a known total has none of its own: the lines of the
+    outer one name it.
+    """
 
     # A pipe gets a line for each tenth, but not faster than once a second, and once in 30 s if a tenth takes longer.
     min_gap_s = 1.0
@@ -149,7 +153,8 @@ class RichProgress:
     def begin(self, task: str, total: int | None = None) -> None:
         if not self._console.is_terminal:
             now = self._clock()
-            self._lines[task] = _Line(total, started=now, printed=now)
+            outer = any(line.total for line in self._lines.values())
+            self._lines[task] = _Line(total, started=now, printed=now, inner=outer)
             return
         if self._bars is None:
             self._bars = _bars(self._console)
@@ -170,7 +175,7 @@ class RichProgress:
         elif task in self._lines:
             line = self._lines.pop(task)
             elapsed = self._clock() - line.started
-            if elapsed >= self.min_gap_s:
+            if elapsed >= self.min_gap_s and not line.inner:
                 self._print(f"{task}: done in {_duration(elapsed)}")
 
     def close(self) -> None:
@@ -181,12 +186,16 @@ class RichProgress:
             self._ids.clear()
 
     def _advance(self, task: str, line: _Line, completed: int) -> None:
+        if line.inner:
+            return
         now = self._clock()
         gap = now - line.printed
         tenth = completed * 10 // line.total if line.total else 0
         if (tenth > line.tenth and gap >= self.min_gap_s) or gap >= self.max_gap_s:
             line.tenth, line.printed = tenth, now
-            self._print(f"{task}: {_share(completed, line.total)}{_left(completed, line.total, now - line.started)}")
+            share, left = _share(completed, line.total), _left(completed, line.total, now - line.started)
+            inner = next((name for name, one in reversed(self._lines.items()) if one.inner), "")
+            self._print(f"{task}: {share}{left}{f': {inner}' if inner else ''}")
 
     def _print(self, text: str) -> None:
         self._console.print(text)
@@ -197,6 +206,7 @@ class _Line:
     total: int | None
     started: float
     printed: float
+    inner: bool = False
     tenth: int = 0
 
 

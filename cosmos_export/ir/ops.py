@@ -106,7 +106,34 @@ def requantize_blocks(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return result
 
 
+@torch.library.custom_op("cosmos_export::joint_attention_fp8", mutates_args=())
+def joint_attention_fp8(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scales: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`joint_attention` with both products in FP8: the scaled query, keys, values and the softmax (scale 1/448).
+
+    ``scales`` float32 [3]: of ``query · scale``, of all keys and of all values.
+    """
+
+    def narrow(x: torch.Tensor, by: torch.Tensor | float) -> torch.Tensor:
+        return (packing.to_fp8(x, torch.as_tensor(by)).to(torch.float32) * by).to(x.dtype)
+
+    group = query.shape[1] // key.shape[1]
+    q = narrow(query * scale, scales[0]).transpose(0, 1)
+    k = narrow(torch.cat((key, prefix_key), dim=0), scales[1]).transpose(0, 1).repeat_interleave(group, dim=0)
+    v = narrow(torch.cat((value, prefix_value), dim=0), scales[2]).transpose(0, 1).repeat_interleave(group, dim=0)
+    weights = narrow((q @ k.transpose(1, 2)).softmax(-1), 1 / packing.E4M3_MAX)
+    return (weights @ v).transpose(0, 1).contiguous()
+
+
 _ours = torch.ops.cosmos_export
+JOINT_ATTENTION_FP8 = _ours.joint_attention_fp8.default
 QUANTIZE = _ours.quantize.default
 DEQUANTIZE = _ours.dequantize.default
 DEQUANTIZE_GROUPS = _ours.dequantize_groups.default
@@ -169,6 +196,19 @@ def _(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 @dequantize_blocks.register_fake
 def _(x: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(x, dtype=dtype)
+
+
+@joint_attention_fp8.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scales: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return torch.empty_like(query)
 
 
 @requantize_blocks.register_fake
@@ -501,6 +541,20 @@ def _joint_attention(
     _check_attention(query, key, value)
     _check_attention(query, prefix_key, prefix_value)
     return query
+
+
+@_rule(JOINT_ATTENTION_FP8)
+def _joint_attention_fp8(
+    query: TensorSpec,
+    key: TensorSpec,
+    value: TensorSpec,
+    prefix_key: TensorSpec,
+    prefix_value: TensorSpec,
+    scales: TensorSpec,
+    scale: float,
+) -> TensorSpec:
+    _require(scales == TensorSpec(torch.float32, (3,)), f"three scales, not {scales}")
+    return _joint_attention(query, key, value, prefix_key, prefix_value, scale)
 
 
 def _require_scale(scale: TensorSpec) -> None:

@@ -19,7 +19,7 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, simplify, symbol
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_weight, spec_of
-from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import DTYPE_NAMES, E2M1, INT4, TensorSpec, Transform, WeightBinding, WeightSource
 
 SCHEMA = 1
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -103,7 +103,9 @@ class _Reader:
     def _weight(self, record: Mapping[str, Any]) -> Node:
         spec = self._spec(record)
         shape = tuple(int(s) for s in spec.shape)
-        if record["size_bytes"] != math.prod(shape) * spec.dtype.itemsize or record["offset"] < 0:
+        elements = math.prod(shape)
+        size = elements // 2 if spec.dtype in (INT4, E2M1) else elements * spec.dtype.itemsize
+        if record["size_bytes"] != size or record["offset"] < 0:
             raise ValueError(f"weight {record['name']!r} has {record['size_bytes']} bytes for {spec}")
         source = WeightSource(str(record["key"]), self._file, record["offset"], spec.dtype, shape)
         return self.graph.add_weight(record["name"], WeightBinding((source,), Transform.IDENTITY, spec.dtype))

@@ -1,7 +1,7 @@
 """Bytes: of engines, of what a request holds on the device, and of what a build holds on the host and on disk.
 
 Weights are counted exactly, from the geometry. The rest follows from constants that were measured on builds of true
-size (`benchmarks/true_size.py`); each stands below with what it is.
+size (`benchmarks/compile.py --builds`); each stands below with what it is.
 """
 
 from __future__ import annotations
@@ -17,24 +17,32 @@ from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
 
-CODE_BYTES = 500_000
-"""Of an engine besides weights, and again for each layer, as far as it depends on nothing else: kernels and plan."""
-LAYER_CODE_BYTES = 260_000
+CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
+"""Of an engine besides its weights: kernels and plan."""
+TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
+"""The same of a tower, and for each of its layers."""
 PROFILE_CODE_SHARE = 0.5
 """Each further profile has code of its own, about so much of the first one's."""
 
 BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.09, "fp8": 1.08, "fp8-w8a16": 1.08, "int4": 2.22, "nvfp4": 1.15}
 """Anonymous memory of the builder for each byte of weights, with merged projections and mapped weights."""
-BUILDER_BYTES = 350 << 20
+CODEC_BUILDER_SHARE = 1.8
+"""The same where the weights are of convolutions."""
+BUILDER_BYTES = 430_000_000
 """Of the builder besides."""
-COMPILER_BYTES = 900 << 20
-"""Anonymous memory of the process that captures, lowers and waits."""
-COMPILER_LAYER_BYTES = 8 << 20
+COMPILER_BYTES, COMPILER_LAYER_BYTES = 450_000_000, 4_000_000
+"""Anonymous memory of the process that captures, lowers and waits, and for each layer."""
+
+STREAM_WIDTHS = {True: 2.65, False: 4.5}
+"""How many values of the model's width a row has at the widest point of a layer besides those of its MLP; with a gate
+and without."""
+LOOP_SHARE = 1.16
+"""Activations of a loop on the device beside those of its body: it is unrolled a little."""
 
 CODEC_ACTIVATIONS: Mapping[str, Mapping[str, int]] = {
     "vae-decoder": {"first": 248_000, "next": 1_409_500},
     "vae-encoder": {"first": 150_000, "next": 752_700},
-    "sound-decoder": {"": 4_600_000},
+    "sound-decoder": {"": 4_956_160},
 }
 """Device bytes for each latent row and column of a frame (for sound, each latent), by graph of the codec."""
 _TIME_CONVOLUTIONS = {"vae-decoder": 10_300_000, "vae-encoder": 900_000}
@@ -69,17 +77,20 @@ def components(subject: Subject, workloads: Sequence[Workload], chosen: Precisio
         "conditioning": 0,
         "generator": branches * max(w.most_rows for w in workloads),
     }
+    keys = {"reasoner": 0, "conditioning": 0, "generator": rows["generator"] + branches * rows["reasoner"]}
     found = []
     for name, mix in mixes.items():
         if name not in graphs:
             continue
-        layers = 0 if name == "conditioning" else geometry.num_hidden_layers
         weights = stored_bytes(graphs[name], mix)
-        code = (CODE_BYTES + layers * LAYER_CODE_BYTES) * (1 + PROFILE_CODE_SHARE * (profiles - 1))
+        code = CODE_BYTES.get(name, TOWER_CODE_BYTES + geometry.num_hidden_layers * LAYER_CODE_BYTES)
+        code = int(code * (1 + PROFILE_CODE_SHARE * (profiles - 1)))
         parameters = sum(tensor.elements for tensor in graphs[name])
-        activations = activation_bytes(geometry, rows[name])
+        activations = activation_bytes(geometry, rows[name], keys[name]) if rows[name] else 0
+        if name == "generator" and branches > 1:
+            activations = int(activations * LOOP_SHARE)
         scheme, share = ("bf16", BUILDER_SHARE["bf16"]) if mix is None else (mix.label, _builder_share(mix))
-        found.append(Component(name, parameters, weights, weights + int(code), activations, scheme, share))
+        found.append(Component(name, parameters, weights, weights + code, activations, scheme, share))
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
@@ -96,11 +107,13 @@ def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
     return int(linear * (16 if mix is None else mix.bits) / 8) + 2 * others
 
 
-def activation_bytes(geometry: Geometry, rows: int) -> int:
-    """Of a tower's engine at ``rows``: the widest point of a layer (gate, up and their product, or up and its square)
-    with the stream and what is added to it, in bf16. Layers reuse it."""
-    inner = (3 if geometry.gated else 2) * geometry.intermediate_size
-    return 2 * rows * (inner + 2 * geometry.hidden_size)
+def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
+    """Of a tower's engine at ``rows``, in bf16: the widest point of a layer, which all layers share, is its MLP – gate,
+    up and their product, or up alone – with what the stream still needs. ``keys``: rows of keys and values that are
+    joined for attention."""
+    inner = (3 if geometry.gated else 1) * geometry.intermediate_size
+    width = inner + STREAM_WIDTHS[geometry.gated] * geometry.hidden_size
+    return int(2 * rows * width) + 2 * 2 * geometry.key_value_width * keys
 
 
 def cache_bytes(subject: Subject, workload: Workload, guided: bool) -> int:
@@ -129,9 +142,9 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[C
         if graph == "first":
             share = subject.codecs[name] / (555_060_892 if name == "vae-decoder" else 149_639_440)
             parameters -= int(_TIME_CONVOLUTIONS[name] * share)
-        engine = 2 * parameters + CODE_BYTES + 3_000_000
+        engine = 2 * parameters + CODE_BYTES["codec"]
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
-        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", BUILDER_SHARE["bf16"]))
+        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", CODEC_BUILDER_SHARE))
     return result
 
 
@@ -220,6 +233,11 @@ HASH_BYTES_PER_S = (400e6, 1500e6)
 CAPTURE_S_PER_LAYER = (2.6, 1.1)
 CODEC_S = (40.0, 15.0)
 """Slow and fast: builder with its writing, weights, hashing, capture with passes, and the capture of one codec."""
+
+
+def typical(rates: tuple[float, float]) -> float:
+    """Between the slow and the fast one, as far from either."""
+    return float((rates[0] * rates[1]) ** 0.5)
 
 
 def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool) -> Host:

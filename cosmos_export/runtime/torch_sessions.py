@@ -223,16 +223,28 @@ class TorchBackend:
         return {name: to_torch(a, executable.inputs[name]).to(self._device) for name, a in arrays.items()}
 
     def _weight(self, binding: Any) -> torch.Tensor:
-        from cosmos_export.targets.weights import read_source
-
         (source,) = binding.sources
         key = (source.file, source.offset)
-        if key not in self._weights or self._weights[key].shape != source.shape:
-            self._weights[key] = read_source(source).to(self._device)
+        if key not in self._weights:
+            self._weights[key] = _read(source).to(self._device)
         return self._weights[key]
 
     def close(self) -> None:
         self._weights.clear()
+
+
+def _read(source: Any) -> torch.Tensor:
+    """A weight on the host; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
+    from cosmos_export.ir.spec import INT4
+    from cosmos_export.targets.weights import read_source
+
+    if source.dtype is not INT4:
+        return read_source(source)
+    import torch
+
+    rows, columns = source.shape
+    mapped = np.memmap(source.file, np.uint8, "r", source.offset, (rows, columns // 2))
+    return torch.from_numpy(np.array(mapped))
 
 
 def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBackend:

@@ -56,7 +56,7 @@ def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5)
         options={"target": "rtx-pro-6000", "profiles": ("480p",), "resume": False, "limit": None},
         evaluation=(bundle.Verdict("split_towers", "velocity", "max_abs", 0.0, "pass", "fp32"),),
         plan_checks=(bundle.PlanCheck("generator", "attention is fused", "2 layers", "2 layers", True),),
-        volatile=bundle.Volatile(created, build_seconds, None, {"capture": 1.5}, {"split_towers": 0.0}),
+        volatile=bundle.Volatile(created, build_seconds, None, {"capture": 1.5}, {"split_towers": 0.0}, {}),
     )
 
 

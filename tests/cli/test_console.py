@@ -74,6 +74,25 @@ def test_an_empty_task() -> None:
     assert run_task(step_s=0.0, steps=0, total=0) == []
 
 
+def test_a_task_inside_another_is_named_by_its_lines() -> None:
+    stream, now = io.StringIO(), [0.0]
+    progress = console.RichProgress(Console(file=stream, width=200), clock=lambda: now[0])
+    progress.begin("build", 10)
+    for completed, task in enumerate(("capture", "weights", "engine"), start=1):
+        progress.begin(task, 4)
+        now[0] += 20
+        progress.update(task, 2)
+        progress.update("build", completed)
+        progress.end(task)
+    progress.end("build")
+    assert stream.getvalue().splitlines() == [
+        "build: 10 % (20 s, about 3 min left): capture",
+        "build: 20 % (40 s, about 3 min left): weights",
+        "build: 30 % (60 s, about 2 min left): engine",
+        "build: done in 60 s",
+    ]
+
+
 def test_bars_on_a_terminal() -> None:
     stream = io.StringIO()
     progress = console.RichProgress(Console(file=stream, force_terminal=True, width=100))

@@ -1,15 +1,22 @@
-"""Where kernels run in these tests: on the GPU if there is one, else in Triton's interpreter."""
+"""Kernels run on the GPU if there is one, else in Triton's interpreter with the device's rounding."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton (kernels extra)")
 
-from interpreter_types import DEVICE, round_as_the_device_does
+from kernel_device import DEVICE
+
+from cosmos_export.kernels.interpret import device_rounding
 
 
 @pytest.fixture(autouse=True)
-def device_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    if DEVICE == "cpu":
-        round_as_the_device_does(monkeypatch)
+def rounding() -> Iterator[None]:
+    if DEVICE != "cpu":
+        yield
+        return
+    with device_rounding():
+        yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter_types import DEVICE
+from kernel_device import DEVICE
 
 from cosmos_export.ir import ops
 from cosmos_export.kernels.joint_attention import joint_attention, reference

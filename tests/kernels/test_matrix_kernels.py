@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from interpreter_types import DEVICE
+from kernel_device import DEVICE
 
 from cosmos_export.kernels import gemm_w4a16 as w4
 from cosmos_export.kernels import gemm_w8a8 as w8

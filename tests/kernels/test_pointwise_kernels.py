@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from interpreter_types import DEVICE
+from kernel_device import DEVICE
 
 from cosmos_export.ir import ops
 from cosmos_export.kernels import activation_quantize as act

@@ -1,4 +1,4 @@
-"""Where kernels run in these tests, and Triton's interpreter with the device's rounding of bf16 and E4M3.
+"""Triton's interpreter with the device's rounding of bf16 and E4M3.
 
 Triton 3.7's interpreter truncates where the device rounds to nearest even, converts integers to bf16 by their bits, and
 multiplies bf16 matrices as integers. The conversions here are those of ml_dtypes, numpy's form of these types.
@@ -6,28 +6,43 @@ multiplies bf16 matrices as integers. The conversions here are those of ml_dtype
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import pytest
-import torch
-import triton.language as tl
 from triton.runtime import interpreter
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_SPECIAL = {"bf16": np.dtype(ml_dtypes.bfloat16), "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn)}
+
+
+@contextmanager
+def device_rounding() -> Iterator[None]:
+    """Kernels that are interpreted within round as on a device."""
+    builder = interpreter.InterpreterBuilder
+    own = {"cast_impl": _cast, "create_fp_to_fp": _cast, "create_dot": _dot}
+    before = {name: getattr(builder, name) for name in own}
+    for name, function in own.items():
+        setattr(builder, name, function)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(builder, name, function)
 
 
 def _numpy_type(dtype: Any) -> np.dtype[Any]:
-    special = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn}
-    name = str(dtype.scalar)
-    return np.dtype(special[name]) if name in special else np.dtype(interpreter._get_np_dtype(dtype.scalar))
+    known = _SPECIAL.get(str(dtype.scalar))
+    plain: np.dtype[Any] = np.dtype(interpreter._get_np_dtype(dtype.scalar))
+    return plain if known is None else known
 
 
 def _typed(handle: Any) -> np.ndarray[Any, Any]:
     """The data of a value in its own type."""
     own = _numpy_type(handle.dtype)
-    return handle.data if handle.data.dtype == own else handle.data.view(own)
+    data: np.ndarray[Any, Any] = handle.data
+    return data if data.dtype == own else data.view(own)
 
 
 def _cast(builder: Any, source: Any, target: Any, *_: Any) -> Any:
@@ -39,10 +54,3 @@ def _cast(builder: Any, source: Any, target: Any, *_: Any) -> Any:
 def _dot(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     left, right = (_typed(x).astype(np.float32) for x in (a, b))
     return interpreter.TensorHandle(left @ right + d.data, d.dtype.scalar)
-
-
-def round_as_the_device_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tl.bfloat16.primitive_bitwidth == 16
-    for name in ("cast_impl", "create_fp_to_fp"):
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, _cast)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot)

@@ -1,0 +1,165 @@
+"""Every check and benchmark that needs a GPU, in one call of under ten minutes.
+
+    python benchmarks/geometry.py -o build/geometry                             # anywhere, with diffusers: once
+    python benchmarks/gpu_all.py --graphs build/geometry -o benchmarks/results  # on the GPU
+    python benchmarks/gpu_all.py --graphs DIR --dry-run -o OUT                  # anywhere: all but the device
+
+Stages, in order of what they are worth: the machine and its ceilings; every kernel against its reference, then timed;
+the graphs on the device against the interpreter; the geometry's workloads in bf16, FP8 and FP8 attention. A stage that
+would not end within the budget is left out and said to be. Each writes its own JSON as soon as it is done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if "--dry-run" in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu import device_for, machine
+
+import kernels
+from cosmos_export.bench.geometry import GUIDED, dims_of, random_inputs, random_weights, read_graphs
+from cosmos_export.bench.measure import GeometryRequest, measure_geometry
+from cosmos_export.bench.result import write
+from cosmos_export.ir.interpreter import run_graph
+from cosmos_export.kernels.interpret import device_rounding
+from cosmos_export.plan import parse_workload
+from cosmos_export.progress import Silent
+from cosmos_export.targets.inductor import Executable, Settings
+
+WORKLOADS = [
+    ("t2v-480p-189f", "vision", 60), ("policy-droid", "action", 25), ("t2i-720p", "vision", 25),
+    ("t2v-720p-189f", "vision", 120),
+]  # fmt: skip
+"""(workload, folder of graphs, seconds it takes at most on an H100)."""
+RECIPES = ("fp8-attention", "fp8", "bf16")
+LIMITS = {"fp32": 1e-4, "bf16": 3e-2}
+"""Relative error of a graph on the device against the interpreter in fp32 on the same (rounded) weights."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run."""
+
+    name: str
+    needs_s: float
+    run: Callable[[], dict[str, Any]]
+
+
+def graph_check(folder: Path, device: torch.device, *, attention: str, compiled: bool) -> dict[str, Any]:
+    """One guided step of the tiny geometry in ``folder`` on the device, against the interpreter in fp32."""
+    graph = read_graphs(folder).graphs[GUIDED]
+    cpu = torch.device("cpu")
+    weights = random_weights(graph, cpu)
+    inputs = random_inputs(graph, dims_of(parse_workload("t2v-480p-189f"), tiny=True), cpu)
+    by_key = {node.meta["weight"].keys[0]: weights[name] for name, node in graph.weights.items()}
+    wide = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in inputs.items()}
+    wanted = run_graph(graph, wide, lambda b: by_key[b.keys[0]], compute=torch.float32)
+    on_device = {name: t.to(device) for name, t in weights.items()}
+    executable = Executable(graph, on_device, device, Settings(attention=attention, compiled=compiled))
+    found = executable({name: t.to(device) for name, t in inputs.items()})
+    errors = {}
+    for name, value in wanted.items():
+        norm = float(value.double().norm()) or 1.0
+        errors[name] = float((found[name].cpu().double() - value.double()).norm()) / norm
+    worst = max(errors.values())
+    return {"attention": attention, "compiled": compiled, "worst": worst, "right": worst <= LIMITS["bf16"]}
+
+
+def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stage]:
+    dry = arguments.dry_run
+    shapes = ["tiny"] if dry else ["480p", "policy"]
+
+    def kernel_stage() -> dict[str, Any]:
+        with device_rounding() if dry else nullcontext():
+            return kernels.run(shapes, device, dry_run=dry, sweep=arguments.sweep, runs=1 if dry else 10)
+
+    yield Stage("kernels", 240 if arguments.sweep else 120, kernel_stage)
+    tiny = arguments.graphs / "tiny-vision"
+
+    def graph_stage() -> dict[str, Any]:
+        checks = []
+        for attention in ("sdpa", "triton"):
+            with device_rounding() if dry else nullcontext():
+                checks.append(graph_check(tiny, device, attention=attention, compiled=not dry))
+            print(f"graph on the device, {attention}: {checks[-1]}", flush=True)
+        return {"checks": checks}
+
+    if tiny.is_dir():
+        yield Stage("graphs", 60, graph_stage)
+    for workload, kind, needs_s in WORKLOADS[:2] if dry else WORKLOADS:
+        for recipe in RECIPES[1:] if dry else RECIPES:
+            folder = arguments.graphs / (f"tiny-{kind}" if dry else f"{arguments.size}-{kind}")
+            asked = GeometryRequest(
+                arguments.size, workload, recipe, str(device), runs=1 if dry else 5, graphs=folder,
+                compiled=not dry, dry_run=dry,
+            )  # fmt: skip
+            yield Stage(f"bench-{workload}-{recipe}", needs_s, lambda asked=asked: _bench(asked))
+
+
+def _bench(asked: GeometryRequest) -> dict[str, Any]:
+    found = measure_geometry(asked, Silent(), f"python benchmarks/gpu_all.py {' '.join(sys.argv[1:])}")
+    forward = f"{1e3 * found.forward_s:.1f} ms a forward" if found.forward_s is not None else "no forward"
+    print(f"{asked.workload} {asked.recipe}: {found.request_s:.2f} s a request, {forward}", flush=True)
+    document = found.document()
+    for cell in [] if asked.dry_run else document["published"]:
+        share, what = found.request_s / cell["seconds"], f"{cell['engine']} {cell['recipe']} {cell['seconds']:g} s"
+        print(f"    {share:.2f} of {what}, step cache: {cell['step_cache']}")
+    return document
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", type=Path, required=True, help="what benchmarks/geometry.py wrote")
+    parser.add_argument("--size", default="nano", choices=["nano", "super", "edge"])
+    parser.add_argument("--sweep", action="store_true", help="also every candidate tile")
+    parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    started, device = time.monotonic(), device_for(arguments.dry_run)
+    card = "dry-run" if arguments.dry_run else torch.cuda.get_device_name(device).split()[1].lower()
+    summary: dict[str, Any] = {"benchmark": "gpu-all", "dry_run": arguments.dry_run, "machine": machine(), "stages": {}}
+    failed = False
+    for stage in stages(arguments, device):
+        left = arguments.budget - (time.monotonic() - started)
+        if left < stage.needs_s and not arguments.dry_run:
+            summary["stages"][stage.name] = {"left_out": f"{left:.0f} s left, it needs {stage.needs_s:.0f}"}
+            print(f"{stage.name}: left out, {left:.0f} s left", flush=True)
+            continue
+        begun = time.monotonic()
+        try:
+            document = stage.run()
+        except Exception as error:  # one stage that fails must not cost the others
+            failed = True
+            said = (str(error).splitlines() or [""])[0][:300]
+            summary["stages"][stage.name] = {"failed": f"{type(error).__name__}: {said}"}
+            print(f"{stage.name}: failed: {type(error).__name__}: {said}", flush=True)
+            continue
+        write(document, arguments.output / f"{stage.name}-{card}.json")
+        rows = [row for shape in document.get("shapes", {}).values() for row in shape] + document.get("checks", [])
+        wrong = [row for row in rows if not row.get("right", True) or "failed" in row]
+        failed |= bool(wrong)
+        summary["stages"][stage.name] = {"seconds": round(time.monotonic() - begun, 1), "wrong": len(wrong)}
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    (arguments.output / f"gpu-all-{card}.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for name, state in summary["stages"].items():
+        print(f"{name}: {state}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Measuring: a bundle, or a published geometry with random weights, on whatever device there is."""

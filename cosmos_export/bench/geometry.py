@@ -1,0 +1,175 @@
+"""A published geometry with random weights: the graphs that a build would make, without a checkpoint.
+
+Speed does not depend on the values of weights, so this says how fast, and nothing of how well. The graphs are captured
+where diffusers is, and can be carried to a machine that has a GPU and torch alone (`write_graphs`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cosmos_export.build.loop import close_loop
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.layout import expected_tensors
+from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.diagnostics import UserError
+from cosmos_export.ir.dims import bind, evaluate
+from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.serialize import graph_document, read_graph
+from cosmos_export.ir.spec import TensorSpec, WeightSource
+from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
+from cosmos_export.plan import Workload
+from cosmos_export.sampling import Schedule
+
+DEVIATION = 0.02
+"""Of random weights; zeros would let a card clock higher than it does at work."""
+TINY: Mapping[str, Any] = {
+    "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "latent_channel": 16, "patch_latent_dim": 64,
+    "rope_axes_dim": (6, 5, 5),
+}  # fmt: skip
+"""What a dry run changes of a geometry: everything that takes time."""
+GUIDED, PLAIN = "step-guided", "step-plain"
+"""Bodies of the loop: both branches in one run, and one branch."""
+
+
+@dataclass(frozen=True)
+class GeometryGraphs:
+    """The graphs of a request: what runs once a prompt, once a request, and once a step."""
+
+    graphs: Mapping[str, Graph]
+    """``reasoner``, ``conditioning`` where the model has actions, and the bodies `GUIDED` and `PLAIN`."""
+
+
+def modalities_of(workload: Workload, geometry: Geometry) -> tuple[str, ...]:
+    """What of the model a workload uses; a build for it takes no more."""
+    found = ["vision"]
+    if geometry.sound_gen and workload.dim("sound_len"):
+        found.append("sound")
+    if geometry.action_gen and workload.dim("action_len"):
+        found.append("action")
+    return tuple(found)
+
+
+def capture_graphs(
+    geometry: Geometry, modalities: tuple[str, ...], schedule: Schedule, *, tiny: bool
+) -> GeometryGraphs:
+    """Capture ``geometry`` and close its loop for ``schedule``, without any weight."""
+    from dataclasses import replace
+
+    from cosmos_export.capture.model import capture
+    from cosmos_export.passes.pipeline import default_passes, run_passes
+
+    if tiny:
+        small = {name: value for name, value in TINY.items() if hasattr(geometry, name)}
+        geometry = replace(geometry, **small)
+    sources = {
+        name: WeightSource(name, Path("absent.safetensors"), 0, torch.bfloat16, tuple(int(n) for n in tensor.shape))
+        for name, tensor in expected_tensors(geometry).items()
+    }
+    program = capture(geometry.config, sources, modalities=modalities)
+    run_passes(program, default_passes())
+    graphs = {name: graph for name, graph in program.graphs.items() if name not in ("schedule", program.loop.body)}
+    for closed in close_loop(program, schedule).values():
+        body = closed.graphs[closed.loop.body]
+        guided = any(name.startswith("negative_") for name in body.inputs)
+        graphs.setdefault(GUIDED if guided else PLAIN, body)
+    return GeometryGraphs(graphs)
+
+
+def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
+    """A document a graph, weights as shapes alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, graph in found.graphs.items():
+        document = graph_document(graph, "random.weights", lambda binding: (0, _bytes(binding.shape, binding.dtype)))
+        path = folder / f"{name}.json"
+        path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
+        paths.append(path)
+    return paths
+
+
+def read_graphs(folder: Path) -> GeometryGraphs:
+    """What `write_graphs` wrote; UserError CX671 where there is nothing."""
+    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    if not paths:
+        raise UserError("CX671", f"{folder} has no graphs", "write them with `python benchmarks/geometry.py -o DIR`")
+    return GeometryGraphs({path.stem: read_graph(read_object(path), folder) for path in paths})
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    size = dtype.itemsize
+    for n in shape:
+        size *= n
+    return size
+
+
+def dims_of(workload: Workload, *, tiny: bool) -> dict[str, int]:
+    """Values of the dims at the workload's optimum."""
+    dims = {name: workload.dim(name) for name in workload.profile.dims}
+    dims |= {"und_len": workload.prompt_tokens, NEGATIVE_LEN: workload.negative_tokens}
+    if tiny:
+        small = {"frames": 3, "height": 6, "width": 8, "und_len": 9, NEGATIVE_LEN: 7, "sound_len": 4, "action_len": 3}
+        dims = {name: min(value, small[name]) for name, value in dims.items()}
+    return dims
+
+
+def random_weights(graph: Graph, device: torch.device, narrow: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
+    """Values for every weight of ``graph``; those named ``narrow`` in E4M3. Norms are about one."""
+    generator = torch.Generator(device).manual_seed(0)
+    found = {}
+    for name, node in graph.weights.items():
+        spec = spec_of(node)
+        shape = tuple(int(n) for n in spec.shape)
+        if len(shape) == 1:
+            value = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
+        else:
+            value = DEVIATION * torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+        found[name] = value.to(torch.float8_e4m3fn if name in narrow else spec.dtype)
+        del value
+    return found
+
+
+def linear_weights(graph: Graph, least: int = 64) -> frozenset[str]:
+    """Names of the weights of ``graph`` that W8A8 takes: read by a linear over rows, both sides multiples of 16."""
+    from cosmos_export.ir.ops import aten
+
+    found = set()
+    for node in graph.calls(aten.linear.default):
+        weight = node.args[1]
+        outputs, depth = (int(n) for n in spec_of(weight).shape)
+        rows = spec_of(node.args[0]).shape[0]
+        wide = spec_of(weight).dtype == torch.bfloat16 and not isinstance(rows, int)
+        if wide and outputs % 16 == 0 and depth % 16 == 0 and min(outputs, depth) >= least and "weight" in weight.meta:
+            found.add(weight.name)
+    return frozenset(found)
+
+
+def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:
+    """Values for every input of ``graph`` at the sizes ``dims``: token ids, masks of ones, the rest noise."""
+    generator = torch.Generator(device).manual_seed(1)
+    known = dict(dims)
+    found = {}
+    for name, node in graph.inputs.items():
+        spec: TensorSpec = spec_of(node)
+        shape = [evaluate(size, known) for size in spec.shape]
+        if spec.dtype == torch.int64:
+            found[name] = torch.zeros(shape, dtype=spec.dtype, device=device)
+        elif name.endswith(("_mask", "_columns")):
+            found[name] = torch.ones(shape, dtype=spec.dtype, device=device)
+        else:
+            found[name] = torch.randn(shape, generator=generator, device=device).to(spec.dtype)
+    bind((name, spec_of(node).shape, tuple(found[name].shape)) for name, node in graph.inputs.items())
+    return found
+
+
+__all__ = [
+    "GUIDED", "PLAIN", "GeometryGraphs", "capture_graphs", "dims_of", "linear_weights", "modalities_of",
+    "random_inputs", "random_weights", "read_graphs", "write_graphs",
+]  # fmt: skip

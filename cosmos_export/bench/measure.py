@@ -1,0 +1,296 @@
+"""Measurements of a geometry's graphs and of a bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos_export.bench.result import Component, Measurement, machine
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan import Workload, parse_workload, published_subject
+from cosmos_export.progress import Progress
+from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
+
+if TYPE_CHECKING:
+    import torch
+
+RECIPES = ("bf16", "fp8", "fp8-attention")
+"""Of a geometry: ``fp8`` has W8A8 linears in the generator; ``fp8-attention`` FP8 attention as well."""
+FEWEST_RUNS = 5
+_DROID = Overrides(grid="flow", steps=4, shift=5.0, guidance=3.0)
+"""The published sampling of the DROID policies; no size has it of itself."""
+
+
+@dataclass(frozen=True)
+class GeometryRequest:
+    """What `bench --geometry` is asked for."""
+
+    size: str
+    workload: str
+    recipe: str = "bf16"
+    device: str = "cuda"
+    runs: int = FEWEST_RUNS
+    warm_up: int = 1
+    overrides: Overrides = field(default_factory=Overrides)
+    graphs: Path | None = None
+    """Graphs that were captured elsewhere; None: captured here."""
+    attention: str | None = None
+    """Implementation of attention; None: the recipe's."""
+    compiled: bool = True
+    dry_run: bool = False
+
+
+def check_runs(runs: int, warm_up: int, dry_run: bool) -> None:
+    """UserError CX672 for too few runs to say anything of."""
+    if runs < (1 if dry_run else FEWEST_RUNS) or warm_up < 0:
+        raise UserError("CX672", f"{runs} runs after {warm_up}, allowed from {FEWEST_RUNS}", "a median needs some")
+
+
+def geometry_schedule(request: GeometryRequest) -> tuple[Workload, Schedule]:
+    """The workload and its schedule: that of the published table unless overridden."""
+    from cosmos_export.bench.published import document
+
+    workload = parse_workload(request.workload)
+    given = request.overrides
+    if request.workload == "policy-droid" and given == Overrides():
+        given = _DROID
+    for entry in document()["workloads"].values():
+        if entry["workload"] == request.workload and given == Overrides():
+            own = dict(entry["overrides"])
+            interval = own.get("guidance_interval")
+            own["guidance_interval"] = tuple(interval) if interval else None
+            given = Overrides(**own)
+            break
+    return workload, resolve_schedule(published_subject(request.size).sampling, workload.mode, given)
+
+
+def measure_geometry(request: GeometryRequest, progress: Progress, command: str = "") -> Measurement:
+    """Every graph of one request of the geometry, with random weights; the request follows by its number of steps.
+
+    UserError for what cannot be asked for; UnsupportedError CX505 where the device is not there.
+    """
+    from cosmos_export.bench import geometry as geometries
+
+    check_runs(request.runs, request.warm_up, request.dry_run)
+    if request.recipe not in RECIPES:
+        raise UserError("CX672", f"recipe `{request.recipe}` is none of {', '.join(RECIPES)}")
+    subject = published_subject(request.size)
+    workload, schedule = geometry_schedule(request)
+    device = _device(request.device)
+    modalities = geometries.modalities_of(workload, subject.geometry)
+    progress.begin("graphs")
+    if request.graphs is not None:
+        found = geometries.read_graphs(request.graphs)
+    else:
+        found = geometries.capture_graphs(subject.geometry, modalities, schedule, tiny=request.dry_run)
+    progress.end("graphs")
+    dims = geometries.dims_of(workload, tiny=request.dry_run)
+    guided = sum(schedule.guided)
+    plain = schedule.steps - guided
+    calls = {geometries.GUIDED: guided, geometries.PLAIN: plain, "conditioning": 1}
+    components: list[Component] = []
+    progress.begin("measure", len(found.graphs))
+    for number, (name, graph) in enumerate(found.graphs.items()):
+        lengths = {"reasoner": dims["und_len"], "reasoner-negative": dims["negative_und_len"]}
+        if name != "reasoner":
+            lengths = {name: dims["und_len"]}
+        elif not guided:
+            lengths.pop("reasoner-negative")
+        run = _Graph(name, graph, device, request)
+        for label, length in lengths.items():
+            count = calls.get(label, 1)
+            if count:
+                samples = run.samples({**dims, "und_len": length})
+                components.append(Component(label, tuple(samples), count))
+        run.close()
+        progress.update("measure", number + 1)
+    progress.end("measure")
+    size = "tiny" if request.dry_run else request.size
+    return Measurement(
+        subject=f"geometry:{size}, random weights",
+        model=request.size,
+        workload=request.workload,
+        recipe=request.recipe,
+        backend="inductor",
+        device=str(device),
+        card=_card(device),
+        components=tuple(components),
+        steps=schedule.steps,
+        forwards=2 * guided + plain,
+        extrapolated=f"one step of each kind measured, times {guided} guided and {plain} others",
+        covers="reasoner, conditioning and every step; no codec",
+        dry_run=request.dry_run,
+        memory_bytes=_peak_bytes(device),
+        machine=machine(),
+        command=command,
+    )
+
+
+class _Graph:
+    """A graph with random weights on a device."""
+
+    def __init__(self, name: str, graph: Any, device: torch.device, request: GeometryRequest) -> None:
+        from cosmos_export.bench import geometry as geometries
+        from cosmos_export.targets.inductor import Executable, Settings
+
+        step = name in (geometries.GUIDED, geometries.PLAIN)
+        narrow = geometries.linear_weights(graph) if step and request.recipe != "bf16" else frozenset()
+        kind = request.attention or ("triton-fp8" if step and request.recipe == "fp8-attention" else "sdpa")
+        settings = Settings(attention=kind, compiled=request.compiled, narrow=narrow)
+        weights = geometries.random_weights(graph, device, narrow)
+        self._executable = Executable(graph, weights, device, settings)
+        self._graph, self._device, self._request = graph, device, request
+
+    def samples(self, dims: Mapping[str, int]) -> list[float]:
+        from cosmos_export.bench import geometry as geometries
+
+        inputs = geometries.random_inputs(self._graph, dims, self._device)
+        tokens = {name: object() for name in inputs}
+        return timed(lambda: self._executable(inputs, tokens), self._device, self._request.runs, self._request.warm_up)
+
+    def close(self) -> None:
+        import torch
+
+        del self._executable
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def timed(function: Callable[[], Any], device: torch.device, runs: int, warm_up: int) -> list[float]:
+    """Seconds of each of ``runs`` calls, each to its end on the device; the first call, which compiles, is no run."""
+    import torch
+
+    found = []
+    for number in range(1 + warm_up + runs):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number > warm_up:
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError("CX505", f"no CUDA device that PyTorch {torch.__version__} can use", "`--device cpu`")
+    return device
+
+
+def _card(device: torch.device) -> str | None:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+# -- a bundle ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BundleRequest:
+    """What `bench BUNDLE` is asked for."""
+
+    bundle: Path
+    profile: str | None = None
+    """One of the bundle's profiles, at its optimum; None: the first."""
+    prompt_tokens: tuple[int, int] | None = None
+    """Of the prompt and the negative prompt; None: those of the profile's optimum."""
+    backend: str | None = None
+    device: str | None = None
+    runs: int = FEWEST_RUNS
+    warm_up: int = 1
+    dry_run: bool = False
+
+
+def measure_bundle(request: BundleRequest, progress: Progress, command: str = "") -> Measurement:
+    """Whole requests through a bundle: each stage of each, decoding included; every run encodes its prompts again."""
+    import numpy as np
+
+    from cosmos_export.runtime import Generator, load_bundle
+
+    check_runs(request.runs, request.warm_up, request.dry_run)
+    loaded = load_bundle(request.bundle, backend=request.backend, device=request.device, progress=progress)
+    manifest = loaded.manifest
+    profiles = {profile.name: profile for profile in manifest.profiles}
+    chosen = request.profile or next(iter(profiles))
+    if chosen not in profiles:
+        raise UserError("CX672", f"profile `{chosen}` is none of {', '.join(profiles)}")
+    dims = {name: span.opt for name, span in profiles[chosen].dims.items()}
+    positive, negative = request.prompt_tokens or (dims["und_len"], dims["und_len"])
+    values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
+    schedule = Schedule(**values)  # type: ignore[arg-type]
+    ids = np.arange(positive, dtype=np.int64) % 100
+    negative_ids = np.arange(negative, dtype=np.int64) % 100 if any(schedule.guided) else None
+    mode = "t2i" if dims["frames"] == 1 else "t2v"
+    generator = Generator(loaded)
+    samples: dict[str, list[float]] = {}
+    progress.begin("measure", request.warm_up + request.runs)
+    try:
+        for number in range(request.warm_up + request.runs):
+            asked = _request(mode, ids + number % 3, negative_ids, schedule, dims, number)
+            result = generator.generate(asked)
+            start = time.perf_counter()
+            if "vae-decoder" in manifest.streams or "video" in manifest.streams or manifest.streams:
+                for _ in result.video():
+                    pass
+            decode = time.perf_counter() - start
+            if number >= request.warm_up:
+                for name, seconds in {**result.timings, "decode": decode}.items():
+                    samples.setdefault(name, []).append(seconds)
+            progress.update("measure", number + 1)
+    finally:
+        progress.end("measure")
+        generator.close()
+    guided = sum(schedule.guided)
+    full = {name: values for name, values in samples.items() if len(values) == request.runs}
+    model = manifest.model.variant
+    return Measurement(
+        subject=str(request.bundle),
+        model=model,
+        workload=f"{mode}-{chosen}",
+        recipe=manifest.recipe,
+        backend=loaded.backend.name,
+        device=loaded.backend.device,
+        card=_card_of(loaded.backend.device),
+        components=tuple(Component(name, tuple(values)) for name, values in full.items()),
+        steps=schedule.steps,
+        forwards=schedule.steps + guided,
+        extrapolated="",
+        covers="the whole request, from token ids to frames" if manifest.streams else "the request without codecs",
+        dry_run=request.dry_run,
+        machine=machine(),
+        command=command,
+    )
+
+
+def _request(mode: Any, ids: Any, negative: Any, schedule: Schedule, dims: Mapping[str, int], seed: int) -> Any:
+    from cosmos_export.runtime.request import Request
+
+    frames = 4 * (dims["frames"] - 1) + 1
+    return Request(mode, ids, negative, schedule, frames, dims["height"], dims["width"], 24.0, seed=seed)
+
+
+def _card_of(device: str) -> str | None:
+    from cosmos_export.targets.gpu import gpus
+
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return None
+    return next((gpu.name for gpu in gpus() if gpu.index == int(index or 0)), None)
+
+
+__all__ = ["BundleRequest", "GeometryRequest", "measure_bundle", "measure_geometry", "timed"]

@@ -1,0 +1,167 @@
+"""What a measurement is: samples by component, what follows from them, and how two are compared. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cosmos_export.bench.published import published_cells, target_of
+from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.diagnostics import UserError
+from cosmos_export.targets.gpu import gpus
+
+SCHEMA = 1
+_PACKAGES = (
+    "cosmos-export", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13",
+    "nvidia-cudnn-frontend", "diffusers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a request: seconds of each measured call, and how often a request has it."""
+
+    name: str
+    samples_s: tuple[float, ...]
+    calls: int = 1
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.samples_s)
+
+    def percentile_s(self, share: float) -> float:
+        """The sample that ``share`` of all do not exceed."""
+        ordered = sorted(self.samples_s)
+        return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+    @property
+    def total_s(self) -> float:
+        return self.calls * self.median_s
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A workload on a device."""
+
+    subject: str
+    """Path of a bundle, or ``geometry:nano``: random weights of the true size."""
+    model: str
+    """``nano``, ``super``, ``edge``, or another model's name."""
+    workload: str
+    recipe: str
+    backend: str
+    device: str
+    card: str | None
+    components: tuple[Component, ...]
+    steps: int
+    forwards: int
+    """Runs of the generator in a request: one a step and branch."""
+    extrapolated: str
+    """How the request follows from fewer measured steps; empty where it was measured whole."""
+    covers: str
+    """What of a request is in the sum."""
+    dry_run: bool = False
+    memory_bytes: int | None = None
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+
+    @property
+    def request_s(self) -> float:
+        """Seconds of a request: the sum of its components, each at its median."""
+        return sum(component.total_s for component in self.components)
+
+    @property
+    def forward_s(self) -> float | None:
+        """Seconds of one run of the generator; None where nothing of it was measured."""
+        steps = [c for c in self.components if c.name.startswith(("step", "denoise"))]
+        return sum(c.total_s for c in steps) / self.forwards if steps and self.forwards else None
+
+    def document(self) -> dict[str, Any]:
+        """The measurement as it is written."""
+        gpu = target_of(self.card or "")
+        cells = [dataclasses.asdict(c) for c in published_cells(self.model, self.workload, gpu)]
+        return {
+            "benchmark": "bench", "schema": SCHEMA, "dry_run": self.dry_run, "command": self.command,
+            "subject": self.subject, "model": self.model, "workload": self.workload, "recipe": self.recipe,
+            "backend": self.backend, "device": self.device, "card": self.card, "steps": self.steps,
+            "forwards": self.forwards, "extrapolated": self.extrapolated, "covers": self.covers,
+            "request_s": self.request_s, "forward_s": self.forward_s, "memory_bytes": self.memory_bytes,
+            "components": [
+                {
+                    "name": c.name, "calls": c.calls, "median_s": c.median_s, "p5_s": c.percentile_s(0.05),
+                    "p95_s": c.percentile_s(0.95), "samples_s": list(c.samples_s),
+                }
+                for c in self.components
+            ],
+            "published": cells, "machine": dict(self.machine),
+        }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Cores, cards with their clocks and power as they are now, and versions."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    cards = [dataclasses.asdict(gpu) for gpu in gpus()]
+    return {"cores": os.cpu_count(), "processor": platform.machine(), "gpus": cards, "versions": versions}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One quantity in two measurements."""
+
+    name: str
+    before_s: float
+    after_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Time of the second over time of the first."""
+        return self.after_s / self.before_s
+
+
+def read_measurement(path: Path) -> dict[str, Any]:
+    """A written measurement; UserError CX670 for a file that is none."""
+    data = read_object(path)
+    if data.get("benchmark") != "bench" or data.get("schema") != SCHEMA or not isinstance(data.get("components"), list):
+        raise UserError("CX670", f"{path} is no measurement of `bench`", "write one with `bench … -o FILE.json`")
+    return data
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Ratio], list[str]]:
+    """Ratios of the request, a forward and every component both have; and what makes the two unlike."""
+    unlike = [
+        f"{key}: {before.get(key)} and {after.get(key)}"
+        for key in ("model", "workload", "recipe", "backend", "card", "dry_run", "covers")
+        if before.get(key) != after.get(key)
+    ]
+    pairs: list[tuple[str, Any, Any]] = [
+        (name, before.get(key), after.get(key)) for name, key in (("request", "request_s"), ("forward", "forward_s"))
+    ]
+    medians = [{c["name"]: c["median_s"] for c in one["components"]} for one in (before, after)]
+    pairs += [(name, value, medians[1].get(name)) for name, value in medians[0].items()]
+    ratios = [Ratio(name, a, b) for name, a, b in pairs if isinstance(a, float) and isinstance(b, float) and a > 0]
+    return ratios, unlike
+
+
+def regressions(ratios: Sequence[Ratio], allowed: float) -> list[Ratio]:
+    """Those of the request and the forward that are slower by more than the share ``allowed``."""
+    return [r for r in ratios if r.name in ("request", "forward") and r.ratio > 1 + allowed]
+
+
+def write(document: Mapping[str, Any], path: Path) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,154 @@
+"""``cosmos-export bench``: how fast a bundle or a published geometry is, beside the published times."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from cosmos_export.bench.result import Measurement
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb to ``app``."""
+
+    @app.command("bench")
+    def bench(
+        what: Annotated[
+            list[str] | None,
+            typer.Argument(help="A bundle; or `compare A.json B.json`; nothing with --geometry.", show_default=False),
+        ] = None,
+        geometry: Annotated[
+            str | None, typer.Option(help="nano, super or edge: random weights of the true size, no checkpoint.")
+        ] = None,
+        workload: Annotated[
+            str, typer.Option(help="Of a geometry: t2i-720p, t2v-480p-189f, policy-droid, … as `plan` has them.")
+        ] = "t2v-480p-189f",
+        recipe: Annotated[
+            str, typer.Option(help="Of a geometry: bf16, fp8 (W8A8 linears), or fp8-attention (these and attention).")
+        ] = "bf16",
+        profile: Annotated[
+            str | None, typer.Option(help="Of a bundle: one of its profiles; default: the first.")
+        ] = None,
+        prompt_tokens: Annotated[
+            str | None, typer.Option(help="N or N:NEGATIVE tokens of a bundle's prompts; default: the profile's.")
+        ] = None,
+        backend: Annotated[str | None, typer.Option(help="Of a bundle: another backend than it was built for.")] = None,
+        device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu.")] = None,
+        attention: Annotated[
+            str | None, typer.Option(help="Of a geometry: sdpa, triton or triton-fp8; default: the recipe's.")
+        ] = None,
+        graphs: Annotated[
+            Path | None, typer.Option(help="Graphs of the geometry, from benchmarks/geometry.py, captured elsewhere.")
+        ] = None,
+        eager: Annotated[
+            bool, typer.Option("--eager", help="Of a geometry: one operation after another, for comparison.")
+        ] = False,
+        runs: Annotated[int, typer.Option(help="Measured runs; a median is taken.")] = 5,
+        warm_up: Annotated[int, typer.Option(help="Runs before them, after the one that compiles.")] = 1,
+        max_regression: Annotated[float, typer.Option(help="compare: share by which B may be slower than A.")] = 0.05,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Of a geometry: everything but its size, on the CPU.")
+        ] = False,
+        output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the measurement as JSON.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    ) -> None:
+        """Measure requests: every component, the median and percentiles, what card and versions, published times."""
+        from cosmos_export.cli import console
+        from cosmos_export.diagnostics import UserError
+
+        arguments = what or []
+        if arguments[:1] == ["compare"]:
+            _compare(arguments[1:], max_regression, as_json)
+            return
+        if len(arguments) != (0 if geometry is not None else 1):
+            raise UserError("CX672", "bench takes one bundle, or --geometry, or `compare A B`", "give one of them")
+        from cosmos_export.bench.measure import BundleRequest, GeometryRequest, measure_bundle, measure_geometry
+        from cosmos_export.bench.result import write
+
+        command = " ".join(["cosmos-export", *sys.argv[1:]])
+        if geometry is not None:
+            asked = GeometryRequest(
+                geometry, workload, recipe, "cpu" if dry_run and device is None else device or "cuda", runs, warm_up,
+                graphs=graphs, attention=attention, compiled=not (eager or dry_run), dry_run=dry_run,
+            )  # fmt: skip
+            found = measure_geometry(asked, console.progress(), command)
+        else:
+            tokens = _tokens(prompt_tokens)
+            bundle = BundleRequest(Path(arguments[0]), profile, tokens, backend, device, runs, warm_up, dry_run)
+            found = measure_bundle(bundle, console.progress(), command)
+        document = found.document()
+        if output is not None:
+            write(document, output)
+        if as_json:
+            console.emit_json(document)
+        else:
+            _print(found, document)
+        forward = f", {found.forward_s:.4g} s a forward" if found.forward_s is not None else ""
+        extrapolated = f" ({found.extrapolated})" if found.extrapolated else ""
+        where = found.card or found.device
+        console.verdict(f"{found.workload} on {where}: {found.request_s:.4g} s{forward}{extrapolated}", True)
+
+
+def _tokens(text: str | None) -> tuple[int, int] | None:
+    from cosmos_export.diagnostics import UserError
+
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError("CX672", f"prompt tokens `{text}` are not N or N:NEGATIVE", "for example 1615:2863")
+    return int(parts[0]), int(parts[-1])
+
+
+def _print(found: Measurement, document: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from cosmos_export.cli import console
+
+    out = console.out()
+    table = Table("component", "calls", "median", "p5", "p95", "together", box=None, title_justify="left")
+    table.title = f"{found.subject}: {found.workload}, {found.recipe}, {found.backend} on {found.card or found.device}"
+    for c in found.components:
+        cells = (c.median_s, c.percentile_s(0.05), c.percentile_s(0.95), c.total_s)
+        table.add_row(c.name, str(c.calls), *(f"{1e3 * value:.2f} ms" for value in cells))
+    out.print(table)
+    out.print(f"\nrequest {found.request_s:.4g} s: {found.covers}; {found.forwards} forwards in {found.steps} steps")
+    if document["published"]:
+        table = Table("published by", "recipe", "card", "seconds", "ours over it", "covers", "step cache", box=None)
+        for cell in document["published"]:
+            share = "–" if found.dry_run else f"{found.request_s / cell['seconds']:.2f}"
+            row = (cell["engine"], cell["recipe"], cell["gpu"], f"{cell['seconds']:g}", share, cell["measures"])
+            table.add_row(*row, cell["step_cache"])
+        out.print(table)
+
+
+def _compare(paths: list[str], allowed: float, as_json: bool) -> None:
+    from rich.table import Table
+
+    from cosmos_export.bench.result import compare, read_measurement, regressions
+    from cosmos_export.cli import console
+    from cosmos_export.diagnostics import FindingError, UserError
+
+    if len(paths) != 2:
+        raise UserError("CX672", f"compare takes two measurements, {len(paths)} given", "`bench compare A.json B.json`")
+    before, after = (read_measurement(Path(path)) for path in paths)
+    ratios, unlike = compare(before, after)
+    slower = regressions(ratios, allowed)
+    if as_json:
+        rows = [{"name": r.name, "before_s": r.before_s, "after_s": r.after_s, "ratio": r.ratio} for r in ratios]
+        console.emit_json({"ratios": rows, "unlike": unlike, "regressions": [r.name for r in slower]})
+    else:
+        table = Table("", paths[0], paths[1], "ratio", box=None)
+        for r in ratios:
+            table.add_row(r.name, f"{1e3 * r.before_s:.2f} ms", f"{1e3 * r.after_s:.2f} ms", f"{r.ratio:.3f}")
+        console.out().print(table)
+        for line in unlike:
+            console.out().print(f"not alike: {line}")
+    if slower:
+        worst = ", ".join(f"{r.name} {r.ratio - 1:+.1%}" for r in slower)
+        raise FindingError("CX673", f"slower than allowed ({allowed:.0%}): {worst}", "measure both on one warm machine")
+    console.verdict(f"{len(ratios)} quantities compared, none slower by more than {allowed:.0%}", True)

@@ -1,0 +1,211 @@
+"""Whether this machine can build for, or run on, a target: what is there, what is missing, what to do about it.
+
+Every fact comes through `Facts`, so that a check can be tried on a machine that is not there. No torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+
+from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.gpu import Gpu, gpus
+
+_GIB = 1 << 30
+_LEAST_DRIVER = 580
+"""CUDA 13, which every package here is built with, needs this branch of the driver."""
+_LEAST_MEMORY = 8 * _GIB
+_LEAST_DISK = 40 * _GIB
+"""A bundle of Nano: its weights once, and again in engines."""
+_BACKENDS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "tensorrt-rtx": (("tensorrt-rtx-cu13", "rtx"),),
+    "tensorrt": (("tensorrt-cu13", "tensorrt"),),
+    "inductor": (("torch", "compile"),),
+    "onnxruntime": (("onnxruntime", "compile"),),
+}
+"""Backend → distributions it needs, and the extra that installs each."""
+_COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
+_ANYWHERE = ("tensorrt-rtx", "onnxruntime")
+"""Backends that build without the GPU."""
+
+
+class State(Enum):
+    OK = "ok"
+    NOTE = "note"
+    """Worth knowing; nothing fails of it."""
+    BLOCKER = "blocker"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the checklist."""
+
+    check: str
+    state: State
+    found: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a machine has."""
+
+    python: str
+    system: str
+    gpus: tuple[Gpu, ...]
+    versions: Mapping[str, str | None]
+    memory_bytes: int | None
+    disk_bytes: int
+    environment: Mapping[str, str]
+    compiler: str | None
+    """A C++ compiler, by path: what `torch.compile` needs on a CPU."""
+
+
+def facts(folder: Path, packages: Mapping[str, str | None] | None = None) -> Facts:
+    """Those of this machine; disk is that of ``folder``."""
+    return Facts(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        gpus=gpus(),
+        versions=packages if packages is not None else _versions(),
+        memory_bytes=_available_bytes(),
+        disk_bytes=shutil.disk_usage(folder).free,
+        environment=dict(os.environ),
+        compiler=next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None),
+    )
+
+
+def examine(found: Facts, target: Target | None) -> Iterator[Finding]:
+    """The checklist, for ``target`` where one is given; else for every target whose GPU is here."""
+    yield from _machine(found)
+    yield from _cards(found)
+    yield _compile(found)
+    targets = [target] if target is not None else _matching(found)
+    for one in targets:
+        yield from _target(found, one, asked=target is not None)
+    yield from _traps(found, targets)
+
+
+def _machine(found: Facts) -> Iterator[Finding]:
+    linux = found.system.startswith("Linux")
+    yield Finding(
+        "system", State.OK if linux else State.BLOCKER, f"{found.system}, Python {found.python}",
+        "" if linux else "the builders and the runtime are for Linux",
+    )  # fmt: skip
+    memory = found.memory_bytes
+    if memory is not None:
+        enough = memory >= _LEAST_MEMORY
+        hint = "" if enough else "a build of Nano takes 8 GiB; close programs, or build fewer layers an engine"
+        yield Finding("memory", State.OK if enough else State.NOTE, f"{memory / _GIB:.1f} GiB available", hint)
+    enough = found.disk_bytes >= _LEAST_DISK
+    hint = "" if enough else "a bundle of Nano takes 40 GiB; `--output` may be on another disk"
+    yield Finding("disk", State.OK if enough else State.NOTE, f"{found.disk_bytes / _GIB:.1f} GiB free", hint)
+
+
+def _cards(found: Facts) -> Iterator[Finding]:
+    if not found.gpus:
+        yield Finding("gpu", State.NOTE, "none", "TensorRT-RTX engines build here all the same; running them needs one")
+    for gpu in found.gpus:
+        total = f", {gpu.memory_bytes / _GIB:.0f} GiB" if gpu.memory_bytes else ""
+        yield Finding("gpu", State.OK, f"{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}{total}")
+        if gpu.mig:
+            yield Finding("gpu", State.NOTE, f"{gpu.index}: in MIG mode", "an instance has a part of the card's rate")
+    drivers = {gpu.driver for gpu in found.gpus}
+    for driver in sorted(drivers):
+        new = driver.partition(".")[0].isdigit() and int(driver.partition(".")[0]) >= _LEAST_DRIVER
+        hint = "" if new else f"CUDA 13 needs driver {_LEAST_DRIVER} or later"
+        yield Finding("driver", State.OK if new else State.BLOCKER, driver, hint)
+
+
+def _compile(found: Facts) -> Finding:
+    missing = [name for name in _COMPILER if found.versions.get(name) is None]
+    if missing:
+        return Finding(
+            "compiler",
+            State.NOTE,
+            f"{', '.join(missing)} not installed",
+            'to build: pip install "cosmos-export[compile]"',
+        )
+    return Finding("compiler", State.OK, ", ".join(f"{name} {found.versions[name]}" for name in ("torch", "diffusers")))
+
+
+def _matching(found: Facts) -> list[Target]:
+    from cosmos_export.targets import target_names
+
+    here = {gpu.compute_capability for gpu in found.gpus}
+    return [t for t in map(load_target, target_names()) if t.compute_capability in here]
+
+
+def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
+    name = f"target {target.name}"
+    here = [gpu for gpu in found.gpus if gpu.compute_capability == target.compute_capability]
+    if target.compute_capability is not None and not here:
+        anywhere = target.backend in _ANYWHERE
+        yield Finding(
+            name, State.NOTE, f"no GPU of compute capability {target.compute_capability} here",
+            "engines build here, and run there" if anywhere else "the bundle builds here and is finished there",
+        )  # fmt: skip
+    for backend in (target.backend, *target.other_backends):
+        for package, extra in _BACKENDS[backend]:
+            version = found.versions.get(package)
+            # What finishes elsewhere is not missing here.
+            needed = asked and backend == target.backend and (backend in _ANYWHERE or bool(here))
+            state = State.OK if version else State.BLOCKER if needed else State.NOTE
+            hint = "" if version else f'pip install "cosmos-export[{extra}]"'
+            yield Finding(name, state, f"{backend}: {package} {version or 'not installed'}", hint)
+    for gpu in here:
+        if gpu.free_bytes is not None and gpu.memory_bytes and gpu.free_bytes < 0.5 * gpu.memory_bytes:
+            free = f"{gpu.free_bytes / _GIB:.0f} of {gpu.memory_bytes / _GIB:.0f} GiB free"
+            yield Finding(name, State.NOTE, f"GPU {gpu.index}: {free}", "another process holds the rest: `nvidia-smi`")
+    for trap in target.traps:
+        yield Finding(name, State.NOTE, f"known trap: {trap}")
+
+
+_VARIABLES: Mapping[str, Callable[[str], str]] = {
+    "TRITON_INTERPRET": lambda value: "kernels are interpreted, a thousand times slower" if value == "1" else "",
+    "CUDA_VISIBLE_DEVICES": lambda value: "no GPU is visible to any process: unset it" if value in ("", "-1") else "",
+    "CUDA_LAUNCH_BLOCKING": lambda value: "every launch waits: unset it" if value == "1" else "",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": lambda value: "every allocation goes to the driver: unset it" if value else "",
+    "HF_HUB_ENABLE_HF_TRANSFER": lambda value: "downloads fail without hf-transfer" if value == "1" else "",
+}
+"""Variables that change what happens, and when."""
+
+
+def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
+    for name, judge in _VARIABLES.items():
+        hint = judge(found.environment[name]) if name in found.environment else ""
+        if hint:
+            yield Finding("environment", State.NOTE, f"{name}={found.environment[name]}", hint)
+    if found.compiler is None and any("inductor" in (t.backend, *t.other_backends) for t in targets):
+        yield Finding(
+            "environment",
+            State.NOTE,
+            "no C++ compiler",
+            "`torch.compile` on a CPU needs g++; on a GPU, too, for launchers",
+        )
+
+
+def _versions() -> dict[str, str | None]:
+    names = {*_COMPILER, "triton", *(package for needs in _BACKENDS.values() for package, _ in needs)}
+    found: dict[str, str | None] = {}
+    for name in sorted(names):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _available_bytes() -> int | None:
+    """Memory that can be had without swapping (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

@@ -1,0 +1,232 @@
+"""`bench` and `doctor`: on shapes that take no time, everything but the device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, linear_weights, read_graphs, write_graphs
+from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
+from cosmos_export.bench.published import published_cells, target_of
+from cosmos_export.bench.result import Component, Measurement, compare, read_measurement, regressions, write
+from cosmos_export.cli import console
+from cosmos_export.cli.bench import register as register_bench
+from cosmos_export.cli.doctor import register as register_doctor
+from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.doctor import Facts, State, examine
+from cosmos_export.plan import published_subject
+from cosmos_export.progress import Silent
+from cosmos_export.targets import load_target
+from cosmos_export.targets.gpu import Gpu
+
+pytestmark = pytest.mark.xdist_group("bench")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny graphs of a video model with both kinds of steps, captured once."""
+    folder = tmp_path_factory.mktemp("graphs")
+    _, schedule = geometry_schedule(GeometryRequest("nano", "t2i-720p"))
+    found = capture_graphs(published_subject("nano").geometry, ("vision",), schedule, tiny=True)
+    assert set(found.graphs) == {"reasoner", "conditioning", GUIDED, PLAIN}
+    write_graphs(found, folder / "tiny-vision")
+    return folder
+
+
+def asked(graphs: Path, **options: Any) -> GeometryRequest:
+    given = {"runs": 1, "warm_up": 0, "graphs": graphs / "tiny-vision", "compiled": False, "dry_run": True}
+    return GeometryRequest("nano", **{"workload": "t2i-720p", "device": "cpu", **given, **options})
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8-attention"])
+def test_a_geometry_is_measured(graphs: Path, recipe: str) -> None:
+    attention = "sdpa" if recipe == "fp8-attention" else None  # the kernel is interpreted here, for minutes
+    found = measure_geometry(asked(graphs, recipe=recipe, attention=attention), Silent(), "a command")
+    calls = {c.name: c.calls for c in found.components}
+    guided = sum(geometry_schedule(asked(graphs))[1].guided)
+    assert calls == {"reasoner": 1, "reasoner-negative": 1, "conditioning": 1, GUIDED: guided, PLAIN: 50 - guided}
+    assert found.forwards == 50 + guided and found.request_s > 0 and found.forward_s is not None
+    document = json.loads(json.dumps(found.document()))
+    assert document["subject"].startswith("geometry:tiny, random weights") and document["dry_run"]
+    assert {"cores", "gpus", "versions"} <= set(document["machine"])
+    assert {cell["gpu"] for cell in document["published"]} >= {"h100", "b200"}
+    assert "extrapolated" in document and "measured" in document["extrapolated"]
+
+
+def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
+    found = read_graphs(graphs / "tiny-vision").graphs[GUIDED]
+    names = linear_weights(found)
+    # Two layers of merged QKV (query apart in the last), output, merged gate and up, down; patches in and out.
+    assert len(names) >= 8 and names <= set(found.weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"runs": 0}, "CX672"), ({"recipe": "int8"}, "CX672"), ({"workload": "t9v-480p"}, "CX481"),
+        ({"device": "cuda"}, "CX505"), ({"graphs": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: str) -> None:
+    with pytest.raises(CosmosExportError) as caught:
+        measure_geometry(asked(graphs, **options), Silent())
+    assert caught.value.code == code
+    with pytest.raises(CosmosExportError, match="no published size"):
+        measure_geometry(replace(asked(graphs), size="mega"), Silent())
+
+
+def measurement(seconds: float, **changes: Any) -> Measurement:
+    parts = (Component("reasoner", (0.1, 0.2, 0.3)), Component("step-guided", (seconds,) * 5, 35))
+    plain = Measurement("geometry:nano", "nano", "t2v-480p-189f", "bf16", "inductor", "cuda", "NVIDIA H100 80GB HBM3",
+                        parts, 35, 70, "", "all")  # fmt: skip
+    return replace(plain, **changes)
+
+
+def test_percentiles_and_sums() -> None:
+    found = measurement(1.0)
+    assert found.request_s == pytest.approx(35.2) and found.forward_s == pytest.approx(0.5)
+    own = Component("x", tuple(float(i) for i in range(1, 101)))
+    assert (own.percentile_s(0.05), own.median_s, own.percentile_s(0.95)) == (5.0, 50.5, 95.0)
+    assert Component("x", (3.0,)).percentile_s(0.95) == 3.0
+    cells = {(c["engine"], c["recipe"]): c["seconds"] for c in found.document()["published"]}
+    assert cells["vllm-omni", "bf16"] == 58.17 and all(c["gpu"] == "h100" for c in found.document()["published"])
+
+
+def test_two_measurements_are_compared(tmp_path: Path, app: typer.Typer) -> None:
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, seconds in zip(paths, (1.0, 1.2), strict=True):
+        write(measurement(seconds).document(), path)
+    before, after = (read_measurement(path) for path in paths)
+    ratios, unlike = compare(before, after)
+    by_name = {r.name: r.ratio for r in ratios}
+    assert by_name["step-guided"] == pytest.approx(1.2) and by_name["reasoner"] == 1.0 and unlike == []
+    assert {r.name for r in regressions(ratios, 0.05)} == {"request", "forward"}
+    assert regressions(ratios, 0.25) == []
+    assert compare(before, measurement(1.0, recipe="fp8").document())[1] == ["recipe: bf16 and fp8"]
+    result = CliRunner().invoke(app, ["bench", "compare", *map(str, paths)])
+    assert isinstance(result.exception, CosmosExportError) and result.exception.code == "CX673"
+    result = CliRunner().invoke(app, ["bench", "compare", *map(str, reversed(paths)), "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["regressions"] == []
+    paths[0].write_text("{}")
+    with pytest.raises(CosmosExportError, match="no measurement"):
+        read_measurement(paths[0])
+
+
+def test_cards_are_known_by_name() -> None:
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA B200": "b200", "NVIDIA GB10": "dgx-spark",
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": "rtx-pro-6000", "Tesla T4": None,
+    }  # fmt: skip
+    assert {name: target_of(name) for name in names} == names
+    assert [c.seconds for c in published_cells("nano", "t2v-720p-189f", "h100") if c.engine == "nim"] == [173.2]
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    console.configure()
+    application = typer.Typer()
+    application.callback()(lambda: None)
+    register_bench(application)
+    register_doctor(application)
+    return application
+
+
+def test_the_verb_writes_what_it_shows(graphs: Path, app: typer.Typer, tmp_path: Path) -> None:
+    output = tmp_path / "m.json"
+    arguments = ["bench", "--geometry", "nano", "--workload", "t2i-720p", "--dry-run", "--runs", "1", "--warm-up", "0"]
+    result = CliRunner().invoke(
+        app, [*arguments, "--graphs", str(graphs / "tiny-vision"), "-o", str(output), "--json"], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == json.loads(output.read_text())
+    for wrong in (["bench"], ["bench", "x", "y"], ["bench", "x", "--geometry", "nano"], ["bench", "compare", "x"]):
+        assert getattr(CliRunner().invoke(app, wrong).exception, "code", None) == "CX672"
+
+
+def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
+    script = ROOT / "benchmarks/gpu_all.py"
+    (graphs / "tiny-action").exists() or (graphs / "tiny-action").symlink_to(graphs / "tiny-vision")
+    command = [sys.executable, str(script), "--graphs", str(graphs), "--dry-run", "-o", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    summary = json.loads((tmp_path / "gpu-all-dry-run.json").read_text())
+    assert summary["dry_run"] and all(stage["wrong"] == 0 for stage in summary["stages"].values())
+    rows = json.loads((tmp_path / "kernels-dry-run.json").read_text())["shapes"]["tiny"]
+    assert {row["kernel"].split()[0] for row in rows} >= {
+        "joint_attention", "joint_attention_fp8", "qkv_pack", "qkv_pack_fp8", "norm_quantize_row", "sampler_step",
+        "activation_quantize_gated_static", "gemm_w8a8", "gemm_w4a16",
+    }  # fmt: skip
+    assert all(row.get("right", True) for row in rows)
+    checks = json.loads((tmp_path / "graphs-dry-run.json").read_text())["checks"]
+    assert [check["right"] for check in checks] == [True, True]
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+H100 = Gpu(
+    0, "NVIDIA H100 80GB HBM3", "9.0", 80 << 30, 79 << 30, "580.1", 1980.0, 1980.0, 2619.0, 70.0, 700.0, 33.0, False
+)
+EVERYTHING = dict.fromkeys(
+    ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors", "tensorrt-cu13", "tensorrt-rtx-cu13"),
+    "1",
+)
+GOOD = Facts("3.12", "Linux x86_64", (H100,), EVERYTHING, 64 << 30, 400 << 30, {}, "/usr/bin/g++")
+
+
+def found(facts: Facts, target: str | None = None) -> dict[str, list[tuple[State, str]]]:
+    result: dict[str, list[tuple[State, str]]] = {}
+    for one in examine(facts, load_target(target) if target else None):
+        result.setdefault(one.check, []).append((one.state, f"{one.found} {one.hint}"))
+    return result
+
+
+def test_a_good_machine_has_no_blocker() -> None:
+    assert not any(state is State.BLOCKER for rows in found(GOOD).values() for state, _ in rows)
+    assert {"target h100", "target h200"} <= set(found(GOOD)) and "target b200" not in found(GOOD)
+    assert any("known trap" in text for _, text in found(GOOD)["target h100"])
+
+
+@pytest.mark.parametrize(
+    ("facts", "target", "check", "state", "said"),
+    [
+        (replace(GOOD, system="Windows AMD64"), None, "system", State.BLOCKER, "Linux"),
+        (replace(GOOD, gpus=(replace(H100, driver="550.54"),)), None, "driver", State.BLOCKER, "580"),
+        (replace(GOOD, memory_bytes=2 << 30), None, "memory", State.NOTE, "8 GiB"),
+        (replace(GOOD, disk_bytes=2 << 30), None, "disk", State.NOTE, "40 GiB"),
+        (replace(GOOD, gpus=()), None, "gpu", State.NOTE, "none"),
+        (replace(GOOD, gpus=(replace(H100, mig=True),)), None, "gpu", State.NOTE, "MIG"),
+        (replace(GOOD, gpus=(replace(H100, free_bytes=9 << 30),)), None, "target h100", State.NOTE, "9 of 80 GiB free"),
+        (replace(GOOD, versions={}), "rtx-pro-6000", "target rtx-pro-6000", State.BLOCKER, "cosmos-export[rtx]"),
+        (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, "cosmos-export[compile]"),
+        (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, "cosmos-export[tensorrt]"),
+        (replace(GOOD, versions={}), None, "compiler", State.NOTE, "diffusers"),
+        (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", State.NOTE, "unset it"),
+        (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", State.NOTE, "interpreted"),
+        (replace(GOOD, compiler=None), None, "environment", State.NOTE, "g++"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_found(facts: Facts, target: str | None, check: str, state: State, said: str) -> None:
+    rows = found(facts, target)[check]
+    assert any(s is state and said in text for s, text in rows), rows
+
+
+def test_the_doctor_ends_as_its_findings_say(app: typer.Typer, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cosmos_export.doctor as doctor
+
+    monkeypatch.setattr(doctor, "facts", lambda folder: GOOD)
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["blockers"] == 0
+    monkeypatch.setattr(doctor, "facts", lambda folder: replace(GOOD, versions={}))
+    result = CliRunner().invoke(app, ["doctor", "--target", "cpu"], env={"COLUMNS": "200"})
+    assert result.exit_code == 1 and "✗ target cpu: onnxruntime: onnxruntime not installed" in result.output
+    result = CliRunner().invoke(app, ["doctor", "--folder", "/nowhere"])
+    assert getattr(result.exception, "code", None) == "CX810"

@@ -1,0 +1,358 @@
+"""Quantized builds: what is in the engines, what is measured, and that planted mistakes are caught."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import build_harness as harness
+import pytest
+import torch
+
+import cosmos_export.build.losses as losses
+import cosmos_export.build.stages as stages
+from cosmos_export.build.driver import build
+from cosmos_export.build.options import resolve
+from cosmos_export.build.stages import BuildResult
+from cosmos_export.bundle import read_bundle, verify_bundle
+from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
+from cosmos_export.diagnostics import CosmosExportError, FindingError, InternalError, UnsupportedError, UserError
+from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.parity import Parity
+from cosmos_export.ir import ops, packing
+from cosmos_export.passes.assign_precision import AssignPrecision
+from cosmos_export.passes.insert_quantization import InsertQuantization
+
+pytestmark = pytest.mark.xdist_group("builds")
+FIXED = "256p-9f,und_len=33,sound_len=0,action_len=0"
+
+
+@pytest.fixture(autouse=True)
+def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[1:2]))
+
+
+@pytest.fixture(scope="session")
+def scales(shared: Path, omni: Path) -> Path:
+    return harness.scale_table(omni, shared / "omni-scales")
+
+
+@pytest.fixture(scope="session")
+def edge_scales(shared: Path, edge: Path) -> Path:
+    return harness.scale_table(edge, shared / "edge-scales")
+
+
+def quantized(checkpoint: Path, output: Path | None, recipe: str = "fp8", **options: Any) -> BuildResult:
+    """A build whose losses are reported: a network of random weights loses more than a trained one."""
+    defaults = {"parity": "never", "quality": "report", "steps": 8}
+    return build(harness.transformer_only(checkpoint, output, recipe=recipe, **{**defaults, **options}))
+
+
+def types(result: BuildResult) -> dict[str, dict[str, int]]:
+    return {e.graph: dict(e.plan.graphs[0].gemm_types()) for e in result.engines if e.plan.graphs[0].gemms}
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+PLANS: dict[str, dict[str, dict[str, int]]] = {
+    "fp8": {
+        "reasoner": {"fp8-weight": 9},
+        "generator": {"bf16": 2, "fp8-weight": 12},
+        "generator_2": {"bf16": 2, "fp8": 12},
+    },
+    "memory": {
+        "reasoner": {"int4-weight": 9},
+        "generator": {"bf16": 2, "fp8-weight": 12},
+        "generator_2": {"bf16": 2, "fp8": 12},
+    },
+    "fp4": {"reasoner": {"fp8-weight": 9}, "generator": {"bf16": 2, "fp8": 9, "nvfp4": 3}},
+    "int4": {"reasoner": {"int4-weight": 9}, "generator": {"bf16": 2, "int4-weight": 12}},
+}
+"""Three layers, the reasoner's last cut down to its keys and values; the profile has no sound and no actions."""
+
+
+@pytest.mark.parametrize("recipe", PLANS)
+def test_engines_contain_what_the_recipe_says(tmp_path: Path, edge: Path, edge_scales: Path, recipe: str) -> None:
+    calibration = None if recipe == "int4" else edge_scales
+    result = quantized(edge, tmp_path / "x", recipe, target="rtx-pro-6000", calibration=calibration)
+    assert types(result) == PLANS[recipe]
+    for engine in result.engines:
+        graph = engine.plan.graphs[0]
+        assert engine.check.passed and not graph.dequantize and len(graph.attention) == engine.attention
+        if graph.gemms:
+            assert "100.0% of the layers' weights in 8 or 4 bit" in engine.check.found
+    manifest = read_bundle(tmp_path / "x")
+    assert manifest.recipe == recipe and manifest.precision is not None and manifest.precision.rounding == "exact"
+    assert (manifest.precision.calibration is None) == (recipe == "int4")
+    assert verify_bundle(tmp_path / "x").ok
+
+
+@pytest.mark.parametrize("target", ["l40s", "dgx-spark"])
+def test_other_targets_build_what_is_native_there(tmp_path: Path, edge: Path, edge_scales: Path, target: str) -> None:
+    result = quantized(edge, tmp_path / "x", "memory", target=target, calibration=edge_scales)
+    assert types(result) == PLANS["memory"]
+    if target == "l40s":
+        with pytest.raises(UnsupportedError, match="Ada has no FP4"):
+            quantized(edge, tmp_path / "y", "fp4", target=target, calibration=edge_scales)
+
+
+def test_a_loop_of_segments_that_share_weights(tmp_path: Path, omni: Path, scales: Path) -> None:
+    """16-bit activations, 8-bit ones, 16-bit ones: a step of the first kind is an engine of its own."""
+    result = quantized(omni, tmp_path / "x", target="rtx-pro-6000", calibration=scales, loop="device")
+    manifest = read_bundle(tmp_path / "x")
+    assert manifest.loop is not None
+    assert [s.steps for s in manifest.loop.segments] == [1, 1, 1, 2, 1, 1, 1] and not manifest.loop.bodies
+    found = [types(result)[s.graph] for s in manifest.loop.segments]
+    assert ["fp8" in one for one in found] == [False, False, False, True, False, False, False]
+    assert all(e.check.passed for e in result.engines)
+    weights = [f.path for f in manifest.files if f.path.endswith(".weights")]
+    assert sorted(weights) == ["onnx/conditioning.weights", "onnx/generator.weights", "onnx/reasoner.weights",
+                               "onnx/schedule.weights"] or len(weights) <= 4  # fmt: skip
+
+
+def test_weights_alone_in_a_loop_are_refused_where_they_would_be_widened(omni: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        resolve(harness.transformer_only(omni, recipe="int4", target="rtx-pro-6000", loop="device", output=Path("x")))
+    assert caught.value.code == "CX364" and "engine of its own" in caught.value.message
+
+
+def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, omni: Path, scales: Path) -> None:
+    table = read_scale_table(scales)
+    ranges = {f"layers.{n}.attention.generator.{o}_amax": 8.0 for n in range(3) for o in "qkv"}
+    complete = tmp_path / "scales"
+    write_scale_table(ScaleTable({**table.amax, **ranges}, {}, table.checkpoint, {}), complete)
+    options = {"target": "rtx-pro-6000", "calibration": complete}
+    result = quantized(omni, tmp_path / "x", "fp8-attention", profiles=(FIXED,), **options)
+    kinds = {e.graph: {a.type for a in e.plan.graphs[0].attention} for e in result.engines if e.attention}
+    assert kinds == {"reasoner": {"bf16"}, "generator": {"bf16"}, "generator_2": {"fp8"}}
+    with pytest.raises(UnsupportedError) as caught:
+        quantized(omni, tmp_path / "y", "fp8-attention", **options)
+    assert caught.value.code == "CX359" and "und_len" in caught.value.message and "und_len=" in caught.value.hint
+    with pytest.raises(UserError, match=r"CX312.*q_amax of attention in layer 0"):
+        quantized(omni, tmp_path / "z", "fp8-attention", profiles=(FIXED,), target="cpu", calibration=scales)
+
+
+# -- patterns that are no quantized product ---------------------------------------------------------------------------
+
+
+def test_a_scale_that_is_computed_is_caught(
+    tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The activation's scale as a value of the graph: it builds, and multiplies in 16 bit."""
+    from cosmos_export.targets import onnx_lowering
+
+    rule = onnx_lowering._RULES[ops.QUANTIZE]
+
+    def computed(low: Any, node: Any) -> str:
+        x, scale = node.args
+        name = low.op("ReduceMax", low.op("Abs", low.values[x]), keepdims=0)
+        wide = low.op("Cast", name, to=1)
+        low.values[scale] = low.op("Div", wide, low.constant(packing_constant(), "largest"))
+        return rule(low, node)
+
+    monkeypatch.setitem(onnx_lowering._RULES, ops.QUANTIZE, computed)
+    with pytest.raises(FindingError) as caught:
+        quantized(edge, tmp_path / "x", "fp4", target="l40s", calibration=edge_scales, overrides=("gen=fp8",))
+    assert caught.value.code == "CX450" and "planned fp8" in caught.value.message
+
+
+def packing_constant() -> Any:
+    import numpy as np
+
+    return np.asarray(packing.E4M3_MAX, np.float32)
+
+
+def test_block_sizes_on_fp8_are_caught(
+    tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights with a scale for each block of 32 columns: it builds, and a kernel widens them in every call."""
+    import numpy as np
+
+    from cosmos_export.ir.graph import is_weight, spec_of
+    from cosmos_export.targets import onnx_lowering
+
+    rule = onnx_lowering._RULES[ops.DEQUANTIZE]
+
+    def blocked(low: Any, node: Any) -> str:
+        x, _, dtype = node.args
+        if not is_weight(x):
+            return rule(low, node)
+        rows, columns = spec_of(x).shape
+        scales = low.constant(np.full((rows, columns // 32), 0.01, np.float32), "blocks")
+        kind = {"output_dtype": low.type_of(dtype)}
+        if low.portable:
+            kind = {}
+        return low.op("DequantizeLinear", low.values[x], scales, axis=1, block_size=32, **kind)
+
+    monkeypatch.setitem(onnx_lowering._RULES, ops.DEQUANTIZE, blocked)
+    with pytest.raises(CosmosExportError) as caught:
+        quantized(
+            edge,
+            tmp_path / "x",
+            "fp8",
+            target="rtx-pro-6000",
+            calibration=edge_scales,
+            overrides=("und=bf16",),
+            steps=1,
+        )
+    assert caught.value.code in ("CX450", "CX421"), caught.value
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "int4"])
+def test_onnx_runtime_runs_the_loop(tmp_path: Path, omni: Path, scales: Path, recipe: str) -> None:
+    """Free-running, from the same noise: cosine ≥ 0.98 to the unquantized model."""
+    calibration = scales if recipe == "fp8" else None
+    result = quantized(omni, tmp_path / "x", recipe, calibration=calibration, loop="device", parity="auto")
+    by_stage = {m.stage: m for m in result.parity}
+    g0 = by_stage["ONNX Runtime, generator as quantized"]
+    assert g0.limit == 1e-3 and g0.value < 1e-3
+    (loop,) = result.quality
+    assert loop.limit == 0.02 and 0 < loop.value <= 0.02
+
+
+def test_the_identity_recipe_is_the_unquantized_build(tmp_path: Path, edge: Path) -> None:
+    found = []
+    for name, overrides in (("plain", ()), ("identity", ("gen=bf16", "und=bf16"))):
+        result = quantized(edge, tmp_path / name, "bf16", overrides=overrides, loop="device", steps=2)
+        assert result.losses is None and result.manifest is not None and result.manifest.precision is None
+        found.append({f.path: f.sha256 for f in result.manifest.files})
+    assert found[0] == found[1]
+
+
+def test_what_is_measured_is_in_the_bundle(tmp_path: Path, omni: Path, scales: Path) -> None:
+    result = quantized(omni, tmp_path / "x", calibration=scales, overrides=("gen.mlp.down[0:1]=bf16",))
+    document = json.loads((tmp_path / "x/report/quantization.json").read_text())
+    sites = {(one["tower"], one["kind"], one["layer"], one["scheme"]) for one in document["linears"]}
+    assert ("gen", "mlp.down", 1, "fp8") in sites and ("gen", "mlp.down", 1, "fp8-w8a16") in sites
+    assert not any(site[:3] == ("gen", "mlp.down", 0) for site in sites)
+    assert all(one["passed"] and 15 < one["sqnr_db"] < 60 for one in document["linears"])
+    assert document["steps"] and document["overrides"] == ["gen.mlp.down[0:1]=bf16"]
+    page = (tmp_path / "x/report/quantization.html").read_text()
+    assert page.startswith("<!doctype html>") and "attention.qkv" in page and "<script" not in page
+    manifest = result.manifest
+    assert manifest is not None and manifest.precision is not None and manifest.loop is not None
+    assert manifest.precision.table["gen.mlp.down[1:3]@3:5"] == "fp8"
+    assert manifest.loop.bodies == ("generator",) * 3 + ("generator_2",) * 2 + ("generator",) * 3
+    verdicts = {v.stage: v for v in manifest.evaluation}
+    assert verdicts["G1"].verdict == "pass" and "G2" in verdicts
+    lineage = json.loads((tmp_path / "x/calibration/lineage.json").read_text())
+    assert lineage["checkpoint"] == read_scale_table(scales).checkpoint
+
+
+def test_a_loss_beyond_the_limit_ends_the_build(tmp_path: Path, omni: Path, scales: Path) -> None:
+    with pytest.raises(FindingError) as caught:
+        quantized(omni, tmp_path / "x", calibration=scales, quality="enforce")
+    assert caught.value.code == "CX362" and "--set '" in caught.value.hint and "--quality report" in caught.value.hint
+    assert harness.leftovers(tmp_path) == []
+
+
+# -- planted mistakes -------------------------------------------------------------------------------------------------
+
+
+def _planted(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, InsertQuantization], None]) -> None:
+    run = InsertQuantization.run
+
+    def wrong(self: InsertQuantization, program: Any) -> Any:
+        result = run(self, program)
+        change(program, self)
+        return result
+
+    monkeypatch.setattr(InsertQuantization, "run", wrong)
+
+
+def test_swapped_towers_are_caught(tmp_path: Path, omni: Path, scales: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosmos_export.passes import assign_precision
+
+    towers = assign_precision.towers_of
+    monkeypatch.setattr(
+        assign_precision, "towers_of", lambda program: dict(zip(("gen", "und"), towers(program).values(), strict=True))
+    )
+    with pytest.raises(InternalError) as caught:
+        quantized(omni, tmp_path / "x", calibration=scales)
+    assert caught.value.code == "CX360" and "is of the reasoner tower" in caught.value.message
+    assert AssignPrecision.name and harness.leftovers(tmp_path) == []
+
+
+def test_transposed_scales_are_caught(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = packing.int4_scale
+
+    def transposed(rows: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
+        found = scale(rows, group, dtype)
+        return found.T.reshape(found.shape)
+
+    values = packing.to_int4
+    monkeypatch.setattr(packing, "to_int4", lambda rows, s, group: values(rows, scale(rows, group, s.dtype), group))
+    monkeypatch.setattr(packing, "int4_scale", transposed)
+    with pytest.raises(FindingError) as caught:
+        quantized(omni, tmp_path / "x", "int4")
+    assert caught.value.code == "CX361" and "int4" in caught.value.message and "--set" in caught.value.hint
+
+
+def test_keys_for_values_are_caught(tmp_path: Path, omni: Path, scales: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a merged weight in another order than the slices of its result."""
+
+    def swap(program: Any, _: Any) -> None:
+        for graph in program.graphs.values():
+            for node in graph.weights.values():
+                binding = node.meta["weight"]
+                if binding.packing is not None and len(binding.sources) == 3:
+                    q, k, v = binding.sources
+                    node.meta["weight"] = replace(binding, sources=(q, v, k))
+
+    _planted(monkeypatch, swap)
+    monkeypatch.setattr(losses, "insert", stages.insert)
+    with pytest.raises(FindingError) as caught:
+        quantized(omni, tmp_path / "x", calibration=scales)
+    assert caught.value.code in ("CX361", "CX362")
+
+
+def test_stale_scales_are_caught(tmp_path: Path, omni: Path, edge: Path, scales: Path, edge_scales: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        quantized(omni, tmp_path / "x", calibration=edge_scales)
+    assert caught.value.code == "CX311" and "another checkpoint" in caught.value.message
+    # Of this checkpoint by name, and of other numbers: a range ten times too small.
+    table = read_scale_table(scales)
+    small = {key: value / 10 for key, value in table.amax.items()}
+    write_scale_table(ScaleTable(small, {}, table.checkpoint, {}), tmp_path / "small")
+    with pytest.raises(FindingError) as lost:
+        quantized(omni, tmp_path / "x", calibration=tmp_path / "small", steps=1)
+    assert lost.value.code == "CX361" and "calibrate again" in lost.value.hint
+
+
+# -- requests ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"recipe": "fp8"}, "CX356"),
+        ({"recipe": "bf16", "calibration": "scales"}, "CX356"),
+        ({"recipe": "int8"}, "CX350"),
+        ({"recipe": "fp4", "calibration": "scales"}, "CX352"),
+        ({"recipe": "fp8", "overrides": ("gen.mlp@0:2=int4",), "calibration": "scales"}, "CX354"),
+        ({"recipe": "fp8", "overrides": ("gen.fc=int4",), "calibration": "scales"}, "CX353"),
+        ({"recipe": "fp8", "calibration": "nowhere"}, "CX310"),
+        ({"recipe": "fp8", "quality": "high", "calibration": "scales"}, "CX451"),
+    ],
+)
+def test_requests_that_are_refused(
+    tmp_path: Path, omni: Path, scales: Path, options: dict[str, Any], code: str
+) -> None:
+    if "calibration" in options:
+        options = {**options, "calibration": scales if options["calibration"] == "scales" else tmp_path / "nowhere"}
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(omni, tmp_path / "x", **options))
+    assert caught.value.code == code and caught.value.hint
+
+
+def test_fp32_checkpoints_are_refused_for_gpus(tmp_path: Path, omni_fp32: Path) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        resolve(harness.transformer_only(omni_fp32, tmp_path / "x", recipe="int4", target="rtx-pro-6000"))
+    assert caught.value.code == "CX358"
