@@ -191,7 +191,7 @@ def test_a_target_without_the_kernels_is_left_out_and_says_why() -> None:
     found = plan("nano", target="rtx-pro-6000,h100", recipe="fp4")
     assert [(fit.target, fit.verdict) for fit in found.fits] == [("rtx-pro-6000", "fits"), ("h100", "not run")]
     assert "no FP4 tensor cores" in found.fits[1].advice[0]
-    with pytest.raises(UnsupportedError, match="CX332"):
+    with pytest.raises(UnsupportedError, match="CX352"):
         plan("nano", target="h100", recipe="fp4")
 
 

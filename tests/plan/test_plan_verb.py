@@ -97,7 +97,7 @@ def test_nothing_that_fits_is_a_finding() -> None:
     ("arguments", "code"),
     [
         ((), "CX480"), (("--like", "mega"), "CX480"), (("--like", "nano", "--workload", "t2x-480p"), "CX481"),
-        (("--like", "nano", "--recipe", "fp9"), "CX330"), (("--like", "nano", "--target", "h101"), "CX401"),
+        (("--like", "nano", "--recipe", "fp9"), "CX350"), (("--like", "nano", "--target", "h101"), "CX401"),
         (("--like", "nano", "--prompt-tokens", "many"), "CX481"), (("--like", "nano", "--loop", "gpu"), "CX451"),
         (("--like", "nano", "--steps", "0"), "CX46"),
     ],

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -106,6 +107,8 @@ class Engine:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # As the backend it is compared with: the order of sums may follow the number of threads.
+        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
         self.session = onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])
         self.cuda, self.profiles = cuda, profiles
         self.types = {t.name: t.type for t in (*self.session.get_inputs(), *self.session.get_outputs())}
@@ -228,6 +231,3 @@ def fake_trt(cuda: FakeCuda, bundle: Path, manifest: Manifest) -> tuple[Any, dic
 def _profile(manifest: Manifest, name: str, graph: str) -> Profile:
     record = next(p for p in manifest.profiles if p.name == name)
     return Profile(name, {dim: DimRange(r.min, r.opt, r.max) for dim, r in record.dims.items()})
-
-
-Check = Callable[[str], None]
