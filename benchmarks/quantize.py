@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from build import run
 
 LIMIT_GB = 5.0
