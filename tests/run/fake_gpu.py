@@ -20,7 +20,7 @@ import numpy as np
 from cosmos_export.bundle import Manifest
 from cosmos_export.targets.profiles import DimRange, Profile, input_shapes
 
-SUCCESS, OUT_OF_MEMORY, NO_DEVICE = (SimpleNamespace(name=n) for n in ("cudaSuccess", "cudaErrorMemoryAllocation", "x"))
+SUCCESS, OUT_OF_MEMORY = (SimpleNamespace(name=name) for name in ("cudaSuccess", "cudaErrorMemoryAllocation"))
 SCRATCH = 4096
 
 
@@ -212,7 +212,7 @@ def fake_trt(cuda: FakeCuda, bundle: Path, manifest: Manifest) -> tuple[Any, dic
         record = records[path]
         dims = {t.name: [str(d).replace("negative_und_len", "und_len") if isinstance(d, str) else d for d in t.dims]
                 for t in manifest.graphs[record.graph].inputs}  # fmt: skip
-        profiles = [_profile(manifest, name, record.graph) for name in record.profiles]
+        profiles = [_profile(manifest, name) for name in record.profiles]
         loaded[record.graph] = Engine(
             cuda, bundle / f"onnx/{record.graph}.onnx", [input_shapes(profile, dims) for profile in profiles]
         )
@@ -228,6 +228,6 @@ def fake_trt(cuda: FakeCuda, bundle: Path, manifest: Manifest) -> tuple[Any, dic
     return module, loaded
 
 
-def _profile(manifest: Manifest, name: str, graph: str) -> Profile:
+def _profile(manifest: Manifest, name: str) -> Profile:
     record = next(p for p in manifest.profiles if p.name == name)
     return Profile(name, {dim: DimRange(r.min, r.opt, r.max) for dim, r in record.dims.items()})
