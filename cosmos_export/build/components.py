@@ -13,9 +13,9 @@ from cosmos_export.build.artifacts import Engine, capability_check, write_engine
 from cosmos_export.build.options import Plan
 from cosmos_export.build.prompt import compile_chat_template
 from cosmos_export.build.selection import TOKENIZER, TOKENIZER_FILE, codec_config
-from cosmos_export.build.sources import weight_sources
 from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
 from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
+from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.program import Program

@@ -30,7 +30,7 @@ from cosmos_export.evaluation.gates import (
 from cosmos_export.evaluation.parity import Measured
 from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
-from cosmos_export.ir.packing import ROUNDING
+from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.report.losses import loss_page
@@ -173,8 +173,8 @@ def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:
         "linears": [
             {
                 "tower": loss.tower, "kind": loss.kind, "layer": loss.layer, "scheme": loss.scheme,
-                "relative": loss.relative, "sqnr_db": round(loss.sqnr_db, 2), "limit": loss.limit,
-                "passed": loss.passed,
+                "relative": loss.relative, "sqnr_db": round(loss.sqnr_db, 2) if loss.relative else None,
+                "limit": loss.limit, "passed": loss.passed,
             }
             for loss in losses.linears
         ],
@@ -200,7 +200,7 @@ def precision_record(plan: Plan) -> PrecisionRecord:
         recipe=plan.precision.recipe,
         overrides=plan.precision.overrides,
         table=plan.precision.table(),
-        rounding=ROUNDING,
+        rounding=ROUNDING if plan.checkpoint.quantization is None else AS_STORED,
         calibration=_calibration(plan),
         report=REPORT_JSON,
     )

@@ -12,6 +12,7 @@ from cosmos_export.plan.precision import precision
 from cosmos_export.plan.sizes import Component, components, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
+from cosmos_export.targets.stored_recipe import recipe_for
 
 if TYPE_CHECKING:
     from cosmos_export.build.artifacts import Engine
@@ -22,8 +23,8 @@ _BODIES = ("denoise", "generator")
 
 def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
     """Bytes of every engine and of memory that no file backs. Empty where there are no engines, and for weights that
-    are not bf16: plans are made for those."""
-    if not engines or plan.checkpoint.precision != "bf16":
+    are not bf16 or not in the engines: plans are made for those."""
+    if not engines or plan.checkpoint.dtype != "bf16" or plan.options.weights == "external":
         return {}
     parts = {part.name: part for part in _parts(plan)}
     found = {}
@@ -47,7 +48,7 @@ def _parts(plan: Plan) -> list[Component]:
     workloads = [Workload(p.name, plan.options.mode, p, 1, 1) for p in plan.profiles]
     subject, steps = _subject(plan), plan.schedule.steps
     distilled = subject.sampling.distilled_sigmas is not None
-    recipe, overrides = plan.precision.recipe, plan.precision.overrides
+    recipe, overrides = recipe_for(plan.checkpoint, plan.options.recipe), plan.precision.overrides
     chosen = precision(recipe, overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
     return components(subject, workloads, chosen, 2 if guided else 1)

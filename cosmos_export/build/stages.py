@@ -17,12 +17,13 @@ from safetensors.torch import save
 
 import cosmos_export
 from cosmos_export.build.artifacts import (
-    ENGINE_BACKENDS,
     INDUCTOR,
     Engine,
     cache_entries,
     capability_check,
+    layout_of,
     model_bytes,
+    weight_inputs,
     write_engine,
     write_graph,
     write_models,
@@ -34,13 +35,13 @@ from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
-from cosmos_export.build.options import Plan
+from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
-from cosmos_export.build.sources import weight_sources
-from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord
+from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord, WeightInput
 from cosmos_export.capture.model import capture
+from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
@@ -60,7 +61,7 @@ from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
-from cosmos_export.targets.weights import layout, read_source
+from cosmos_export.targets.weights import read_source
 
 PARITY_MEMORY_SHARE = 0.4
 """Parity loads the stock model in fp32; above this share of the available memory it is left out and said to be."""
@@ -177,25 +178,32 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
     _require_parity(result.parity)
     if result.losses is not None:
         require_losses(result.losses, result.quality, plan)
+    inputs_of = _WeightInputs(program, variants, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             for name, graph in program.graphs.items():
                 if name != SCHEDULE and not (closed and name == program.loop.body):
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-                    engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
+                    as_inputs = inputs_of(graph, name)
+                    engine = _build_engine(name, graph, inputs, as_inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
             for name, variant in variants.items():
                 body = variant.graphs[variant.loop.body]
                 inputs = {i: spec_of(node) for i, node in body.inputs.items()}
-                result.engines.append(_build_engine(name, body, inputs, program, plan, writer, stages.progress))
+                as_inputs = inputs_of(body, program.loop.body)
+                engine = _build_engine(name, body, inputs, as_inputs, program, plan, writer, stages.progress)
+                result.engines.append(engine)
             for name, segment in closed.items():
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
-                engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
+                as_inputs = inputs_of(body, program.loop.body)
+                engine = _build_engine(
+                    name, body, inputs, as_inputs, program, plan, writer, stages.progress, in_loop=True
+                )
                 result.engines.append(engine)
             _build_codec_engines(result, writer, stages.progress)
         _require_plans(result.engines)
     if plan.target.backend == "tensorrt":
-        _write_requests(_engine_requests(program, closed, result), writer, result)
+        _write_requests(_engine_requests(program, closed, inputs_of, result), writer, result)
     with stages("hashing inputs", shown=False):
         hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
@@ -352,11 +360,32 @@ def _write_onnx(
     Bodies of the loop that differ in precision read one file of weights.
     """
     narrow = model_dtype(program) != torch.float32
-    for name, graph in program.graphs.items():
-        others = variants if name == program.loop.body else {}
-        graphs = {name: graph, **{other: one.graphs[one.loop.body] for other, one in others.items()}}
-        suffix = write_models(graphs, name, narrow, plan, writer, progress)
+    for name in program.graphs:
+        graphs = _sharing(name, program, variants)
+        external = plan.options.weights == "external"
+        suffix = write_models(graphs, name, narrow, plan, writer, progress, external=external)
     return suffix
+
+
+def _sharing(name: str, program: Program, variants: Mapping[str, Program]) -> dict[str, Graph]:
+    """The graphs on the file of weights of graph ``name``: of the loop's body every form."""
+    others = variants if name == program.loop.body else {}
+    return {name: program.graphs[name], **{other: one.graphs[one.loop.body] for other, one in others.items()}}
+
+
+class _WeightInputs:
+    """Which weights an engine takes as inputs, and where they lie."""
+
+    def __init__(self, program: Program, variants: Mapping[str, Program], plan: Plan) -> None:
+        self._program, self._variants = program, variants
+        self._external = plan.options.weights == "external"
+
+    def __call__(self, graph: Graph, stem: str) -> tuple[WeightInput, ...]:
+        """Of ``graph``, whose weights are those of the program's graph ``stem``."""
+        if not self._external:
+            return ()
+        places = layout_of(_sharing(stem, self._program, self._variants).values())
+        return weight_inputs(graph, f"onnx/{stem}.weights", places)
 
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -372,21 +401,25 @@ def _write_loop(
     from cosmos_export.targets.onnx_loop import lower_loop
 
     body = closed.graphs[closed.loop.body]
-    stored = layout(node.meta["weight"] for node in program.graphs[closed.loop.body].weights.values())
+    stored = layout_of([program.graphs[closed.loop.body]])
     file = f"{closed.loop.body}.weights"
-    narrow = body_dtype(closed) != torch.float32
+    external = plan.options.weights == "external"
+    apart = external or body_dtype(closed) != torch.float32
     engines = plan.target.backend in ENGINE_BACKENDS
-    forms = {".onnx": None} if not narrow else {".cpu.onnx": torch.float32, ".onnx": None}
+    forms = {".cpu.onnx": torch.float32, ".onnx": None} if apart else {".onnx": None}
     for suffix, compute in forms.items():
         on_cpu = suffix == ".cpu.onnx" or not engines
-        if narrow and suffix == ".onnx" and not engines:
+        if apart and suffix == ".onnx" and not engines:
             continue
-        model = lower_loop(body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu)
+        model = lower_loop(
+            body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu,
+            external=external and not on_cpu,
+        )  # fmt: skip
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
     if plan.target.backend == INDUCTOR:
-        write_graph(body, name, file, plan, writer, layout_of=stored, loop=closed.loop)
+        write_graph(body, name, file, plan, writer, places=stored, loop=closed.loop)
         contiguous = {key: np.ascontiguousarray(table) for key, table in tables.items()}
         writer.path(f"tables/{name}.safetensors", "table").write_bytes(save_arrays(contiguous))
 
@@ -395,6 +428,7 @@ def _build_engine(
     name: str,
     graph: Graph,
     inputs: Mapping[str, TensorSpec],
+    weights: tuple[WeightInput, ...],
     program: Program,
     plan: Plan,
     writer: BundleWriter,
@@ -402,8 +436,7 @@ def _build_engine(
     *,
     in_loop: bool = False,
 ) -> Engine:
-    """The engine of ``graph``, or of a loop over it, from the model ``name``, which takes ``inputs``."""
-
+    """The engine of ``graph``, or of a loop over it, from the model ``name`` with its ``inputs`` and ``weights``."""
     spec = _profile_dims(inputs)
     dtype = model_dtype(program)
     fused = dtype != torch.float32
@@ -412,7 +445,8 @@ def _build_engine(
     summary = inspect_plan(report.path)
     attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
-    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
+    check = _check(name, graph, summary, plan, dtype, in_loop)
+    return Engine(name, report, summary, check, attention, profiles, weights)
 
 
 _ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
@@ -472,19 +506,23 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
     return PlanCheck(name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
 
 
-def _engine_requests(program: Program, closed: Mapping[str, Program], result: BuildResult) -> Iterator[EngineRequest]:
+def _engine_requests(
+    program: Program, closed: Mapping[str, Program], inputs_of: _WeightInputs, result: BuildResult
+) -> Iterator[EngineRequest]:
     """Every engine that this build is for, to be built where its GPU is."""
     plan = result.plan
     fused = model_dtype(program) != torch.float32
     for name, graph in program.graphs.items():
         if name != SCHEDULE and not (closed and name == program.loop.body):
             inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-            yield _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+            request = _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+            yield replace(request, weights=inputs_of(graph, name))
     for name, segment in closed.items():
         body = segment.graphs[segment.loop.body]
         inputs = loop_inputs(segment, LOOP_TABLES)
         # In a loop attention is written out, so that a builder may fuse it there: none is parsed as one.
-        yield replace(_request(name, body, inputs, plan.profiles, decomposable=not fused), attention=0)
+        request = _request(name, body, inputs, plan.profiles, decomposable=not fused)
+        yield replace(request, attention=0, weights=inputs_of(body, program.loop.body))
     for codec in result.codecs:
         profiles = tuple(codec_profiles(codec.name, plan.profiles))
         for name, graph in codec.program.graphs.items() if profiles else ():

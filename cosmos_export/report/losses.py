@@ -59,7 +59,8 @@ def _cell(loss: Mapping[str, Any] | None) -> str:
     # From white to red: the limit is full colour.
     colour = f"hsl(8 80% {97 - 42 * share:.0f}%)"
     over = "" if loss["passed"] else ' class="over"'
-    hint = f"SQNR {loss['sqnr_db']} dB, allowed {loss['limit']:.4f}"
+    ratio = "exact" if loss["sqnr_db"] is None else f"SQNR {loss['sqnr_db']} dB"
+    hint = f"{ratio}, allowed {loss['limit']:.4f}"
     return f'<td{over} style="background:{colour}" title="{hint}">{loss["relative"]:.4f}</td>'
 
 

@@ -282,7 +282,7 @@ def test_other_observers_choose_smaller_ranges(observer: str, checkpoint: Path, 
 
 def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, data: Path) -> None:
     path = write_demo_checkpoint(tmp_path / "wide", layers=1, hidden=128, intermediate=256)
-    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "awq": True}
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "algorithm": "awq"}
     result = calibrate(options(path, tmp_path / "scales", data, **small))
     assert result.pre_scales == 14
     table = read_scale_table(tmp_path / "scales")
