@@ -205,7 +205,7 @@ def test_block_sizes_on_fp8_are_caught(
 
 @pytest.mark.parametrize("recipe", ["fp8", "int4"])
 def test_onnx_runtime_runs_the_loop(tmp_path: Path, omni: Path, scales: Path, recipe: str) -> None:
-    """Free-running, from the same noise: cosine ≥ 0.98 to the unquantized model. FP8 is within every other limit too."""
+    """Free-running, from the same noise: cosine ≥ 0.98 to the unquantized model. FP8 is within all other limits too."""
     options = {"calibration": scales, "quality": "enforce"} if recipe == "fp8" else {}
     result = quantized(omni, tmp_path / "x", recipe, loop="device", parity="auto", **options)
     by_stage = {m.stage: m for m in result.parity}
