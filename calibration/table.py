@@ -2,7 +2,7 @@
 
 A directory with ``scales.safetensors`` (the numbers) and ``lineage.json`` (where they come from, with the hash of the
 former). Nothing in it is a weight, and nothing in it depends on the format that will be made of it: an observed range
-becomes a scale of FP8, `fp8_scale`, or of NVFP4, `nvfp4_scale`, by a division. Reading fails closed.
+becomes a scale of FP8 or of NVFP4 by a division. Reading fails closed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,6 @@ from cosmos_export.progress import Progress
 
 SCALES_FILE, LINEAGE_FILE, RECIPE_FILE = "scales.safetensors", "lineage.json", "recipe.toml"
 VERSION = 1
-
-E4M3_MAX = 448.0
-"""Largest number of float8 E4M3 (Open Compute Project, OFP8)."""
-E2M1_MAX = 6.0
-"""Largest number of float4 E2M1 (OCP, MX formats)."""
 
 _INPUT, _PRE = ".input_amax", ".pre_quant_scale"
 _DOWN, _UP = ".low_rank_down", ".low_rank_up"
@@ -102,16 +97,6 @@ class ScaleTable:
                 "CX312", f"the scale table has no {key}", "calibrate with the towers and modes of the recipe"
             )
         return self.amax[key]
-
-
-def fp8_scale(amax: float) -> np.float32:
-    """Per-tensor scale of FP8 E4M3: amax / 448 in float32, the published ``input_scale`` and ``weight_scale``."""
-    return np.float32(amax) / np.float32(E4M3_MAX)
-
-
-def nvfp4_scale(amax: float) -> np.float32:
-    """Global scale of NVFP4: amax / (6 · 448) in float32, ModelOpt's ``input_scale`` and ``weight_scale_2``."""
-    return np.float32(amax) / np.float32(E2M1_MAX * E4M3_MAX)
 
 
 def require_checkpoint(table: ScaleTable, checkpoint: Checkpoint, progress: Progress | None = None) -> None:

@@ -32,7 +32,8 @@ _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 def produce(
     seed: int, fan_in: Mapping[str, int] | None = None, on_bytes: Callable[[int], None] = lambda _: None
 ) -> Callable[[TensorSpec], Iterator[memoryview]]:
-    """A producer for ``write_shards``. ``fan_in``: where no shape shows it; ``on_bytes``: is told each piece's size."""
+    """A producer for ``write_shards``. ``fan_in``: by name, where no shape shows it; ``on_bytes``: told of each piece's
+    size."""
     known = fan_in or {}
 
     def pieces(spec: TensorSpec) -> Iterator[memoryview]:
