@@ -70,13 +70,10 @@ def to_e2m1(rows: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) 
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """The nearest E2M1 number, ties to the even code: steps of ½ below 2, of 1 below 4, of 2 from there, at most 6.
-
-    What is rounded to zero keeps its sign; a zero has none, as in ModelOpt.
-    """
+    """The nearest E2M1 number, ties to the even code: steps of ½ below 2, of 1 below 4, of 2 from there, at most 6."""
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.copysign(((size / step).round() * step).clamp(max=E2M1_MAX), x + 0.0)
+    return torch.copysign(((size / step).round() * step).clamp(max=E2M1_MAX), x)
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
