@@ -144,6 +144,8 @@ def _opened(path: Path) -> Iterator[Any]:
                 _refuse(path, "no picture or video in it")
             streams[0].thread_type = "AUTO"
             yield streams[0]
+            # Threads that are still at work would be waited for with the interpreter's lock held, which they may need.
+            streams[0].codec_context.flush_buffers()
     except av.error.FFmpegError as error:
         _refuse(path, f"cannot be decoded: {error.strerror}")
 
