@@ -98,6 +98,8 @@ class Recipe:
     summary: str
     """What it is for, and what it costs."""
     experimental: bool
+    not_for: tuple[str, ...]
+    """Modes of generation for which `auto` does not choose it."""
     warning: str
     """Said at every build; may be empty."""
     rules: tuple[Rule, ...]
@@ -173,6 +175,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         title=data["title"],
         summary=data["summary"],
         experimental=data["experimental"],
+        not_for=tuple(data["not_for"]),
         warning=data["warning"],
         rules=rules,
         source=tuple(data["source"]),
@@ -183,6 +186,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "title": str,
     "summary": str,
     "experimental": bool,
+    "not_for": list,
     "warning": str,
     "rules": list,
     "source": list,

@@ -14,10 +14,11 @@ from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
-from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, resolve_recipe
+from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
 from cosmos_export.targets.stored_recipe import recipe_for
 
 ParityMode = Literal["auto", "always", "never"]
@@ -60,7 +61,8 @@ class BuildOptions:
     """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
     step a call."""
     recipe: str | None = None
-    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`. None: as the checkpoint is."""
+    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`, or ``auto``: what
+    `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
     overrides: tuple[str, ...] = ()
     """``PLACE=SCHEME``, over the recipe's own rules."""
     calibration: Path | None = None
@@ -91,6 +93,7 @@ class Plan:
     outputs: tuple[str, ...]
     components: tuple[str, ...]
     schedule: Schedule
+    recipe: Recipe
     precision: Assignment
     scales: ScaleTable | None
 
@@ -141,13 +144,30 @@ def resolve(options: BuildOptions) -> Plan:
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    precision = _precision(options, target, checkpoint, plan, profiles)
+    recipe = _recipe(options, target, checkpoint, plan, profiles)
+    precision = _precision(options, recipe, target, checkpoint, plan, profiles)
     scales = _scales(options, precision, checkpoint)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, precision, scales)
+    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales)
+
+
+def _recipe(
+    options: BuildOptions, target: Target, checkpoint: Checkpoint, schedule: Schedule, profiles: Sequence[Profile]
+) -> Recipe:
+    """The recipe that is asked for, or chosen for the profiles at their optimum."""
+    if options.recipe != AUTO:
+        return recipe_for(checkpoint, options.recipe)
+    workloads = [
+        Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
+        for p in profiles
+    ]
+    branches = 2 if options.loop == "device" and any(schedule.guided) else 1
+    schedules = [schedule] * len(workloads)
+    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), branches)[0]
 
 
 def _precision(
     options: BuildOptions,
+    recipe: Recipe,
     target: Target,
     checkpoint: Checkpoint,
     schedule: Schedule,
@@ -155,7 +175,7 @@ def _precision(
 ) -> Assignment:
     """The recipe for this model and target. CX35x for what the two do not allow."""
     found = resolve_recipe(
-        recipe_for(checkpoint, options.recipe),
+        recipe,
         options.overrides,
         target,
         layers=checkpoint.geometry.num_hidden_layers,

@@ -12,7 +12,6 @@ from cosmos_export.plan.precision import precision
 from cosmos_export.plan.sizes import Component, components, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
-from cosmos_export.targets.stored_recipe import recipe_for
 
 if TYPE_CHECKING:
     from cosmos_export.build.artifacts import Engine
@@ -48,7 +47,6 @@ def _parts(plan: Plan) -> list[Component]:
     workloads = [Workload(p.name, plan.options.mode, p, 1, 1) for p in plan.profiles]
     subject, steps = _subject(plan), plan.schedule.steps
     distilled = subject.sampling.distilled_sigmas is not None
-    recipe, overrides = recipe_for(plan.checkpoint, plan.options.recipe), plan.precision.overrides
-    chosen = precision(recipe, overrides, plan.target, subject.geometry, steps, distilled=distilled)
+    chosen = precision(plan.recipe, plan.precision.overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
     return components(subject, workloads, chosen, 2 if guided else 1)

@@ -69,7 +69,7 @@ def register(app: typer.Typer) -> None:
         recipe: Annotated[
             str | None,
             typer.Option(
-                help="What each product computes in; `cosmos-export recipes ls` lists them. Default: as the checkpoint."
+                help="What each product computes in: one of `recipes ls`, a FILE.toml, or auto. Default: as it is."
             ),
         ] = None,
         set_: Annotated[

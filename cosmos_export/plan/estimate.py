@@ -136,6 +136,13 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     )
 
 
+def offered_bytes(target: Target) -> int | None:
+    """What ``target`` offers a request; None for the CPU."""
+    if target.memory_bytes is None:
+        return None
+    return int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
+
+
 def _limits(subject: Subject) -> ModelLimits:
     geometry = subject.geometry
     return ModelLimits(
@@ -208,9 +215,7 @@ class _Planner:
         )
 
     def fit(self, target: Target, workload: Workload, load: Load) -> Fit:
-        offered = None
-        if target.memory_bytes is not None:
-            offered = int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
+        offered = offered_bytes(target)
         resident, phased = load.device.resident_bytes, load.device.phased_bytes
         if target.name in self.refused:
             error = self.refused[target.name]

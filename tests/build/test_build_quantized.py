@@ -244,3 +244,14 @@ def test_the_recipe_of_a_checkpoint_needs_one(edge: Path) -> None:
     with pytest.raises(CosmosExportError) as caught:
         stated(edge, recipe="checkpoint")
     assert caught.value.code == "CX350" and "is bf16" in caught.value.message
+
+
+def test_a_recipe_that_is_chosen(tmp_path: Path, edge: Path, table: Path) -> None:
+    plan = resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="cpu"))
+    assert plan.recipe.name == "bf16" and not plan.quantized
+    options = {"recipe": "auto", "target": "rtx-pro-6000"}
+    chosen = resolve(harness.transformer_only(edge, tmp_path / "x", calibration=table, **options)).recipe.name
+    assert chosen in ("fp8", "memory")
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(edge, tmp_path / "x", **options))
+    assert caught.value.code == "CX356" and f"`{chosen}`" in caught.value.message
