@@ -29,10 +29,12 @@ from cosmos_export.build.artifacts import (
 )
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.cuts import Pieces, chains, cut_graphs, cut_notes
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
+from cosmos_export.build.memory import available_bytes
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import Plan
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
@@ -77,6 +79,8 @@ class BuildResult:
     prompt: PromptRecord | None = None
     bodies: tuple[str, ...] = ()
     """The loop's body of every step, where a host's steps compute differently."""
+    pieces: Pieces = field(default_factory=dict)
+    """What every graph is lowered as: itself, or the graphs it was cut into."""
     quality: list[Measured] = field(default_factory=list)
     """How far results of quantized loops are from the unquantized model's."""
     losses: Losses | None = None
@@ -148,8 +152,12 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
             closed = close_loop(plain, plan.schedule, plan.segments)
             for segment in closed.values() if plan.quantized else ():
                 insert(segment, ranges, segment.loop.start)
+    with stages("cuts"):
+        others = {name: variant.graphs[variant.loop.body] for name, variant in variants.items()}
+        result.pieces = cut_graphs({**program.graphs, **others}, plan)
+        result.notes += cut_notes(result.pieces)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, variants, plan, writer, stages.progress)
+        suffix = _write_onnx(program, variants, result.pieces, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
     for name in plan.components:
@@ -161,10 +169,12 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
             dtype = model_dtype(program)
             if dtype != torch.float32:
                 result.parity.append(parity.precision(plain, dtype))
-            folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
-            result.parity.append(parity.onnx(program, folder, suffix, quantized=plan.quantized))
+            folder = writer.path(f"onnx/{SCHEDULE}{suffix}", "onnx").parent
+            cut = chains(result.pieces)
+            result.parity.append(parity.onnx(program, folder, suffix, chains=cut, quantized=plan.quantized))
             for name, variant in variants.items():
-                result.parity.append(parity.onnx(variant, folder, suffix, body=name, quantized=True))
+                measured = parity.onnx(variant, folder, suffix, body=name, chains=cut, quantized=True)
+                result.parity.append(measured)
             if closed:
                 scheduler = plan.checkpoint.scheduler
                 measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
@@ -179,15 +189,12 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         require_losses(result.losses, result.quality, plan)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
-            for name, graph in program.graphs.items():
-                if name != SCHEDULE and not (closed and name == program.loop.body):
+            for name, pieces in result.pieces.items():
+                for graph in pieces if name != SCHEDULE and not (closed and name == program.loop.body) else ():
+                    piece = graph.name if len(pieces) > 1 else name
                     inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-                    engine = _build_engine(name, graph, inputs, program, plan, writer, stages.progress)
+                    engine = _build_engine(piece, graph, inputs, program, plan, writer, stages.progress)
                     result.engines.append(engine)
-            for name, variant in variants.items():
-                body = variant.graphs[variant.loop.body]
-                inputs = {i: spec_of(node) for i, node in body.inputs.items()}
-                result.engines.append(_build_engine(name, body, inputs, program, plan, writer, stages.progress))
             for name, segment in closed.items():
                 body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
                 engine = _build_engine(name, body, inputs, program, plan, writer, stages.progress, in_loop=True)
@@ -327,12 +334,6 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     return ""
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping; what the page cache holds is to be had."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def _require_parity(measured: Sequence[Measured]) -> None:
     failed = [m for m in measured if not m.passed]
     if failed:
@@ -345,16 +346,23 @@ def _require_parity(measured: Sequence[Measured]) -> None:
 
 
 def _write_onnx(
-    program: Program, variants: Mapping[str, Program], plan: Plan, writer: BundleWriter, progress: Progress
+    program: Program,
+    variants: Mapping[str, Program],
+    pieces: Pieces,
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
 ) -> str:
-    """Every graph with its weights; returns the suffix of the models that run on a CPU.
+    """Every graph, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
 
-    Bodies of the loop that differ in precision read one file of weights.
+    Bodies of the loop that differ in precision, and the pieces of a graph, read one file of weights.
     """
     narrow = model_dtype(program) != torch.float32
-    for name, graph in program.graphs.items():
-        others = variants if name == program.loop.body else {}
-        graphs = {name: graph, **{other: one.graphs[one.loop.body] for other, one in others.items()}}
+    for name in program.graphs:
+        names = [name, *(variants if name == program.loop.body else ())]
+        graphs = {
+            graph.name if len(pieces[one]) > 1 else one: graph for one in names for graph in pieces[one]
+        }  # fmt: skip
         suffix = write_models(graphs, name, narrow, plan, writer, progress)
     return suffix
 

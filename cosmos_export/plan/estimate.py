@@ -115,7 +115,7 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
     loads = tuple(planner.load(workload) for workload in request.workloads)
-    segments = 1
+    segments = max(len(planner.precision(workload, planner.runs[0]).steps) for workload in request.workloads)
     if request.loop == "device":
         segments = max(planner.segments(workload, planner.runs[0]) for workload in request.workloads)
     return Estimate(
