@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import cosmos_export
 from cosmos_export.bundle import RequestRecord
-from cosmos_export.calibration.awq import search_pre_scales
+from cosmos_export.calibration.algorithms import Algorithm
 from cosmos_export.calibration.coverage import Coverage, Sample
 from cosmos_export.calibration.encode import Encoder
 from cosmos_export.calibration.inputs import Latents, noised, step_inputs
@@ -32,8 +32,9 @@ from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, media
 from cosmos_export.runtime.request import Request
+from cosmos_export.targets.stored_recipe import recipe_text
 
-_AWQ_ROWS = 256
+_SEARCH_ROWS = 256
 """Rows of each tensor that the search sees, over all passes."""
 _TASK = "make inputs"
 _PLANNED = ("mode", "frames", "height", "width", "fps", "sound")
@@ -52,7 +53,7 @@ class Job:
     samples: tuple[Sample, ...]
     coverage: Coverage
     observer: Observer
-    awq: bool
+    algorithm: Algorithm
     seed: int = 0
 
     def plan(self) -> dict[str, Any]:
@@ -67,7 +68,7 @@ class Job:
             "schedules": [asdict(w.request.schedule) for w in self.works],
             "samples": [[s.work, s.step, s.branch] for s in self.samples],
             "observer": asdict(self.observer),
-            "awq": self.awq,
+            "algorithm": self.algorithm.settings,
             "seed": self.seed,
             "versions": {"cosmos-export": cosmos_export.__version__, "torch": torch.__version__},
         }
@@ -85,8 +86,8 @@ def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) 
         workspace,
         [f"{job.works[s.work].name}, step {s.step} ({s.branch})" for s in job.samples],
         job.observer,
-        search=search_pre_scales if job.awq else None,
-        rows=-(-_AWQ_ROWS // len(job.samples)),
+        search=job.algorithm.search(),
+        rows=-(-_SEARCH_ROWS // len(job.samples)),
         progress=report,
     )
     for name in zero_ranges(results):
@@ -95,18 +96,24 @@ def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) 
         )
     return ScaleTable(
         amax={f"layers.{i}.{name}": value for i, result in enumerate(results) for name, value in result.ranges.items()},
-        pre_scales=_pre_scales(results),
+        pre_scales={
+            f"layers.{i}.{n}": value for i, result in enumerate(results) for n, value in result.pre_scales.items()
+        },
+        low_rank={f"layers.{i}.{n}": pair for i, result in enumerate(results) for n, pair in result.low_rank.items()},
         checkpoint=job.identity,
         lineage=lineage(job),
+        recipe=_recipe(job, results),
     )
 
 
-def _pre_scales(results: Sequence[LayerResult]) -> dict[str, NDArray[np.float32]]:
-    return {
-        f"layers.{index}.{name}": np.array(scale.float().numpy(), dtype=np.float32)
-        for index, result in enumerate(results)
-        for name, scale in result.pre_scales.items()
-    }
+def _recipe(job: Job, results: Sequence[LayerResult]) -> str:
+    """The schemes that a search chose, as a recipe; empty where it chose none."""
+    schemes = {f"layers.{i}.{name}": scheme for i, one in enumerate(results) for name, scheme in one.schemes.items()}
+    if not schemes:
+        return ""
+    bits = job.algorithm.settings["bits"]
+    summary = f"The schemes that ModelOpt's AutoQuantize chose, layer by layer, with {bits:g} bits an average weight."
+    return recipe_text(job.checkpoint, schemes, f"Chosen within {bits:g} bits a weight", summary)
 
 
 def lineage(job: Job) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def lineage(job: Job) -> dict[str, Any]:
     return {
         "tool": {"name": "cosmos-export", "version": cosmos_export.__version__},
         "observer": job.observer.settings,
-        "awq": job.awq,
+        "algorithm": job.algorithm.settings,
         "seed": job.seed,
         "passes": len(job.samples),
         "tokens": sum(_rows(job.works[s.work], job.record) for s in job.samples),

@@ -2,7 +2,8 @@
 
 Scales are those of ModelOpt 0.47, bit for bit. FP8 bytes are rounded once, from the exact quotient in float32. ModelOpt
 rounds twice: to the weight's own bfloat16, then to FP8, which changes 2 to 4 % of the bytes and adds 1 % to the error;
-``fp8_rounding="modelopt"`` does it too, so that its files can be made again. All functions take one weight [N, K].
+``fp8_rounding="modelopt"`` does it too, so that its files can be made again. All functions take one weight [N, K]. The
+arithmetic is `cosmos_export.ir.packing`'s, the compiler's own; here is how it is laid out in a file.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Literal, get_args
 
 import torch
 
-from cosmos_export.calibration.table import E2M1_MAX, E4M3_MAX, fp8_scale, nvfp4_scale
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir import packing
 
 Format = Literal["fp8", "int4", "nvfp4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -22,14 +23,8 @@ Rounding = Literal["exact", "modelopt"]
 
 INT4_GROUP = 128
 """Input channels that share a scale in INT4."""
-FP4_BLOCK = 16
+FP4_BLOCK = packing.NVFP4_BLOCK
 """Input channels that share a scale in NVFP4."""
-_INT4_MAX = 7.0
-"""ModelOpt's largest level; the smallest is −8."""
-_SMALLEST_BLOCK_SCALE = 2.0**-9
-"""Of E4M3; ModelOpt lets no block scale become 0."""
-_E2M1_BOUNDS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-_E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 _ROWS = 1024
 """Rows in work at a time: what is computed in float32 stays small whatever the width."""
 
@@ -71,16 +66,17 @@ def quantized_weight(
 
 
 def _fp8(weight: torch.Tensor, inputs: Inputs, rounding: Rounding, base: torch.dtype) -> Tensors:
-    scale = torch.tensor(fp8_scale(_amax(weight) or E4M3_MAX))
+    scale = packing.fp8_scale(weight.abs().max())
+    once = torch.ones(())
     parts = []
     for rows in _pieces(weight):
-        quotient = rows.float() / scale
         if rounding == "modelopt":
-            quotient = quotient.to(weight.dtype)
-        parts.append(quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
+            parts.append(packing.to_fp8((rows.float() / scale).to(weight.dtype), once))
+        else:
+            parts.append(packing.to_fp8(rows, scale))
     tensors = {"weight": torch.cat(parts), "weight_scale": scale}
     if inputs.amax is not None:
-        tensors["input_scale"] = torch.tensor(fp8_scale(inputs.amax))
+        tensors["input_scale"] = packing.fp8_scale(torch.tensor(inputs.amax))
     return tensors
 
 
@@ -90,29 +86,24 @@ def _int4(weight: torch.Tensor, inputs: Inputs, rounding: Rounding, base: torch.
         tensors["pre_quant_scale"] = inputs.pre_scale.to(base)
     packed, scales = [], []
     for rows in _pieces(weight):
-        smooth = smoothed(rows, inputs.pre_scale)
-        blocks = smooth.reshape(rows.shape[0], -1, INT4_GROUP)
-        amax = blocks.float().abs().amax(-1)
-        scale = torch.where(amax > 0, amax, _INT4_MAX) / _INT4_MAX
-        levels = (blocks.float() / scale[..., None]).round().clamp(-8, 7).to(torch.int8).reshape(rows.shape)
-        packed.append((levels[0::2] & 15 | levels[1::2] << 4).view(torch.uint8))
+        smooth = smoothed(rows, inputs.pre_scale).float()
+        scale = packing.int4_scale(smooth, INT4_GROUP, torch.float32)
+        # Two rows share a byte here, where an engine has two columns in it.
+        packed.append(packing.nibbles(packing.to_int4(smooth, scale, INT4_GROUP).T).T.contiguous())
         scales.append(scale)
     return tensors | {"weight": torch.cat(packed), "weight_scale": torch.cat(scales)}
 
 
 def _nvfp4(weight: torch.Tensor, inputs: Inputs, rounding: Rounding, base: torch.dtype) -> Tensors:
-    whole = torch.tensor(nvfp4_scale(_amax(weight) or E2M1_MAX))
+    whole = packing.nvfp4_scale(weight.abs().max())
     packed, scales = [], []
     for rows in _pieces(weight):
-        blocks = rows.float().reshape(rows.shape[0], -1, FP4_BLOCK)
-        scale = blocks.abs().amax(-1) / (E2M1_MAX * whole)
-        scale = torch.where(scale > 0, scale, 1.0).clamp(_SMALLEST_BLOCK_SCALE, E4M3_MAX).to(torch.float8_e4m3fn)
-        codes = e2m1_codes(blocks / (scale.float() * whole)[..., None]).reshape(rows.shape)
-        packed.append(codes[:, 0::2] | codes[:, 1::2] << 4)
+        scale = packing.nvfp4_block_scale(rows, whole)
+        packed.append(packing.nibbles(packing.e2m1_codes(packing.to_e2m1(rows, scale, whole))))
         scales.append(scale)
     tensors = {"weight": torch.cat(packed), "weight_scale": torch.cat(scales), "weight_scale_2": whole}
     if inputs.amax is not None:
-        tensors["input_scale"] = torch.tensor(nvfp4_scale(inputs.amax))
+        tensors["input_scale"] = packing.nvfp4_scale(torch.tensor(inputs.amax))
     return tensors
 
 
@@ -130,15 +121,6 @@ def smoothed(weight: torch.Tensor, pre_scale: torch.Tensor | None) -> torch.Tens
     return (weight * (1 / pre_scale)).to(weight.dtype)
 
 
-def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
-    """uint8 codes (sign, two bits of exponent, one of mantissa) of float32 ``values``, to the nearest, ties to even."""
-    magnitudes = values.abs()
-    codes = torch.bucketize(magnitudes, _E2M1_BOUNDS).to(torch.uint8)
-    for bound in (0.75, 1.75, 3.5):  # a tie between an odd code and the even one above
-        codes += (magnitudes == bound).to(torch.uint8)
-    return codes | (values < 0).to(torch.uint8) << 3
-
-
 # -- back -------------------------------------------------------------------------------------------------------------
 
 
@@ -152,14 +134,10 @@ def dequantized(kind: Format, tensors: Mapping[str, torch.Tensor]) -> torch.Tens
         levels = torch.stack([signed << 4 >> 4, signed >> 4], 1).reshape(-1, weight.shape[1])
         return levels.float() * tensors["weight_scale"].repeat_interleave(INT4_GROUP, 1)
     codes = torch.stack([weight & 15, weight >> 4], -1).reshape(weight.shape[0], -1)
-    values = _E2M1_VALUES[(codes & 7).long()] * torch.where(codes > 7, -1.0, 1.0)
+    values = torch.tensor(packing.E2M1_VALUES)[(codes & 7).long()] * torch.where(codes > 7, -1.0, 1.0)
     scale = tensors["weight_scale"].float() * tensors["weight_scale_2"]
     return values * scale.repeat_interleave(FP4_BLOCK, 1)
 
 
 def _pieces(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     return (weight[start : start + _ROWS] for start in range(0, weight.shape[0], _ROWS))
-
-
-def _amax(weight: torch.Tensor) -> float:
-    return float(weight.abs().max())

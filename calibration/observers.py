@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from cosmos_export.calibration.table import E4M3_MAX
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir.packing import E4M3_MAX
 
 Method = Literal["absmax", "percentile", "mse"]
 MAGNITUDES = 1 << 15

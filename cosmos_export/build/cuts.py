@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from cosmos_export.build.options import Plan
 from cosmos_export.ir.graph import Graph
-from cosmos_export.ir.packing import Format
-from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.spec import Format, WeightBinding
 from cosmos_export.passes.cut_graph import cut_graph, narrow_places
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
 from cosmos_export.targets.partition import partition

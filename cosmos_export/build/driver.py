@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from cosmos_export.build.allocator import keep_freed_memory
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.planned import bundle_bytes
@@ -29,6 +30,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     is left. After an interruption, or where a tool or the disk failed, what was finished stays for ``options.resume``.
     """
     progress = progress or Silent()
+    keep_freed_memory()
     plan = resolve(options)
     if options.output is None:
         return _compile_only(plan, progress)

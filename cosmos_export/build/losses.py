@@ -32,7 +32,7 @@ from cosmos_export.evaluation.parity import Measured
 from cosmos_export.evaluation.prefix import first_linears, weight_bytes
 from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
-from cosmos_export.ir.packing import ROUNDING
+from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.report.losses import loss_page
@@ -231,7 +231,7 @@ def precision_record(plan: Plan) -> PrecisionRecord:
         recipe=plan.precision.recipe,
         overrides=plan.precision.overrides,
         table=plan.precision.table(),
-        rounding=ROUNDING,
+        rounding=ROUNDING if plan.checkpoint.quantization is None else AS_STORED,
         calibration=_calibration(plan),
         report=REPORT_JSON,
     )

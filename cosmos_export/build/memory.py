@@ -10,7 +10,7 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.targets import Target
 
 if TYPE_CHECKING:
-    from cosmos_export.build.options import Plan
+    from cosmos_export.build.options import BuildOptions, Plan
 
 _MARGIN_BYTES = 1 << 30
 """Of what is free that is left to the rest of the machine."""
@@ -34,30 +34,29 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def memory_budget(text: str | None, target: Target) -> int | None:
-    """The budget in bytes of a build for ``target`` that was asked for ``text``; None where it builds no engines.
+def memory_budget(options: BuildOptions, target: Target) -> int | None:
+    """The budget in bytes of a build for ``target``; None where it builds no engines with weights inside.
 
     Without one it is what the machine has free, in whole GiB, so that it is the same again tomorrow. CX456 where one is
     given and nothing would come of it.
     """
-    asked = None if text is None else parse_size(text)
+    asked = None if options.memory_budget is None else parse_size(options.memory_budget)
+    why = ""
     if target.backend != "tensorrt-rtx":
-        if asked is not None:
-            raise UserError(
-                "CX456",
-                f"a memory budget bounds the builder of engines, and for target `{target.name}` with {target.backend} "
-                "none are built here",
-                "leave `--memory-budget` out",
-            )
+        why = f"and for target `{target.name}` with {target.backend} none are built here"
+    elif options.weights == "external":
+        why = "and engines whose weights are inputs take little"
+    if why and asked is not None:
+        what = f"a memory budget bounds the builder of engines, {why}"
+        raise UserError("CX456", what, "leave `--memory-budget` out")
+    if why:
         return None
-    if asked is not None:
-        return asked
-    return max(available_bytes() - _MARGIN_BYTES, 1) // (1 << 30) * (1 << 30)
+    return asked or max(available_bytes() - _MARGIN_BYTES, 1) // (1 << 30) * (1 << 30)
 
 
 def require_memory(plan: Plan) -> None:
     """CX457: an engine needs more than the budget and cannot be cut, or not small enough."""
-    if plan.memory_budget is None or plan.checkpoint.precision != "bf16":
+    if plan.memory_budget is None or plan.checkpoint.dtype != "bf16":
         return
     from cosmos_export.build.planned import parts
     from cosmos_export.plan.sizes import builder_bytes, compiler_bytes

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.options import Plan
 from cosmos_export.bundle import Planned
 from cosmos_export.plan.precision import precision
-from cosmos_export.plan.sizes import Component, components, host
+from cosmos_export.plan.sizes import BUILDER_BYTES, Component, builder_bytes, components, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
+from cosmos_export.targets.stored_recipe import recipe_for
 
 if TYPE_CHECKING:
     from cosmos_export.build.artifacts import Engine
@@ -24,8 +25,8 @@ _BODIES = ("denoise", "generator")
 
 def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
     """Bytes of every engine and of memory that no file backs. Empty where there are no engines, and for weights that
-    are not bf16: plans are made for those."""
-    if not engines or plan.checkpoint.precision != "bf16":
+    are not bf16 or not in the engines: plans are made for those."""
+    if not engines or plan.checkpoint.dtype != "bf16" or plan.options.weights == "external":
         return {}
     known = {part.name: part for part in parts(plan)}
     found = {}
@@ -49,8 +50,19 @@ def bundle_bytes(plan: Plan) -> int:
     size = host(_subject(plan), parts(plan), plan.generator_engines, tensorrt=engines).disk_bytes
     files = [path.stat() for path in plan.checkpoint.files()]
     there = sum(status.st_blocks * _BLOCK_BYTES for status in files) / max(1, sum(s.st_size for s in files))
-    wide = 2 if plan.checkpoint.precision == "fp32" else 1
+    wide = 2 if plan.checkpoint.dtype == "fp32" else 1
     return int(wide * size * min(1.0, there))
+
+
+def builder_memory(plan: Plan) -> Callable[[str], int]:
+    """What the builder of an engine is expected to take of memory, by the name of its graph."""
+    known = {part.name: builder_bytes(part) for part in parts(plan)}
+
+    def of(graph: str) -> int:
+        name = graph.partition("_part_")[0]
+        return known.get("generator" if name.startswith(_BODIES) else name, BUILDER_BYTES)
+
+    return of
 
 
 def _subject(plan: Plan) -> Subject:
@@ -66,7 +78,7 @@ def parts(plan: Plan) -> list[Component]:
     workloads = [Workload(p.name, plan.options.mode, p, 1, 1) for p in plan.profiles]
     subject, steps = _subject(plan), plan.schedule.steps
     distilled = subject.sampling.distilled_sigmas is not None
-    recipe, overrides = plan.precision.recipe, plan.precision.overrides
+    recipe, overrides = recipe_for(plan.checkpoint, plan.options.recipe), plan.precision.overrides
     chosen = precision(recipe, overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
     return components(subject, workloads, chosen, 2 if guided else 1, plan.memory_budget)

@@ -91,7 +91,7 @@ def manifest(
         streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
         request=request_record(checkpoint, plan.modalities, result.prompt),
         engines=tuple(
-            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, "embedded")
+            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, e.weights)
             for e in result.engines
         ),
         tools=_tools(result),
@@ -102,6 +102,7 @@ def manifest(
             "parity": plan.options.parity,
             "mode": plan.options.mode,
             "loop": plan.options.loop,
+            "weights": plan.options.weights,
             **{f"schedule.{name}": value for name, value in asdict(plan.schedule).items()},
             "passes": tuple(program.history),
         },

@@ -245,6 +245,18 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
+class WeightInput:
+    """An engine's input for a weight: ``size_bytes`` from ``offset`` of a file of the bundle, as they are."""
+
+    name: Name
+    path: BundlePath
+    offset: Bytes
+    size_bytes: Bytes
+    dtype: Name
+    dims: tuple[Bytes, ...]
+
+
+@dataclass(frozen=True)
 class EngineRecord:
     """An engine file and the graph it runs."""
 
@@ -252,7 +264,8 @@ class EngineRecord:
     graph: Name
     path: BundlePath
     profiles: tuple[Name, ...]
-    weights: Literal["embedded", "external"]
+    weights: tuple[WeightInput, ...]
+    """Weights that are not in the engine, in the order of its inputs, which come after the graph's own."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +347,7 @@ class PrecisionRecord:
     table: Mapping[str, Name]
     """Place (tower, kind, layers, steps) → scheme; what is not here is in the model's own type."""
     rounding: Name
-    """How weights were rounded: `exact` is once, from float32."""
+    """How weights were rounded: `exact` is once, from float32; `as stored`: the checkpoint has them in FP8."""
     calibration: CalibrationRecord | None
     report: BundlePath
     """What each linear and each step loses."""
@@ -452,14 +465,18 @@ def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
         for dim, span in profile.dims.items():
             if not span.min <= span.opt <= span.max:
                 yield StrictError(f"profiles[{i}].dims", f"{shown(dim)} does not satisfy min <= opt <= max")
-    paths = {record.path for record in manifest.files}
+    sizes = {record.path: record.size_bytes for record in manifest.files}
     profiles = {profile.name for profile in manifest.profiles}
     engines = {engine.name for engine in manifest.engines}
     for i, engine in enumerate(manifest.engines):
         if engine.graph not in manifest.graphs:
             yield StrictError(f"engines[{i}].graph", f"{shown(engine.graph)} is not a graph of this manifest")
-        if engine.path not in paths:
+        if engine.path not in sizes:
             yield StrictError(f"engines[{i}].path", f"{shown(engine.path)} is not a file of this manifest")
+        for j, weight in enumerate(engine.weights):
+            if weight.offset + weight.size_bytes > sizes.get(weight.path, 0):
+                what = f"{shown(weight.name)} is not within a file of this manifest"
+                yield StrictError(f"engines[{i}].weights[{j}]", what)
         for name in engine.profiles:
             if name not in profiles:
                 yield StrictError(f"engines[{i}].profiles", f"{shown(name)} is not a profile of this manifest")

@@ -175,17 +175,32 @@ def _write_component(
         report.update(part.folder, written)
 
     report.begin(part.folder, sum(spec.size_bytes for spec in part.tensors))
-    # The weight of a domain-aware layer is a matrix flattened into a row, so its shape hides what it sums over.
-    hidden_sums = {
-        "action_proj_in.fc.weight": geometry.action_dim or 1,
-        "action_proj_out.fc.weight": geometry.hidden_size,
-    }
-    produce = random_weights.produce(options.seed, hidden_sums, on_bytes)
+    produce = random_weights.produce(options.seed, hidden_sums(geometry), on_bytes)
     if options.sparse:
         produce = random_weights.produce_heads(options.seed)
     weight_map = write_shards(folder, part.stem, part.tensors, produce, options.shard_size, sparse=options.sparse)
     report.end(part.folder)
     return {name: f"{part.folder}/{file}" for name, file in weight_map.items()}
+
+
+_BRANCH_ENDS = (".to_out.weight", ".to_add_out.weight", ".down_proj.weight")
+"""The last linear of each residual branch."""
+
+
+def hidden_sums(geometry: Geometry) -> dict[str, int]:
+    """How many products a result sums, for the weights of the transformer whose shape does not show it.
+
+    The weight of a domain-aware layer is a matrix flattened into a row. And what ends a branch is added to the stream,
+    which is the sum of 2·layers branches: its deviation is 1/√(2·layers·K), the initialization of GPT-2 and Megatron,
+    with which the stream is as large behind the layers as before them. With 1/√K each branch would be as large as the
+    stream itself, as in no network that was trained or is about to be, and whatever a linear loses by quantization
+    would come out of the model in full.
+    """
+    sums = {"action_proj_in.fc.weight": geometry.action_dim or 1, "action_proj_out.fc.weight": geometry.hidden_size}
+    for name, tensor in expected_tensors(geometry).items():
+        if name.endswith(_BRANCH_ENDS):
+            sums[name] = 2 * geometry.num_hidden_layers * tensor.shape[1]
+    return sums
 
 
 def _root_index(

@@ -68,8 +68,11 @@ def register(app: typer.Typer) -> None:
             str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
         ] = "host",
         recipe: Annotated[
-            str, typer.Option(help="What each product computes in; `cosmos-export recipes ls` lists them.")
-        ] = "bf16",
+            str | None,
+            typer.Option(
+                help="What each product computes in; `cosmos-export recipes ls` lists them. Default: as the checkpoint."
+            ),
+        ] = None,
         set_: Annotated[
             list[str] | None,
             typer.Option("--set", help="PLACE=SCHEME over the recipe's own rules, e.g. gen.mlp.down=fp8; may repeat."),
@@ -77,6 +80,9 @@ def register(app: typer.Typer) -> None:
         calibration: Annotated[
             Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
         ] = None,
+        weights: Annotated[
+            str, typer.Option(help="embedded in the engines, or external: large ones are inputs, one copy for all.")
+        ] = "embedded",
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
         ] = "enforce",
@@ -128,6 +134,7 @@ def register(app: typer.Typer) -> None:
             guidance_interval=interval(guidance_interval),
             loop=loop,  # type: ignore[arg-type]
             recipe=recipe,
+            weights=weights,  # type: ignore[arg-type]
             overrides=tuple(set_ or ()),
             calibration=calibration,
             quality=quality,  # type: ignore[arg-type]

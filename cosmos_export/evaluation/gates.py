@@ -130,9 +130,9 @@ def linear_losses(
     losses = []
     for keys, precision in found.items():
         scheme = precision.at(step)
-        lost, whole = error[keys]
+        lost, total = error[keys]
         limit = LINEAR_LIMITS[scheme] * LINEAR_MARGIN
-        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, _share(lost, whole), limit))
+        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, _share(lost, total), limit))
     return losses
 
 
@@ -154,13 +154,16 @@ def _quantized_linears(graph: Graph) -> Iterator[tuple[tuple[str, ...], Node]]:
 _COMPUTED = (ops.QUANTIZE, ops.DEQUANTIZE, ops.REQUANTIZE_BLOCKS, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
 
 
+_PUT = (aten.mul.Tensor, aten.linear.default, aten.add.Tensor)
+
+
 def _run_linear(linear: Node, x: torch.Tensor, weights: Weights) -> torch.Tensor:
     """The result of a quantized linear whose unquantized form reads ``x``: quantizers, pre-scale and product."""
 
     def value(node: Node) -> torch.Tensor:
-        # A factor that the pass put before the product carries its name.
-        scaling = is_op(node, aten.mul.Tensor) and InsertQuantization.name in node.meta["passes"]
-        if node.op == "placeholder" or is_op(node, *_COMPUTED) or scaling:
+        # A factor before the product, and a part of low rank beside it, carry the name of the pass that put them there.
+        put = is_op(node, *_PUT) and InsertQuantization.name in node.meta["passes"]
+        if node.op == "placeholder" or is_op(node, *_COMPUTED) or put:
             return compute_value(node, weights, {n: value(n) for n in node.all_input_nodes}, torch.float32)
         if is_op(node, ops.RMS_NORM) and node.args[1].meta["weight"].transform is Transform.SCALE:
             binding = node.args[1].meta["weight"]
@@ -168,9 +171,10 @@ def _run_linear(linear: Node, x: torch.Tensor, weights: Weights) -> torch.Tensor
             return x * weights(factors)
         return x
 
-    operands = [value(n) for n in linear.args]
-    result: torch.Tensor = torch.nn.functional.linear(*operands)
-    return result
+    beside = [
+        user for user in linear.users if is_op(user, aten.add.Tensor) and InsertQuantization.name in user.meta["passes"]
+    ]
+    return value(beside[0] if beside else linear)
 
 
 # -- G2: whole steps --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
@@ -17,6 +18,7 @@ from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampl
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, run_program
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import Transform, WeightBinding
 from cosmos_export.sampling import Schedule
 
 PROGRAM_LIMIT = 1e-5
@@ -67,8 +69,21 @@ class Parity:
         self._folder = checkpoint.components["transformer"]
         # Nothing generates a row of a modality without rows: there is nothing to compare then.
         self._cases = [c for c in cases if (not c.actions or "action" in modalities) and set(c.outputs) & set(outputs)]
-        self._stock = Reference(self._folder, torch.float32)
+        self._checkpoint = checkpoint
+        self._stock = self._reference(torch.float32)
         self._expected = {c.name: self._wanted(self._stock.step(self._inputs(c), c.fps), outputs) for c in self._cases}
+
+    def _reference(self, dtype: torch.dtype) -> Reference:
+        """The stock model; that of a quantized checkpoint with what its bytes and scales stand for."""
+        if self._checkpoint.quantization is None:
+            return Reference(self._folder, dtype)
+        sources = weight_sources(self._checkpoint.tensors)
+        model_dtype = sources["proj_in.weight"].dtype
+        values = {}
+        for name in self._checkpoint.expected:
+            stored = sources[name].dtype if sources[name].scale is None else model_dtype
+            values[name] = self._weights(WeightBinding((sources[name],), Transform.IDENTITY, stored))
+        return Reference(self._folder, dtype, values)
 
     def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
         return case.inputs(self._config, self._modalities)
@@ -90,7 +105,7 @@ class Parity:
 
     def precision(self, program: Program, dtype: torch.dtype) -> Measured:
         """The program in the model's own precision, against the stock model in that precision, both seen from fp32."""
-        stock = Reference(self._folder, dtype)
+        stock = self._reference(dtype)
         specs = {n: spec_of(v).dtype for g in program.graphs.values() for n, v in g.inputs.items()}
         theirs, ours = [], []
         for case in self._cases:

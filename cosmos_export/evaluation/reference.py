@@ -12,18 +12,34 @@ import torch
 
 
 class Reference:
-    """The stock transformer of a checkpoint in one precision."""
+    """The stock transformer of a checkpoint in one precision.
 
-    def __init__(self, transformer_folder: Path, dtype: torch.dtype) -> None:
+    ``values`` are its parameters where diffusers does not read the files itself, as of an FP8 checkpoint.
+    """
+
+    def __init__(
+        self, transformer_folder: Path, dtype: torch.dtype, values: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         from diffusers import Cosmos3OmniTransformer
         from diffusers.utils import logging
 
         # Its remarks on configuration keys that it does not know: the checkpoint reader has judged each of them.
         logging.set_verbosity_error()
         self.dtype = dtype
-        self.transformer = Cosmos3OmniTransformer.from_pretrained(
-            transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
+        if values is None:
+            self.transformer = Cosmos3OmniTransformer.from_pretrained(
+                transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            ).eval()
+            return
+        config = Cosmos3OmniTransformer.load_config(transformer_folder, local_files_only=True)
+        model = Cosmos3OmniTransformer.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        kept = tuple(model._keep_in_fp32_modules or ())
+        typed = {
+            name: value.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+            for name, value in values.items()
+        }
+        model.load_state_dict(typed, strict=True, assign=True)
+        self.transformer = model.eval()
 
     def step(self, inputs: Mapping[str, torch.Tensor], fps: float) -> dict[str, torch.Tensor]:
         """Velocities of one step for the inputs of `Case.inputs`; modalities without rows are left out.

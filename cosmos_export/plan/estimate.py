@@ -17,6 +17,7 @@ from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.profiles import DimRange, ModelLimits, check_limits
+from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe
 
 MEMORY_SHARE = 0.95
 """Of a GPU's memory that a request may take; the rest is the driver's and the allocator's."""
@@ -32,7 +33,7 @@ class Request:
 
     targets: tuple[Target, ...]
     workloads: tuple[Workload, ...]
-    recipe: str = "bf16"
+    recipe: Recipe = field(default_factory=lambda: load_recipe(DEFAULT))
     settings: tuple[str, ...] = ()
     """Changes of the recipe, ``PLACE=SCHEME``."""
     loop: Literal["host", "device"] = "host"
@@ -121,7 +122,7 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     return Estimate(
         subject=subject.name,
         variant=subject.variant,
-        recipe=request.recipe,
+        recipe=request.recipe.name,
         settings=request.settings,
         loop=request.loop,
         components=tuple(parts),
@@ -166,7 +167,7 @@ class _Planner:
         if not self.runs:
             raise next(iter(self.refused.values()))
 
-    def precision(self, workload: Workload, target: Target, recipe: str | None = None) -> Precision:
+    def precision(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Precision:
         settings = self.request.settings if recipe is None else ()
         steps, distilled = self.schedules[workload.name].steps, self.subject.sampling.distilled_sigmas is not None
         geometry = self.subject.geometry
@@ -176,14 +177,16 @@ class _Planner:
         """Engines that a loop on the device has: runs of steps with the same branches and the same schemes."""
         chosen, guided = self.precision(workload, target), self.schedules[workload.name].guided
         kinds = list(zip(guided, chosen.of_step, strict=True))
+        for step in chosen.alone if target.backend == "tensorrt-rtx" else ():
+            kinds[step] = guided[step], len(kinds) + step
         return 1 + sum(a != b for a, b in pairwise(kinds))
 
-    def parts(self, workloads: Sequence[Workload], target: Target, recipe: str | None = None) -> list[Component]:
+    def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
         branches = 2 if guided and self.request.loop == "device" else 1
         return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches)
 
-    def device(self, workload: Workload, target: Target, recipe: str | None = None) -> Device:
+    def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Device:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         return device(self.subject, workload, self.parts([workload], target, recipe), guided)
@@ -233,10 +236,10 @@ class _Planner:
         if verdict == "fits in phases":
             found.append("drop the reasoner after prefill, and load the codecs when the loop is done")
         for recipe in ADVISED:
-            if recipe == self.request.recipe:
+            if recipe == self.request.recipe.name:
                 continue
             try:
-                tried = self.device(workload, target, recipe)
+                tried = self.device(workload, target, load_recipe(recipe))
             except UnsupportedError:
                 continue
             if tried.resident_bytes <= offered:

@@ -60,7 +60,8 @@ def _cell(loss: Mapping[str, Any] | None) -> str:
     # From white to red: the limit is full colour.
     colour = f"hsl(8 80% {97 - 42 * share:.0f}%)"
     over = "" if loss["passed"] else ' class="over"'
-    hint = f"SQNR {'∞' if decibels is None else decibels} dB, allowed {loss['limit']:.4f}"
+    ratio = "exact" if lost == 0 else f"SQNR {'−∞' if decibels is None else decibels} dB"
+    hint = f"{ratio}, allowed {loss['limit']:.4f}"
     return f'<td{over} style="background:{colour}" title="{hint}">{_number(lost, 4)}</td>'
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from cosmos_export.build.calibrate import CalibrateOptions, calibrate, resolve
 from cosmos_export.build.quantize import quantize
 from cosmos_export.calibration import calibrate as stream
+from cosmos_export.calibration import layers
 from cosmos_export.calibration.calibrate import Job
 from cosmos_export.calibration.coverage import coverage, plan_samples
 from cosmos_export.calibration.inputs import step_inputs
@@ -116,6 +117,26 @@ def test_ranges_are_those_of_the_stock_model(
         assert linears[key] == pytest.approx(value, rel=2e-5), key
     assert len(table.amax) - len(linears) == 2 * 2 * 3
     require_checkpoint(table, open_checkpoint(path))
+
+
+def test_narrow_layers_compute_the_same_on_a_cpu_without_narrow_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_checkpoint(write_demo_checkpoint(tmp_path / "narrow", layers=1, dtype="bfloat16"))
+    random = torch.Generator().manual_seed(0)
+    hidden = [torch.randn(rows, 64, generator=random).bfloat16() for rows in (5, 9)]
+    rotary = tuple(torch.rand(rows, 32, generator=random).bfloat16() for rows in (5, 5, 9, 9))
+    results = []
+    for capabilities in (set(), {torch.backends.cpu.get_cpu_capability()}):
+        monkeypatch.setattr(layers, "_WITHOUT_NARROW_PRODUCTS", capabilities)
+        layer = layers.LayerSource(opened).load(0)
+        wide = [isinstance(module, layers.WideLinear) for module in layer.modules()]
+        assert sum(wide) == (14 if capabilities else 0)
+        with torch.no_grad():
+            results.append(layer(*hidden, rotary))
+    for own, wide_one in zip(*results, strict=True):
+        assert own.dtype is wide_one.dtype is torch.bfloat16
+        assert float((own.float() - wide_one.float()).norm() / own.float().norm()) < 2e-3
 
 
 def test_attention_ranges_are_of_what_enters_attention(checkpoint: Path, tmp_path: Path, data: Path) -> None:
@@ -282,7 +303,7 @@ def test_other_observers_choose_smaller_ranges(observer: str, checkpoint: Path, 
 
 def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, data: Path) -> None:
     path = write_demo_checkpoint(tmp_path / "wide", layers=1, hidden=128, intermediate=256)
-    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "awq": True}
+    small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "algorithm": "awq"}
     result = calibrate(options(path, tmp_path / "scales", data, **small))
     assert result.pre_scales == 14
     table = read_scale_table(tmp_path / "scales")

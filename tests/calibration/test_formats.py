@@ -15,11 +15,11 @@ from cosmos_export.calibration.formats import (
     Inputs,
     Rounding,
     dequantized,
-    e2m1_codes,
     quantized_weight,
     require_shape,
 )
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir import packing
 
 NAMES = sorted(fixture.CONFIGS)
 
@@ -119,8 +119,16 @@ def test_a_pre_scale_leaves_the_product_as_it_was() -> None:
 
 
 def test_four_bit_floats_round_to_the_nearest_and_ties_to_even() -> None:
-    values = torch.tensor([0.0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.1, 9.0, -0.3, -5.0, -0.1])
-    assert e2m1_codes(values).tolist() == [0, 0, 1, 2, 2, 4, 4, 6, 6, 7, 7, 9, 14, 8]
+    values = torch.tensor([0.0, 0.25, 0.26, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.1, 9.0, -0.3, -5.0, -0.1, -0.0])
+    codes = packing.e2m1_codes(packing.round_e2m1(values))
+    assert codes.tolist() == [0, 0, 1, 2, 2, 4, 4, 6, 6, 7, 7, 9, 14, 8, 0]
+
+
+def test_scales_are_divisions_in_float32() -> None:
+    amax = torch.tensor([448.0, 1.0, 3.3, 0.0])
+    assert torch.equal(packing.fp8_scale(amax), torch.where(amax > 0, amax / torch.tensor(448.0), 1.0))
+    assert packing.nvfp4_scale(torch.tensor(2688.0)) == 1
+    assert packing.fp8_scale(amax.double()).dtype is packing.nvfp4_scale(amax.double()).dtype is torch.float32
 
 
 def test_what_cannot_be_quantized_is_said() -> None:

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 from cosmos_export.build.quantize import quantize
 from cosmos_export.calibration.formats import Format, dequantized
-from cosmos_export.calibration.table import ScaleTable, fp8_scale, write_scale_table
+from cosmos_export.calibration.table import ScaleTable, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint, quantized_linears
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.cli import app
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir.packing import fp8_scale
 
 WIDE = {"hidden": 128, "intermediate": 256, "layers": 2, "dtype": "bfloat16"}
 """The smallest sizes that INT4 groups of 128 divide."""
@@ -85,10 +86,10 @@ def test_fp8_is_the_published_layout_and_our_reader_takes_it(tmp_path: Path, sou
         module = name.removesuffix(".weight")
         assert after.tensors[name].dtype == "F8_E4M3"
         assert after.tensors[f"{module}.weight_scale"].shape == after.tensors[f"{module}.input_scale"].shape == ()
-        assert tensor(after.tensors[f"{module}.input_scale"]) == fp8_scale(table.input_amax(module))
+        assert tensor(after.tensors[f"{module}.input_scale"]) == fp8_scale(torch.tensor(table.input_amax(module)))
         scale = tensor(after.tensors[f"{module}.weight_scale"])
         weight = tensor(before.tensors[name]).float()
-        assert scale == fp8_scale(float(weight.abs().max()))
+        assert scale == fp8_scale(weight.abs().max())
         exact = (weight / scale).to(torch.float8_e4m3fn)
         assert torch.equal(tensor(after.tensors[name]).view(torch.uint8), exact.view(torch.uint8))
 

@@ -14,8 +14,6 @@ from cosmos_export.calibration.table import (
     LINEAGE_FILE,
     SCALES_FILE,
     ScaleTable,
-    fp8_scale,
-    nvfp4_scale,
     read_scale_table,
     require_checkpoint,
     write_scale_table,
@@ -70,12 +68,6 @@ def test_the_same_table_has_the_same_bytes(tmp_path: Path, checkpoint: Checkpoin
         write_scale_table(value, tmp_path / name)
     for file in (SCALES_FILE, LINEAGE_FILE):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_scales_are_divisions_in_float32() -> None:
-    assert fp8_scale(448) == np.float32(1) and fp8_scale(1.0) == np.float32(1) / np.float32(448)
-    assert nvfp4_scale(2688) == np.float32(1)
-    assert fp8_scale(3.3).dtype == nvfp4_scale(3.3).dtype == np.float32
 
 
 def test_identity_is_of_the_weights_and_not_of_the_files(tmp_path: Path, checkpoint: Checkpoint) -> None:
