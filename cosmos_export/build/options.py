@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from cosmos_export.build.memory import memory_budget, require_memory
 from cosmos_export.build.request import check_request
 from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.build.selection import select
@@ -77,6 +78,9 @@ class BuildOptions:
     force: bool = False
     resume: bool = False
     """Go on from what an interrupted build of the same output has finished."""
+    memory_budget: str | None = None
+    """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
+    several. None: what this machine has free, and a margin less."""
     cache: Path | None = None
     """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
@@ -96,10 +100,21 @@ class Plan:
     recipe: Recipe
     precision: Assignment
     scales: ScaleTable | None
+    memory_budget: int | None = None
+    """In bytes; None where no engine is built here."""
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.geometry.num_hidden_layers
 
     @property
     def quantized(self) -> bool:
         return bool(self.precision.schemes)
+
+    @property
+    def generator_engines(self) -> int:
+        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
+        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -126,6 +141,7 @@ def resolve(options: BuildOptions) -> Plan:
             f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
             "leave it out: the weights lie in the bundle once as it is",
         )
+    budget = memory_budget(options, target)
     require_compiler()
     if target.backend == "tensorrt-rtx":
         from cosmos_export.targets.tensorrt_rtx import FLAVOR
@@ -147,7 +163,11 @@ def resolve(options: BuildOptions) -> Plan:
     recipe = _recipe(options, target, checkpoint, plan, profiles)
     precision = _precision(options, recipe, target, checkpoint, plan, profiles)
     scales = _scales(options, precision, checkpoint)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales)
+    found = Plan(
+        options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales, budget
+    )
+    require_memory(found)
+    return found
 
 
 def _recipe(
