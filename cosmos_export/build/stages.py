@@ -412,7 +412,8 @@ def _build_engine(
     summary = inspect_plan(report.path)
     attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
-    return Engine(name, report, summary, _check(name, graph, summary, plan, dtype, in_loop), attention, profiles)
+    check = _check(name, graph, summary, plan, dtype, in_loop)
+    return Engine(name, report, summary, check, attention, profiles, layer_weights(graph))
 
 
 _ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
