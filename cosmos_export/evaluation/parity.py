@@ -12,6 +12,7 @@ import torch
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
+from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampled, step_noise
 from cosmos_export.ir.graph import spec_of
@@ -112,23 +113,17 @@ class Parity:
         ``body`` is the model of the loop's body where it has another name. ``quantized``: compared with the program
         itself in the interpreter (gate G0), since what quantization loses is measured elsewhere.
         """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        values: dict[str, dict[str, dict[str, np.ndarray]]] = {c.name: {} for c in self._cases}
-        for name, graph in program.graphs.items():
+        values: dict[str, dict[str, dict[str, Value]]] = {c.name: {} for c in self._cases}
+        for name in program.graphs:
             # One session at a time: the towers of a large model do not fit side by side.
             file = body if body is not None and name == program.loop.body else name
-            session = onnxruntime.InferenceSession(str(folder / f"{file}{suffix}"), options, ["CPUExecutionProvider"])
+            model = Model(folder / f"{file}{suffix}")
             for case in self._cases:
                 inputs, results = self._inputs(case), values[case.name]
                 feed = {i: inputs[i].numpy() for i in program.free_inputs(name)}
                 feed |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-                names = list(graph.outputs)
-                results[name] = dict(zip(names, session.run(names, feed), strict=True))
-            del session
+                results[name] = model(feed)
+            del model
         errors = {}
         for case in self._cases:
             found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
