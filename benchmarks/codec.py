@@ -22,7 +22,7 @@ import torch
 from cosmos_export.build.artifacts import model_bytes
 from cosmos_export.build.components import capture_codec
 from cosmos_export.build.selection import codec_config
-from cosmos_export.build.sources import weight_sources
+from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.demo import write_demo_checkpoint

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ WORKLOADS = [
     ("t2v-720p-189f", "vision", 120),
 ]  # fmt: skip
 """(workload, folder of graphs, seconds it takes at most on an H100)."""
+BASELINES = ("t2v-480p-189f",)
+"""Workloads of which diffusers is measured too, in the stage of bf16, where it is installed."""
 RECIPES = ("fp8-attention", "fp8", "bf16")
 LIMITS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative error of a graph on the device against the interpreter in fp32 on the same (rounded) weights."""
@@ -102,11 +105,12 @@ def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stag
     for workload, kind, needs_s in WORKLOADS[:2] if dry else WORKLOADS:
         for recipe in RECIPES[1:] if dry else RECIPES:
             folder = arguments.graphs / (f"tiny-{kind}" if dry else f"{arguments.size}-{kind}")
+            beside = recipe == "bf16" and workload in BASELINES and find_spec("diffusers") is not None
             asked = GeometryRequest(
                 arguments.size, workload, recipe, str(device), runs=1 if dry else 5, graphs=folder,
-                compiled=not dry, dry_run=dry,
+                compiled=not dry, baselines=beside, dry_run=dry,
             )  # fmt: skip
-            yield Stage(f"bench-{workload}-{recipe}", needs_s, lambda asked=asked: _bench(asked))
+            yield Stage(f"bench-{workload}-{recipe}", needs_s + beside * 90, lambda asked=asked: _bench(asked))
 
 
 def _bench(asked: GeometryRequest) -> dict[str, Any]:
@@ -114,6 +118,10 @@ def _bench(asked: GeometryRequest) -> dict[str, Any]:
     forward = f"{1e3 * found.forward_s:.1f} ms a forward" if found.forward_s is not None else "no forward"
     print(f"{asked.workload} {asked.recipe}: {found.request_s:.2f} s a request, {forward}", flush=True)
     document = found.document()
+    for row in document["baselines"]:
+        print(
+            f"    {row['ours_over_request']:.2f} of {row['name']} {row['recipe']} {row['request_s']:.4g} s, in this run"
+        )
     for cell in [] if asked.dry_run else document["published"]:
         share, what = found.request_s / cell["seconds"], f"{cell['engine']} {cell['recipe']} {cell['seconds']:g} s"
         print(f"    {share:.2f} of {what}, step cache: {cell['step_cache']}")

@@ -28,6 +28,7 @@ from cosmos_export.plan.latency import Habits, Latency, latency
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.description import Efficiency
+from cosmos_export.targets.recipe import load_recipe
 
 PUBLISHED = Path(published_cells.__file__).with_name("published.json")
 CODEC = 0.38
@@ -89,7 +90,7 @@ def predict(cell: Cell, target: Target | None = None) -> Latency | None:
     """The prediction for ``cell``; None where the target has no rate or no efficiency."""
     subject, workload, schedule = _case(cell.model, cell.workload)
     on = target or load_target(cell.gpu)
-    chosen = precision(cell.recipe, (), on, subject.geometry, schedule.steps)
+    chosen = precision(load_recipe(cell.recipe), (), on, subject.geometry, schedule.steps)
     return latency(subject, workload, schedule, chosen, on, habits(cell))
 
 

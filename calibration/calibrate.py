@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 import cosmos_export
 from cosmos_export.bundle import RequestRecord
-from cosmos_export.calibration.awq import search_pre_scales
+from cosmos_export.calibration.algorithms import Algorithm
 from cosmos_export.calibration.coverage import Coverage, Sample
-from cosmos_export.calibration.encode import Encoder
+from cosmos_export.calibration.encode import Encoder, SoundEncoder
 from cosmos_export.calibration.inputs import Latents, noised, step_inputs
 from cosmos_export.calibration.layers import Entrance, LayerSource
 from cosmos_export.calibration.observers import Observer
@@ -31,9 +31,11 @@ from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import Request
+from cosmos_export.targets.stored_recipe import recipe_text
 
-_AWQ_ROWS = 256
+_SEARCH_ROWS = 256
 """Rows of each tensor that the search sees, over all passes."""
 _TASK = "make inputs"
 _PLANNED = ("mode", "frames", "height", "width", "fps", "sound")
@@ -52,7 +54,7 @@ class Job:
     samples: tuple[Sample, ...]
     coverage: Coverage
     observer: Observer
-    awq: bool
+    algorithm: Algorithm
     seed: int = 0
 
     def plan(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Job:
             "schedules": [asdict(w.request.schedule) for w in self.works],
             "samples": [[s.work, s.step, s.branch] for s in self.samples],
             "observer": asdict(self.observer),
-            "awq": self.awq,
+            "algorithm": self.algorithm.settings,
             "seed": self.seed,
             "versions": {"cosmos-export": cosmos_export.__version__, "torch": torch.__version__},
         }
@@ -85,8 +87,8 @@ def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) 
         workspace,
         [f"{job.works[s.work].name}, step {s.step} ({s.branch})" for s in job.samples],
         job.observer,
-        search=search_pre_scales if job.awq else None,
-        rows=-(-_AWQ_ROWS // len(job.samples)),
+        search=job.algorithm.search(),
+        rows=-(-_SEARCH_ROWS // len(job.samples)),
         progress=report,
     )
     for name in zero_ranges(results):
@@ -95,18 +97,24 @@ def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) 
         )
     return ScaleTable(
         amax={f"layers.{i}.{name}": value for i, result in enumerate(results) for name, value in result.ranges.items()},
-        pre_scales=_pre_scales(results),
+        pre_scales={
+            f"layers.{i}.{n}": value for i, result in enumerate(results) for n, value in result.pre_scales.items()
+        },
+        low_rank={f"layers.{i}.{n}": pair for i, result in enumerate(results) for n, pair in result.low_rank.items()},
         checkpoint=job.identity,
         lineage=lineage(job),
+        recipe=_recipe(job, results),
     )
 
 
-def _pre_scales(results: Sequence[LayerResult]) -> dict[str, NDArray[np.float32]]:
-    return {
-        f"layers.{index}.{name}": np.array(scale.float().numpy(), dtype=np.float32)
-        for index, result in enumerate(results)
-        for name, scale in result.pre_scales.items()
-    }
+def _recipe(job: Job, results: Sequence[LayerResult]) -> str:
+    """The schemes that a search chose, as a recipe; empty where it chose none."""
+    schemes = {f"layers.{i}.{name}": scheme for i, one in enumerate(results) for name, scheme in one.schemes.items()}
+    if not schemes:
+        return ""
+    bits = job.algorithm.settings["bits"]
+    summary = f"The schemes that ModelOpt's AutoQuantize chose, layer by layer, with {bits:g} bits an average weight."
+    return recipe_text(job.checkpoint, schemes, f"Chosen within {bits:g} bits a weight", summary)
 
 
 def lineage(job: Job) -> dict[str, Any]:
@@ -114,7 +122,7 @@ def lineage(job: Job) -> dict[str, Any]:
     return {
         "tool": {"name": "cosmos-export", "version": cosmos_export.__version__},
         "observer": job.observer.settings,
-        "awq": job.awq,
+        "algorithm": job.algorithm.settings,
         "seed": job.seed,
         "passes": len(job.samples),
         "tokens": sum(_rows(job.works[s.work], job.record) for s in job.samples),
@@ -199,6 +207,7 @@ class _Makers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._encoder: Encoder | None = None
+        self._sound_encoder: SoundEncoder | None = None
         self._rollout: Rollout | None = None
         self._last: tuple[tuple[Any, ...], NDArray[np.float32]] | None = None
         """The latent that was encoded last, and what it is of: the three readings of an action follow each other."""
@@ -214,6 +223,8 @@ class _Makers:
             assert work.file is not None
             return _AtStep(work, record, read_latents(work.file, record, work.name), {})
         clean: dict[str, NDArray[np.float32]] = {"vision": self._encoded(work)}
+        if work.request.sound:
+            clean["sound"] = self._heard(work)
         if work.given is not None and record.action is not None:
             rows = np.zeros((len(work.given), record.action.dim), np.float32)
             rows[:, : work.given.shape[1]] = work.given
@@ -228,6 +239,15 @@ class _Makers:
             self._last = key, self._encoder(pixels(work, self._job.record))
         # An action's canvas is padded; its latents are those of the content.
         return self._last[1][..., : request.height, : request.width]
+
+    def _heard(self, work: Work) -> NDArray[np.float32]:
+        """The latents of the sound of ``work``'s clip, over the time of its frames."""
+        request, sound = work.request, self._job.record.sound
+        assert sound is not None and work.clip is not None
+        self._sound_encoder = self._sound_encoder or SoundEncoder(self._job.checkpoint)
+        samples = sound_latents(request.frames, request.fps, self._job.record) * sound.hop
+        start = work.clip.skip / request.fps
+        return self._sound_encoder(media.read_sound(work.clip.path, start, samples, sound.sampling_rate))
 
     def _rolled(self, request: Request, steps: Sequence[int]) -> dict[int, Latents]:
         if self._rollout is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cosmos_export.calibration.algorithms import Array, Found, Search
 from cosmos_export.calibration.layers import Hidden, LayerSource
 from cosmos_export.calibration.observers import Observation, Observer, choose_range
 from cosmos_export.calibration.watch import Seen, Watch
@@ -30,17 +31,17 @@ PLAN_FILE = "plan.json"
 _ROTARY = ("cos_und", "sin_und", "cos_gen", "sin_gen")
 _TASK = "calibrate"
 
-Rows = Mapping[str, torch.Tensor]
-Search = Callable[[nn.Module, Mapping[str, Sequence[str]], Rows, Rows], dict[str, torch.Tensor]]
-"""Pre-scales by linear: of a layer, the linears that read each tensor, rows of it, and the mean |x| of its channels."""
+_PRE, _DOWN, _UP = "pre:", "down:", "up:"
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Ranges and pre-scales of one layer, by what the table calls them without the layer's name."""
+    """What was found of one layer, by what the table calls it without the layer's name. Arrays are mapped."""
 
     ranges: Mapping[str, float]
-    pre_scales: Mapping[str, torch.Tensor]
+    pre_scales: Mapping[str, Array]
+    low_rank: Mapping[str, tuple[Array, Array]]
+    schemes: Mapping[str, str]
 
 
 class Workspace:
@@ -119,21 +120,32 @@ class Workspace:
 
     def result(self, layer: int) -> LayerResult | None:
         """The result of ``layer``; None where there is none yet."""
-        from safetensors import safe_open
-
         path = self._layers / f"{layer:05d}.safetensors"
         if not path.is_file():
             return None
-        with safe_open(path, framework="pt") as file:
-            ranges = json.loads((file.metadata() or {})["ranges"])
-            scales = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        return LayerResult({name: float.fromhex(value) for name, value in ranges.items()}, scales)
+        header = read_header(path)
+        ranges, schemes = (json.loads(header.metadata[name]) for name in ("ranges", "schemes"))
+        arrays = {name: entry.array() for name, entry in header.tensors.items()}
 
-    def finish(self, layer: int, result: LayerResult) -> None:
-        """Write the result of ``layer``."""
-        ranges = {name: value.hex() for name, value in result.ranges.items()}
-        scales = {name: scale.float() for name, scale in result.pre_scales.items()}
-        _save(self._layers / f"{layer:05d}.safetensors", scales, {"ranges": json.dumps(ranges)})
+        def called(prefix: str) -> dict[str, Array]:
+            return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+        down, up = called(_DOWN), called(_UP)
+        found = {name: float.fromhex(value) for name, value in ranges.items()}
+        return LayerResult(found, called(_PRE), {name: (down[name], up[name]) for name in down}, schemes)
+
+    def finish(self, layer: int, ranges: Mapping[str, float], found: Found) -> LayerResult:
+        """Write the result of ``layer``, and return it."""
+        tensors = {f"{_PRE}{name}": scale for name, scale in found.pre_scales.items()}
+        tensors |= {f"{_DOWN}{name}": down for name, (down, _) in found.low_rank.items()}
+        tensors |= {f"{_UP}{name}": up for name, (_, up) in found.low_rank.items()}
+        metadata = {"ranges": json.dumps({name: value.hex() for name, value in ranges.items()})}
+        metadata["schemes"] = json.dumps(dict(found.schemes))
+        path = self._layers / f"{layer:05d}.safetensors"
+        _save(path, {name: tensor.float() for name, tensor in tensors.items()}, metadata)
+        result = self.result(layer)
+        assert result is not None
+        return result
 
 
 def run_layers(
@@ -148,7 +160,7 @@ def run_layers(
 ) -> list[LayerResult]:
     """All ``samples`` (their names, for messages) through all layers. They have entered ``workspace``.
 
-    ``search`` finds pre-scales on ``rows`` rows of each sample. CX321: an activation is NaN or infinite.
+    ``search`` looks at ``rows`` rows of each sample. CX321: an activation is NaN or infinite.
     """
     report = progress or Silent()
     report.begin(_TASK, source.count * len(samples))
@@ -163,8 +175,7 @@ def run_layers(
                     _require_finite(seen, layer, name)
                     workspace.advance(index, hidden, layer + 1, seen)
                 report.update(_TASK, layer * len(samples) + index + 1)
-            result = _result(module, workspace, len(samples), observer, search)
-            workspace.finish(layer, result)
+            result = workspace.finish(layer, *_found(module, workspace, len(samples), observer, search))
             source.drop()
         report.update(_TASK, (layer + 1) * len(samples))
         results.append(result)
@@ -189,9 +200,9 @@ def _require_finite(seen: Seen, layer: int, sample: str) -> None:
             )
 
 
-def _result(
+def _found(
     module: nn.Module, workspace: Workspace, samples: int, observer: Observer, search: Search | None
-) -> LayerResult:
+) -> tuple[dict[str, float], Found]:
     merged: dict[str, Observation] = {}
     readers: Mapping[str, Sequence[str]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
@@ -206,9 +217,9 @@ def _result(
             sums[name] = sums[name] + total if name in sums else total
     ranges = {name: choose_range(observer, observation) for name, observation in merged.items()}
     if search is None:
-        return LayerResult(ranges, {})
+        return ranges, Found()
     means = {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
-    return LayerResult(ranges, search(module, readers, {name: torch.cat(kept) for name, kept in rows.items()}, means))
+    return ranges, search(module, readers, {name: torch.cat(kept) for name, kept in rows.items()}, means)
 
 
 def zero_ranges(results: Sequence[LayerResult]) -> Iterator[str]:

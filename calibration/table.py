@@ -12,8 +12,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -29,10 +31,11 @@ from cosmos_export.checkpoint.strict_json import read_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 
-SCALES_FILE, LINEAGE_FILE = "scales.safetensors", "lineage.json"
+SCALES_FILE, LINEAGE_FILE, RECIPE_FILE = "scales.safetensors", "lineage.json", "recipe.toml"
 VERSION = 1
 
 _INPUT, _PRE = ".input_amax", ".pre_quant_scale"
+_DOWN, _UP = ".low_rank_down", ".low_rank_up"
 _ATTENTION = re.compile(r".+\.attention\.(reasoner|generator)\.[qkv]_amax")
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
 _CALIBRATE = "make one with `cosmos-export calibrate`"
@@ -58,6 +61,10 @@ class ScaleTable:
     """`checkpoint_identity` of the checkpoint that was calibrated."""
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Data, settings and coverage, as ``lineage.json`` has them."""
+    low_rank: Mapping[str, tuple[PreScale, PreScale]] = field(default_factory=dict)
+    """By linear: ``down`` [rank, K] and ``up`` [N, rank]; up · down of the scaled weight stays in 16 bit (SVDQuant)."""
+    recipe: str = ""
+    """The text of ``recipe.toml``, of a search that chose schemes; it is for `build --recipe`, and not read back."""
 
     def __post_init__(self) -> None:
         for key, value in self.amax.items():
@@ -70,6 +77,9 @@ class ScaleTable:
                 _damaged(f"{linear}{_PRE} is not a row of finite float32 numbers above 0")
             if linear + _INPUT not in self.amax:
                 _damaged(f"{linear} has a pre-scale and no range")
+        for linear, (down, up) in self.low_rank.items():
+            if linear not in self.pre_scales or down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1]:
+                _damaged(f"{linear} has a part of low rank that does not fit")
         if not _IDENTITY.fullmatch(self.checkpoint):
             _damaged(f"the checkpoint's identity {shown(self.checkpoint)} is not a SHA-256")
 
@@ -99,6 +109,9 @@ def require_checkpoint(table: ScaleTable, checkpoint: Checkpoint, progress: Prog
         width = checkpoint.expected[f"{linear}.weight"].shape[1]
         if scale.shape != (width,):
             _stale(f"the pre-scale of {linear} has {scale.size} channels, its weight has {width}")
+    for linear, (down, up) in table.low_rank.items():
+        if (up.shape[0], down.shape[1]) != checkpoint.expected[f"{linear}.weight"].shape:
+            _stale(f"the part of low rank of {linear} is not of its weight's shape")
     found = checkpoint_identity(checkpoint, progress)
     if found != table.checkpoint:
         _stale(f"it is of the checkpoint {table.checkpoint[:12]}…, this one is {found[:12]}…")
@@ -118,19 +131,23 @@ def write_scale_table(table: ScaleTable, directory: Path, *, force: bool = False
         tensors: dict[str, NDArray[np.float32]] = {
             key: np.asarray(value, dtype="<f4") for key, value in sorted(table.amax.items())
         }
-        tensors |= {f"{name}{_PRE}": scale.astype("<f4") for name, scale in sorted(table.pre_scales.items())}
+        tensors |= {f"{name}{_PRE}": scale for name, scale in sorted(table.pre_scales.items())}
+        for name, (down, up) in sorted(table.low_rank.items()):
+            tensors |= {f"{name}{_DOWN}": down, f"{name}{_UP}": up}
         specs = [TensorSpec(name, "F32", value.shape) for name, value in tensors.items()]
-        data = encode_header(specs) + b"".join(tensors[spec.name].tobytes() for spec in specs)
+        parts = (tensors[spec.name].astype("<f4").tobytes() for spec in specs)
+        digest = _write(folder / SCALES_FILE, chain([encode_header(specs)], parts))
+        if table.recipe:
+            _write(folder / RECIPE_FILE, [table.recipe.encode()])
         lineage = {
             "format": "cosmos-export scale table",
             "version": VERSION,
             "checkpoint": table.checkpoint,
-            "scales_sha256": hashlib.sha256(data).hexdigest(),
+            "scales_sha256": digest,
             "lineage": dict(table.lineage),
         }
         text = json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write(folder / SCALES_FILE, data)
-        _write(folder / LINEAGE_FILE, text.encode())
+        _write(folder / LINEAGE_FILE, [text.encode()])
 
 
 def require_output(directory: Path, force: bool) -> None:
@@ -157,32 +174,47 @@ def read_scale_table(directory: Path) -> ScaleTable:
         _damaged(f"{LINEAGE_FILE} does not say what was calibrated")
     file = directory / SCALES_FILE
     header = read_header(file)
-    if hashlib.sha256(file.read_bytes()).hexdigest() != document["scales_sha256"]:
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if digest != document["scales_sha256"]:
         _damaged(f"{SCALES_FILE} is not the file that {LINEAGE_FILE} belongs to")
     amax: dict[str, float] = {}
     pre_scales: dict[str, PreScale] = {}
+    low_rank: dict[str, dict[str, PreScale]] = defaultdict(dict)
     for name, entry in header.tensors.items():
         if entry.dtype != "F32":
             _damaged(f"{name} has the type {entry.dtype}; all numbers of a table are F32")
         if name.endswith(_PRE):
             pre_scales[name.removesuffix(_PRE)] = np.array(entry.array(), dtype=np.float32)
+        elif name.endswith((_DOWN, _UP)):
+            linear, part = name.rsplit(".", 1)
+            low_rank[linear][f".{part}"] = entry.array()
         elif entry.shape == ():
             amax[name] = float(entry.array())
         else:
             _damaged(f"{name} has the shape {list(entry.shape)}; a range is one number")
+    halves = [linear for linear, parts in low_rank.items() if len(parts) != 2]
+    if halves:
+        _damaged(f"{halves[0]} has one half of a part of low rank")
     return ScaleTable(
         MappingProxyType(amax),
         MappingProxyType(pre_scales),
         document["checkpoint"],
         MappingProxyType(document["lineage"]),
+        MappingProxyType({linear: (parts[_DOWN], parts[_UP]) for linear, parts in low_rank.items()}),
     )
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> str:
+    """The SHA-256 of what was written."""
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(data)
+        for part in parts:
+            digest.update(part)
+            file.write(part)
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _damaged(what: str) -> NoReturn:

@@ -13,7 +13,7 @@ from cosmos_export.ir import ops, packing
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import Format, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import Format, LowRank, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.passes.assign_precision import Precision, towers_of
 from cosmos_export.passes.base import Pass, PassResult
 
@@ -32,6 +32,8 @@ class Ranges:
     """``<linear>.input_amax`` → largest magnitude of its input."""
     pre_scales: Mapping[str, WeightSource] = field(default_factory=dict)
     """Linear → where the factors of its input's channels lie; equal factors are one source."""
+    low_rank: Mapping[str, tuple[WeightSource, WeightSource]] = field(default_factory=dict)
+    """Linear → where ``down`` [rank, K] and ``up`` [N, rank] of its part of low rank lie; equal ``down`` are one."""
     attention: Mapping[tuple[int, str], float] = field(default_factory=dict)
     """Layer and operand (``q``, ``k``, ``v``) of the generator's attention → largest magnitude."""
 
@@ -40,9 +42,7 @@ class Ranges:
         keys = [f"{linear}.input_amax" for linear in linears_of(weight)]
         missing = [key for key in keys if key not in self.amax]
         if missing:
-            raise UserError(
-                "CX312", f"the scale table has no {missing[0]}", "calibrate with the towers and modes of the recipe"
-            )
+            raise UserError("CX312", f"there is no {missing[0]}", "calibrate with the towers and modes of the recipe")
         return max(self.amax[key] for key in keys)
 
     def attention_scales(self, layer: int, scale: float) -> torch.Tensor:
@@ -51,7 +51,7 @@ class Ranges:
         if missing:
             raise UserError(
                 "CX312",
-                f"the scale table has no {missing[0]}_amax of attention in layer {layer} of the generator",
+                f"there is no {missing[0]}_amax of attention in layer {layer} of the generator",
                 "calibrate with the towers and modes of the recipe",
             )
         q, k, v = (self.attention[layer, operand] for operand in "qkv")
@@ -68,6 +68,20 @@ class Ranges:
             )
         return found.pop()
 
+    def part_of_low_rank(self, weight: WeightBinding) -> LowRank | None:
+        """What of ``weight`` is not packed; CX355 where linears that were merged were not searched together."""
+        found = [self.low_rank.get(linear) for linear in linears_of(weight)]
+        given = [part for part in found if part is not None]
+        if not given:
+            return None
+        if len(given) < len(found) or len({down for down, _ in given}) > 1:
+            raise UserError(
+                "CX355",
+                f"{', '.join(linears_of(weight))} read one value, and have different parts of low rank in the table",
+                "calibrate again with one search for linears that read the same value",
+            )
+        return LowRank(given[0][0], tuple(up for _, up in given))
+
 
 def linears_of(weight: WeightBinding) -> tuple[str, ...]:
     """Names of the linears whose weights are in ``weight``."""
@@ -79,15 +93,16 @@ class InsertQuantization(Pass):
 
         fp8        x·Wᵀ  →  dq(q(x, a), a) · dq(W₈, w)ᵀ      constants a = amax(x)/448, w = amax(W)/448
         fp8-w8a16  x·Wᵀ  →  x · dq(W₈, w)ᵀ
-        int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ                   s: one scale a row and group of columns
+        int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ [+ (x·Dᵀ)·Uᵀ]     s: one scale a row and group of columns; W − U·D is packed
         nvfp4      x·Wᵀ  →  qdq₄(x, a) · dq(W₄, b, w)ᵀ       b: one scale a block of 16; blocks of x as they come
         fp8-attention       joint attention whose query, keys, values and softmax are quantized
 
     The low-precision tensors are bindings like any weight: they are computed when they are written, and no data moves
     here. A merged weight has one scale over all its parts (fp8), or those of its rows (int4), so that nothing is
-    rounded twice. Linears that read one value and quantize it alike read one quantized value. A pre-scale (AWQ, int4)
-    goes into the weight of the norm before, if all that reads the norm has the same one, and is a multiplication
-    otherwise; the weight's columns are divided by it.
+    rounded twice; parts that are stored in FP8 keep their bytes, and each row has the scale of its part. Linears that
+    read one value and quantize it alike read one quantized value. A pre-scale (AWQ, int4) goes into the weight of the
+    norm before, if all that reads the norm has the same one, and is a multiplication otherwise; the weight's columns
+    are divided by it.
     Left alone: sites in the model's own type. Refused: an input without a range (CX312), a width that the scheme
     cannot divide (CX355). Numerical effect: that of the scheme. Without a quantized site: none, not one node changes.
     """
@@ -113,6 +128,8 @@ class InsertQuantization(Pass):
                     weight = self._weight(graph, node, scheme, pre)
                     operands = (read, weight, *node.args[2:])
                     new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
+                    if scheme == INT4:
+                        new = self._with_low_rank(graph, node, read, new, result)
                     graph.replace(node, new)
                     result.changes[f"{scheme} linears"] += 1
             self._attentions(graph, result)
@@ -156,7 +173,8 @@ class InsertQuantization(Pass):
             return self._scaled(graph, value, pre, linears, result)
         if scheme not in (FP8, NVFP4):
             return value
-        amax = torch.tensor(max(self._ranges.input_amax(n.args[1].meta["weight"]) for n in linears))
+        amaxes = [self._ranges.input_amax(n.args[1].meta["weight"]) for n in linears]
+        amax = torch.tensor(max(amaxes), dtype=torch.float64)
         result.changes["activation quantizers"] += 1
         if scheme == NVFP4:
             _require_width(first, packing.NVFP4_BLOCK)
@@ -211,12 +229,33 @@ class InsertQuantization(Pass):
         if scheme == INT4:
             width = binding.unpacked_shape[1]
             group = _require_width(node, *(size for size in INT4_GROUPS if size < width))
-            values, scale = (part(Format.INT4, p, group=group, divisor=pre) for p in (Part.VALUES, Part.SCALE))
+            options = {"group": group, "divisor": pre, "low_rank": self._ranges.part_of_low_rank(binding)}
+            values, scale = (part(Format.INT4, p, **options) for p in (Part.VALUES, Part.SCALE))
             return call(ops.DEQUANTIZE_GROUPS, values, scale)
         if scheme == NVFP4:
             values, blocks, scale = (part(Format.NVFP4, p) for p in (Part.VALUES, Part.BLOCK_SCALE, Part.SCALE))
             return call(ops.DEQUANTIZE_BLOCKS, values, blocks, scale, binding.dtype)
         raise UserError("CX353", f"there is no scheme `{scheme}` for a linear", "`cosmos-export targets` lists schemes")
+
+    def _with_low_rank(self, graph: Graph, node: Node, read: Node, product: Node, result: PassResult) -> Node:
+        """``product`` and what of the weight of ``node`` is not packed, multiplied in the model's own type."""
+        binding: WeightBinding = node.args[1].meta["weight"]
+        part = self._ranges.part_of_low_rank(binding)
+        if part is None:
+            return product
+        transform = binding.transform if len(part.up) > 1 else Transform.IDENTITY
+        halves = {
+            "down": WeightBinding((part.down,), Transform.IDENTITY, binding.dtype),
+            "up": WeightBinding(part.up, transform, binding.dtype),
+        }
+        down, up = (
+            graph.add_weight(f"{node.args[1].name}_{name}", half, module=node.args[1].meta["module"])
+            for name, half in halves.items()
+        )
+        narrow = graph.call(aten.linear.default, read, down, before=node, like=node, by=self.name)
+        wide = graph.call(aten.linear.default, narrow, up, before=node, like=node, by=self.name)
+        result.changes["parts of low rank"] += 1
+        return graph.call(aten.add.Tensor, product, wide, before=node, like=node, by=self.name)
 
 
 def _sites(graph: Graph) -> Iterator[tuple[Node, Precision]]:

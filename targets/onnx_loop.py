@@ -33,6 +33,7 @@ def lower_loop(
     *,
     compute: torch.dtype | None = None,
     explicit_attention: bool = False,
+    external: bool = False,
 ) -> onnx.ModelProto:
     """The closed ``loop`` over ``graph``.
 
@@ -40,9 +41,12 @@ def lower_loop(
     becomes an input of that shape. The other inputs of the model are the body's, but of the carried state what the loop
     takes; the rest of it begins as zeros.
     Outputs are what the loop returns of the state after its last step, under their input's name with ``_final``.
-    ``explicit_attention`` writes attention as matrix products, for a builder that takes no `Attention` in a loop.
+    ``explicit_attention`` writes attention as matrix products, for a builder that takes no `Attention` in a loop;
+    ``external`` as in `lower`.
     """
-    return _LoopLowering(graph, loop, tables, stored, weights_file, compute, explicit_attention).run()
+    return _LoopLowering(
+        graph, loop, tables, stored, weights_file, compute, explicit_attention=explicit_attention, external=external
+    ).run()
 
 
 class _LoopLowering(Lowering):
@@ -54,9 +58,11 @@ class _LoopLowering(Lowering):
         stored: Mapping[WeightBinding, Stored],
         weights_file: str,
         compute: torch.dtype | None,
+        *,
         explicit_attention: bool,
+        external: bool,
     ) -> None:
-        super().__init__(graph, stored, weights_file, compute)
+        super().__init__(graph, stored, weights_file, compute, external=external)
         self._loop = loop
         self._tables = tables
         self._explicit = explicit_attention

@@ -24,7 +24,7 @@ from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
 from cosmos_export.ir.spec import E2M1, INT4, WeightBinding
-from cosmos_export.targets.weights import Stored, numpy_dtype
+from cosmos_export.targets.weights import Stored, numpy_dtype, size_bytes
 
 OPSET = 23
 _IR_VERSION = 11
@@ -43,21 +43,62 @@ _TYPES: dict[torch.dtype, int] = {
 
 
 def lower(
-    graph: Graph, stored: Mapping[WeightBinding, Stored], weights_file: str, *, compute: torch.dtype | None = None
+    graph: Graph,
+    stored: Mapping[WeightBinding, Stored],
+    weights_file: str,
+    *,
+    compute: torch.dtype | None = None,
+    external: bool = False,
 ) -> onnx.ModelProto:
     """The ONNX model of ``graph``; weights are references into ``weights_file`` (relative to the model).
 
-    ``compute`` replaces the graph's low-precision floating type (bfloat16) in every value. Raises InternalError (CX230)
-    for an operation without a rule or a dim that no input shows.
+    ``compute`` replaces the graph's low-precision floating type (bfloat16) in every value. With ``external`` the
+    weights of `external_weights` are inputs, after the graph's own. Raises InternalError (CX230) for an operation
+    without a rule or a dim that no input shows.
     """
-    return Lowering(graph, stored, weights_file, compute).run()
+    return Lowering(graph, stored, weights_file, compute, external=external).run()
+
+
+EXTERNAL_BYTES = 1 << 20
+"""Weights from here on are inputs of an engine whose weights are external; smaller ones are part of its plan."""
+
+
+def external_weights(graph: Graph) -> dict[str, WeightBinding]:
+    """Name of the input → weight, for each that a model with external weights takes as an input.
+
+    Those that are large. Not those that a product widens in its own kernel: as inputs they would be widened whole.
+    """
+    large = [node for node in graph.weights.values() if size_bytes(node.meta["weight"]) >= EXTERNAL_BYTES]
+    return {weight_name(node): node.meta["weight"] for node in large if not _widened_in_product(node)}
+
+
+def _widened_in_product(weight: Node) -> bool:
+    """Narrow ``weight`` that meets activations of 16 bit."""
+    if any(is_op(user, ops.DEQUANTIZE_GROUPS) for user in weight.users):
+        return True
+    products = [p for user in weight.users if is_op(user, ops.DEQUANTIZE) for p in user.users]
+    return any(is_op(p, aten.linear.default) and not is_op(p.args[0], ops.DEQUANTIZE) for p in products)
+
+
+def weight_name(node: Node) -> str:
+    """What the weight ``node`` is called in a model."""
+    binding: WeightBinding = node.meta["weight"]
+    return binding.keys[0] if len(binding.keys) == 1 and binding.packing is None else str(node.name)
 
 
 class Lowering:
     def __init__(
-        self, graph: Graph, stored: Mapping[WeightBinding, Stored], weights_file: str, compute: torch.dtype | None
+        self,
+        graph: Graph,
+        stored: Mapping[WeightBinding, Stored],
+        weights_file: str,
+        compute: torch.dtype | None,
+        *,
+        external: bool = False,
     ) -> None:
         self.graph = graph
+        self._external = set(external_weights(graph)) if external else set[str]()
+        self.weight_inputs: list[onnx.ValueInfoProto] = []
         self.stored = stored
         self.weights_file = weights_file
         self.compute = compute
@@ -104,6 +145,7 @@ class Lowering:
         return helper.make_tensor_value_info(name, self.type_of(spec.dtype), dims)
 
     def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+        inputs = [*inputs, *self.weight_inputs]
         body = helper.make_graph(self.nodes, self.graph.name, inputs, outputs, self.initializers)
         domains = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(_TRT, 1)] if self.uses_trt else [])]
         model = helper.make_model(body, opset_imports=domains, ir_version=_IR_VERSION)
@@ -126,11 +168,13 @@ class Lowering:
 
     def _weight(self, node: Node) -> str:
         binding: WeightBinding = node.meta["weight"]
-        place = self.stored[binding]
-        name = binding.keys[0] if len(binding.keys) == 1 and binding.packing is None else node.name
+        place, name = self.stored[binding], weight_name(node)
         kind, dims = _TYPES[binding.dtype], list(binding.shape)
         if self.portable and binding.dtype is E2M1:
             kind, dims = TensorProto.UINT8, [*dims[:-1], dims[-1] // 2]
+        if name in self._external:
+            self.weight_inputs.append(helper.make_tensor_value_info(name, kind, dims))
+            return name
         tensor = TensorProto(name=name, data_type=kind, dims=dims)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.weights_file), ("offset", place.offset), ("length", place.size_bytes)):
@@ -179,6 +223,12 @@ class Lowering:
                 factor, dim = sympy.sympify(known).as_coeff_Mul()
                 if dim == value:
                     return self.op("Div", self.op("Shape", name, start=axis, end=axis + 1), self.size(int(factor)))
+        if isinstance(value, sympy.Add):
+            for node in self.graph.inputs.values():
+                for known in spec_of(node).shape:
+                    # A sum that an input has as one size: what is left of ``value`` has fewer terms.
+                    if isinstance(known, sympy.Add) and set(known.args) < set(value.args):
+                        return self.op("Add", self.size(known), self.size(simplify(value - known)))
         if isinstance(value, (sympy.Add, sympy.Mul)):
             operator = "Add" if isinstance(value, sympy.Add) else "Mul"
             terms = [self.size(a) for a in value.args]
@@ -327,12 +377,15 @@ def _joint_attention_fp8(low: Lowering, node: Node) -> str:
 
 def _dequantize(low: Lowering, node: Node) -> str:
     x, scale, dtype = node.args
-    return _widened(low, low.values[x], low.values[scale], dtype)
+    return _widened(low, low.values[x], low.values[scale], dtype, rows=spec_of(scale).rank == 1)
 
 
-def _widened(low: Lowering, x: str, scale: str, dtype: torch.dtype) -> str:
+def _widened(low: Lowering, x: str, scale: str, dtype: torch.dtype, *, rows: bool = False) -> str:
+    """``rows``: one scale for each row of ``x``."""
     wide = low.dtype(dtype) == torch.float32
     attributes: dict[str, Any] = {} if wide else {"output_dtype": low.type_of(dtype)}
+    if rows:
+        attributes["axis"] = 0
     return low.op("DequantizeLinear", x, scale, **attributes)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -105,6 +106,8 @@ class Recipe:
     summary: str
     """What it is for, and what it costs."""
     experimental: bool
+    not_for: tuple[str, ...]
+    """Modes of generation for which `auto` does not choose it."""
     warning: str
     """Said at every build; may be empty."""
     rules: tuple[Rule, ...]
@@ -126,9 +129,27 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml")))
 
 
-@cache
 def load_recipe(name: str) -> Recipe:
-    """The recipe called ``name``; CX350 names the nearest one if there is none."""
+    """The recipe called ``name``, or in the file ``name`` if that ends in ``.toml``.
+
+    CX350 names the nearest one if there is none; CX351: the file is not a recipe.
+    """
+    return _read_recipe(Path(name)) if name.endswith(".toml") else _shipped(name)
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return parse_recipe(path.stem, path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("CX350", f"recipe {path} cannot be read: {error}", "`cosmos-export recipes ls`") from error
+    except InternalError as error:
+        raise UserError(
+            error.code, error.message, "`cosmos-export recipes show fp8 --json` shows what one has"
+        ) from error
+
+
+@cache
+def _shipped(name: str) -> Recipe:
     if name not in recipe_names():
         near = difflib.get_close_matches(name.lower(), recipe_names(), n=1, cutoff=0.5)
         raise UserError(
@@ -162,6 +183,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         title=data["title"],
         summary=data["summary"],
         experimental=data["experimental"],
+        not_for=tuple(data["not_for"]),
         warning=data["warning"],
         rules=rules,
         source=tuple(data["source"]),
@@ -172,6 +194,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "title": str,
     "summary": str,
     "experimental": bool,
+    "not_for": list,
     "warning": str,
     "rules": list,
     "source": list,

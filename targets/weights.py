@@ -16,9 +16,9 @@ import torch
 
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
-from cosmos_export.ir.interpreter import FOUR_BIT, pack_rows, tensor_scale, weight_norm
+from cosmos_export.ir.interpreter import FOUR_BIT, as_multiplied, kept_scale, pack_rows, tensor_scale, weight_norm
 from cosmos_export.ir.packing import e2m1_codes, nibbles
-from cosmos_export.ir.spec import E2M1, INT4, Format, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
 ALIGNMENT = 4096
@@ -134,7 +134,11 @@ class _Hashed:
 
 
 def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
-    if binding.packing is not None or any(s.scale is not None for s in binding.sources):
+    if binding.keeps_bytes and binding.packing is not None and binding.packing.part is Part.SCALE:
+        file.write(_bytes(kept_scale(binding, read_source)))
+        return
+    computed = binding.packing is not None or any(s.scale is not None for s in binding.sources)
+    if computed and not binding.keeps_bytes:
         for packed in _packed(binding, scales):
             file.write(packed)
         return
@@ -180,7 +184,7 @@ class _Scales:
         plain = replace(binding, dtype=torch.float32, packing=replace(binding.packing, part=Part.SCALE))
         if plain not in self._known:
             amax = torch.stack([block.abs().amax() for block in _rows(binding)]).amax()
-            self._known[plain] = tensor_scale(binding, amax, read_source)
+            self._known[plain] = tensor_scale(binding.packing, amax)
         return self._known[plain]
 
 
@@ -209,13 +213,37 @@ def _rows(binding: WeightBinding) -> Iterator[torch.Tensor]:
     divisor = None
     if binding.packing is not None and binding.packing.divisor is not None:
         divisor = read_source(binding.packing.divisor).to(torch.float32)
+    taken = _Taken(binding.packing)
     together = binding.transform is Transform.INTERLEAVE
-    for group in [sources] if together else [[one] for one in sources]:
-        count = _rows_per_chunk(group[0][0], 2 * len(group))
-        for start in range(0, len(group[0][0]), count):
-            parts = [_widened(array[start : start + count], source) for array, source in group]
-            block = torch.stack(parts, dim=1).flatten(0, 1) if together else parts[0]
-            yield block if divisor is None else block / divisor
+    numbers = range(len(sources))
+    for group in [numbers] if together else [[one] for one in numbers]:
+        first = sources[group[0]][0]
+        count = _rows_per_chunk(first, 2 * len(group))
+        for start in range(0, len(first), count):
+            some = slice(start, start + count)
+            parts = []
+            for number in group:
+                array, source = sources[number]
+                part = _widened(array[some], source)
+                parts.append(taken(part if divisor is None else part / divisor, number, some))
+            yield torch.stack(parts, dim=1).flatten(0, 1) if together else parts[0]
+
+
+class _Taken:
+    """Takes the part of low rank that is not packed from rows of a weight's source."""
+
+    def __init__(self, packing: Packing | None) -> None:
+        self._packing = packing if packing is not None and packing.low_rank is not None else None
+        if self._packing is not None and self._packing.low_rank is not None:
+            part = self._packing.low_rank
+            self._down = as_multiplied(read_source(part.down), self._packing)
+            self._up = [(map_source(source), source.dtype) for source in part.up]
+
+    def __call__(self, rows: torch.Tensor, number: int, some: slice) -> torch.Tensor:
+        if self._packing is None:
+            return rows
+        array, dtype = self._up[number]
+        return rows - as_multiplied(_tensor(array[some], dtype), self._packing) @ self._down
 
 
 def _widened(rows: np.ndarray, source: WeightSource) -> torch.Tensor:

@@ -7,8 +7,8 @@ where diffusers is, and can be carried to a machine that has a GPU and torch alo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,20 @@ def modalities_of(workload: Workload, geometry: Geometry) -> tuple[str, ...]:
     return tuple(found)
 
 
+def tiny_geometry(geometry: Geometry) -> Geometry:
+    """``geometry`` as a dry run has it."""
+    return replace(geometry, **TINY)
+
+
 def capture_graphs(
     geometry: Geometry, modalities: tuple[str, ...], schedule: Schedule, *, tiny: bool
 ) -> GeometryGraphs:
     """Capture ``geometry`` and close its loop for ``schedule``, without any weight."""
-    from dataclasses import replace
-
     from cosmos_export.capture.model import capture
     from cosmos_export.passes.pipeline import default_passes, run_passes
 
     if tiny:
-        small = {name: value for name, value in TINY.items() if hasattr(geometry, name)}
-        geometry = replace(geometry, **small)
+        geometry = tiny_geometry(geometry)
     sources = {
         name: WeightSource(name, Path("absent.safetensors"), 0, torch.bfloat16, tuple(int(n) for n in tensor.shape))
         for name, tensor in expected_tensors(geometry).items()
@@ -127,13 +129,16 @@ def random_weights(graph: Graph, device: torch.device, narrow: frozenset[str] = 
     for name, node in graph.weights.items():
         spec = spec_of(node)
         shape = tuple(int(n) for n in spec.shape)
-        if len(shape) == 1:
-            value = 1 + 0.1 * torch.randn(shape, generator=generator, device=device)
-        else:
-            value = DEVIATION * torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-        found[name] = value.to(torch.float8_e4m3fn if name in narrow else spec.dtype)
-        del value
+        found[name] = random_weight(shape, torch.float8_e4m3fn if name in narrow else spec.dtype, generator)
     return found
+
+
+def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A weight on the device of ``generator``: about one where it has one axis, as norms have, and small otherwise."""
+    device = generator.device
+    if len(shape) == 1:
+        return (1 + 0.1 * torch.randn(shape, generator=generator, device=device)).to(dtype)
+    return (DEVIATION * torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)).to(dtype)
 
 
 def linear_weights(graph: Graph, least: int = 64) -> frozenset[str]:
@@ -171,5 +176,5 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -
 
 __all__ = [
     "GUIDED", "PLAIN", "GeometryGraphs", "capture_graphs", "dims_of", "linear_weights", "modalities_of",
-    "random_inputs", "random_weights", "read_graphs", "write_graphs",
+    "random_inputs", "random_weight", "random_weights", "read_graphs", "tiny_geometry", "write_graphs",
 ]  # fmt: skip

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_export.bench.result import Component, Measurement, machine
+from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baselines, require_diffusers
+from cosmos_export.bench.clock import timed
+from cosmos_export.bench.result import Baseline, Component, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import Workload, parse_workload, published_subject
 from cosmos_export.progress import Progress
@@ -40,6 +42,8 @@ class GeometryRequest:
     attention: str | None = None
     """Implementation of attention; None: the recipe's."""
     compiled: bool = True
+    baselines: bool = False
+    """Also diffusers' own transformer, eager and with its repeated blocks compiled, in the same run."""
     dry_run: bool = False
 
 
@@ -79,6 +83,8 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         raise UserError("CX672", f"recipe `{request.recipe}` is none of {', '.join(RECIPES)}")
     subject = published_subject(request.size)
     workload, schedule = geometry_schedule(request)
+    if request.baselines:
+        require_diffusers()
     device = _device(request.device)
     modalities = geometries.modalities_of(workload, subject.geometry)
     progress.begin("graphs")
@@ -108,6 +114,15 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         run.close()
         progress.update("measure", number + 1)
     progress.end("measure")
+    memory = _peak_bytes(device)
+    baselines: tuple[Baseline, ...] = ()
+    if request.baselines:
+        beside = BaselineRequest(
+            geometry=geometries.tiny_geometry(subject.geometry) if request.dry_run else subject.geometry,
+            modalities=modalities, dims=dims, schedule=schedule, scheduler=subject.sampling.scheduler, device=device,
+            runs=request.runs, warm_up=request.warm_up, compiler="eager" if request.dry_run else "inductor",
+        )  # fmt: skip
+        baselines = measure_baselines(beside, progress)
     size = "tiny" if request.dry_run else request.size
     return Measurement(
         subject=f"geometry:{size}, random weights",
@@ -123,9 +138,11 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         extrapolated=f"one step of each kind measured, times {guided} guided and {plain} others",
         covers="reasoner, conditioning and every step; no codec",
         dry_run=request.dry_run,
-        memory_bytes=_peak_bytes(device),
+        memory_bytes=memory,
         machine=machine(),
         command=command,
+        baselines=baselines,
+        baselines_left_out=(NO_FP8,) if request.baselines and request.recipe != "bf16" else (),
     )
 
 
@@ -157,23 +174,6 @@ class _Graph:
         del self._executable
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def timed(function: Callable[[], Any], device: torch.device, runs: int, warm_up: int) -> list[float]:
-    """Seconds of each of ``runs`` calls, each to its end on the device; the first call, which compiles, is no run."""
-    import torch
-
-    found = []
-    for number in range(1 + warm_up + runs):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        if number > warm_up:
-            found.append(time.perf_counter() - start)
-    return found
 
 
 def _device(name: str) -> torch.device:
@@ -293,4 +293,4 @@ def _card_of(device: str) -> str | None:
     return next((gpu.name for gpu in gpus() if gpu.index == int(index or 0)), None)
 
 
-__all__ = ["BundleRequest", "GeometryRequest", "measure_bundle", "measure_geometry", "timed"]
+__all__ = ["BundleRequest", "GeometryRequest", "measure_bundle", "measure_geometry"]

@@ -48,6 +48,31 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Baseline:
+    """Another implementation of the same request, measured in the same run."""
+
+    name: str
+    recipe: str
+    """What it computes in: beside a measurement in another precision it says so."""
+    components: tuple[Component, ...]
+    forwards: int
+    covers: str
+
+    @property
+    def request_s(self) -> float:
+        return sum(component.total_s for component in self.components)
+
+    @property
+    def forward_s(self) -> float | None:
+        return _forward_s(self.components, self.forwards)
+
+
+def _forward_s(components: Sequence[Component], forwards: int) -> float | None:
+    steps = [c for c in components if c.name.startswith(("step", "denoise"))]
+    return sum(c.total_s for c in steps) / forwards if steps and forwards else None
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A workload on a device."""
 
@@ -72,6 +97,9 @@ class Measurement:
     memory_bytes: int | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    baselines: tuple[Baseline, ...] = ()
+    baselines_left_out: tuple[str, ...] = ()
+    """What a reader would expect to be compared with and is not there, and why."""
 
     @property
     def request_s(self) -> float:
@@ -81,8 +109,7 @@ class Measurement:
     @property
     def forward_s(self) -> float | None:
         """Seconds of one run of the generator; None where nothing of it was measured."""
-        steps = [c for c in self.components if c.name.startswith(("step", "denoise"))]
-        return sum(c.total_s for c in steps) / self.forwards if steps and self.forwards else None
+        return _forward_s(self.components, self.forwards)
 
     def document(self) -> dict[str, Any]:
         """The measurement as it is written."""
@@ -94,15 +121,28 @@ class Measurement:
             "backend": self.backend, "device": self.device, "card": self.card, "steps": self.steps,
             "forwards": self.forwards, "extrapolated": self.extrapolated, "covers": self.covers,
             "request_s": self.request_s, "forward_s": self.forward_s, "memory_bytes": self.memory_bytes,
-            "components": [
-                {
-                    "name": c.name, "calls": c.calls, "median_s": c.median_s, "p5_s": c.percentile_s(0.05),
-                    "p95_s": c.percentile_s(0.95), "samples_s": list(c.samples_s),
-                }
-                for c in self.components
-            ],
+            "components": [_row(c) for c in self.components],
+            "baselines": [self._beside(b) for b in self.baselines], "baselines_left_out": list(self.baselines_left_out),
             "published": cells, "machine": dict(self.machine),
         }  # fmt: skip
+
+    def _beside(self, baseline: Baseline) -> dict[str, Any]:
+        """A baseline as it is written, with the ratio of our time over its own."""
+        forward, own = baseline.forward_s, self.forward_s
+        return {
+            "name": baseline.name, "recipe": baseline.recipe, "same_precision": baseline.recipe == self.recipe,
+            "covers": baseline.covers, "request_s": baseline.request_s, "forward_s": forward,
+            "ours_over_request": self.request_s / baseline.request_s,
+            "ours_over_forward": own / forward if own is not None and forward is not None else None,
+            "components": [_row(c) for c in baseline.components],
+        }  # fmt: skip
+
+
+def _row(c: Component) -> dict[str, Any]:
+    return {
+        "name": c.name, "calls": c.calls, "median_s": c.median_s, "p5_s": c.percentile_s(0.05),
+        "p95_s": c.percentile_s(0.95), "samples_s": list(c.samples_s),
+    }  # fmt: skip
 
 
 def machine() -> dict[str, Any]:

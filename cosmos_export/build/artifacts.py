@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from cosmos_export.build.keys import (
     report_from,
     weights_components,
 )
-from cosmos_export.build.options import Plan
-from cosmos_export.bundle import BundleWriter, PlanCheck
+from cosmos_export.build.options import ENGINE_BACKENDS, Plan
+from cosmos_export.bundle import BundleWriter, PlanCheck, WeightInput
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop
-from cosmos_export.ir.spec import WeightBinding
+from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.progress import Progress
 from cosmos_export.targets.plan_inspector import PlanSummary, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
@@ -35,8 +35,6 @@ from cosmos_export.targets.weights import Stored, file_size, layout, write_weigh
 
 _log = logging.getLogger("cosmos_export")
 
-ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
-"""Backends whose engines are built from models."""
 INDUCTOR = "inductor"
 """The backend that runs the graphs themselves."""
 
@@ -52,6 +50,8 @@ class Engine:
     attention: int
     """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
     profiles: tuple[str, ...]
+    weights: tuple[WeightInput, ...] = ()
+    """Weights that it takes as inputs."""
     layer_weights: Mapping[str, int] = field(default_factory=dict)
     """Elements of the weight of each product that is part of a layer."""
 
@@ -78,30 +78,52 @@ def write_models(
     plan: Plan,
     writer: BundleWriter,
     progress: Progress,
+    *,
+    external: bool = False,
 ) -> str:
     """Every graph as ``onnx/NAME.onnx`` on one file of weights, ``onnx/STEM.weights``.
 
-    A ``narrow`` graph computes in bf16 and has a form for the CPU, ``NAME.cpu.onnx``, which computes in fp32. Returns
+    A ``narrow`` graph computes in bf16 and has a form for the CPU, ``NAME.cpu.onnx``, which computes in fp32. With
+    ``external`` the form for engines takes its large weights as inputs, and there is one for the CPU as well. Returns
     the suffix of the models that run on a CPU.
     """
     import onnx
 
     from cosmos_export.targets.onnx_lowering import lower
 
-    stored = layout(node.meta["weight"] for graph in graphs.values() for node in graph.weights.values())
+    stored = layout_of(graphs.values())
     file = f"{stem}.weights"
     if file_size(stored):
         _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)
-    forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if narrow else {}
-    if not narrow or plan.target.backend in ENGINE_BACKENDS:
+    apart = narrow or external
+    forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if apart else {}
+    if not apart or plan.target.backend in ENGINE_BACKENDS:
         forms[".onnx"] = None
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
             path = writer.path(f"onnx/{name}{suffix}", "onnx")
-            path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute)))
+            as_inputs = external and suffix == ".onnx"
+            path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute, external=as_inputs)))
             onnx.checker.check_model(str(path))
-        write_graph(graph, name, file, plan, writer, layout_of=stored)
-    return ".cpu.onnx" if narrow else ".onnx"
+        write_graph(graph, name, file, plan, writer, places=stored)
+    return ".cpu.onnx" if apart else ".onnx"
+
+
+def layout_of(graphs: Iterable[Graph]) -> dict[WeightBinding, Stored]:
+    """Places of the weights of ``graphs`` in the one file that they share."""
+    return layout(node.meta["weight"] for graph in graphs for node in graph.weights.values())
+
+
+def weight_inputs(graph: Graph, file: str, stored: Mapping[WeightBinding, Stored]) -> tuple[WeightInput, ...]:
+    """Weights that an engine of ``graph`` takes as inputs, in order, from ``file`` of the bundle."""
+    from cosmos_export.targets.onnx_lowering import external_weights
+
+    return tuple(
+        WeightInput(
+            name, file, stored[binding].offset, stored[binding].size_bytes, DTYPE_NAMES[binding.dtype], binding.shape
+        )
+        for name, binding in external_weights(graph).items()
+    )
 
 
 def write_graph(
@@ -111,7 +133,7 @@ def write_graph(
     plan: Plan,
     writer: BundleWriter,
     *,
-    layout_of: Mapping[WeightBinding, Stored],
+    places: Mapping[WeightBinding, Stored],
     loop: Loop | None = None,
 ) -> None:
     """``graphs/NAME.json`` for the backend that runs graphs as they are; a closed ``loop`` over the graph with it."""
@@ -120,7 +142,7 @@ def write_graph(
     from cosmos_export.ir.serialize import graph_document
 
     def place(binding: WeightBinding) -> tuple[int, int]:
-        return layout_of[binding].offset, layout_of[binding].size_bytes
+        return places[binding].offset, places[binding].size_bytes
 
     document: dict[str, Any] = {"graph": graph_document(graph, weights_file, place)}
     if loop is not None:

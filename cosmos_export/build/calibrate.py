@@ -47,7 +47,10 @@ class CalibrateOptions:
     observer: str = "absmax"
     margin: float = 1.1
     percentile: float = 99.999
-    awq: bool = False
+    algorithm: str = "none"
+    """Of `cosmos_export.calibration.algorithms.ALGORITHMS`."""
+    rank: int | None = None
+    bits: float | None = None
     seed: int = 0
     force: bool = False
 
@@ -82,14 +85,18 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
 
 def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     """Everything the calibration depends on, checked."""
+    from cosmos_export.calibration.algorithms import Algorithm, require_provider
     from cosmos_export.calibration.calibrate import Job
     from cosmos_export.calibration.coverage import coverage, plan_samples, require_coverage
+    from cosmos_export.calibration.encode import hears
     from cosmos_export.calibration.observers import Observer
     from cosmos_export.calibration.requests import Setting, make_requests
     from cosmos_export.calibration.sources import read_source
     from cosmos_export.runtime.tokenize import PromptTokenizer
 
     observer = Observer(options.observer, options.margin, options.percentile)  # type: ignore[arg-type]
+    algorithm = Algorithm(options.algorithm, options.rank, options.bits)
+    require_provider(algorithm)
     if options.samples < 1:
         raise UserError("CX322", f"{options.samples} passes", f"--samples {DEFAULT_SAMPLES}")
     if not options.data:
@@ -115,6 +122,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         frames=options.frames,
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
+        hears=hears(checkpoint),
         policy=sampling_of(checkpoint).policy,
     )
     sources = tuple(read_source(text) for text in options.data)
@@ -132,7 +140,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         samples=tuple(samples),
         coverage=found,
         observer=observer,
-        awq=options.awq,
+        algorithm=algorithm,
         seed=options.seed,
     )
 
@@ -152,7 +160,7 @@ def _require_calibratable(checkpoint: Checkpoint) -> None:
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """A rollout has the whole transformer in memory."""
-    from cosmos_export.build.stages import available_bytes
+    from cosmos_export.build.memory import available_bytes
 
     needed, available = sum(entry.size_bytes for entry in checkpoint.tensors.values()), available_bytes()
     if needed > available // 2:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cosmos_export.bundle import EngineRecord, FileRecord, Manifest, PlanCheck, read_bundle
+from cosmos_export.bundle import EngineRecord, FileRecord, Manifest, PlanCheck, WeightInput, read_bundle
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.bundle.writer import replace_manifest
 from cosmos_export.checkpoint.strict_json import read_object
@@ -40,6 +40,8 @@ class EngineRequest:
     decomposable_attention: bool
     attention: int
     """Attentions in the graph."""
+    weights: tuple[WeightInput, ...] = ()
+    """Weights that the engine takes as inputs."""
 
 
 def requests_text(requests: Sequence[EngineRequest]) -> str:
@@ -48,7 +50,7 @@ def requests_text(requests: Sequence[EngineRequest]) -> str:
         {
             "graph": r.graph, "profiles": list(r.profiles), "attention": r.attention,
             "shapes": [{name: [list(point) for point in span] for name, span in one.items()} for one in r.shapes],
-            "decomposable_attention": r.decomposable_attention,
+            "decomposable_attention": r.decomposable_attention, "weights": [asdict(weight) for weight in r.weights],
         }
         for r in requests
     ]  # fmt: skip
@@ -111,7 +113,7 @@ def _with_engines(root: Path, manifest: Manifest, target: Target, progress: Prog
             size, digest = hash_file(file.fileno())
         name = f"engines/{path.name}"
         files.append(FileRecord(name, size, digest, "engine"))
-        engines.append(EngineRecord(request.graph, request.graph, name, request.profiles, "embedded"))
+        engines.append(EngineRecord(request.graph, request.graph, name, request.profiles, request.weights))
         checks += engine_checks(request, report)
         tools[report.builder] = report.builder_version
     failed = [check for check in checks if not check.passed]
@@ -152,6 +154,7 @@ def _read(path: Path) -> list[EngineRequest]:
             ),
             decomposable_attention=record["decomposable_attention"],
             attention=record["attention"],
+            weights=tuple(WeightInput(**{**one, "dims": tuple(one["dims"])}) for one in record["weights"]),
         )
         for record in read_object(path)["engines"]
     ]

@@ -55,6 +55,8 @@ def _read_by(binding: WeightBinding) -> Iterator[WeightSource]:
             yield source.scale
     if binding.packing is not None and binding.packing.divisor is not None:
         yield binding.packing.divisor
+    if binding.packing is not None and binding.packing.low_rank is not None:
+        yield from (binding.packing.low_rank.down, *binding.packing.low_rank.up)
 
 
 def engine_components(

@@ -8,20 +8,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from cosmos_export.build.memory import memory_budget, require_memory
 from cosmos_export.build.request import check_request
 from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
-from cosmos_export.targets.recipe import ACTIVATIONS, DEFAULT, Assignment, load_recipe, resolve_recipe
+from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
+from cosmos_export.targets.stored_recipe import recipe_for
 
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
 QualityMode = Literal["enforce", "report"]
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+"""Backends whose engines are built from models."""
+WeightsMode = Literal["embedded", "external"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
@@ -55,12 +61,15 @@ class BuildOptions:
     loop: LoopMode = "host"
     """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
     step a call."""
-    recipe: str = DEFAULT
-    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`."""
+    recipe: str | None = None
+    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`, or ``auto``: what
+    `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
     overrides: tuple[str, ...] = ()
     """``PLACE=SCHEME``, over the recipe's own rules."""
     calibration: Path | None = None
     """A scale table, where the recipe or an override quantizes activations."""
+    weights: WeightsMode = "embedded"
+    """``external``: large weights are inputs of the engines, which stay small; they lie in the bundle once."""
     quality: QualityMode = "enforce"
     """Whether a loss of whole steps beyond its limit (gate G2) ends the build."""
     parity: ParityMode = "auto"
@@ -69,6 +78,9 @@ class BuildOptions:
     force: bool = False
     resume: bool = False
     """Go on from what an interrupted build of the same output has finished."""
+    memory_budget: str | None = None
+    """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
+    several. None: what this machine has free, and a margin less."""
     cache: Path | None = None
     """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
@@ -85,12 +97,24 @@ class Plan:
     outputs: tuple[str, ...]
     components: tuple[str, ...]
     schedule: Schedule
+    recipe: Recipe
     precision: Assignment
     scales: ScaleTable | None
+    memory_budget: int | None = None
+    """In bytes; None where no engine is built here."""
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.geometry.num_hidden_layers
 
     @property
     def quantized(self) -> bool:
         return bool(self.precision.schemes)
+
+    @property
+    def generator_engines(self) -> int:
+        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
+        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -111,6 +135,13 @@ def resolve(options: BuildOptions) -> Plan:
     _require_consistent(options)
     target = load_target(options.target).on(options.backend)
     profiles = _profiles(options.profiles)
+    if options.weights == "external" and target.backend not in ENGINE_BACKENDS:
+        raise UnsupportedError(
+            "CX452",
+            f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
+            "leave it out: the weights lie in the bundle once as it is",
+        )
+    budget = memory_budget(options, target)
     require_compiler()
     if target.backend == "tensorrt-rtx":
         from cosmos_export.targets.tensorrt_rtx import FLAVOR
@@ -129,13 +160,34 @@ def resolve(options: BuildOptions) -> Plan:
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    precision = _precision(options, target, checkpoint, plan, profiles)
+    recipe = _recipe(options, target, checkpoint, plan, profiles)
+    precision = _precision(options, recipe, target, checkpoint, plan, profiles)
     scales = _scales(options, precision, checkpoint)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, precision, scales)
+    found = Plan(
+        options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales, budget
+    )
+    require_memory(found)
+    return found
+
+
+def _recipe(
+    options: BuildOptions, target: Target, checkpoint: Checkpoint, schedule: Schedule, profiles: Sequence[Profile]
+) -> Recipe:
+    """The recipe that is asked for, or chosen for the profiles at their optimum."""
+    if options.recipe != AUTO:
+        return recipe_for(checkpoint, options.recipe)
+    workloads = [
+        Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
+        for p in profiles
+    ]
+    branches = 2 if options.loop == "device" and any(schedule.guided) else 1
+    schedules = [schedule] * len(workloads)
+    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), branches)[0]
 
 
 def _precision(
     options: BuildOptions,
+    recipe: Recipe,
     target: Target,
     checkpoint: Checkpoint,
     schedule: Schedule,
@@ -143,7 +195,7 @@ def _precision(
 ) -> Assignment:
     """The recipe for this model and target. CX35x for what the two do not allow."""
     found = resolve_recipe(
-        load_recipe(options.recipe),
+        recipe,
         options.overrides,
         target,
         layers=checkpoint.geometry.num_hidden_layers,
@@ -154,9 +206,9 @@ def _precision(
         raise UnsupportedError(
             "CX358",
             f"recipe `{found.recipe}` is not built through PyTorch yet",
-            "build for TensorRT with `--backend tensorrt`, or leave `--recipe` out",
+            "build for TensorRT with `--backend tensorrt`, or unquantized with `--recipe bf16`",
         )
-    if found.schemes and checkpoint.precision == "fp32" and target.backend == "tensorrt-rtx":
+    if found.schemes and checkpoint.dtype == "fp32" and target.backend == "tensorrt-rtx":
         raise UnsupportedError(
             "CX358",
             f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
@@ -190,7 +242,10 @@ def _require_fixed(profiles: Sequence[Profile]) -> None:
 
 
 def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> ScaleTable | None:
-    """The scale table, of exactly this checkpoint."""
+    """The scale table, of exactly this checkpoint; none for one that is quantized, which has its scales in it."""
+    if checkpoint.quantization is not None:
+        _require_stored_scales(options, precision, checkpoint)
+        return None
     if options.calibration is None:
         if precision.needs_calibration:
             wanted = ", ".join(sorted(precision.schemes & ACTIVATIONS))
@@ -207,6 +262,26 @@ def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint
     table = read_scale_table(options.calibration)
     require_checkpoint(table, checkpoint)
     return table
+
+
+def _require_stored_scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> None:
+    if options.calibration is not None:
+        raise UserError(
+            "CX356", f"{checkpoint.root} is quantized, and its scales are in it", "leave `--calibration` out"
+        )
+    if "fp8-attention" in precision.schemes:
+        raise UserError(
+            "CX356",
+            f"recipe `{precision.recipe}` quantizes attention, whose ranges no checkpoint has",
+            "build from the bf16 revision with a scale table of `cosmos-export calibrate`",
+        )
+    weight_only = checkpoint.quantization is not None and checkpoint.quantization.weight_only
+    if weight_only and precision.needs_calibration:
+        raise UserError(
+            "CX356",
+            f"recipe `{precision.recipe}` quantizes activations, and {checkpoint.root} has scales of weights only",
+            "leave `--recipe` out, or build from the bf16 revision with a scale table of `cosmos-export calibrate`",
+        )
 
 
 def require_compiler() -> None:
@@ -243,15 +318,11 @@ def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimi
 
 
 def _require_consistent(options: BuildOptions) -> None:
-    if options.parity not in get_args(ParityMode):
-        allowed = ", ".join(get_args(ParityMode))
-        raise UserError("CX451", f"parity `{options.parity}` is none of {allowed}", f"pass one of {allowed}")
-    if options.loop not in get_args(LoopMode):
-        allowed = ", ".join(get_args(LoopMode))
-        raise UserError("CX451", f"loop `{options.loop}` is none of {allowed}", f"pass one of {allowed}")
-    if options.quality not in get_args(QualityMode):
-        allowed = ", ".join(get_args(QualityMode))
-        raise UserError("CX451", f"quality `{options.quality}` is none of {allowed}", f"pass one of {allowed}")
+    for name, mode in (("parity", ParityMode), ("loop", LoopMode), ("quality", QualityMode), ("weights", WeightsMode)):
+        allowed, given = get_args(mode), getattr(options, name)
+        if given not in allowed:
+            listed = ", ".join(allowed)
+            raise UserError("CX451", f"{name} `{given}` is none of {listed}", f"pass one of {listed}")
     if options.output is None and options.until is None:
         raise UserError(
             "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"
@@ -281,16 +352,10 @@ def _profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
 
 
 def _require_buildable(checkpoint: Checkpoint) -> None:
-    if checkpoint.quantization is not None:
+    if checkpoint.dtype not in _BUILDABLE:
         raise UnsupportedError(
             "CX150",
-            f"{checkpoint.root} is quantized ({checkpoint.precision}); this version builds from unquantized weights",
-            "build from the bf16 revision of the same model; `inspect` reads both",
-        )
-    if checkpoint.precision not in _BUILDABLE:
-        raise UnsupportedError(
-            "CX150",
-            f"{checkpoint.root} has {checkpoint.precision} weights; this version takes {' or '.join(_BUILDABLE)}",
+            f"{checkpoint.root} has {checkpoint.dtype} weights; this version takes {' or '.join(_BUILDABLE)}",
             "build from the published bf16 weights, or convert these",
         )
 

@@ -14,6 +14,7 @@ import torch
 
 from cosmos_export.build.options import Plan
 from cosmos_export.calibration.table import SCALES_FILE
+from cosmos_export.checkpoint import Checkpoint, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.evaluation.gates import misplaced_towers
@@ -21,6 +22,7 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
+from cosmos_export.ir.packing import E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.verifier import verify
@@ -29,7 +31,7 @@ from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 from cosmos_export.passes.quantize_prefix import QuantizePrefix
 from cosmos_export.targets.onnx_lowering import gemm_name
 
-_PRE_SCALE = ".pre_quant_scale"
+_PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
 _WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
 
@@ -81,9 +83,10 @@ def quantize(plain: Program, plan: Plan, ranges: Ranges) -> Quantized:
 
 
 def activation_ranges(plan: Plan) -> Ranges:
-    """The plan's scale table, in the words of the pass. Pre-scales that are equal become one source."""
+    """The plan's scale table, or the scales in its checkpoint, in the words of the pass. Pre-scales that are equal
+    become one source."""
     if plan.scales is None or plan.options.calibration is None:
-        return Ranges()
+        return Ranges(_stored_ranges(plan.checkpoint))
     entries = read_header(plan.options.calibration / SCALES_FILE).tensors
     sources: dict[bytes, WeightSource] = {}
     pre_scales = {}
@@ -92,12 +95,23 @@ def activation_ranges(plan: Plan) -> Ranges:
         data = np.ascontiguousarray(factors).tobytes()
         source = sources.setdefault(data, _source(linear + _PRE_SCALE, entry))
         pre_scales[linear] = source
+    low_rank = {}
+    for linear, (down, _) in plan.scales.low_rank.items():
+        data = np.ascontiguousarray(down).tobytes()
+        shared = sources.setdefault(data, _source(linear + _DOWN, entries[linear + _DOWN]))
+        low_rank[linear] = shared, _source(linear + _UP, entries[linear + _UP])
     attention = {}
     for key, amax in plan.scales.amax.items():
         match = _ATTENTION.fullmatch(key)
         if match is not None:
             attention[int(match["layer"]), match["operand"]] = amax
-    return Ranges(plan.scales.amax, pre_scales, attention)
+    return Ranges(plan.scales.amax, pre_scales, low_rank, attention)
+
+
+def _stored_ranges(checkpoint: Checkpoint) -> dict[str, float]:
+    """Of a quantized checkpoint: what its input scales say. Exact in float64."""
+    linears = quantized_linears(checkpoint)
+    return {f"{n}.input_amax": E4M3_MAX * q.input_scale for n, q in linears.items() if q.input_scale is not None}
 
 
 def _source(key: str, entry: Any) -> WeightSource:

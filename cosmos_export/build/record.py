@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cosmos_export
+from cosmos_export.build.cuts import chains
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.build.planned import planned
@@ -72,7 +73,9 @@ def manifest(
         recipe=plan.precision.recipe if plan.quantized else checkpoint.precision,
         graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
         | {name: _contract(program.graphs[program.loop.body]) for name in result.bodies}
+        | {graph.name: _contract(graph) for cut in result.pieces.values() if len(cut) > 1 for graph in cut}
         | _loop_contracts(closed),
+        chains=chains(result.pieces),
         edges=(
             *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
             *(
@@ -88,7 +91,7 @@ def manifest(
         streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
         request=request_record(checkpoint, plan.modalities, result.prompt),
         engines=tuple(
-            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, "embedded")
+            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, e.weights)
             for e in result.engines
         ),
         tools=_tools(result),
@@ -99,6 +102,7 @@ def manifest(
             "parity": plan.options.parity,
             "mode": plan.options.mode,
             "loop": plan.options.loop,
+            "weights": plan.options.weights,
             **{f"schedule.{name}": value for name, value in asdict(plan.schedule).items()},
             "passes": tuple(program.history),
         },

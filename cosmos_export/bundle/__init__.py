@@ -32,6 +32,7 @@ from cosmos_export.bundle.manifest import (
     Verdict,
     VideoRecord,
     Volatile,
+    WeightInput,
     parse_manifest,
 )
 from cosmos_export.bundle.verify import Check, Status, VerifyReport, read_bundle, verify_bundle
@@ -70,6 +71,7 @@ __all__ = [
     "VerifyReport",
     "VideoRecord",
     "Volatile",
+    "WeightInput",
     "parse_manifest",
     "read_bundle",
     "verify_bundle",

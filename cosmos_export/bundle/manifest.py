@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -245,6 +245,18 @@ class RequestRecord:
 
 
 @dataclass(frozen=True)
+class WeightInput:
+    """An engine's input for a weight: ``size_bytes`` from ``offset`` of a file of the bundle, as they are."""
+
+    name: Name
+    path: BundlePath
+    offset: Bytes
+    size_bytes: Bytes
+    dtype: Name
+    dims: tuple[Bytes, ...]
+
+
+@dataclass(frozen=True)
 class EngineRecord:
     """An engine file and the graph it runs."""
 
@@ -252,7 +264,8 @@ class EngineRecord:
     graph: Name
     path: BundlePath
     profiles: tuple[Name, ...]
-    weights: Literal["embedded", "external"]
+    weights: tuple[WeightInput, ...]
+    """Weights that are not in the engine, in the order of its inputs, which come after the graph's own."""
 
 
 @dataclass(frozen=True)
@@ -334,7 +347,7 @@ class PrecisionRecord:
     table: Mapping[str, Name]
     """Place (tower, kind, layers, steps) → scheme; what is not here is in the model's own type."""
     rounding: Name
-    """How weights were rounded: `exact` is once, from float32."""
+    """How weights were rounded: `exact` is once, from float32; `as stored`: the checkpoint has them in FP8."""
     calibration: CalibrationRecord | None
     report: BundlePath
     """What each linear and each step loses."""
@@ -362,6 +375,9 @@ class Manifest:
     volatile: Volatile
     precision: PrecisionRecord | None = None
     """None where nothing is quantized."""
+    chains: Mapping[str, tuple[Name, ...]] = field(default_factory=dict)
+    """Graph → the graphs that it was cut into, in the order in which they run. Each takes by name what it reads of the
+    graph's inputs and of the outputs of those before it; the graph itself has no model and no engine then."""
     files: tuple[FileRecord, ...] = ()
     """Left empty by the build: `BundleWriter.commit` fills it in."""
     schema_version: Literal[1] = 1
@@ -416,6 +432,7 @@ def problems(manifest: Manifest) -> Iterator[StrictError]:
     yield from _engine_problems(manifest)
     yield from _edge_problems(manifest)
     yield from _loop_problems(manifest)
+    yield from _chain_problems(manifest)
 
 
 def _path_problems(manifest: Manifest) -> Iterator[StrictError]:
@@ -448,14 +465,18 @@ def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
         for dim, span in profile.dims.items():
             if not span.min <= span.opt <= span.max:
                 yield StrictError(f"profiles[{i}].dims", f"{shown(dim)} does not satisfy min <= opt <= max")
-    paths = {record.path for record in manifest.files}
+    sizes = {record.path: record.size_bytes for record in manifest.files}
     profiles = {profile.name for profile in manifest.profiles}
     engines = {engine.name for engine in manifest.engines}
     for i, engine in enumerate(manifest.engines):
         if engine.graph not in manifest.graphs:
             yield StrictError(f"engines[{i}].graph", f"{shown(engine.graph)} is not a graph of this manifest")
-        if engine.path not in paths:
+        if engine.path not in sizes:
             yield StrictError(f"engines[{i}].path", f"{shown(engine.path)} is not a file of this manifest")
+        for j, weight in enumerate(engine.weights):
+            if weight.offset + weight.size_bytes > sizes.get(weight.path, 0):
+                what = f"{shown(weight.name)} is not within a file of this manifest"
+                yield StrictError(f"engines[{i}].weights[{j}]", what)
         for name in engine.profiles:
             if name not in profiles:
                 yield StrictError(f"engines[{i}].profiles", f"{shown(name)} is not a profile of this manifest")
@@ -481,6 +502,29 @@ def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
             yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
         if fed[edge.target, edge.input] > 1:
             yield StrictError(f"edges[{i}]", f"input {shown(edge.input)} of {shown(edge.target)} has two edges")
+
+
+def _chain_problems(manifest: Manifest) -> Iterator[StrictError]:
+    for name, parts in manifest.chains.items():
+        where = f"chains.{shown(name)}"
+        missing = [part for part in (name, *parts) if part not in manifest.graphs]
+        for part in missing:
+            yield StrictError(where, f"{shown(part)} is not a graph of this manifest")
+        if len(set(parts)) < 2 or len(set(parts)) < len(parts) or set(parts) & manifest.chains.keys():
+            yield StrictError(where, "a chain is of two different graphs or more, and of no chains")
+        if missing:
+            continue
+        known = {tensor.name: tensor for tensor in manifest.graphs[name].inputs}
+        for part in parts:
+            for tensor in manifest.graphs[part].inputs:
+                if tensor.name not in known:
+                    yield StrictError(where, f"nothing before {shown(part)} gives its input {shown(tensor.name)}")
+                elif not _connects(known[tensor.name], tensor):
+                    yield StrictError(where, f"{_form(known[tensor.name])} cannot be {_form(tensor)}")
+            known |= {tensor.name: tensor for tensor in manifest.graphs[part].outputs}
+        for tensor in manifest.graphs[name].outputs:
+            if tensor.name not in known or not _connects(known[tensor.name], tensor):
+                yield StrictError(where, f"no part returns {_form(tensor)}")
 
 
 def _loop_problems(manifest: Manifest) -> Iterator[StrictError]:

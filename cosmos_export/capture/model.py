@@ -155,8 +155,10 @@ def capture(
     missing = [n for n in names if n not in sources]
     if missing:
         raise InternalError("CX204", f"no source for {len(missing)} parameters, first `{missing[0]}`")
-    dtypes = compute_dtypes(model, {n: sources[n].dtype for n in names})
-    model_dtype = dtypes["proj_in.weight"]
+    model_dtype = sources["proj_in.weight"].dtype
+    # A weight that is stored in FP8 is what its bytes and their scale stand for, in the type of the rest.
+    stored = {n: sources[n].dtype if sources[n].scale is None else model_dtype for n in names}
+    dtypes = compute_dtypes(model, stored)
     buffers = real_buffers(config)
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)

@@ -37,13 +37,20 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class ExpectedTensor:
-    """One tensor of the transformer. ``linear``: the weight of a tower's matrix product, what recipes quantize."""
+    """One tensor of the transformer. ``layer`` and ``kind`` (in the words of recipes) are those of a matrix product's
+    weight in a tower's layer, which is what recipes quantize."""
 
     name: str
     shape: tuple[int, ...]
     tower: Tower
     part: Part
-    linear: bool = False
+    kind: str = ""
+    layer: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether recipes may quantize it."""
+        return bool(self.kind)
 
     @property
     def elements(self) -> int:
@@ -67,8 +74,8 @@ def _tensors(geometry: Geometry) -> Iterator[ExpectedTensor]:
     reasoner, generator = Tower.REASONER, Tower.GENERATOR
     yield ExpectedTensor("embed_tokens.weight", (vocab, hidden), reasoner, Part.EMBED)
     for index in range(geometry.num_hidden_layers):
-        yield from _layer(geometry, f"layers.{index}.", reasoner)
-        yield from _layer(geometry, f"layers.{index}.", generator)
+        yield from _layer(geometry, index, reasoner)
+        yield from _layer(geometry, index, generator)
     yield ExpectedTensor("norm.weight", (hidden,), reasoner, Part.LAYERS)
     yield ExpectedTensor("norm_moe_gen.weight", (hidden,), generator, Part.LAYERS)
     yield ExpectedTensor("lm_head.weight", (vocab, hidden), reasoner, Part.LM_HEAD)
@@ -89,8 +96,8 @@ def _tensors(geometry: Geometry) -> Iterator[ExpectedTensor]:
         yield ExpectedTensor("audio_modality_embed", (hidden,), generator, Part.SOUND)
 
 
-def _layer(geometry: Geometry, prefix: str, tower: Tower) -> Iterator[ExpectedTensor]:
-    gen = tower is Tower.GENERATOR
+def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTensor]:
+    prefix, gen = f"layers.{index}.", tower is Tower.GENERATOR
     suffix = "_moe_gen" if gen else ""
     hidden, ffn, head = geometry.hidden_size, geometry.intermediate_size, (geometry.head_dim,)
     query, key_value = geometry.query_width, geometry.key_value_width
@@ -98,18 +105,18 @@ def _layer(geometry: Geometry, prefix: str, tower: Tower) -> Iterator[ExpectedTe
     def norm(name: str, shape: tuple[int, ...]) -> ExpectedTensor:
         return ExpectedTensor(f"{prefix}{name}.weight", shape, tower, Part.LAYERS)
 
-    def linear(name: str, out: int, inner: int) -> ExpectedTensor:
-        return ExpectedTensor(f"{prefix}{name}.weight", (out, inner), tower, Part.LAYERS, linear=True)
+    def linear(name: str, out: int, inner: int, kind: str) -> ExpectedTensor:
+        return ExpectedTensor(f"{prefix}{name}.weight", (out, inner), tower, Part.LAYERS, kind, index)
 
     attention = (
-        ("self_attn.add_q_proj" if gen else "self_attn.to_q", query, hidden),
-        ("self_attn.add_k_proj" if gen else "self_attn.to_k", key_value, hidden),
-        ("self_attn.add_v_proj" if gen else "self_attn.to_v", key_value, hidden),
-        ("self_attn.to_add_out" if gen else "self_attn.to_out", hidden, query),
+        ("self_attn.add_q_proj" if gen else "self_attn.to_q", query, hidden, "attention.qkv"),
+        ("self_attn.add_k_proj" if gen else "self_attn.to_k", key_value, hidden, "attention.qkv"),
+        ("self_attn.add_v_proj" if gen else "self_attn.to_v", key_value, hidden, "attention.qkv"),
+        ("self_attn.to_add_out" if gen else "self_attn.to_out", hidden, query, "attention.out"),
     )
     yield norm(f"input_layernorm{suffix}", (hidden,))
-    for name, out, inner in attention:
-        yield linear(name, out, inner)
+    for name, out, inner, kind in attention:
+        yield linear(name, out, inner, kind)
         if geometry.attention_bias:
             yield ExpectedTensor(f"{prefix}{name}.bias", (out,), tower, Part.LAYERS)
     if gen:
@@ -122,9 +129,9 @@ def _layer(geometry: Geometry, prefix: str, tower: Tower) -> Iterator[ExpectedTe
         yield norm("self_attn.k_norm_und_for_gen", head)
     yield norm(f"post_attention_layernorm{suffix}", (hidden,))
     if geometry.gated:
-        yield linear(f"mlp{suffix}.gate_proj", ffn, hidden)
-    yield linear(f"mlp{suffix}.up_proj", ffn, hidden)
-    yield linear(f"mlp{suffix}.down_proj", hidden, ffn)
+        yield linear(f"mlp{suffix}.gate_proj", ffn, hidden, "mlp.gate_up")
+    yield linear(f"mlp{suffix}.up_proj", ffn, hidden, "mlp.gate_up")
+    yield linear(f"mlp{suffix}.down_proj", hidden, ffn, "mlp.down")
 
 
 def _affine(name: str, inner: int, out: int, part: Part) -> Iterator[ExpectedTensor]:

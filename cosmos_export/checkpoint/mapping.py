@@ -31,6 +31,7 @@ class Mapped:
     tensors: dict[str, TensorEntry]
     unused: dict[str, str]
     precision: str
+    dtype: str
 
 
 def map_tensors(
@@ -43,7 +44,8 @@ def map_tensors(
     found, unused = _match(entries, expected, geometry)
     _check_shapes_and_types(found, expected)
     tensors, stray = _take_scales(found, expected, quantization)
-    return Mapped(tensors, unused | stray, _precision(tensors, expected, quantization))
+    dtype = _dtype(tensors, expected)
+    return Mapped(tensors, unused | stray, dtype if quantization is None else quantization.label, dtype)
 
 
 def _match(
@@ -146,12 +148,8 @@ def _take_scales(
     return kept, unused
 
 
-def _precision(
-    tensors: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor], quantization: Quantization | None
-) -> str:
-    if quantization is not None:
-        return quantization.label
-    kinds = {tensors[name].dtype for name in expected if not name.startswith("time_embedder.")}
+def _dtype(tensors: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor]) -> str:
+    kinds = {tensors[name].dtype for name in expected if not name.startswith("time_embedder.")} - {QUANTIZED_DTYPE}
     return {"BF16": "bf16", "F32": "fp32", "F16": "fp16"}[kinds.pop()] if len(kinds) == 1 else "mixed"
 
 

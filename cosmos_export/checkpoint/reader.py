@@ -55,7 +55,9 @@ class Checkpoint:
     component_tensors: Mapping[str, Mapping[str, TensorEntry]]
     """Tensors of the other components under the names in their files."""
     precision: str
-    """``bf16``, ``fp32``, ``fp16``, ``mixed`` or ``fp8-modelopt``; the time embedder may be wider than the rest."""
+    """``fp8-modelopt`` where it is quantized, otherwise ``dtype``."""
+    dtype: str
+    """Of what is not quantized: ``bf16``, ``fp32``, ``fp16`` or ``mixed``; the time embedder may be wider."""
     quantization: Quantization | None
     distilled_sigmas: tuple[float, ...] | None
     policy: Mapping[str, Any] | None
@@ -104,6 +106,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             {name: _by_name(shard) for name, shard in shards.items() if name != "transformer"}
         ),
         precision=mapped.precision,
+        dtype=mapped.dtype,
         quantization=quantization,
         distilled_sigmas=sigmas,
         policy=policy,

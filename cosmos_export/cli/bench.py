@@ -47,6 +47,12 @@ def register(app: typer.Typer) -> None:
         eager: Annotated[
             bool, typer.Option("--eager", help="Of a geometry: one operation after another, for comparison.")
         ] = False,
+        baselines: Annotated[
+            bool,
+            typer.Option(
+                "--baselines", help="Of a geometry: also diffusers, eager and regionally compiled, in the same run."
+            ),
+        ] = False,
         runs: Annotated[int, typer.Option(help="Measured runs; a median is taken.")] = 5,
         warm_up: Annotated[int, typer.Option(help="Runs before them, after the one that compiles.")] = 1,
         max_regression: Annotated[float, typer.Option(help="compare: share by which B may be slower than A.")] = 0.05,
@@ -73,7 +79,8 @@ def register(app: typer.Typer) -> None:
         if geometry is not None:
             asked = GeometryRequest(
                 geometry, workload, recipe, "cpu" if dry_run and device is None else device or "cuda", runs, warm_up,
-                graphs=graphs, attention=attention, compiled=not (eager or dry_run), dry_run=dry_run,
+                graphs=graphs, attention=attention, compiled=not (eager or dry_run), baselines=baselines,
+                dry_run=dry_run,
             )  # fmt: skip
             found = measure_geometry(asked, console.progress(), command)
         else:
@@ -117,6 +124,10 @@ def _print(found: Measurement, document: dict[str, Any]) -> None:
         table.add_row(c.name, str(c.calls), *(f"{1e3 * value:.2f} ms" for value in cells))
     out.print(table)
     out.print(f"\nrequest {found.request_s:.4g} s: {found.covers}; {found.forwards} forwards in {found.steps} steps")
+    if document["baselines"]:
+        out.print(_baselines(document["baselines"]))
+    for line in document["baselines_left_out"]:
+        out.print(f"not compared with {line}")
     if document["published"]:
         table = Table("published by", "recipe", "card", "seconds", "ours over it", "covers", "step cache", box=None)
         for cell in document["published"]:
@@ -124,6 +135,18 @@ def _print(found: Measurement, document: dict[str, Any]) -> None:
             row = (cell["engine"], cell["recipe"], cell["gpu"], f"{cell['seconds']:g}", share, cell["measures"])
             table.add_row(*row, cell["step_cache"])
         out.print(table)
+
+
+def _baselines(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("in the same run", "recipe", "request", "ours over it", "forward", "ours over it", box=None)
+    for row in rows:
+        forward, share = row["forward_s"], row["ours_over_forward"]
+        cells = [f"{1e3 * forward:.2f} ms", f"{share:.2f}"] if forward is not None and share is not None else ["–", "–"]
+        recipe = row["recipe"] + ("" if row["same_precision"] else ", not ours")
+        table.add_row(row["name"], recipe, f"{row['request_s']:.4g} s", f"{row['ours_over_request']:.2f}", *cells)
+    return table
 
 
 def _compare(paths: list[str], allowed: float, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,8 +68,11 @@ def register(app: typer.Typer) -> None:
             str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
         ] = "host",
         recipe: Annotated[
-            str, typer.Option(help="What each product computes in; `cosmos-export recipes ls` lists them.")
-        ] = "bf16",
+            str | None,
+            typer.Option(
+                help="What each product computes in: one of `recipes ls`, a FILE.toml, or auto. Default: as it is."
+            ),
+        ] = None,
         set_: Annotated[
             list[str] | None,
             typer.Option("--set", help="PLACE=SCHEME over the recipe's own rules, e.g. gen.mlp.down=fp8; may repeat."),
@@ -76,6 +80,9 @@ def register(app: typer.Typer) -> None:
         calibration: Annotated[
             Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
         ] = None,
+        weights: Annotated[
+            str, typer.Option(help="embedded in the engines, or external: large ones are inputs, one copy for all.")
+        ] = "embedded",
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
         ] = "enforce",
@@ -88,6 +95,13 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on where an interrupted build of the same output stopped.")
         ] = False,
+        memory_budget: Annotated[
+            str | None,
+            typer.Option(
+                help="Memory the build may take, such as 16GiB: larger engines are cut into several. Default: what is "
+                "free here."
+            ),
+        ] = None,
         cache: Annotated[
             Path | None,
             typer.Option(
@@ -120,6 +134,7 @@ def register(app: typer.Typer) -> None:
             guidance_interval=interval(guidance_interval),
             loop=loop,  # type: ignore[arg-type]
             recipe=recipe,
+            weights=weights,  # type: ignore[arg-type]
             overrides=tuple(set_ or ()),
             calibration=calibration,
             quality=quality,  # type: ignore[arg-type]
@@ -128,6 +143,7 @@ def register(app: typer.Typer) -> None:
             dump=dump,
             force=force,
             resume=resume,
+            memory_budget=memory_budget,
             cache=None if no_cache else cache or default_folder(),
         )
         if output is not None:
@@ -287,7 +303,10 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
         return None
     from cosmos_export.build.losses import loss_values
 
-    worst = [{"site": w.site, "scheme": w.scheme, "relative": w.relative} for w in result.losses.worst_linears]
+    worst = [
+        {"site": w.site, "scheme": w.scheme, "relative": w.relative if isfinite(w.relative) else None}
+        for w in result.losses.worst_linears
+    ]
     problems = [f"{f.site}: {f.relative:.4f} > {f.limit:.4f}" for f in result.losses.failed_linears]
     quality = {m.stage: {"metric": m.metric, "value": m.value, "limit": m.limit} for m in result.quality}
     problems += result.losses.step_problems

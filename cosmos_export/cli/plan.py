@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cosmos_export.checkpoint import Checkpoint
     from cosmos_export.plan import Estimate, Subject
     from cosmos_export.plan.estimate import Fit, Load
     from cosmos_export.targets.profiles import ModelLimits
@@ -32,7 +33,10 @@ def register(app: typer.Typer) -> None:
             list[str] | None,
             typer.Option(help="MODE-SIZE: t2v-480p-189f, i2v-720p-121f+sound, t2i-720p, policy-droid; may repeat."),
         ] = None,
-        recipe: Annotated[str, typer.Option(help="Precision; `cosmos-export recipes ls` lists them.")] = "bf16",
+        recipe: Annotated[
+            str | None,
+            typer.Option(help="Precision; `cosmos-export recipes ls` lists them. Default: as it is."),
+        ] = None,
         settings: Annotated[
             list[str] | None, typer.Option("--set", help="Change of the recipe, PLACE=SCHEME; may repeat.")
         ] = None,
@@ -59,19 +63,22 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.plan import Request, estimate, parse_workload
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
+        from cosmos_export.targets.recipe import DEFAULT, load_recipe
+        from cosmos_export.targets.stored_recipe import recipe_for
 
         if loop not in ("host", "device"):
             raise UserError("CX451", f"loop `{loop}` is none of host, device", "pass one of host, device")
         tokens = _tokens(prompt_tokens)
+        subject, limits, opened = subject_of(checkpoint, like)
+        chosen = load_recipe(recipe or DEFAULT) if opened is None else recipe_for(opened, recipe)
         request = Request(
             targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),
             workloads=tuple(parse_workload(text, tokens) for text in dict.fromkeys(workload or ["t2v-480p-189f"])),
-            recipe=recipe,
+            recipe=chosen,
             settings=tuple(settings or ()),
             loop=loop,  # type: ignore[arg-type]
             overrides=Overrides(steps=steps, guidance=guidance, guidance_interval=interval(guidance_interval)),
         )
-        subject, limits = _subject(checkpoint, like)
         found = estimate(subject, request, limits)
         if as_json:
             console.emit_json(found.to_json())
@@ -94,7 +101,8 @@ def _tokens(text: str | None) -> tuple[int, int] | None:
     return int(numbers[0]), int(numbers[-1])
 
 
-def _subject(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None]:
+def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
+    """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
     from cosmos_export.build.options import all_modalities, model_limits
     from cosmos_export.checkpoint import open_checkpoint
     from cosmos_export.diagnostics import UserError
@@ -105,10 +113,10 @@ def _subject(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelL
             "CX480", "a plan is for a checkpoint or for a published size", "give CHECKPOINT, or --like nano"
         )
     if like is not None:
-        return published_subject(like), None
+        return published_subject(like), None, None
     assert checkpoint is not None
     opened = open_checkpoint(checkpoint)
-    return from_checkpoint(opened), model_limits(opened, all_modalities(opened))
+    return from_checkpoint(opened), model_limits(opened, all_modalities(opened)), opened
 
 
 def _report(found: Estimate) -> list[Any]:

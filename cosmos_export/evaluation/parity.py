@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.models import Model, Value
@@ -18,6 +19,7 @@ from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampl
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, run_program
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import Transform, WeightBinding
 from cosmos_export.sampling import Schedule
 
 PROGRAM_LIMIT = 1e-5
@@ -68,8 +70,21 @@ class Parity:
         self._folder = checkpoint.components["transformer"]
         # Nothing generates a row of a modality without rows: there is nothing to compare then.
         self._cases = [c for c in cases if (not c.actions or "action" in modalities) and set(c.outputs) & set(outputs)]
-        self._stock = Reference(self._folder, torch.float32)
+        self._checkpoint = checkpoint
+        self._stock = self._reference(torch.float32)
         self._expected = {c.name: self._wanted(self._stock.step(self._inputs(c), c.fps), outputs) for c in self._cases}
+
+    def _reference(self, dtype: torch.dtype) -> Reference:
+        """The stock model; that of a quantized checkpoint with what its bytes and scales stand for."""
+        if self._checkpoint.quantization is None:
+            return Reference(self._folder, dtype)
+        sources = weight_sources(self._checkpoint.tensors)
+        model_dtype = sources["proj_in.weight"].dtype
+        values = {}
+        for name in self._checkpoint.expected:
+            stored = sources[name].dtype if sources[name].scale is None else model_dtype
+            values[name] = self._weights(WeightBinding((sources[name],), Transform.IDENTITY, stored))
+        return Reference(self._folder, dtype, values)
 
     def _inputs(self, case: Case) -> dict[str, torch.Tensor]:
         return case.inputs(self._config, self._modalities)
@@ -91,7 +106,7 @@ class Parity:
 
     def precision(self, program: Program, dtype: torch.dtype) -> Measured:
         """The program in the model's own precision, against the stock model in that precision, both seen from fp32."""
-        stock = Reference(self._folder, dtype)
+        stock = self._reference(dtype)
         specs = {n: spec_of(v).dtype for g in program.graphs.values() for n, v in g.inputs.items()}
         theirs, ours = [], []
         for case in self._cases:
@@ -106,32 +121,45 @@ class Parity:
         return Measured(name, metric, ratio, PRECISION_LIMIT, f"rms of {len(ours)} cases", "all")
 
     def onnx(
-        self, program: Program, folder: Path, suffix: str, *, body: str | None = None, quantized: bool = False
+        self,
+        program: Program,
+        folder: Path,
+        suffix: str,
+        *,
+        body: str | None = None,
+        chains: Mapping[str, Sequence[str]] | None = None,
+        quantized: bool = False,
     ) -> Measured:
         """The lowered graphs in ONNX Runtime on the CPU, one feeding the next.
 
-        ``body`` is the model of the loop's body where it has another name. ``quantized``: compared with the program
+        ``body`` is the model of the loop's body where it has another name. ``chains``: the models of graphs that were
+        cut, in their order. ``quantized``: compared with the program
         itself in the interpreter (gate G0), since what quantization loses is measured elsewhere.
         """
         values: dict[str, dict[str, dict[str, Value]]] = {c.name: {} for c in self._cases}
-        for name in program.graphs:
+        for name, graph in program.graphs.items():
             # One session at a time: the towers of a large model do not fit side by side.
             file = body if body is not None and name == program.loop.body else name
-            model = Model(folder / f"{file}{suffix}")
+            known: dict[str, dict[str, Value]] = {}
             for case in self._cases:
                 inputs, results = self._inputs(case), values[case.name]
-                feed = {i: inputs[i].numpy() for i in program.free_inputs(name)}
-                feed |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-                results[name] = model(feed)
-            del model
+                known[case.name] = {i: inputs[i].numpy() for i in program.free_inputs(name)}
+                known[case.name] |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
+            for piece in (chains or {}).get(file, (file,)):
+                model = Model(folder / f"{piece}{suffix}")
+                for given in known.values():
+                    given.update(model(given))
+                del model
+            for case in self._cases:
+                values[case.name][name] = {output: known[case.name][output] for output in graph.outputs}
         errors = {}
         for case in self._cases:
-            found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
+            made = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
             if quantized:
                 expected = run_program(program, self._inputs(case), self._weights, compute=torch.float32)
-                errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if v.numel()})
+                errors[case.name] = relative_error(made, {k: v for k, v in expected.items() if v.numel()})
             else:
-                errors[case.name] = self._compare(case, found)
+                errors[case.name] = self._compare(case, made)
         if quantized:
             stage = f"ONNX Runtime, {body or program.loop.body} as quantized"
             return _worst(stage, "relative L2, fp32", errors, QUANTIZED_LIMIT)

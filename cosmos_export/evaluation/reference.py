@@ -12,35 +12,64 @@ import torch
 
 
 class Reference:
-    """The stock transformer of a checkpoint in one precision."""
+    """The stock transformer of a checkpoint in one precision.
 
-    def __init__(self, transformer_folder: Path, dtype: torch.dtype) -> None:
+    ``values`` are its parameters where diffusers does not read the files itself, as of an FP8 checkpoint.
+    """
+
+    def __init__(
+        self, transformer_folder: Path, dtype: torch.dtype, values: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         from diffusers import Cosmos3OmniTransformer
         from diffusers.utils import logging
 
         # Its remarks on configuration keys that it does not know: the checkpoint reader has judged each of them.
         logging.set_verbosity_error()
         self.dtype = dtype
-        self.transformer = Cosmos3OmniTransformer.from_pretrained(
-            transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        ).eval()
+        if values is None:
+            self.transformer = Cosmos3OmniTransformer.from_pretrained(
+                transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            ).eval()
+            return
+        config = Cosmos3OmniTransformer.load_config(transformer_folder, local_files_only=True)
+        model = Cosmos3OmniTransformer.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        kept = tuple(model._keep_in_fp32_modules or ())
+        typed = {
+            name: value.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+            for name, value in values.items()
+        }
+        model.load_state_dict(typed, strict=True, assign=True)
+        self.transformer = model.eval()
+
+    @classmethod
+    def of(cls, transformer: torch.nn.Module, dtype: torch.dtype) -> Reference:
+        """The stock ``transformer`` as it is, which computes in ``dtype``, on its own device."""
+        self = cls.__new__(cls)
+        self.transformer, self.dtype = transformer.eval(), dtype
+        return self
 
     def step(self, inputs: Mapping[str, torch.Tensor], fps: float) -> dict[str, torch.Tensor]:
-        """Velocities of one step for the inputs of `Case.inputs`; modalities without rows are left out.
+        """Velocities of one step for the inputs of `Case.inputs`; modalities without rows are left out."""
+        return self.velocities(self.arguments(inputs, fps))
+
+    def arguments(self, inputs: Mapping[str, torch.Tensor], fps: float) -> dict[str, Any]:
+        """What the pipeline calls the transformer with, on the transformer's device.
 
         Packing, indices and rotary positions come from the pipeline's own helpers; nothing of this project's.
         """
         from diffusers import Cosmos3OmniPipeline
 
+        device = next(self.transformer.parameters()).device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         host: Any = SimpleNamespace(transformer=self.transformer, vae_scale_factor_temporal=4)
         pipeline: Any = Cosmos3OmniPipeline
         ids = inputs["input_ids"].tolist()
-        text = pipeline._prepare_text_segment(host, ids, "cpu")
+        text = pipeline._prepare_text_segment(host, ids, device)
         start, length = text["vision_start_temporal_offset"], text["und_len"]
         latent = inputs["vision_latent"].to(self.dtype)
         clean = (inputs["vision_mask"] == 0).nonzero().flatten().tolist()
         vision = pipeline._prepare_vision_segment(
-            host, latent, False, start, fps, length, "cpu", condition_frame_indexes=clean
+            host, latent, False, start, fps, length, device, condition_frame_indexes=clean
         )
         timestep = inputs["timestep"]
         current = length + vision["num_vision_tokens"]
@@ -53,7 +82,7 @@ class Reference:
         sound = inputs.get("sound_latent")
         if sound is not None and sound.shape[1]:
             rate = self.transformer.config.sound_latent_fps
-            segment = pipeline._prepare_sound_segment(host, sound, start, rate, current, "cpu")
+            segment = pipeline._prepare_sound_segment(host, sound, start, rate, current, device)
             positions.append(segment["sound_mrope_ids"])
             arguments |= {k: v for k, v in segment.items() if k not in ("sound_mrope_ids", "sound_len")}
             arguments |= {"sound_tokens": [sound.to(self.dtype)], "sound_timesteps": timestep.expand(sound.shape[1])}
@@ -61,7 +90,7 @@ class Reference:
         action = inputs.get("action_latent")
         if action is not None and action.shape[0]:
             clean = (inputs["action_mask"] == 0).nonzero().flatten().tolist()
-            segment = pipeline._prepare_action_segment(host, action, clean, start, fps, current, "cpu")
+            segment = pipeline._prepare_action_segment(host, action, clean, start, fps, current, device)
             positions.append(segment["action_mrope_ids"])
             left_out = ("action_mrope_ids", "action_len", "num_noisy_action_tokens")
             arguments |= {k: v for k, v in segment.items() if k not in left_out}
@@ -71,16 +100,20 @@ class Reference:
                 "action_domain_ids": [inputs["action_domain"]],
             }
             current += action.shape[0]
+        return {
+            "input_ids": text["input_ids"],
+            "text_indexes": text["text_indexes"],
+            "und_len": length,
+            "position_ids": torch.cat(positions, dim=1),
+            "sequence_length": current,
+            "return_dict": False,
+            **arguments,
+        }
+
+    def velocities(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """One run of the transformer on `arguments`."""
         with torch.no_grad():
-            results = self.transformer(
-                input_ids=text["input_ids"],
-                text_indexes=text["text_indexes"],
-                und_len=length,
-                position_ids=torch.cat(positions, dim=1),
-                sequence_length=current,
-                return_dict=False,
-                **arguments,
-            )
+            results = self.transformer(**arguments)
         names = ("vision_velocity", "sound_velocity", "action_velocity")
         return {name: value[0] for name, value in zip(names, results, strict=True) if value is not None}
 

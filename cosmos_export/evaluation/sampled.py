@@ -51,7 +51,7 @@ def sampled(
     arithmetic moves them by rounding (UniPC) or drowns them in noise (distilled).
     """
     names = [n.removesuffix("_latent") for n, v in inputs.items() if n.endswith("_latent") and v.numel()]
-    drivers = {name: _scheduler(scheduler, schedule) for name in names}
+    drivers = {name: stock_scheduler(scheduler, schedule) for name in names}
     draws = {name: torch.Generator().manual_seed(_NOISE_SEED) for name in names}
     latents = {name: inputs[f"{name}_latent"].clone() for name in names}
     for i, t in enumerate(schedule.timesteps):
@@ -76,7 +76,7 @@ def _noisy(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return mask.view(1, 1, -1, 1, 1) if name == "vision" else mask.view(-1, 1)
 
 
-def _scheduler(config: Mapping[str, Any], schedule: Schedule) -> Any:
+def stock_scheduler(config: Mapping[str, Any], schedule: Schedule) -> Any:
     """diffusers' scheduler on the schedule's own grid: its arithmetic is the reference, the grid has its own tests."""
     import diffusers
 

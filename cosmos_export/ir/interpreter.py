@@ -51,7 +51,9 @@ def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
         return tensor if source.scale is None else tensor.to(torch.float32) * read(source.scale).to(torch.float32)
 
     def value(binding: WeightBinding) -> torch.Tensor:
-        parts = [source_value(source) for source in binding.sources]
+        if binding.keeps_bytes and binding.packing is not None and binding.packing.part is Part.SCALE:
+            return kept_scale(binding, read)
+        parts = [read(s) if binding.keeps_bytes else source_value(s) for s in binding.sources]
         if binding.transform is Transform.CONCATENATE:
             result = torch.cat(parts, dim=0)
         elif binding.transform is Transform.INTERLEAVE:
@@ -62,31 +64,40 @@ def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
             result = parts[0].to(torch.float32) * parts[1].to(torch.float32)
         else:
             result = parts[0]
-        if binding.packing is None:
+        if binding.packing is None or binding.keeps_bytes:
             return result.to(binding.dtype)
         rows = result.to(torch.float32)
         if binding.packing.divisor is not None:
             rows = rows / read(binding.packing.divisor).to(torch.float32)
-        return pack_rows(binding.packing, rows, tensor_scale(binding, rows.abs().amax(), read))
+        if binding.packing.low_rank is not None:
+            up = [as_multiplied(read(source), binding.packing) for source in binding.packing.low_rank.up]
+            together = binding.transform is Transform.INTERLEAVE
+            whole = torch.stack(up, dim=1).flatten(0, 1) if together else torch.cat(up)
+            rows = rows - whole @ as_multiplied(read(binding.packing.low_rank.down), binding.packing)
+        return pack_rows(binding.packing, rows, tensor_scale(binding.packing, rows.abs().amax()))
 
     return value
 
 
-def tensor_scale(
-    binding: WeightBinding, amax: torch.Tensor, read: Callable[[WeightSource], torch.Tensor]
-) -> torch.Tensor:
-    """The float32 scale of a packed weight whose largest magnitude is ``amax``.
+def as_multiplied(half: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Half of a part of low rank, as float32, with the rounding that it has in the product."""
+    return half.to(packing.dtype).to(torch.float32)
 
-    That of weights which are stored in FP8 already is the largest of theirs, so that one alone keeps its bytes.
-    """
-    packing = binding.packing
-    assert packing is not None
-    if packing.format is Format.NVFP4:
-        return packs.nvfp4_scale(amax)
-    given = [source.scale for source in binding.sources]
-    if packing.divisor is None and all(given):
-        return torch.stack([read(s).to(torch.float32).reshape(()) for s in given if s is not None]).amax()
-    return packs.fp8_scale(amax)
+
+def kept_scale(binding: WeightBinding, read: Callable[[WeightSource], torch.Tensor]) -> torch.Tensor:
+    """The scale of a weight whose bytes are kept: that of its source, or for several one of each row, float32 [N]."""
+    stored = [source.scale for source in binding.sources if source.scale is not None]
+    scales = [read(scale).to(torch.float32).reshape(()) for scale in stored]
+    if len(scales) == 1:
+        return scales[0]
+    if binding.transform is Transform.INTERLEAVE:
+        return torch.stack(scales).repeat(binding.sources[0].shape[0])
+    return torch.cat([scale.expand(source.shape[0]) for scale, source in zip(scales, binding.sources, strict=True)])
+
+
+def tensor_scale(packing: Packing, amax: torch.Tensor) -> torch.Tensor:
+    """The float32 scale of a packed weight whose largest magnitude is ``amax``."""
+    return packs.nvfp4_scale(amax) if packing.format is Format.NVFP4 else packs.fp8_scale(amax)
 
 
 def pack_rows(packing: Packing, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -162,7 +173,7 @@ def _value(
 ) -> torch.Tensor:
     if "weight" in node.meta:
         value, wanted = weights(node.meta["weight"]), widen(spec_of(node).dtype)
-        return value if wanted in FOUR_BIT else value.to(wanted)
+        return value if wanted in FOUR_BIT or _looked_up(node) else value.to(wanted)
     if "constant" in node.meta:
         constant = node.meta["constant"]
         assert isinstance(constant, torch.Tensor)
@@ -190,7 +201,15 @@ def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Te
     function = _NATIVE.get(node.target, node.target)
     result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
     assert isinstance(result, torch.Tensor)
-    return result
+    # A table is read as it is stored, and its rows are widened: a vocabulary has more of them than a step reads.
+    return result.to(widen(result.dtype)) if node.target is ops.aten.embedding.default else result
+
+
+def _looked_up(node: Node) -> bool:
+    """Whether only rows of this weight are read."""
+    return bool(node.users) and all(
+        user.target is ops.aten.embedding.default and user.args[0] is node for user in node.users
+    )
 
 
 def compute_value(

@@ -77,8 +77,11 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @torch.library.custom_op("cosmos_export::dequantize", mutates_args=())
 def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x · scale`` of FP8 E4M3 ``x``, multiplied in float32 and rounded to ``dtype``."""
-    return (x.to(torch.float32) * scale).to(dtype)
+    """``x · scale`` of FP8 E4M3 ``x``, multiplied in float32 and rounded to ``dtype``.
+
+    ``scale`` is float32 [], or [N] with one for each row of ``x`` [N, K].
+    """
+    return (x.to(torch.float32) * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(dtype)
 
 
 @torch.library.custom_op("cosmos_export::dequantize_groups", mutates_args=())
@@ -570,7 +573,8 @@ def _quantize(x: TensorSpec, scale: TensorSpec) -> TensorSpec:
 
 @_rule(DEQUANTIZE)
 def _dequantize(x: TensorSpec, scale: TensorSpec, dtype: torch.dtype) -> TensorSpec:
-    _require_scale(scale)
+    if scale != TensorSpec(torch.float32, x.shape[:1]):
+        _require_scale(scale)
     _require(x.dtype == torch.float8_e4m3fn, f"dequantize of {x}")
     return TensorSpec(dtype, x.shape)
 

@@ -19,6 +19,9 @@ SMALLEST_BLOCK_SCALE = 2.0**-9
 ROUNDING = "exact"
 """What a manifest says of how values were rounded: quotients in float32, rounded once."""
 
+AS_STORED = "as stored"
+"""The same of weights that the checkpoint has in FP8: their bytes are kept; in other forms they are rounded again."""
+
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 … 7; the fourth bit is the sign."""
 
@@ -29,7 +32,9 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
 
 
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
-    return _positive(amax.to(torch.float32) / E4M3_MAX)
+    """float32. Divided in float64, so that 448 · s in float64 gives back the scale s; of float32 the quotient is the
+    same."""
+    return _positive((amax.to(torch.float64) / E4M3_MAX).to(torch.float32))
 
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,8 @@ class Part(Enum):
     VALUES = "values"
     """[N, K]; two 4-bit numbers are one byte where they are stored."""
     SCALE = "scale"
-    """float32 []; of INT4 [N, K / group] in the type that the weight is dequantized to."""
+    """float32 [], or [N] of merged weights that keep their own; of INT4 [N, K / group] in the type that the weight is
+    dequantized to."""
     BLOCK_SCALE = "block_scale"
     """E4M3 [N, K / 16], of NVFP4."""
 
@@ -114,6 +115,16 @@ class WeightSource:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What of a weight is not packed but multiplied by itself (SVDQuant): ``up · down``."""
+
+    down: WeightSource
+    """[rank, K], of all sources of the weight."""
+    up: tuple[WeightSource, ...]
+    """[N, rank] of each source."""
+
+
+@dataclass(frozen=True)
 class Packing:
     """One tensor of the low-precision form of a weight."""
 
@@ -125,6 +136,8 @@ class Packing:
     """Columns with one scale, of INT4."""
     divisor: WeightSource | None = None
     """[K]: what the columns are divided by before they are packed; the input is multiplied by it (AWQ)."""
+    low_rank: LowRank | None = None
+    """What is taken from the weight, once it is divided."""
 
     @property
     def stored(self) -> torch.dtype:
@@ -175,7 +188,17 @@ class WeightBinding:
             return whole
         if self.packing.part is Part.BLOCK_SCALE:
             return (whole[0], whole[1] // NVFP4_BLOCK)
-        return (whole[0], whole[1] // self.packing.group) if self.packing.format is Format.INT4 else ()
+        if self.packing.format is Format.INT4:
+            return (whole[0], whole[1] // self.packing.group)
+        return whole[:1] if self.keeps_bytes and len(self.sources) > 1 else ()
+
+    @property
+    def keeps_bytes(self) -> bool:
+        """Whether it is the FP8 form of what is stored in FP8: the bytes and scales as they are, nothing rounded."""
+        packing = self.packing
+        if packing is None or packing.format is not Format.FP8 or packing.divisor is not None:
+            return False
+        return all(source.scale is not None for source in self.sources)
 
     @property
     def unpacked_shape(self) -> tuple[int, ...]:
@@ -201,8 +224,14 @@ class WeightBinding:
         return text if self.packing is None else f"{self.packing.format.value}_{self.packing.part.value}({text})"
 
     def packed(
-        self, format: Format, part: Part, *, group: int = 0, divisor: WeightSource | None = None
+        self,
+        format: Format,
+        part: Part,
+        *,
+        group: int = 0,
+        divisor: WeightSource | None = None,
+        low_rank: LowRank | None = None,
     ) -> WeightBinding:
         """One tensor of the low-precision form of this weight."""
-        packing = Packing(format, part, self.dtype, group, divisor)
+        packing = Packing(format, part, self.dtype, group, divisor, low_rank)
         return replace(self, dtype=packing.stored, packing=packing)

@@ -17,6 +17,7 @@ from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.profiles import DimRange, ModelLimits, check_limits
+from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe
 
 MEMORY_SHARE = 0.95
 """Of a GPU's memory that a request may take; the rest is the driver's and the allocator's."""
@@ -32,7 +33,7 @@ class Request:
 
     targets: tuple[Target, ...]
     workloads: tuple[Workload, ...]
-    recipe: str = "bf16"
+    recipe: Recipe = field(default_factory=lambda: load_recipe(DEFAULT))
     settings: tuple[str, ...] = ()
     """Changes of the recipe, ``PLACE=SCHEME``."""
     loop: Literal["host", "device"] = "host"
@@ -115,13 +116,13 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
     loads = tuple(planner.load(workload) for workload in request.workloads)
-    segments = 1
+    segments = max(len(planner.precision(workload, planner.runs[0]).steps) for workload in request.workloads)
     if request.loop == "device":
         segments = max(planner.segments(workload, planner.runs[0]) for workload in request.workloads)
     return Estimate(
         subject=subject.name,
         variant=subject.variant,
-        recipe=request.recipe,
+        recipe=request.recipe.name,
         settings=request.settings,
         loop=request.loop,
         components=tuple(parts),
@@ -133,6 +134,13 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
         ),
         builds={t.name: host(subject, parts, segments, t.backend != "onnxruntime") for t in planner.runs},
     )
+
+
+def offered_bytes(target: Target) -> int | None:
+    """What ``target`` offers a request; None for the CPU."""
+    if target.memory_bytes is None:
+        return None
+    return int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
 
 
 def _limits(subject: Subject) -> ModelLimits:
@@ -166,7 +174,7 @@ class _Planner:
         if not self.runs:
             raise next(iter(self.refused.values()))
 
-    def precision(self, workload: Workload, target: Target, recipe: str | None = None) -> Precision:
+    def precision(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Precision:
         settings = self.request.settings if recipe is None else ()
         steps, distilled = self.schedules[workload.name].steps, self.subject.sampling.distilled_sigmas is not None
         geometry = self.subject.geometry
@@ -176,14 +184,16 @@ class _Planner:
         """Engines that a loop on the device has: runs of steps with the same branches and the same schemes."""
         chosen, guided = self.precision(workload, target), self.schedules[workload.name].guided
         kinds = list(zip(guided, chosen.of_step, strict=True))
+        for step in chosen.alone if target.backend == "tensorrt-rtx" else ():
+            kinds[step] = guided[step], len(kinds) + step
         return 1 + sum(a != b for a, b in pairwise(kinds))
 
-    def parts(self, workloads: Sequence[Workload], target: Target, recipe: str | None = None) -> list[Component]:
+    def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
         branches = 2 if guided and self.request.loop == "device" else 1
         return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches)
 
-    def device(self, workload: Workload, target: Target, recipe: str | None = None) -> Device:
+    def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Device:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         return device(self.subject, workload, self.parts([workload], target, recipe), guided)
@@ -207,9 +217,7 @@ class _Planner:
         )
 
     def fit(self, target: Target, workload: Workload, load: Load) -> Fit:
-        offered = None
-        if target.memory_bytes is not None:
-            offered = int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
+        offered = offered_bytes(target)
         resident, phased = load.device.resident_bytes, load.device.phased_bytes
         if target.name in self.refused:
             error = self.refused[target.name]
@@ -233,10 +241,10 @@ class _Planner:
         if verdict == "fits in phases":
             found.append("drop the reasoner after prefill, and load the codecs when the loop is done")
         for recipe in ADVISED:
-            if recipe == self.request.recipe:
+            if recipe == self.request.recipe.name:
                 continue
             try:
-                tried = self.device(workload, target, recipe)
+                tried = self.device(workload, target, load_recipe(recipe))
             except UnsupportedError:
                 continue
             if tried.resident_bytes <= offered:

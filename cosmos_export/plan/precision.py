@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.recipe import CORE, LINEARS, Assignment, load_recipe, resolve_recipe
+from cosmos_export.targets.recipe import CORE, LINEARS, Assignment, Recipe, resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Precision:
     """The generator's mixes, each with the number of steps that have it, in the order they first appear."""
     of_step: tuple[int, ...]
     """For each step, the index in ``steps`` of what it has."""
+    alone: tuple[int, ...]
+    """Steps that multiply narrow weights by wide activations: in a loop that TensorRT-RTX builds, each is an engine."""
 
     @property
     def generator(self) -> Mix:
@@ -87,7 +89,7 @@ class Precision:
 
 
 def precision(
-    recipe: str, overrides: Sequence[str], target: Target, geometry: Geometry, steps: int, *, distilled: bool = False
+    recipe: Recipe, overrides: Sequence[str], target: Target, geometry: Geometry, steps: int, *, distilled: bool = False
 ) -> Precision:
     """``recipe`` with ``overrides`` for a model on ``target``; errors as `resolve_recipe`'s."""
     return _added_up(recipe, tuple(overrides), target.name, geometry, steps, distilled)
@@ -95,19 +97,18 @@ def precision(
 
 @cache
 def _added_up(
-    recipe: str, overrides: tuple[str, ...], target: str, geometry: Geometry, steps: int, distilled: bool
+    recipe: Recipe, overrides: tuple[str, ...], target: str, geometry: Geometry, steps: int, distilled: bool
 ) -> Precision:
     layers = geometry.num_hidden_layers
-    assigned = resolve_recipe(
-        load_recipe(recipe), overrides, load_target(target), layers=layers, steps=steps, distilled=distilled
-    )
+    assigned = resolve_recipe(recipe, overrides, load_target(target), layers=layers, steps=steps, distilled=distilled)
     keys = assigned.step_keys()
     counts = Counter(keys)
     return Precision(
-        recipe=recipe,
+        recipe=recipe.name,
         reasoner=_mix(assigned, geometry, "und", 0),
         steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
+        alone=tuple(assigned.weight_only_steps()),
     )
 
 

@@ -39,7 +39,6 @@ class Subject:
     tokenizer_bytes: int
     input_bytes: int
     """Bytes of the checkpoint's weight files."""
-    quantized: bool = False
 
     def graphs(self) -> Mapping[str, Sequence[ExpectedTensor]]:
         """Which graph computes with which tensors. Those that generation never reads are in none."""
@@ -119,7 +118,6 @@ def from_checkpoint(checkpoint: Checkpoint) -> Subject:
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer is not None and tokenizer.is_file() else 0,
         input_bytes=sum(e.size_bytes for e in checkpoint.tensors.values())
         + sum(e.size_bytes for found in checkpoint.component_tensors.values() for e in found.values()),
-        quantized=checkpoint.quantization is not None,
     )
 
 

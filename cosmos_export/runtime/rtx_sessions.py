@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
@@ -55,16 +56,48 @@ class Scratch:
         return self._memory
 
 
+class Weights:
+    """Weights that engines take as inputs: on the device once, whoever reads them, and for as long as someone does."""
+
+    def __init__(self, device: Device, root: Path) -> None:
+        self._device, self._root = device, root
+        self._known: WeakValueDictionary[tuple[str, int], DeviceMemory] = WeakValueDictionary()
+
+    def of(self, record: EngineRecord) -> dict[str, DeviceMemory]:
+        """By the name of the input. Read from the page cache, a weight at a time."""
+        found = {}
+        for weight in record.weights:
+            memory = self._known.get((weight.path, weight.offset))
+            if memory is None:
+                data = np.memmap(self._root / weight.path, np.uint8, "r", weight.offset, (weight.size_bytes,))
+                memory = DeviceMemory(self._device, weight.size_bytes)
+                self._device.upload(memory.address, data)
+                self._known[weight.path, weight.offset] = memory
+            found[weight.name] = memory
+        return found
+
+
 class RtxSession:
-    """An engine with one execution context."""
+    """An engine with one execution context, and ``weights`` where it takes some as inputs."""
 
     def __init__(
-        self, trt: Any, engine: Any, graph: str, device: Device, scratch: Scratch, log: deque[str], *, captured: bool
+        self,
+        trt: Any,
+        engine: Any,
+        graph: str,
+        device: Device,
+        scratch: Scratch,
+        log: deque[str],
+        *,
+        captured: bool,
+        weights: Mapping[str, DeviceMemory],
     ) -> None:
         self._graph, self._device, self._scratch, self._log = graph, device, scratch, log
         self._engine = engine
         self._captured = captured
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self._weights = dict(weights)
+        every = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        names = [name for name in every if name not in weights]
         types = {name: _DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         self._inputs = {name: types[name] for name in names if is_input[name]}
@@ -83,6 +116,8 @@ class RtxSession:
         self._context = engine.create_execution_context(settings)
         if self._context is None:
             raise self._failed("has no execution context")
+        for name, memory in self._weights.items():
+            self._place(name, memory.address)
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
@@ -164,6 +199,7 @@ class RtxSession:
         self._device.synchronize()
         self._context = self._engine = None
         self._own.clear()
+        self._weights.clear()
 
 
 class RtxBackend:
@@ -178,6 +214,7 @@ class RtxBackend:
         self._log: deque[str] = deque(maxlen=8)
         self._runtime = trt.Runtime(_logger(trt, self._log))
         self._scratch = Scratch(device)
+        self._weights = Weights(device, root)
 
     @property
     def name(self) -> str:
@@ -199,7 +236,10 @@ class RtxBackend:
                 "CX502", f"{self._title} cannot load {path}: {said}", "is it installed in the version of the build?"
             )
         captured = graph in self._captured
-        return RtxSession(self._trt, engine, graph, self._device, self._scratch, self._log, captured=captured)
+        weights = self._weights.of(self._engines[graph])
+        return RtxSession(
+            self._trt, engine, graph, self._device, self._scratch, self._log, captured=captured, weights=weights
+        )
 
     def close(self) -> None:
         self._device.close()

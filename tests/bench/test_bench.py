@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -60,6 +61,49 @@ def test_a_geometry_is_measured(graphs: Path, recipe: str) -> None:
     assert {"cores", "gpus", "versions"} <= set(document["machine"])
     assert {cell["gpu"] for cell in document["published"]} >= {"h100", "b200"}
     assert "extrapolated" in document and "measured" in document["extrapolated"]
+
+
+def test_baselines_stand_in_the_same_run(graphs: Path, app: typer.Typer) -> None:
+    """diffusers' own model and scheduler on the same request; ratios of ours over theirs, and what is not there."""
+    found = measure_geometry(asked(graphs, recipe="fp8", baselines=True, runs=2), Silent())
+    eager, regional = found.baselines
+    guided = sum(geometry_schedule(asked(graphs))[1].guided)
+    for one in (eager, regional):
+        assert {c.name: c.calls for c in one.components} == {GUIDED: guided, PLAIN: 50 - guided}
+        assert one.recipe == "bf16" and one.forwards == found.forwards and len(one.components[0].samples_s) == 2
+    assert "regional" in regional.name and "(eager)" in regional.name  # a dry run traces and does not compile
+    document = json.loads(json.dumps(found.document()))
+    row = document["baselines"][0]
+    assert row["ours_over_request"] == pytest.approx(found.request_s / eager.request_s)
+    assert row["ours_over_forward"] == pytest.approx(found.forward_s / eager.forward_s)
+    assert not row["same_precision"] and "no FP8 product" in document["baselines_left_out"][0]
+
+
+def test_a_baseline_is_diffusers_own_arithmetic(graphs: Path) -> None:
+    """One guided step: the stock model on both branches, guidance and the stock scheduler, nothing left out."""
+    from cosmos_export.bench.baseline import BaselineRequest, random_transformer, stock_step
+    from cosmos_export.bench.geometry import dims_of, tiny_geometry
+    from cosmos_export.evaluation.cases import Case
+    from cosmos_export.evaluation.reference import Reference
+
+    subject = published_subject("nano")
+    workload, schedule = geometry_schedule(asked(graphs, workload="t2v-480p-189f"))
+    geometry, dims = tiny_geometry(subject.geometry), dims_of(workload, tiny=True)
+    cpu = torch.device("cpu")
+    model = random_transformer(geometry, cpu, torch.bfloat16)
+    given = BaselineRequest(geometry, ("vision",), dims, schedule, subject.sampling.scheduler, cpu, 1, 0)
+    step = stock_step(model, given, 2)
+    first, second = step()["vision"], step()["vision"]
+    inputs = [
+        Case("x", prompt, dims["frames"], dims["height"], dims["width"]).inputs(geometry.config, ("vision",))
+        for prompt in (dims["und_len"], dims["negative_und_len"])
+    ]
+    cond, uncond = (Reference.of(model, torch.bfloat16).step(one, 24.0)["vision_velocity"] for one in inputs)
+    velocity, sigmas = uncond + schedule.guidance * (cond - uncond), schedule.sigmas
+    x = inputs[1]["vision_latent"]
+    # UniPC's first step is of first order: along the velocity, from one sigma to the next.
+    assert torch.allclose(first, x + (sigmas[1] - sigmas[0]) * velocity.float(), atol=2e-2)
+    assert not torch.equal(first, second)  # the second is the next of the trajectory
 
 
 def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:

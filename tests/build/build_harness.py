@@ -169,8 +169,8 @@ def chain(bundle: Path, inputs: Mapping[str, Any], suffix: str) -> dict[str, Any
 
 def scale_table(checkpoint: Path, output: Path, margin: float = 1.1) -> Path:
     """A scale table of ``checkpoint`` at ``output``: the largest input of every linear in a few requests, and some."""
-    from cosmos_export.build.sources import weight_sources
     from cosmos_export.calibration.table import ScaleTable, write_scale_table
+    from cosmos_export.capture.sources import weight_sources
     from cosmos_export.checkpoint import checkpoint_identity, open_checkpoint
     from cosmos_export.evaluation.cases import CASES
     from cosmos_export.evaluation.gates import observe_inputs

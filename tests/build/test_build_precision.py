@@ -118,6 +118,44 @@ def test_weights_alone_in_a_loop_are_refused_where_they_would_be_widened(omni: P
     assert caught.value.code == "CX364" and "engine of its own" in caught.value.message
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "fp4"])
+def test_weights_as_inputs_keep_the_kernels(
+    tmp_path: Path, edge: Path, edge_scales: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever multiplies narrow by narrow. With 16-bit activations a weight is widened in the product, and stays."""
+    from cosmos_export.targets import onnx_lowering
+
+    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    options = {"target": "rtx-pro-6000", "calibration": edge_scales, "weights": "external"}
+    result = quantized(edge, tmp_path / "x", recipe, **options)
+    assert types(result) == PLANS[recipe]
+    narrow = "generator_2" if recipe == "fp8" else "generator"
+    for engine in result.engines:
+        assert engine.check.passed
+        kinds = {weight.dtype for weight in engine.weights}
+        assert ("float8_e4m3fn" in kinds) == (engine.graph == narrow)
+        assert ("float4_e2m1" in kinds) == (engine.graph == narrow and recipe == "fp4")
+        own = len(engine.report.inputs) - len(engine.weights)
+        assert [i.name for i in engine.report.inputs[own:]] == [w.name for w in engine.weights]
+    (engine,) = [e for e in result.engines if e.graph == narrow]
+    manifest = read_bundle(tmp_path / "x")
+    record = next(r for r in manifest.engines if r.graph == narrow)
+    assert record.weights == engine.weights and {w.path for w in record.weights} == {"onnx/generator.weights"}
+    assert verify_bundle(tmp_path / "x").ok
+
+
+def test_weights_in_a_loop_on_the_device(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosmos_export.targets import onnx_lowering
+
+    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    options = {"target": "rtx-pro-6000", "weights": "external", "loop": "device", "steps": 4}
+    result = quantized(edge, tmp_path / "x", "bf16", **options)
+    (loop,) = [engine for engine in result.engines if engine.graph == "denoise"]
+    assert loop.check.passed and {weight.dtype for weight in loop.weights} == {"bfloat16"}
+    with pytest.raises(UnsupportedError, match="CX452"):
+        resolve(harness.transformer_only(edge, Path("x"), target="cpu", weights="external"))
+
+
 def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, omni: Path, scales: Path) -> None:
     table = read_scale_table(scales)
     ranges = {f"layers.{n}.attention.generator.{o}_amax": 8.0 for n in range(3) for o in "qkv"}

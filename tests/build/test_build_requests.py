@@ -260,35 +260,6 @@ def test_fp16_weights(tmp_path: Path) -> None:
     assert "bf16" in hint
 
 
-def test_quantized_weights(tmp_path: Path, omni: Path) -> None:
-    """The published fp8 layout, beside the other components of a demo checkpoint."""
-    root = harness.copy_checkpoint(omni, tmp_path / "fp8")
-    quantize(root)
-    message, hint = refused(tmp_path, "CX150", 3, root, "-o", "x", "--target", "rtx-pro-6000")
-    assert "is quantized (fp8-modelopt)" in message
-    assert "bf16 revision" in hint
-
-
-def quantize(root: Path) -> None:
-    from cosmos_export.checkpoint import expected_tensors, open_checkpoint
-    from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
-
-    specs = []
-    for name, tensor in expected_tensors(open_checkpoint(root).geometry).items():
-        specs.append(TensorSpec(name, "F8_E4M3" if tensor.linear else "BF16", tensor.shape))
-        if tensor.linear:
-            module = name.removesuffix(".weight")
-            specs += [TensorSpec(f"{module}.{scale}", "F32", ()) for scale in ("weight_scale", "input_scale")]
-    scales = {"quant_method": "modelopt", "quant_algo": "FP8", "quant_type": "FP8_FP8", "weight_only": False}
-    edited("transformer/config.json", quantization_config={**scales, "ignore": ["proj_in", "lm_head"]})(root)
-    header = encode_header(specs)
-    with (root / SHARD).open("wb") as file:
-        file.write(header)
-        # Every scale must be a positive number; the weights may be anything.
-        for spec in specs:
-            file.write(struct.pack("<f", 1.0) if spec.dtype == "F32" else bytes(spec.size_bytes))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
 

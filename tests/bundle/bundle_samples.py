@@ -49,8 +49,8 @@ def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5)
             sampling=bundle.SamplingRecord({"shift": 1.0, "betas": (0.5, 1)}, False, (1.0, 0.5), False, None),
         ),
         engines=(
-            bundle.EngineRecord("reasoner", "reasoner", "engines/reasoner.plan", ("480p",), "embedded"),
-            bundle.EngineRecord("generator", "generator", "engines/generator.plan", ("480p",), "embedded"),
+            bundle.EngineRecord("reasoner", "reasoner", "engines/reasoner.plan", ("480p",), ()),
+            bundle.EngineRecord("generator", "generator", "engines/generator.plan", ("480p",), ()),
         ),
         tools={"python": "3.11"},
         options={"target": "rtx-pro-6000", "profiles": ("480p",), "resume": False, "limit": None},

@@ -17,12 +17,14 @@ from tiny_cosmos import BACKBONES, assert_close, distance
 
 from cosmos_export.checkpoint import Tower
 from cosmos_export.diagnostics import UserError
+from cosmos_export.evaluation.gates import linear_losses
 from cosmos_export.ir import ops, packing
 from cosmos_export.ir.graph import is_weight, spec_of
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.spec import Format, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.ir.text import print_program
+from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.assign_precision import AssignPrecision
 from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
@@ -275,18 +277,25 @@ def test_a_weight_that_is_fp8_already_keeps_its_bytes(tmp_path: Path) -> None:
     assert data[place.offset : place.offset + place.size_bytes] == wide.bfloat16().view(torch.uint8).numpy().tobytes()
 
 
-def test_fp8_weights_that_are_merged_take_the_largest_scale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transform", [Transform.CONCATENATE, Transform.INTERLEAVE])
+def test_fp8_weights_that_are_merged_keep_their_bytes_and_scales(tmp_path: Path, transform: Transform) -> None:
     torch.manual_seed(0)
     value = read_weights(read_source)
     parts = [torch.randn(32, 64) * s for s in (0.1, 0.02, 0.05)]
     first, *rest = (WeightBinding((s,), Transform.IDENTITY, torch.bfloat16) for s in _fp8(tmp_path, "three", *parts))
-    merged = first.merged(tuple(rest), Transform.CONCATENATE)
-    scale = value(merged.packed(Format.FP8, Part.SCALE))
-    assert scale == max(p.abs().amax() / 448 for p in parts)
-    back = ops.dequantize(value(merged.packed(Format.FP8, Part.VALUES)), scale, torch.float32)
-    # The part with the largest scale keeps its values; the others are rounded once more.
+    merged = first.merged(tuple(rest), transform)
+    values, scale = (merged.packed(Format.FP8, part) for part in (Part.VALUES, Part.SCALE))
+    assert scale.shape == (96,)
+    back = ops.dequantize(value(values), value(scale), torch.float32)
     once = [read_source(s).float() * read_source(s.scale) for s in merged.sources if s.scale is not None]
-    assert torch.equal(back[:32], once[0]) and distance(back, torch.cat(parts)) < 0.045
+    together = transform is Transform.INTERLEAVE
+    assert torch.equal(back, torch.stack(once, dim=1).flatten(0, 1) if together else torch.cat(once))
+    stored = layout([values, scale])
+    write_weights(tmp_path / "out", stored, "weights", Silent())
+    data = (tmp_path / "out").read_bytes()
+    for binding, place in stored.items():
+        written = data[place.offset : place.offset + place.size_bytes]
+        assert written == value(binding).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # -- pre-scales -------------------------------------------------------------------------------------------------------
@@ -332,6 +341,60 @@ def test_pre_scales_cancel_where_nothing_is_rounded(
     monkeypatch.setattr(packing, "int4_scale", ones)
     monkeypatch.setattr(packing, "to_int4", lambda rows, scale, group: rows)
     assert_close(omni.run(program), omni.run(omni.program), 5e-3)
+
+
+def _with_low_rank(omni: Tiny, folder: Path, rank: int = 8) -> Ranges:
+    """The largest singular vectors of every scaled weight; linears that read one value share the right ones."""
+    ranges = _with_pre_scales(omni, folder)
+    groups: dict[str, list[str]] = {}
+    for linear, source in ranges.pre_scales.items():
+        groups.setdefault(source.key, []).append(linear)
+    tensors = {}
+    for group, linears in groups.items():
+        factors = read_source(ranges.pre_scales[linears[0]])
+        weights = [read_source(omni.sources[f"{linear}.weight"]).float() / factors for linear in linears]
+        u, s, v = torch.linalg.svd(torch.cat(weights), full_matrices=False)
+        tensors[f"{group}.down"] = v[:rank].contiguous()
+        parts = (u[:, :rank] * s[:rank]).split([len(weight) for weight in weights])
+        tensors |= {f"{linear}.up": part.contiguous() for linear, part in zip(linears, parts, strict=True)}
+    sources = sources_on_disk(folder / "low_rank.safetensors", tensors)
+    low_rank = {n: (sources[f"{s.key}.down"], sources[f"{n}.up"]) for n, s in ranges.pre_scales.items()}
+    return Ranges({}, ranges.pre_scales, low_rank)
+
+
+def test_a_part_of_low_rank_is_multiplied_beside_the_product(omni: Tiny, tmp_path: Path) -> None:
+    ranges = _with_low_rank(omni, tmp_path)
+    program = omni.assigned(uniform("int4"))
+    result = InsertQuantization(ranges).run(program)
+    verify(program, stage="low rank")
+    assert result.changes["parts of low rank"] == result.changes["int4 linears"]
+    assert_close(omni.run_onnx(program), omni.run(program), 1e-5)
+    plain, scaled = omni.assigned(uniform("int4")), omni.quantized("int4", replace(ranges, low_rank={}))
+    losses, without = (linear_losses(plain, one, 0, [omni.wide], omni.weights) for one in (program, scaled))
+    assert len(losses) == len(without)
+    assert sum(a.relative for a in losses) < 0.95 * sum(b.relative for b in without)
+
+
+def test_parts_of_low_rank_cancel_where_nothing_is_rounded(
+    omni: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x · (W − U·D)ᵀ + (x · Dᵀ) · Uᵀ = x · Wᵀ, whatever U and D are rounded to."""
+    ranges = _with_low_rank(omni, tmp_path)
+    program = omni.assigned(uniform("int4"))
+    InsertQuantization(ranges).run(program)
+    ones = lambda rows, group, dtype: torch.ones(rows.shape[0], rows.shape[1] // group)  # noqa: E731
+    monkeypatch.setattr(packing, "int4_scale", ones)
+    monkeypatch.setattr(packing, "to_int4", lambda rows, scale, group: rows)
+    assert_close(omni.run(program), omni.run(omni.program), 5e-3)
+
+
+def test_merged_linears_have_one_part_of_low_rank(omni: Tiny, tmp_path: Path) -> None:
+    ranges = _with_low_rank(omni, tmp_path)
+    some = next(linear for linear in ranges.low_rank if linear.endswith("add_k_proj"))
+    lacking = {linear: part for linear, part in ranges.low_rank.items() if linear != some}
+    with pytest.raises(UserError) as caught:
+        InsertQuantization(replace(ranges, low_rank=lacking)).run(omni.assigned(uniform("int4")))
+    assert caught.value.code == "CX355" and "parts of low rank" in caught.value.message
 
 
 def test_linears_that_read_one_value_have_one_pre_scale(omni: Tiny, tmp_path: Path) -> None:

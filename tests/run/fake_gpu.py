@@ -167,7 +167,15 @@ class Context:
 
     def infer_shapes(self) -> list[str]:
         self.results = self._computed()
-        return [name for name in self.engine.inputs if name not in self.shapes]
+        # What is static has its shape from the engine.
+        return [name for name in self.engine.inputs if name not in self.shapes and not self._static(name)]
+
+    def _static(self, name: str) -> bool:
+        low, _, high = self.engine.profiles[self.profile][name]
+        return tuple(low) == tuple(high)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes.get(name) or tuple(self.engine.profiles[self.profile][name][0])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.results[name].shape
@@ -190,8 +198,9 @@ class Context:
         feed = {}
         for name in self.engine.inputs:
             kind = np.dtype(np.int64 if self.engine.types[name] == "tensor(int64)" else np.float32)
-            size = int(np.prod(self.shapes[name], dtype=np.int64)) * kind.itemsize
-            feed[name] = self.engine.cuda.view(self.addresses[name], size).view(kind).reshape(self.shapes[name])
+            shape = self._shape(name)
+            size = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+            feed[name] = self.engine.cuda.view(self.addresses[name], size).view(kind).reshape(shape)
         return dict(zip(self.engine.outputs, self.engine.session.run(self.engine.outputs, feed), strict=True))
 
 
@@ -212,6 +221,7 @@ def fake_trt(cuda: FakeCuda, bundle: Path, manifest: Manifest) -> tuple[Any, dic
         record = records[path]
         dims = {t.name: [str(d).replace("negative_und_len", "und_len") if isinstance(d, str) else d for d in t.dims]
                 for t in manifest.graphs[record.graph].inputs}  # fmt: skip
+        dims |= {weight.name: list(weight.dims) for weight in record.weights}
         profiles = [_profile(manifest, name) for name in record.profiles]
         loaded[record.graph] = Engine(
             cuda, bundle / f"onnx/{record.graph}.onnx", [input_shapes(profile, dims) for profile in profiles]

@@ -20,6 +20,7 @@ from fake_gpu import FakeCuda
 
 import cosmos_export.runtime.cuda_memory as cuda_memory
 import cosmos_export.runtime.rtx_sessions as rtx_sessions
+from cosmos_export.build.driver import build
 from cosmos_export.bundle import Manifest, read_bundle
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
@@ -61,6 +62,52 @@ class Gpu:
         device = cuda_memory.connect(self.cuda, 0, manifest.target.compute_capability)
         self.backend = RtxBackend(self.trt, device, root, manifest)
         self.generator = Generator(LoadedBundle(root, manifest, self.backend))
+
+
+@pytest.fixture(scope="module")
+def external(shared: Path) -> Path:
+    """A bundle of the same request whose engines take their weights as inputs."""
+    import cosmos_export.targets.onnx_lowering as onnx_lowering
+
+    path = shared / "rtx.external"
+
+    def make() -> None:
+        options = {"modalities": ("vision",), "steps": 3, "guidance": 2.0, "profiles": PROFILES[1::2]}
+        checkpoint = harness.checkpoint(shared, "omni", "float32")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)
+            build(harness.transformer_only(
+                checkpoint, path, target="rtx-pro-6000", parity="never", weights="external", **options
+            ))  # fmt: skip
+
+    return harness.once(path, make)
+
+
+def test_weights_that_are_inputs_lie_on_the_device_once(external: Path) -> None:
+    manifest = read_bundle(external)
+    gpu = Gpu(external, manifest)
+    found = gpu.generator.generate(request(manifest))
+    expected = Generator(load_bundle(external, backend="onnxruntime")).generate(request(manifest))
+    np.testing.assert_allclose(found.latents["vision"], expected.latents["vision"], rtol=0, atol=1e-5)
+    records = {record.graph: record for record in manifest.engines}
+    assert {graph for graph, record in records.items() if record.weights} >= {"reasoner", "generator"}
+    weights = records["generator"].weights
+    (context,) = gpu.engines["generator"].contexts
+    addresses = {context.addresses[weight.name] for weight in weights}
+    assert len(addresses) == len(weights)
+    for weight in weights:
+        with (external / weight.path).open("rb") as file:
+            file.seek(weight.offset)
+            data = file.read(weight.size_bytes)
+        assert gpu.cuda.view(context.addresses[weight.name], weight.size_bytes).tobytes() == data
+    # Another engine on the same weights reads the same memory, which lasts as long as one of them.
+    free = gpu.cuda.free_bytes
+    again = gpu.backend.open("generator")
+    assert gpu.cuda.free_bytes == free
+    gpu.generator.close()
+    assert addresses <= gpu.cuda.blocks.keys()
+    again.close()
+    assert not addresses & gpu.cuda.blocks.keys()
 
 
 @pytest.fixture

@@ -1,0 +1,257 @@
+"""Builds from FP8 checkpoints: their bytes, scales and step policy, whatever a published file has besides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import build_harness as harness
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import cosmos_export.build.stages as stages
+from cosmos_export.build.driver import build
+from cosmos_export.build.options import resolve
+from cosmos_export.build.precision import activation_ranges
+from cosmos_export.build.quantize import quantize
+from cosmos_export.bundle import read_bundle
+from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
+from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.parity import Parity
+from cosmos_export.ir import packing
+
+pytestmark = pytest.mark.xdist_group("builds")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[1:2]))
+
+
+@pytest.fixture(scope="session")
+def table(shared: Path, edge: Path) -> Path:
+    """A range for every linear of the checkpoint, also those that generation does not read."""
+    seen = read_scale_table(harness.scale_table(edge, shared / "edge-scales"))
+
+    def make() -> None:
+        expected = open_checkpoint(edge).expected
+        whole = {f"{n.removesuffix('.weight')}.input_amax": 20.0 for n, t in expected.items() if t.linear}
+        write_scale_table(ScaleTable(whole | seen.amax, {}, seen.checkpoint, {"sources": []}), path)
+
+    path = shared / "edge-all-scales"
+    return harness.once(path, make)
+
+
+@pytest.fixture(scope="session")
+def fp8(shared: Path, edge: Path, table: Path) -> Path:
+    path = shared / "edge-fp8"
+
+    def make() -> None:
+        quantize(edge, table, path)
+
+    return harness.once(path, make)
+
+
+def edited(source: Path, target: Path, edit: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]) -> Path:
+    """A copy of a checkpoint whose tensors and ``quantization_config`` were changed."""
+    harness.copy_checkpoint(source, target)
+    folder = target / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    edit(tensors, config["quantization_config"])
+    save_file(tensors, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def stated(checkpoint: Path, **options: Any) -> Mapping[str, str]:
+    """Place → scheme, as a build of 8 steps would do it."""
+    request = harness.transformer_only(checkpoint, Path("x"), target="cpu", **{"steps": 8, **options})
+    return resolve(request).precision.table()
+
+
+def weight_files(bundle: Path) -> dict[str, str]:
+    return {f.path: f.sha256 for f in read_bundle(bundle).files if f.path.endswith(".weights")}
+
+
+def test_engines_compute_in_fp8_on_the_bytes_of_the_checkpoint(tmp_path: Path, fp8: Path) -> None:
+    request = harness.transformer_only(fp8, tmp_path / "x", target="rtx-pro-6000", quality="report", steps=8)
+    result = build(request)
+    types = {e.graph: dict(e.plan.graphs[0].gemm_types()) for e in result.engines if e.plan.graphs[0].gemms}
+    assert types == {
+        "reasoner": {"fp8-weight": 9},
+        "generator": {"bf16": 2, "fp8-weight": 12},
+        "generator_2": {"bf16": 2, "fp8": 12},
+    }
+    assert all(engine.check.passed for engine in result.engines)
+    # The oracle: diffusers' model with what the bytes and scales stand for.
+    assert {m.stage for m in result.parity} >= {"capture", "merge_linears", "bfloat16"}
+    assert all(m.passed for m in result.parity)
+    manifest = read_bundle(tmp_path / "x")
+    assert manifest.recipe == "checkpoint" and manifest.precision is not None
+    assert manifest.precision.rounding == "as stored" and manifest.precision.calibration is None
+    assert manifest.loop is not None
+    assert manifest.loop.bodies == ("generator",) * 3 + ("generator_2",) * 2 + ("generator",) * 3
+    stored = load_file(fp8 / "transformer" / WEIGHTS)
+    written = (tmp_path / "x/onnx/generator.weights").read_bytes()
+    for layer in range(LAYERS):
+        names = [f"layers.{layer}.self_attn.add_{one}_proj" for one in "qkv"]
+        data = b"".join(stored[f"{name}.weight"].view(torch.uint8).numpy().tobytes() for name in names)
+        assert data in written
+        scales = [np.full(len(stored[f"{n}.weight"]), stored[f"{n}.weight_scale"].item(), np.float32) for n in names]
+        assert np.concatenate(scales).tobytes() in written
+        down = stored[f"layers.{layer}.mlp_moe_gen.down_proj.weight"]
+        assert down.view(torch.uint8).numpy().tobytes() in written
+
+
+def test_input_scales_are_those_of_the_checkpoint(fp8: Path) -> None:
+    plan = resolve(harness.transformer_only(fp8, Path("x"), target="cpu"))
+    found = activation_ranges(plan).amax
+    stored = load_file(fp8 / "transformer" / WEIGHTS)
+    scales = {name: value for name, value in stored.items() if name.endswith(".input_scale")}
+    assert len(scales) == len(found)
+    for name, scale in scales.items():
+        amax = torch.tensor(found[name.replace("input_scale", "input_amax")], dtype=torch.float64)
+        assert packing.fp8_scale(amax) == scale.reshape(())
+
+
+def test_the_policy_is_followed(tmp_path: Path, fp8: Path) -> None:
+    every = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+    wide, narrow = "fp8-w8a16", "fp8"
+    steps = {"@0:3": wide, "@3:5": narrow, "@5:8": wide}
+    found = stated(fp8)
+    assert found == {f"und.{k}": wide for k in every} | {f"gen.{k}{s}": how for k in every for s, how in steps.items()}
+
+    def policy(**changed: Any) -> Path:
+        def edit(_: Any, config: dict[str, Any]) -> None:
+            config["runtime"]["diffusion_step_policy"] |= changed
+
+        return edited(fp8, tmp_path / str(len(list(tmp_path.iterdir()))), edit)
+
+    native = stated(policy(reasoner="native", first_steps={"count": 0, "mode": "a16"}))
+    assert {native[f"und.{k}"] for k in every} == {narrow}
+    assert (native["gen.mlp.down@0:5"], native["gen.mlp.down@5:8"]) == (narrow, wide)
+    # Four steps: the second and the third count as first and as last.
+    assert stated(fp8, steps=4)["gen.mlp.down"] == wide
+    overlapping = stated(policy(overlap="native"), steps=4)
+    assert [overlapping[f"gen.mlp.down@{s}"] for s in ("0:1", "1:3", "3:4")] == [wide, narrow, wide]
+
+    def no_policy(_: Any, config: dict[str, Any]) -> None:
+        del config["runtime"]
+
+    plain = stated(edited(fp8, tmp_path / "none", no_policy))
+    assert plain == {f"{tower}.{k}": narrow for tower in ("und", "gen") for k in every}
+
+
+def test_what_a_checkpoint_left_unquantized_stays_so(tmp_path: Path, edge: Path, fp8: Path) -> None:
+    original = load_file(edge / "transformer" / WEIGHTS)
+
+    def keep_some(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        for module in ("layers.1.mlp_moe_gen.down_proj", "layers.2.self_attn.to_k"):
+            tensors[f"{module}.weight"] = original[f"{module}.weight"]
+
+    found = stated(edited(fp8, tmp_path / "x", keep_some))
+    assert found["gen.mlp.down[0:1]@3:5"] == found["gen.mlp.down[2:3]@3:5"] == "fp8"
+    assert not any(place.startswith("gen.mlp.down[1") for place in found)
+    # Query and value of that layer are merged with the key, and widened.
+    assert found["und.attention.qkv[0:2]"] == "fp8-w8a16" and "und.attention.qkv" not in found
+
+
+def test_a_published_file_is_read_as_it_is(tmp_path: Path, fp8: Path) -> None:
+    """Leftovers of calibration, names of the training framework, scales in another shard."""
+
+    def as_published(tensors: dict[str, torch.Tensor], _: Any) -> None:
+        for name in [n for n in tensors if n.endswith(".input_scale")]:
+            module = name.removesuffix(".input_scale")
+            tensors[f"{module}.input_quantizer._amax"] = tensors[name] * 448
+            tensors[f"{module}.weight_quantizer._scale"] = tensors[f"{module}.weight_scale"].clone()
+        for old, new in (("proj_in.weight", "vae2llm.weight"), ("norm.weight", "model.norm.weight")):
+            tensors[new] = tensors.pop(old)
+
+    root = edited(fp8, tmp_path / "published", as_published)
+    folder = root / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    shards: dict[str, dict[str, torch.Tensor]] = {"1": {}, "2": {}}
+    for name, tensor in tensors.items():
+        shards["2" if name.endswith("_scale") else "1"][name] = tensor
+    stem = WEIGHTS.removesuffix(".safetensors")
+    names = {key: f"{stem}-0000{key}-of-00002.safetensors" for key in shards}
+    for key, part in shards.items():
+        save_file(part, folder / names[key])
+    (folder / WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": {n: names[key] for key, part in shards.items() for n in part}}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    options = {"parity": "never", "quality": "report", "steps": 1}
+    for source, name in ((fp8, "a"), (root, "b")):
+        build(harness.transformer_only(source, tmp_path / name, target="cpu", **options))
+    assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
+
+
+def test_other_recipes(tmp_path: Path, fp8: Path) -> None:
+    """Unquantized, and in fewer bits: from what the bytes stand for."""
+    options = {"parity": "never", "quality": "report", "steps": 1, "target": "cpu"}
+    plain = build(harness.transformer_only(fp8, tmp_path / "plain", recipe="bf16", **options))
+    assert plain.losses is None and plain.manifest is not None and plain.manifest.precision is None
+    stored = load_file(fp8 / "transformer" / WEIGHTS)
+    name = "layers.0.mlp_moe_gen.down_proj"
+    value = (stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]).bfloat16()
+    assert value.view(torch.uint8).numpy().tobytes() in (tmp_path / "plain/onnx/generator.weights").read_bytes()
+    memory = build(harness.transformer_only(fp8, tmp_path / "memory", recipe="memory", **options))
+    assert memory.losses is not None and {loss.scheme for loss in memory.losses.linears} == {"int4", "fp8"}
+    assert not memory.losses.failed_linears
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ({"calibration": "scales"}, "CX356", "its scales are in it"),
+        ({"recipe": "fp8-attention"}, "CX356", "ranges no checkpoint has"),
+        ({"target": "h100", "backend": "inductor"}, "CX358", "--recipe bf16"),
+        ({"overrides": ("gen.mlp@:3=int4",)}, "CX354", "stored twice"),
+    ],
+)
+def test_requests_that_are_refused(fp8: Path, table: Path, options: dict[str, Any], code: str, words: str) -> None:
+    if "calibration" in options:
+        options = {"calibration": table}
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(fp8, Path("x"), **{"target": "cpu", "steps": 8, **options}))
+    assert caught.value.code == code and words in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_scales_of_weights_alone(tmp_path: Path, fp8: Path) -> None:
+    def weight_only(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config["weight_only"] = True
+        for name in [n for n in tensors if n.endswith(".input_scale")]:
+            del tensors[name]
+
+    root = edited(fp8, tmp_path / "x", weight_only)
+    assert set(stated(root).values()) == {"fp8-w8a16"} and "gen.mlp.down" in stated(root)
+    with pytest.raises(CosmosExportError) as caught:
+        stated(root, recipe="fp8")
+    assert caught.value.code == "CX356" and "scales of weights only" in caught.value.message
+
+
+def test_the_recipe_of_a_checkpoint_needs_one(edge: Path) -> None:
+    with pytest.raises(CosmosExportError) as caught:
+        stated(edge, recipe="checkpoint")
+    assert caught.value.code == "CX350" and "is bf16" in caught.value.message
+
+
+def test_a_recipe_that_is_chosen(tmp_path: Path, edge: Path, table: Path) -> None:
+    plan = resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="cpu"))
+    assert plan.recipe.name == "bf16" and not plan.quantized
+    options = {"recipe": "auto", "target": "rtx-pro-6000"}
+    chosen = resolve(harness.transformer_only(edge, tmp_path / "x", calibration=table, **options)).recipe.name
+    assert chosen in ("fp8", "memory")
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(edge, tmp_path / "x", **options))
+    assert caught.value.code == "CX356" and f"`{chosen}`" in caught.value.message
