@@ -16,7 +16,7 @@ import cosmos_export
 from cosmos_export.bundle import RequestRecord
 from cosmos_export.calibration.algorithms import Algorithm
 from cosmos_export.calibration.coverage import Coverage, Sample
-from cosmos_export.calibration.encode import Encoder
+from cosmos_export.calibration.encode import Encoder, SoundEncoder
 from cosmos_export.calibration.inputs import Latents, noised, step_inputs
 from cosmos_export.calibration.layers import Entrance, LayerSource
 from cosmos_export.calibration.observers import Observer
@@ -31,6 +31,7 @@ from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import Request
 from cosmos_export.targets.stored_recipe import recipe_text
 
@@ -206,6 +207,7 @@ class _Makers:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._encoder: Encoder | None = None
+        self._sound_encoder: SoundEncoder | None = None
         self._rollout: Rollout | None = None
         self._last: tuple[tuple[Any, ...], NDArray[np.float32]] | None = None
         """The latent that was encoded last, and what it is of: the three readings of an action follow each other."""
@@ -221,6 +223,8 @@ class _Makers:
             assert work.file is not None
             return _AtStep(work, record, read_latents(work.file, record, work.name), {})
         clean: dict[str, NDArray[np.float32]] = {"vision": self._encoded(work)}
+        if work.request.sound:
+            clean["sound"] = self._heard(work)
         if work.given is not None and record.action is not None:
             rows = np.zeros((len(work.given), record.action.dim), np.float32)
             rows[:, : work.given.shape[1]] = work.given
@@ -235,6 +239,15 @@ class _Makers:
             self._last = key, self._encoder(pixels(work, self._job.record))
         # An action's canvas is padded; its latents are those of the content.
         return self._last[1][..., : request.height, : request.width]
+
+    def _heard(self, work: Work) -> NDArray[np.float32]:
+        """The latents of the sound of ``work``'s clip, over the time of its frames."""
+        request, sound = work.request, self._job.record.sound
+        assert sound is not None and work.clip is not None
+        self._sound_encoder = self._sound_encoder or SoundEncoder(self._job.checkpoint)
+        samples = sound_latents(request.frames, request.fps, self._job.record) * sound.hop
+        start = work.clip.skip / request.fps
+        return self._sound_encoder(media.read_sound(work.clip.path, start, samples, sound.sampling_rate))
 
     def _rolled(self, request: Request, steps: Sequence[int]) -> dict[int, Latents]:
         if self._rollout is None:

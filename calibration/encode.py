@@ -1,7 +1,8 @@
-"""Clean latents of clips, by the checkpoint's own video autoencoder, which stays in memory for its encoder alone."""
+"""Clean latents of clips, by the checkpoint's own autoencoders, which stay in memory for their encoders alone."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,35 @@ from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.runtime.canvas import Float
 
 _ENCODER = ("encoder.", "quant_conv.")
+_SOUND_ENCODER = "encoder."
+
+
+def hears(checkpoint: Checkpoint) -> bool:
+    """Whether ``checkpoint`` has what turns sound into latents."""
+    return any(name.startswith(_SOUND_ENCODER) for name in checkpoint.component_tensors.get("sound_tokenizer", ()))
+
+
+class SoundEncoder:
+    """Waveforms to latents in float32; the mode of the distribution, never a sample."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        from diffusers import Cosmos3AVAEAudioTokenizer
+
+        config = read_object(checkpoint.components["sound_tokenizer"] / "config.json")
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer: Any = Cosmos3AVAEAudioTokenizer.from_config({**config, "encoder_enabled": True}).eval()
+        tokenizer.decoder = None
+        entries = checkpoint.component_tensors["sound_tokenizer"]
+        state = {name: read_tensor(e).float() for name, e in entries.items() if name.startswith(_SOUND_ENCODER)}
+        tokenizer.load_state_dict(state, assign=True, strict=True)
+        self._tokenizer = tokenizer.requires_grad_(False)
+
+    def __call__(self, waveform: Float) -> Float:
+        """float32 [2, n·hop] in [−1, 1] to [C, n]."""
+        with torch.no_grad():
+            latent: Float = self._tokenizer.encode(torch.from_numpy(waveform)[None]).latent_dist.mode()[0].numpy()
+        return latent
 
 
 class Encoder:

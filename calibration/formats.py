@@ -99,7 +99,8 @@ def _nvfp4(weight: torch.Tensor, inputs: Inputs, rounding: Rounding, base: torch
     packed, scales = [], []
     for rows in _pieces(weight):
         scale = packing.nvfp4_block_scale(rows, whole)
-        packed.append(packing.nibbles(packing.e2m1_codes(packing.to_e2m1(rows, scale, whole))))
+        # A zero has no sign in ModelOpt's files; what is rounded to zero has.
+        packed.append(packing.nibbles(packing.e2m1_codes(packing.to_e2m1(rows.float() + 0.0, scale, whole))))
         scales.append(scale)
     tensors = {"weight": torch.cat(packed), "weight_scale": torch.cat(scales), "weight_scale_2": whole}
     if inputs.amax is not None:

@@ -53,6 +53,8 @@ class Setting:
     frames: int
     negative: Prompt
     latents: Literal["auto", "rollout", "noise"] = "auto"
+    hears: bool = False
+    """The checkpoint turns sound into latents."""
     policy: str | None = None
 
 
@@ -186,7 +188,8 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
             "CX344", f"{item.name}: {frames} frames; mode {mode} needs {least}", "a longer clip, or mode=t2i"
         )
     height, width = setting.height // video.spatial, setting.width // video.spatial
-    sound = latents == "rollout" and "sound" in setting.modalities and mode != "t2i"
+    sounding = "sound" in setting.modalities and mode != "t2i"
+    sound = sounding and (latents == "rollout" or (clip is not None and _heard(clip, setting)))
     request = replace(
         work.request,
         frames=frames,
@@ -198,6 +201,12 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
     )
     scene = Scene(frames, setting.height, setting.width, request.fps)
     return replace(work, request=request, latents=latents, clip=clip, image=image), scene
+
+
+def _heard(clip: ClipPart, setting: Setting) -> bool:
+    """Whether the sound of ``clip`` is part of what the model is shown."""
+    wanted = setting.hears and setting.profile.dims["sound_len"].max > 0
+    return wanted and media.has_sound(clip.path)
 
 
 _CLEAN: Mapping[str, tuple[int, ...]] = {"i2v": (0,), "v2v": tuple(range(KEPT_LATENTS))}

@@ -37,6 +37,8 @@ class Channel:
 
 
 _ADDR_NO_RANDOMIZE = 0x0040000
+_BLOCK_BYTES = 1 << 20
+_ZEROS = bytes(_BLOCK_BYTES)
 
 
 def fix_addresses() -> None:
@@ -293,9 +295,8 @@ def _writer(trt: Any, path: Path) -> Any:
 
         def write(self, data: bytes, size: int | None = None) -> int:
             try:
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[self._stream.write(rest) :]
+                for start in range(0, len(data), _BLOCK_BYTES):
+                    self._write(data[start : start + _BLOCK_BYTES])
             except OSError as error:
                 self.error = str(error)
                 return 0
@@ -303,8 +304,18 @@ def _writer(trt: Any, path: Path) -> Any:
             self.size += len(data)
             return len(data)
 
+        def _write(self, block: bytes) -> None:
+            """``block`` behind what is written; one of zeros becomes a hole, as it may be in the weights' file."""
+            if block == _ZEROS:
+                self._stream.seek(len(block), os.SEEK_CUR)
+                return
+            rest = memoryview(block)
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+
         def finish(self) -> None:
             try:
+                self._stream.truncate(self.size)
                 os.fsync(self._stream.fileno())
                 self._stream.close()
             except OSError as error:

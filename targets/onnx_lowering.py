@@ -223,6 +223,12 @@ class Lowering:
                 factor, dim = sympy.sympify(known).as_coeff_Mul()
                 if dim == value:
                     return self.op("Div", self.op("Shape", name, start=axis, end=axis + 1), self.size(int(factor)))
+        if isinstance(value, sympy.Add):
+            for node in self.graph.inputs.values():
+                for known in spec_of(node).shape:
+                    # A sum that an input has as one size: what is left of ``value`` has fewer terms.
+                    if isinstance(known, sympy.Add) and set(known.args) < set(value.args):
+                        return self.op("Add", self.size(known), self.size(simplify(value - known)))
         if isinstance(value, (sympy.Add, sympy.Mul)):
             operator = "Add" if isinstance(value, sympy.Add) else "Mul"
             terms = [self.size(a) for a in value.args]

@@ -32,7 +32,11 @@ LINEARS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 reads, and that read an activation."""
 CORE = "attention.core"
 """The two products of attention itself."""
-KINDS = (*LINEARS, CORE)
+HANDED_ON = "attention.kv"
+"""Keys and values that the reasoner hands to the generator."""
+KINDS = (*LINEARS, CORE, HANDED_ON)
+_ONLY: Mapping[str, str] = MappingProxyType({CORE: "gen", HANDED_ON: "und"})
+"""Kinds that one tower has alone: the reasoner's attention is as short as the prompt and runs once."""
 UNQUANTIZED = "bf16"
 """The model's own type."""
 DEFAULT = "bf16"
@@ -42,7 +46,11 @@ STORAGE: Mapping[str, str] = MappingProxyType({"fp8": "fp8", "fp8-w8a16": "fp8",
 ACTIVATIONS = frozenset({"fp8", "nvfp4", "fp8-attention"})
 """Schemes that need the range of activations, that is calibration."""
 _SCHEMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {**dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)), CORE: (UNQUANTIZED, "fp8-attention")}
+    {
+        **dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)),
+        CORE: (UNQUANTIZED, "fp8-attention"),
+        HANDED_ON: (UNQUANTIZED, "fp8"),
+    }
 )
 
 _PLACE = re.compile(r"(?P<tower>[a-z]+)(?:\.(?P<kind>[a-z_.]+))?(?:\[(?P<layers>[^\]]*)\])?(?:@(?P<steps>\S+))?")
@@ -98,6 +106,8 @@ class Recipe:
     summary: str
     """What it is for, and what it costs."""
     experimental: bool
+    not_for: tuple[str, ...]
+    """Modes of generation for which `auto` does not choose it."""
     warning: str
     """Said at every build; may be empty."""
     rules: tuple[Rule, ...]
@@ -173,6 +183,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
         title=data["title"],
         summary=data["summary"],
         experimental=data["experimental"],
+        not_for=tuple(data["not_for"]),
         warning=data["warning"],
         rules=rules,
         source=tuple(data["source"]),
@@ -183,6 +194,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "title": str,
     "summary": str,
     "experimental": bool,
+    "not_for": list,
     "warning": str,
     "rules": list,
     "source": list,
@@ -212,12 +224,14 @@ def parse_place(text: str, scheme: str) -> Place:
         _wrong(f"`{text}` is not a place TOWER[.KIND][[LAYERS]][@STEPS]; towers: {', '.join(TOWERS)}")
     prefix = match["kind"] or ""
     kinds = tuple(k for k in LINEARS if not prefix or k == prefix or k.startswith(f"{prefix}."))
-    kinds = (CORE,) if prefix == CORE else kinds
+    kinds = (prefix,) if prefix in _ONLY else kinds
     if not kinds:
         _wrong(f"`{text}`: there is no kind `{prefix}`; kinds: attention, mlp, {', '.join(KINDS)}")
     for kind in kinds:
         if scheme in PRECISIONS and scheme not in _SCHEMES[kind]:
             _wrong(f"`{text}={scheme}`: {kind} takes {', '.join(_SCHEMES[kind])}")
+    if prefix in _ONLY and match["tower"] != _ONLY[prefix]:
+        _wrong(f"`{text}`: only `{_ONLY[prefix]}` has the kind {prefix}")
     layers, steps = _span(text, match["layers"]), _span(text, match["steps"])
     if steps is not None and match["tower"] == "und":
         _wrong(f"`{text}`: the reasoner runs once a prompt and has no steps")
@@ -391,7 +405,7 @@ def _require_one_storage(assignment: Assignment) -> None:
     """Steps share weights, so a linear whose scheme changes from step to step keeps one stored form."""
     for tower, kind, layer in assignment.sites():
         schemes = set(assignment.over_steps(tower, kind, layer))
-        if kind != CORE and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
+        if kind in LINEARS and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
             raise UserError(
                 "CX354",
                 f"recipe `{assignment.recipe}` contradicts itself: {tower}.{kind} of layer {layer} is "

@@ -42,6 +42,7 @@ def stored_recipe(checkpoint: Checkpoint) -> Recipe:
         title="As the checkpoint is quantized",
         summary="FP8 weights and activation scales as they are stored, with the checkpoint's own step policy.",
         experimental=False,
+        not_for=(),
         warning="",
         rules=tuple(parse_rule(text) for text in _rules(checkpoint)),
         source=("quantization_config of transformer/config.json",),
@@ -119,7 +120,7 @@ def recipe_text(checkpoint: Checkpoint, schemes: Mapping[str, str], title: str, 
     # The rules for some steps come last: of two that match, the later one counts.
     ordered = sorted(rules.items(), key=lambda rule: rule[0] == "fp8-w8a16")
     text = f"title = {json.dumps(title)}\nsummary = {json.dumps(summary)}\n"
-    text += 'experimental = false\nwarning = ""\nsource = []\n'
+    text += 'experimental = false\nnot_for = []\nwarning = ""\nsource = []\n'
     for scheme, places in ordered:
         text += f"\n[[rules]]\nwhere = {json.dumps(places)}\nscheme = {json.dumps(scheme)}\n"
     return text

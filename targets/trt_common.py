@@ -216,6 +216,7 @@ def _run_worker(
                 message = messages.get(timeout=_POLL_S)
             except queue.Empty:
                 anonymous = _larger(anonymous, _anonymous_bytes(process.pid))
+                progress.update(task, done)  # whoever listens may end the build by raising
                 continue
             if message is None:
                 break

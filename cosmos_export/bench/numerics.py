@@ -105,9 +105,10 @@ def quantized(plain: Program, scheme: str, inputs: Tensors, weights: Weights) ->
     from cosmos_export.evaluation.gates import observe_inputs
     from cosmos_export.passes.assign_precision import AssignPrecision
     from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+    from cosmos_export.targets.recipe import LINEARS, UNQUANTIZED
 
     program = plain.copy()
-    AssignPrecision(lambda tower, kind, layer: ("bf16" if kind == "attention.core" else scheme,)).run(program)
+    AssignPrecision(lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,)).run(program)
     ranges = Ranges(observe_inputs(plain, inputs, weights)) if scheme == "fp8" else Ranges({})
     InsertQuantization(ranges).run(program)
     return program

@@ -88,6 +88,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     from cosmos_export.calibration.algorithms import Algorithm, require_provider
     from cosmos_export.calibration.calibrate import Job
     from cosmos_export.calibration.coverage import coverage, plan_samples, require_coverage
+    from cosmos_export.calibration.encode import hears
     from cosmos_export.calibration.observers import Observer
     from cosmos_export.calibration.requests import Setting, make_requests
     from cosmos_export.calibration.sources import read_source
@@ -121,6 +122,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         frames=options.frames,
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
+        hears=hears(checkpoint),
         policy=sampling_of(checkpoint).policy,
     )
     sources = tuple(read_source(text) for text in options.data)
@@ -158,7 +160,7 @@ def _require_calibratable(checkpoint: Checkpoint) -> None:
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """A rollout has the whole transformer in memory."""
-    from cosmos_export.build.stages import available_bytes
+    from cosmos_export.build.memory import available_bytes
 
     needed, available = sum(entry.size_bytes for entry in checkpoint.tensors.values()), available_bytes()
     if needed > available // 2:

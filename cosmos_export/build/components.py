@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
 from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-from cosmos_export.ir.graph import spec_of
+from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.verifier import verify
@@ -92,18 +93,19 @@ def write_tokenizer(plan: Plan, writer: BundleWriter) -> PromptRecord | None:
     return PromptRecord(name, template.plain, template.system, use_system, template.suffix_ids)
 
 
-def codec_engines(codec: Codec, plan: Plan, writer: BundleWriter, progress: Progress) -> Iterator[Engine]:
-    """An engine for each graph of ``codec``, for every profile that has something for it to do."""
+def codec_engines(codec: Codec, plan: Plan, writer: BundleWriter) -> dict[str, Callable[[Progress], Engine]]:
+    """What builds the engine of each graph of ``codec``, for every profile that has something for it to do."""
     profiles = list(codec_profiles(codec.name, plan.profiles))
-    if not profiles:
-        return
-    for name, graph in codec.program.graphs.items():
+
+    def build(name: str, graph: Graph, progress: Progress) -> Engine:
         spec = {i: _dims(spec_of(node).shape) for i, node in graph.inputs.items()}
         # The autoencoder's one head is wider than any fused kernel; it attends within a frame of latents.
         report = write_engine(name, spec, profiles, plan, writer, progress, decomposable_attention=True)
         summary = inspect_plan(report.path)
         check = capability_check(name, summary, plan)
-        yield Engine(name, report, summary, check, 0, tuple(profile.name for profile in profiles))
+        return Engine(name, report, summary, check, 0, tuple(profile.name for profile in profiles))
+
+    return {name: partial(build, name, graph) for name, graph in codec.program.graphs.items() if profiles}
 
 
 def codec_profiles(name: str, profiles: Sequence[Profile]) -> Iterator[Profile]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from cosmos_export.build.allocator import keep_freed_memory
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.overall import Overall, expected_seconds
-from cosmos_export.build.selection import component_bytes, tokenizer_bytes
+from cosmos_export.build.planned import bundle_bytes
+from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
-from cosmos_export.checkpoint import Tower
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from cosmos_export.build.stages import BuildResult
 
+_DISK_MARGIN = 1.05
+"""Of what the plan says."""
 _log = logging.getLogger("cosmos_export")
 
 
@@ -27,6 +30,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     is left. After an interruption, or where a tool or the disk failed, what was finished stays for ``options.resume``.
     """
     progress = progress or Silent()
+    keep_freed_memory()
     plan = resolve(options)
     if options.output is None:
         return _compile_only(plan, progress)
@@ -65,13 +69,5 @@ def _compile_only(plan: Plan, progress: Progress) -> BuildResult:
 
 
 def _required_bytes(plan: Plan) -> int:
-    """Disk a bundle takes: the weights once, and again in the engines, the generator's in every segment of a loop; and
-    the tokenizer."""
-    tensors = plan.checkpoint.tensors
-    weights = sum(e.size_bytes for e in tensors.values()) + component_bytes(plan.checkpoint, plan.components)
-    if plan.target.backend == "tensorrt-rtx":
-        in_loop = [name for name, e in plan.checkpoint.expected.items() if e.tower is Tower.GENERATOR]
-        generator = sum(tensors[name].size_bytes for name in in_loop if name in tensors)
-        further = len(plan.segments) - 1 if plan.options.loop == "device" else 0
-        weights = 2 * weights + further * generator
-    return int(weights * 1.05) + tokenizer_bytes(plan.checkpoint, plan.components)
+    """Disk a bundle takes, by the plan, and some."""
+    return int(bundle_bytes(plan) * _DISK_MARGIN) + tokenizer_bytes(plan.checkpoint, plan.components)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf, isfinite
 from statistics import median
 from typing import Any
 
@@ -28,6 +29,7 @@ from cosmos_export.evaluation.gates import (
     step_losses,
 )
 from cosmos_export.evaluation.parity import Measured
+from cosmos_export.evaluation.prefix import first_linears, weight_bytes
 from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import AS_STORED, ROUNDING
@@ -41,6 +43,10 @@ _STEPS = 6
 """Steps of the schedule that are looked at: the first, the last, and others between them."""
 _CASE = "text-to-video"
 _NAMED = 5
+RUN_BYTES = 6 * 10**9
+"""Weights of a model that the gates run whole where it is not sampled. Of a larger one they see the beginning."""
+SEEN_BYTES = 2 * 10**9
+"""Weights of each of its graphs that are read then: five layers of Nano, two of Super."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Losses:
     @property
     def step_problems(self) -> list[str]:
         """What whole steps lose beyond the limits."""
+        if not self.steps:
+            return []
         middle = median(loss.relative for loss in self.steps)
         worst = max(self.steps, key=lambda loss: loss.relative)
         apart = min(self.steps, key=lambda loss: loss.cosine)
@@ -81,7 +89,8 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
     """Both gates on one request. ``plain`` is labelled and not quantized.
 
     With ``rollout`` the latents of each step come from the unquantized model's own sampling. Without (a model too large
-    to sample here) there is the first step alone, whose latents are noise by right.
+    to sample here) there is the first step alone, whose latents are noise by right. A model of more than `RUN_BYTES` is
+    not run: the linears of its first layers are measured on that step, and no step as a whole.
     """
     config, schedule = plan.checkpoint.geometry.config, plan.schedule
     case = next(c for c in CASES if c.name == _CASE and set(c.outputs) & set(plan.outputs))
@@ -92,6 +101,15 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
     note = f"steps {', '.join(str(i + 1) for i in chosen)} of {schedule.steps} of an unquantized rollout, {case.name}"
     if not rollout:
         note += "; the model is too large to sample here, so that only the first step, whose latents are noise, is seen"
+    seen_of = None
+    if not rollout and weight_bytes(plain) > RUN_BYTES:
+        seen_of = first_linears(plain, SEEN_BYTES)
+        note = (
+            f"the first {seen_of.linears} of {seen_of.of} linears at the first step ({case.name}), whose latents are "
+            "noise; reading all weights several times would take longer than building from them, and no whole step is "
+            "seen"
+        )
+    watched = plain if seen_of is None else seen_of.program
     keys = plan.precision.step_keys()
     programs: dict[int, Program] = {}
 
@@ -105,11 +123,12 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
     for key in dict.fromkeys(keys):
         step = keys.index(key)
         seen = [now for at, now in recorded if keys[at] == key] or [recorded[0][1]]
-        for loss in linear_losses(plain, quantized(step), step, seen, weights):
+        for loss in linear_losses(watched, quantized(step), step, seen, weights, whole=seen_of is None):
             linears.setdefault((loss.site, loss.scheme), loss)
     narrow = plan.precision.schemes & {"int4", "nvfp4"}
     limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
-    return Losses(tuple(linears.values()), tuple(step_losses(plain, quantized, recorded, weights)), limits, note)
+    steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights)
+    return Losses(tuple(linears.values()), tuple(steps), limits, note)
 
 
 def require_losses(losses: Losses, loops: Sequence[Measured], plan: Plan) -> None:
@@ -143,24 +162,31 @@ def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
     worst = losses.worst_linears
     named = ", ".join(f"{loss.site} {loss.relative:.3f} of {loss.limit:.3f}" for loss in worst)
     problems = losses.step_problems
+    over = f"worst of {len(losses.linears)}: {named}"
+    if not losses.steps:
+        over += f"; {losses.note}"
+    linears = Verdict(
+        "G1", "linears", "relative error / limit", 1.0, "fail" if losses.failed_linears else "pass", over
+    )  # fmt: skip
+    metric = "relative L2 of the velocity, median"
+    if not losses.steps:
+        return linears, Verdict("G2", "steps", metric, losses.limits.median, "not-measured", losses.note)
     return (
+        linears,
         Verdict(
-            "G1", "linears", "relative error / limit", 1.0, "fail" if losses.failed_linears else "pass",
-            f"worst of {len(losses.linears)}: {named}",
-        ),
-        Verdict(
-            "G2", "steps", "relative L2 of the velocity, median", losses.limits.median,
+            "G2", "steps", metric, losses.limits.median,
             "fail" if problems else "pass", "; ".join([*problems, losses.note]),
         ),
     )  # fmt: skip
 
 
 def loss_values(losses: Losses) -> dict[str, float]:
-    """The numbers behind the verdicts."""
-    return {
+    """The numbers behind the verdicts, but for those that are infinite or were not measured."""
+    values = {
         "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
-        "G2": median(loss.relative for loss in losses.steps),
+        "G2": median(loss.relative for loss in losses.steps) if losses.steps else inf,
     }
+    return {name: value for name, value in values.items() if isfinite(value)}
 
 
 def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:
@@ -173,14 +199,19 @@ def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:
         "linears": [
             {
                 "tower": loss.tower, "kind": loss.kind, "layer": loss.layer, "scheme": loss.scheme,
-                "relative": loss.relative, "sqnr_db": round(loss.sqnr_db, 2) if loss.relative else None,
-                "limit": loss.limit, "passed": loss.passed,
+                "relative": _finite(loss.relative), "sqnr_db": _finite(round(loss.sqnr_db, 2)), "limit": loss.limit,
+                "passed": loss.passed,
             }
             for loss in losses.linears
         ],
-        "steps": [asdict(loss) for loss in losses.steps],
+        "steps": [asdict(loss) | {"relative": _finite(loss.relative)} for loss in losses.steps],
         "problems": losses.step_problems,
     }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """``value`` as JSON has it: nothing there stands for an infinite one."""
+    return value if isfinite(value) else None
 
 
 def write_losses(losses: Losses, plan: Plan, writer: BundleWriter) -> None:

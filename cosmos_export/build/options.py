@@ -8,16 +8,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from cosmos_export.build.memory import memory_budget, require_memory
 from cosmos_export.build.request import check_request
 from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
-from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, resolve_recipe
+from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
 from cosmos_export.targets.stored_recipe import recipe_for
 
 ParityMode = Literal["auto", "always", "never"]
@@ -60,7 +62,8 @@ class BuildOptions:
     """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
     step a call."""
     recipe: str | None = None
-    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`. None: as the checkpoint is."""
+    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`, or ``auto``: what
+    `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
     overrides: tuple[str, ...] = ()
     """``PLACE=SCHEME``, over the recipe's own rules."""
     calibration: Path | None = None
@@ -75,6 +78,9 @@ class BuildOptions:
     force: bool = False
     resume: bool = False
     """Go on from what an interrupted build of the same output has finished."""
+    memory_budget: str | None = None
+    """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
+    several. None: what this machine has free, and a margin less."""
     cache: Path | None = None
     """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
@@ -91,12 +97,24 @@ class Plan:
     outputs: tuple[str, ...]
     components: tuple[str, ...]
     schedule: Schedule
+    recipe: Recipe
     precision: Assignment
     scales: ScaleTable | None
+    memory_budget: int | None = None
+    """In bytes; None where no engine is built here."""
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.geometry.num_hidden_layers
 
     @property
     def quantized(self) -> bool:
         return bool(self.precision.schemes)
+
+    @property
+    def generator_engines(self) -> int:
+        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
+        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -123,6 +141,7 @@ def resolve(options: BuildOptions) -> Plan:
             f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
             "leave it out: the weights lie in the bundle once as it is",
         )
+    budget = memory_budget(options, target)
     require_compiler()
     if target.backend == "tensorrt-rtx":
         from cosmos_export.targets.tensorrt_rtx import FLAVOR
@@ -141,13 +160,34 @@ def resolve(options: BuildOptions) -> Plan:
     for profile in profiles:
         check_limits(profile, limits)
         _require_rows(profile, outputs)
-    precision = _precision(options, target, checkpoint, plan, profiles)
+    recipe = _recipe(options, target, checkpoint, plan, profiles)
+    precision = _precision(options, recipe, target, checkpoint, plan, profiles)
     scales = _scales(options, precision, checkpoint)
-    return Plan(options, checkpoint, target, profiles, modalities, outputs, components, plan, precision, scales)
+    found = Plan(
+        options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales, budget
+    )
+    require_memory(found)
+    return found
+
+
+def _recipe(
+    options: BuildOptions, target: Target, checkpoint: Checkpoint, schedule: Schedule, profiles: Sequence[Profile]
+) -> Recipe:
+    """The recipe that is asked for, or chosen for the profiles at their optimum."""
+    if options.recipe != AUTO:
+        return recipe_for(checkpoint, options.recipe)
+    workloads = [
+        Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
+        for p in profiles
+    ]
+    branches = 2 if options.loop == "device" and any(schedule.guided) else 1
+    schedules = [schedule] * len(workloads)
+    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), branches)[0]
 
 
 def _precision(
     options: BuildOptions,
+    recipe: Recipe,
     target: Target,
     checkpoint: Checkpoint,
     schedule: Schedule,
@@ -155,7 +195,7 @@ def _precision(
 ) -> Assignment:
     """The recipe for this model and target. CX35x for what the two do not allow."""
     found = resolve_recipe(
-        recipe_for(checkpoint, options.recipe),
+        recipe,
         options.overrides,
         target,
         layers=checkpoint.geometry.num_hidden_layers,

@@ -79,34 +79,29 @@ def expected_seconds(plan: Plan) -> dict[str, float]:
     geometry = plan.checkpoint.geometry
     graphs = {name: sum(_stored(plan, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
     codecs = {name: codec_tensors_bytes(plan.checkpoint, name) for name in plan.components if name in CODECS}
-    found = {"tokenizer": _START_S, "capture": geometry.num_hidden_layers * typical(CAPTURE_S_PER_LAYER)}
-    for name, size in graphs.items():
-        found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
-    for name, size in codecs.items():
+    found = {"tokenizer": _START_S}
+    for name, size in codecs.items():  # their engines are built beside what follows
         stem = name.replace("-", "_")
         found[f"components {name}"] = typical(CODEC_S)  # it is captured first, then its weights are written
         found[f"weights of {stem}"] = size / typical(WEIGHT_BYTES_PER_S)
+    found["capture"] = geometry.num_hidden_layers * typical(CAPTURE_S_PER_LAYER)
+    for name, size in graphs.items():
+        found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
     if plan.target.backend == "tensorrt-rtx":
-        for name, size in _engines(plan, graphs, codecs).items():
+        for name, size in _engines(plan, graphs).items():
             found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
     found["hashing inputs"] = 0.2 * sum(graphs.values()) / typical(HASH_BYTES_PER_S)
     return found
 
 
-def _engines(plan: Plan, graphs: Mapping[str, int], codecs: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of every engine, in the order they are built."""
+def _engines(plan: Plan, graphs: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the towers' engines, in the order they are built."""
     device = plan.options.loop == "device"
     found = {n: size for n, size in graphs.items() if n != "schedule" and not (device and n == "generator")}
     if device:
         count = len(plan.schedule.segments)
         names = [f"{_LOOP}_{i}" for i in range(1, count + 1)] if count > 1 else [_LOOP]
         found |= dict.fromkeys(names, graphs["generator"])
-    sound = any(profile.dims["sound_len"].max for profile in plan.profiles)
-    for name, size in codecs.items():
-        if CODECS[name].modality == "sound" and not sound:
-            continue
-        stem = name.replace("-", "_")
-        found |= dict.fromkeys([stem] if name == "sound-decoder" else [f"{stem}_first", f"{stem}_next"], size)
     return found
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.options import Plan
 from cosmos_export.bundle import Planned
 from cosmos_export.plan.precision import precision
-from cosmos_export.plan.sizes import Component, components, host
+from cosmos_export.plan.sizes import BUILDER_BYTES, Component, builder_bytes, components, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
-from cosmos_export.targets.stored_recipe import recipe_for
 
 if TYPE_CHECKING:
     from cosmos_export.build.artifacts import Engine
 
+_BLOCK_BYTES = 512
+"""Of the counter of blocks that a file has on the disk."""
 _BODIES = ("denoise", "generator")
 """What the names of engines that compute steps begin with; each has the generator's weights."""
 
@@ -26,14 +27,41 @@ def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) ->
     are not bf16 or not in the engines: plans are made for those."""
     if not engines or plan.checkpoint.dtype != "bf16" or plan.options.weights == "external":
         return {}
-    parts = {part.name: part for part in _parts(plan)}
+    known = {part.name: part for part in parts(plan)}
     found = {}
     for engine in engines:
-        part = parts.get("generator" if engine.graph.startswith(_BODIES) else engine.graph)
-        if part is not None:
-            found[f"engine {engine.graph}"] = Planned(part.engine_bytes, engine.report.size_bytes)
-    peak = host(_subject(plan), list(parts.values()), 1, tensorrt=True).peak_anonymous_bytes
+        graph, _, number = engine.graph.partition("_part_")
+        part = known.get("generator" if graph.startswith(_BODIES) else graph)
+        if part is None:
+            continue
+        sizes = part.parts if number else (part.engine_bytes,)
+        index = int(number or 1) - 1
+        if index < len(sizes):
+            found[f"engine {engine.graph}"] = Planned(sizes[index], engine.report.size_bytes)
+    peak = host(_subject(plan), list(known.values()), plan.generator_engines, tensorrt=True).peak_anonymous_bytes
     return {**found, "peak anonymous memory": Planned(peak, peak_anonymous_bytes)}
+
+
+def bundle_bytes(plan: Plan) -> int:
+    """Disk that the bundle takes: models with their weights, and engines; without what are holes in the checkpoint and
+    therefore here."""
+    engines = plan.target.backend == "tensorrt-rtx"
+    size = host(_subject(plan), parts(plan), plan.generator_engines, tensorrt=engines).disk_bytes
+    files = [path.stat() for path in plan.checkpoint.files()]
+    there = sum(status.st_blocks * _BLOCK_BYTES for status in files) / max(1, sum(s.st_size for s in files))
+    wide = 2 if plan.checkpoint.dtype == "fp32" else 1
+    return int(wide * size * min(1.0, there))
+
+
+def builder_memory(plan: Plan) -> Callable[[str], int]:
+    """What the builder of an engine is expected to take of memory, by the name of its graph."""
+    known = {part.name: builder_bytes(part) for part in parts(plan)}
+
+    def of(graph: str) -> int:
+        name = graph.partition("_part_")[0]
+        return known.get("generator" if name.startswith(_BODIES) else name, BUILDER_BYTES)
+
+    return of
 
 
 def _subject(plan: Plan) -> Subject:
@@ -44,11 +72,11 @@ def _subject(plan: Plan) -> Subject:
     return replace(subject, geometry=geometry, codecs=codecs)
 
 
-def _parts(plan: Plan) -> list[Component]:
+def parts(plan: Plan) -> list[Component]:
+    """Every engine of the build, as it is planned."""
     workloads = [Workload(p.name, plan.options.mode, p, 1, 1) for p in plan.profiles]
     subject, steps = _subject(plan), plan.schedule.steps
     distilled = subject.sampling.distilled_sigmas is not None
-    recipe, overrides = recipe_for(plan.checkpoint, plan.options.recipe), plan.precision.overrides
-    chosen = precision(recipe, overrides, plan.target, subject.geometry, steps, distilled=distilled)
+    chosen = precision(plan.recipe, plan.precision.overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
-    return components(subject, workloads, chosen, 2 if guided else 1)
+    return components(subject, workloads, chosen, 2 if guided else 1, plan.memory_budget)

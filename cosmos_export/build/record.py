@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cosmos_export
+from cosmos_export.build.cuts import chains
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.build.planned import planned
@@ -72,7 +73,9 @@ def manifest(
         recipe=plan.precision.recipe if plan.quantized else checkpoint.precision,
         graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
         | {name: _contract(program.graphs[program.loop.body]) for name in result.bodies}
+        | {graph.name: _contract(graph) for cut in result.pieces.values() if len(cut) > 1 for graph in cut}
         | _loop_contracts(closed),
+        chains=chains(result.pieces),
         edges=(
             *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
             *(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 import cosmos_export
+from cosmos_export.build.allocator import return_freed_memory
 from cosmos_export.build.artifacts import (
     INDUCTOR,
     Engine,
@@ -28,14 +31,18 @@ from cosmos_export.build.artifacts import (
     write_graph,
     write_models,
 )
+from cosmos_export.build.builders import Builders
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.cuts import Pieces, chains, cut_graphs, cut_notes
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
+from cosmos_export.build.memory import available_bytes
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
+from cosmos_export.build.planned import builder_memory
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
@@ -57,6 +64,7 @@ from cosmos_export.ir.text import print_program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
+from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
@@ -78,6 +86,8 @@ class BuildResult:
     prompt: PromptRecord | None = None
     bodies: tuple[str, ...] = ()
     """The loop's body of every step, where a host's steps compute differently."""
+    pieces: Pieces = field(default_factory=dict)
+    """What every graph is lowered as: itself, or the graphs it was cut into."""
     quality: list[Measured] = field(default_factory=list)
     """How far results of quantized loops are from the unquantized model's."""
     losses: Losses | None = None
@@ -116,14 +126,27 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
 def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
     """Every stage, into ``writer``; commits the bundle."""
     result = BuildResult(plan)
-    with result.meter, InputHashes(plan.checkpoint) as hashes:
-        _build(plan, writer, result, _Stages(result, progress), hashes)
+    memory = None if plan.memory_budget is None else plan.memory_budget - compiler_bytes(plan.layers)
+    with result.meter, InputHashes(plan.checkpoint) as hashes, Builders(memory, progress) as builders:
+        _build(plan, writer, result, _Stages(result, builders.progress), hashes, builders)
     return result
 
 
-def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes) -> None:
+def _build(
+    plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes, builders: Builders
+) -> None:
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
+    codec_builds: list[dict[str, Future[Engine]]] = []
+    for name in plan.components:
+        if name in CODECS:
+            with stages("components", name):
+                codec = write_codec(name, plan, writer, stages.progress)
+            result.codecs.append(codec)
+            if plan.target.backend == "tensorrt-rtx":
+                memory = builder_memory(plan)
+                work = codec_engines(codec, plan, writer)
+                codec_builds.append({graph: builders.submit(one, memory(graph)) for graph, one in work.items()})
     sources, steps = weight_sources(plan.checkpoint.tensors), timesteps(plan.schedule)
     weights = read_weights(read_source)
     result.parity_note = _parity_refusal(plan, plan.checkpoint.tensors)
@@ -149,23 +172,25 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
             closed = close_loop(plain, plan.schedule, plan.segments)
             for segment in closed.values() if plan.quantized else ():
                 insert(segment, ranges, segment.loop.start)
+    with stages("cuts"):
+        others = {name: variant.graphs[variant.loop.body] for name, variant in variants.items()}
+        result.pieces = cut_graphs({**program.graphs, **others}, plan)
+        result.notes += cut_notes(result.pieces)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, variants, plan, writer, stages.progress)
+        suffix = _write_onnx(program, variants, result.pieces, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
-    for name in plan.components:
-        if name in CODECS:
-            with stages("components", name):
-                result.codecs.append(write_codec(name, plan, writer, stages.progress))
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
             if dtype != torch.float32:
                 result.parity.append(parity.precision(plain, dtype))
-            folder = writer.path(f"onnx/{program.loop.body}{suffix}", "onnx").parent
-            result.parity.append(parity.onnx(program, folder, suffix, quantized=plan.quantized))
+            folder = writer.path(f"onnx/{SCHEDULE}{suffix}", "onnx").parent
+            cut = chains(result.pieces)
+            result.parity.append(parity.onnx(program, folder, suffix, chains=cut, quantized=plan.quantized))
             for name, variant in variants.items():
-                result.parity.append(parity.onnx(variant, folder, suffix, body=name, quantized=True))
+                measured = parity.onnx(variant, folder, suffix, body=name, chains=cut, quantized=True)
+                result.parity.append(measured)
             if closed:
                 scheduler = plan.checkpoint.scheduler
                 measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
@@ -180,27 +205,14 @@ def _build(plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stage
         require_losses(result.losses, result.quality, plan)
     inputs_of = _WeightInputs(program, variants, plan)
     if plan.target.backend == "tensorrt-rtx":
+        return_freed_memory()
         with stages("engines", shown=False):
-            for name, graph in program.graphs.items():
-                if name != SCHEDULE and not (closed and name == program.loop.body):
-                    inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-                    as_inputs = inputs_of(graph, name)
-                    engine = _build_engine(name, graph, inputs, as_inputs, program, plan, writer, stages.progress)
-                    result.engines.append(engine)
-            for name, variant in variants.items():
-                body = variant.graphs[variant.loop.body]
-                inputs = {i: spec_of(node) for i, node in body.inputs.items()}
-                as_inputs = inputs_of(body, program.loop.body)
-                engine = _build_engine(name, body, inputs, as_inputs, program, plan, writer, stages.progress)
-                result.engines.append(engine)
-            for name, segment in closed.items():
-                body, inputs = segment.graphs[segment.loop.body], loop_inputs(segment, LOOP_TABLES)
-                as_inputs = inputs_of(body, program.loop.body)
-                engine = _build_engine(
-                    name, body, inputs, as_inputs, program, plan, writer, stages.progress, in_loop=True
-                )
-                result.engines.append(engine)
-            _build_codec_engines(result, writer, stages.progress)
+            memory = builder_memory(plan)
+            towers = _tower_engines(program, variants, closed, inputs_of, result, writer)
+            builds = [builders.submit(work, memory(name)) for name, work in towers]
+            result.engines += [build.result() for build in builds]
+            result.engines += [build.result() for engines in codec_builds for build in engines.values()]
+            result.notes += _left_out(result)
         _require_plans(result.engines)
     if plan.target.backend == "tensorrt":
         _write_requests(_engine_requests(program, closed, inputs_of, result), writer, result)
@@ -314,13 +326,35 @@ def _compare_codecs(result: BuildResult, writer: BundleWriter, stages: _Stages) 
             result.parity.append(codec_parity(codec.name, codec.program, component, folder, codec.suffix))
 
 
-def _build_codec_engines(result: BuildResult, writer: BundleWriter, progress: Progress) -> None:
+def _tower_engines(
+    program: Program,
+    variants: Mapping[str, Program],
+    closed: Mapping[str, Program],
+    inputs_of: _WeightInputs,
+    result: BuildResult,
+    writer: BundleWriter,
+) -> Iterator[tuple[str, Callable[[Progress], Engine]]]:
+    """What builds every engine but the codecs', by its name."""
+    body = program.loop.body
+    for name, pieces in result.pieces.items():
+        for graph in pieces if name != SCHEDULE and not (closed and name == body) else ():
+            piece = graph.name if len(pieces) > 1 else name
+            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+            weights = inputs_of(graph, body if name in variants else name)
+            yield piece, partial(_build_engine, piece, graph, inputs, weights, False, program, result.plan, writer)
+    for name, segment in closed.items():
+        graph = segment.graphs[segment.loop.body]
+        inputs, weights = loop_inputs(segment, LOOP_TABLES), inputs_of(graph, body)
+        yield name, partial(_build_engine, name, graph, inputs, weights, True, program, result.plan, writer)
+
+
+def _left_out(result: BuildResult) -> Iterator[str]:
+    """Which codecs have no engine for which profiles."""
+    found = {engine.graph: engine.profiles for engine in result.engines}
     for codec in result.codecs:
-        engines = list(codec_engines(codec, result.plan, writer, progress))
-        result.engines += engines
-        left_out = [p.name for p in result.plan.profiles if not engines or p.name not in engines[0].profiles]
-        if left_out:
-            result.notes.append(f"{codec.name} has no engine for {', '.join(left_out)}: no sound in that profile")
+        left = [p.name for p in result.plan.profiles if p.name not in found.get(codec.graphs[0], ())]
+        if left:
+            yield f"{codec.name} has no engine for {', '.join(left)}: no sound in that profile"
 
 
 def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
@@ -335,12 +369,6 @@ def _parity_refusal(plan: Plan, tensors: Mapping[str, TensorEntry]) -> str:
     return ""
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping; what the page cache holds is to be had."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
 def _require_parity(measured: Sequence[Measured]) -> None:
     failed = [m for m in measured if not m.passed]
     if failed:
@@ -353,15 +381,21 @@ def _require_parity(measured: Sequence[Measured]) -> None:
 
 
 def _write_onnx(
-    program: Program, variants: Mapping[str, Program], plan: Plan, writer: BundleWriter, progress: Progress
+    program: Program,
+    variants: Mapping[str, Program],
+    pieces: Pieces,
+    plan: Plan,
+    writer: BundleWriter,
+    progress: Progress,
 ) -> str:
-    """Every graph with its weights; returns the suffix of the models that run on a CPU.
+    """Every graph, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
 
-    Bodies of the loop that differ in precision read one file of weights.
+    Bodies of the loop that differ in precision, and the pieces of a graph, read one file of weights.
     """
     narrow = model_dtype(program) != torch.float32
     for name in program.graphs:
-        graphs = _sharing(name, program, variants)
+        sharing = _sharing(name, program, variants)
+        graphs = {graph.name if len(pieces[one]) > 1 else one: graph for one in sharing for graph in pieces[one]}
         external = plan.options.weights == "external"
         suffix = write_models(graphs, name, narrow, plan, writer, progress, external=external)
     return suffix
@@ -428,13 +462,12 @@ def _build_engine(
     name: str,
     graph: Graph,
     inputs: Mapping[str, TensorSpec],
-    weights: tuple[WeightInput, ...],
+    weights: Sequence[WeightInput],
+    in_loop: bool,
     program: Program,
     plan: Plan,
     writer: BundleWriter,
     progress: Progress,
-    *,
-    in_loop: bool = False,
 ) -> Engine:
     """The engine of ``graph``, or of a loop over it, from the model ``name`` with its ``inputs`` and ``weights``."""
     spec = _profile_dims(inputs)
@@ -446,7 +479,7 @@ def _build_engine(
     attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
     check = _check(name, graph, summary, plan, dtype, in_loop)
-    return Engine(name, report, summary, check, attention, profiles, weights)
+    return Engine(name, report, summary, check, attention, profiles, tuple(weights), layer_weights(graph))
 
 
 _ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -375,6 +375,9 @@ class Manifest:
     volatile: Volatile
     precision: PrecisionRecord | None = None
     """None where nothing is quantized."""
+    chains: Mapping[str, tuple[Name, ...]] = field(default_factory=dict)
+    """Graph → the graphs that it was cut into, in the order in which they run. Each takes by name what it reads of the
+    graph's inputs and of the outputs of those before it; the graph itself has no model and no engine then."""
     files: tuple[FileRecord, ...] = ()
     """Left empty by the build: `BundleWriter.commit` fills it in."""
     schema_version: Literal[1] = 1
@@ -429,6 +432,7 @@ def problems(manifest: Manifest) -> Iterator[StrictError]:
     yield from _engine_problems(manifest)
     yield from _edge_problems(manifest)
     yield from _loop_problems(manifest)
+    yield from _chain_problems(manifest)
 
 
 def _path_problems(manifest: Manifest) -> Iterator[StrictError]:
@@ -498,6 +502,29 @@ def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
             yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
         if fed[edge.target, edge.input] > 1:
             yield StrictError(f"edges[{i}]", f"input {shown(edge.input)} of {shown(edge.target)} has two edges")
+
+
+def _chain_problems(manifest: Manifest) -> Iterator[StrictError]:
+    for name, parts in manifest.chains.items():
+        where = f"chains.{shown(name)}"
+        missing = [part for part in (name, *parts) if part not in manifest.graphs]
+        for part in missing:
+            yield StrictError(where, f"{shown(part)} is not a graph of this manifest")
+        if len(set(parts)) < 2 or len(set(parts)) < len(parts) or set(parts) & manifest.chains.keys():
+            yield StrictError(where, "a chain is of two different graphs or more, and of no chains")
+        if missing:
+            continue
+        known = {tensor.name: tensor for tensor in manifest.graphs[name].inputs}
+        for part in parts:
+            for tensor in manifest.graphs[part].inputs:
+                if tensor.name not in known:
+                    yield StrictError(where, f"nothing before {shown(part)} gives its input {shown(tensor.name)}")
+                elif not _connects(known[tensor.name], tensor):
+                    yield StrictError(where, f"{_form(known[tensor.name])} cannot be {_form(tensor)}")
+            known |= {tensor.name: tensor for tensor in manifest.graphs[part].outputs}
+        for tensor in manifest.graphs[name].outputs:
+            if tensor.name not in known or not _connects(known[tensor.name], tensor):
+                yield StrictError(where, f"no part returns {_form(tensor)}")
 
 
 def _loop_problems(manifest: Manifest) -> Iterator[StrictError]:

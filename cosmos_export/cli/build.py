@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +70,7 @@ def register(app: typer.Typer) -> None:
         recipe: Annotated[
             str | None,
             typer.Option(
-                help="What each product computes in; `cosmos-export recipes ls` lists them. Default: as the checkpoint."
+                help="What each product computes in: one of `recipes ls`, a FILE.toml, or auto. Default: as it is."
             ),
         ] = None,
         set_: Annotated[
@@ -94,6 +95,13 @@ def register(app: typer.Typer) -> None:
         resume: Annotated[
             bool, typer.Option("--resume", help="Go on where an interrupted build of the same output stopped.")
         ] = False,
+        memory_budget: Annotated[
+            str | None,
+            typer.Option(
+                help="Memory the build may take, such as 16GiB: larger engines are cut into several. Default: what is "
+                "free here."
+            ),
+        ] = None,
         cache: Annotated[
             Path | None,
             typer.Option(
@@ -135,6 +143,7 @@ def register(app: typer.Typer) -> None:
             dump=dump,
             force=force,
             resume=resume,
+            memory_budget=memory_budget,
             cache=None if no_cache else cache or default_folder(),
         )
         if output is not None:
@@ -294,7 +303,10 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
         return None
     from cosmos_export.build.losses import loss_values
 
-    worst = [{"site": w.site, "scheme": w.scheme, "relative": w.relative} for w in result.losses.worst_linears]
+    worst = [
+        {"site": w.site, "scheme": w.scheme, "relative": w.relative if isfinite(w.relative) else None}
+        for w in result.losses.worst_linears
+    ]
     problems = [f"{f.site}: {f.relative:.4f} > {f.limit:.4f}" for f in result.losses.failed_linears]
     quality = {m.stage: {"metric": m.metric, "value": m.value, "limit": m.limit} for m in result.quality}
     problems += result.losses.step_problems
@@ -336,7 +348,12 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             {
                 "graph": e.graph,
                 "size_bytes": e.report.size_bytes,
+                "attention": e.attention,
                 "fused_attention": e.fused_attention,
+                "attention_types": sorted({a.type for g in e.plan.graphs for a in g.attention}),
+                "gemms": dict(e.plan.graphs[0].gemm_types()) if e.plan.graphs else {},
+                "narrow_share": round(e.narrow_share, 4),
+                "dequantize_kernels": sorted({name for g in e.plan.graphs for name in g.dequantize}),
                 "activation_bytes": e.activation_bytes,
                 "profiles": list(e.profiles),
                 "build_s": round(e.report.build_s, 3),

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from cosmos_export.checkpoint import Checkpoint
     from cosmos_export.plan import Estimate, Subject
     from cosmos_export.plan.estimate import Fit, Load
     from cosmos_export.targets.profiles import ModelLimits
-    from cosmos_export.targets.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -63,11 +63,14 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.plan import Request, estimate, parse_workload
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
+        from cosmos_export.targets.recipe import DEFAULT, load_recipe
+        from cosmos_export.targets.stored_recipe import recipe_for
 
         if loop not in ("host", "device"):
             raise UserError("CX451", f"loop `{loop}` is none of host, device", "pass one of host, device")
         tokens = _tokens(prompt_tokens)
-        subject, limits, chosen = _subject(checkpoint, like, recipe)
+        subject, limits, opened = subject_of(checkpoint, like)
+        chosen = load_recipe(recipe or DEFAULT) if opened is None else recipe_for(opened, recipe)
         request = Request(
             targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),
             workloads=tuple(parse_workload(text, tokens) for text in dict.fromkeys(workload or ["t2v-480p-189f"])),
@@ -98,25 +101,22 @@ def _tokens(text: str | None) -> tuple[int, int] | None:
     return int(numbers[0]), int(numbers[-1])
 
 
-def _subject(
-    checkpoint: Path | None, like: str | None, recipe: str | None
-) -> tuple[Subject, ModelLimits | None, Recipe]:
+def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
+    """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
     from cosmos_export.build.options import all_modalities, model_limits
     from cosmos_export.checkpoint import open_checkpoint
     from cosmos_export.diagnostics import UserError
     from cosmos_export.plan import from_checkpoint, published_subject
-    from cosmos_export.targets.recipe import DEFAULT, load_recipe
-    from cosmos_export.targets.stored_recipe import recipe_for
 
     if (checkpoint is None) == (like is None):
         raise UserError(
             "CX480", "a plan is for a checkpoint or for a published size", "give CHECKPOINT, or --like nano"
         )
     if like is not None:
-        return published_subject(like), None, load_recipe(recipe or DEFAULT)
+        return published_subject(like), None, None
     assert checkpoint is not None
     opened = open_checkpoint(checkpoint)
-    return from_checkpoint(opened), model_limits(opened, all_modalities(opened)), recipe_for(opened, recipe)
+    return from_checkpoint(opened), model_limits(opened, all_modalities(opened)), opened
 
 
 def _report(found: Estimate) -> list[Any]:

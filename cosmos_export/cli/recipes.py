@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from cosmos_export.cli.verbs import Verbs, require_verb
 
 if TYPE_CHECKING:
+    from cosmos_export.plan import Tried
     from cosmos_export.targets.recipe import Recipe
 
 
@@ -39,6 +41,33 @@ def register(app: typer.Typer) -> None:
         else:
             console.out().print(_table(chosen))
 
+    @group.command("choose")
+    def choose(
+        checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint directory.", show_default=False)] = None,
+        like: Annotated[
+            str | None, typer.Option(help="A published size instead of a checkpoint.", metavar="nano|super|edge")
+        ] = None,
+        target: Annotated[str, typer.Option(help="What to build for.")] = "rtx-pro-6000",
+        workload: Annotated[list[str] | None, typer.Option(help="MODE-PROFILE, as in plan; may repeat.")] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    ) -> None:
+        """Choose the recipe for a model, a target and workloads: the fastest by prediction that fits.
+
+        Times are predictions where the target's efficiency is measured, else multiples of the fastest.
+        """
+        from cosmos_export.cli import console
+
+        found, tried = _choose(checkpoint, like, target, workload or ["t2v-480p-189f"])
+        if as_json:
+            rows = [
+                {"recipe": one.recipe.name, "refusal": one.refusal, "weights_bytes": one.weights_bytes, "fit": one.fit,
+                 "seconds": one.relative_s if one.measured else None}
+                for one in tried
+            ]  # fmt: skip
+            console.emit_json({"chosen": found.name, "tried": rows})
+        else:
+            console.out().print(_tried(found, tried))
+
     @group.command("show")
     def show(
         name: Annotated[str, typer.Argument(help="A recipe of `recipes ls`.")],
@@ -53,6 +82,37 @@ def register(app: typer.Typer) -> None:
             console.emit_json(_document(recipe))
         else:
             console.out().print(_details(recipe), soft_wrap=True)
+
+
+def _choose(checkpoint: Path | None, like: str | None, target: str, workload: list[str]) -> tuple[Recipe, list[Tried]]:
+    from cosmos_export.cli.plan import subject_of
+    from cosmos_export.plan import choose, offered_bytes, parse_workload
+    from cosmos_export.sampling import Overrides, resolve_schedule
+    from cosmos_export.targets import load_target
+
+    subject, chosen = subject_of(checkpoint, like)[0], load_target(target)
+    workloads = [parse_workload(text) for text in workload]
+    schedules = [resolve_schedule(subject.sampling, w.mode, Overrides()) for w in workloads]
+    return choose(subject, chosen, workloads, schedules, offered_bytes(chosen))
+
+
+_FITS = {"resident": "all at once", "phases": "in phases", "no": "does not fit", None: ""}
+
+
+def _tried(chosen: Recipe, tried: list[Tried]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table("", "recipe", "weights", "fits", "time", "why not", box=box.SIMPLE, pad_edge=False)
+    fastest = min((one.relative_s for one in tried if one.relative_s is not None), default=None)
+    for one in tried:
+        size = "" if one.weights_bytes is None else f"{one.weights_bytes / 1e9:.1f} GB"
+        time = ""
+        if one.relative_s is not None and fastest is not None:
+            time = f"{one.relative_s:.2f} s" if one.measured else f"{one.relative_s / fastest:.2f} ×"
+        mark = "→" if one.recipe.name == chosen.name else ""
+        table.add_row(mark, one.recipe.name, size, _FITS[one.fit], time, one.refusal)
+    return table
 
 
 def _refusals(recipe: Recipe, target: str) -> dict[str, str]:
@@ -76,6 +136,7 @@ def _document(recipe: Recipe) -> dict[str, Any]:
         "title": recipe.title,
         "summary": " ".join(recipe.summary.split()),
         "experimental": recipe.experimental,
+        "not_for": list(recipe.not_for),
         "warning": recipe.warning,
         "schemes": list(recipe.schemes),
         "rules": [{"where": rule.place.text, "scheme": rule.scheme} for rule in recipe.rules],
@@ -112,6 +173,7 @@ def _details(recipe: Recipe) -> str:
             for target, reasons in by_target.items()
             for scheme, reason in reasons.items()
         ),
+        *([f"  not chosen for: {', '.join(recipe.not_for)}"] if recipe.not_for else []),
         *([f"  warning: {recipe.warning}"] if recipe.warning else []),
         *(f"  source: {source}" for source in recipe.source),
     ]

@@ -99,13 +99,14 @@ class LinearLoss:
 
 
 def linear_losses(
-    plain: Program, quantized: Program, step: int, inputs: Sequence[Tensors], weights: Weights
+    plain: Program, quantized: Program, step: int, inputs: Sequence[Tensors], weights: Weights, *, whole: bool = True
 ) -> list[LinearLoss]:
     """The loss of every quantized linear, in order, each on what it reads in the unquantized program ``plain``.
 
     ``plain`` is labelled by `assign_precision`; ``quantized`` is what it becomes from ``step`` on. The quantized linear
     is the one in its graph, with its quantizers and packed weight: what is wrong there shows here. Weights are told by
-    what they are made of, in whatever order. One without an unquantized counterpart counts as lost altogether.
+    what they are made of, in whatever order. One without an unquantized counterpart counts as lost altogether, if
+    ``plain`` is the ``whole`` model and not its beginning.
     """
     forms = {frozenset(keys): node for graph in quantized.graphs.values() for keys, node in _quantized_linears(graph)}
     error: dict[frozenset[str], list[float]] = {}
@@ -123,17 +124,23 @@ def linear_losses(
 
     for one in inputs:
         run_program(plain, one, weights, compute=torch.float32, observe=watch_linears(see))
-    for keys in forms.keys() - found.keys():
+    for keys in forms.keys() - found.keys() if whole else ():
         weight = next(n for n in forms[keys].args[1].all_input_nodes if "precision" in n.meta)
         found[keys], error[keys] = weight.meta["precision"], [inf, 1.0]
     losses = []
     for keys, precision in found.items():
         scheme = precision.at(step)
-        lost, whole = error[keys]
-        relative = sqrt(lost / whole) if whole > 0 and isfinite(lost) else inf
+        lost, total = error[keys]
         limit = LINEAR_LIMITS[scheme] * LINEAR_MARGIN
-        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, relative, limit))
+        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, _share(lost, total), limit))
     return losses
+
+
+def _share(lost: float, whole: float) -> float:
+    """√(lost / whole), of sums of squares; nothing is lost of nothing."""
+    if lost == 0 and isfinite(whole):
+        return 0.0
+    return sqrt(lost / whole) if whole > 0 and isfinite(lost) else inf
 
 
 def _quantized_linears(graph: Graph) -> Iterator[tuple[tuple[str, ...], Node]]:
@@ -204,10 +211,9 @@ def step_losses(
         expected = run_program(plain, inputs, weights, compute=torch.float32)
         found = run_program(quantized(step), inputs, weights, compute=torch.float32)
         a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
-        scale = float(a.norm() * b.norm())
-        cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else -1.0
-        relative = float((b - a).norm() / a.norm()) if isfinite(scale) and float(a.norm()) > 0 else inf
-        losses.append(StepLoss(step, relative, cosine))
+        scale, lost = float(a.norm() * b.norm()), float((b - a).norm())
+        cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else 1.0 if lost == 0 else -1.0
+        losses.append(StepLoss(step, _share(lost**2, float(a.norm()) ** 2), cosine))
     return losses
 
 
@@ -233,6 +239,8 @@ def record_rollout(
         now = {**inputs, **latents, "timestep": torch.tensor([float(schedule.timesteps[step])])}
         if step in steps:
             recorded.append((step, now))
+        if step == max(steps):
+            break
         cond = run_program(program, now, weights, compute=torch.float32)
         uncond = None
         if schedule.guided[step]:

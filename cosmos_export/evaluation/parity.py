@@ -13,6 +13,7 @@ import torch
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
+from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampled, step_noise
 from cosmos_export.ir.graph import spec_of
@@ -120,38 +121,45 @@ class Parity:
         return Measured(name, metric, ratio, PRECISION_LIMIT, f"rms of {len(ours)} cases", "all")
 
     def onnx(
-        self, program: Program, folder: Path, suffix: str, *, body: str | None = None, quantized: bool = False
+        self,
+        program: Program,
+        folder: Path,
+        suffix: str,
+        *,
+        body: str | None = None,
+        chains: Mapping[str, Sequence[str]] | None = None,
+        quantized: bool = False,
     ) -> Measured:
         """The lowered graphs in ONNX Runtime on the CPU, one feeding the next.
 
-        ``body`` is the model of the loop's body where it has another name. ``quantized``: compared with the program
+        ``body`` is the model of the loop's body where it has another name. ``chains``: the models of graphs that were
+        cut, in their order. ``quantized``: compared with the program
         itself in the interpreter (gate G0), since what quantization loses is measured elsewhere.
         """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        values: dict[str, dict[str, dict[str, np.ndarray]]] = {c.name: {} for c in self._cases}
+        values: dict[str, dict[str, dict[str, Value]]] = {c.name: {} for c in self._cases}
         for name, graph in program.graphs.items():
             # One session at a time: the towers of a large model do not fit side by side.
             file = body if body is not None and name == program.loop.body else name
-            session = onnxruntime.InferenceSession(str(folder / f"{file}{suffix}"), options, ["CPUExecutionProvider"])
+            known: dict[str, dict[str, Value]] = {}
             for case in self._cases:
                 inputs, results = self._inputs(case), values[case.name]
-                feed = {i: inputs[i].numpy() for i in program.free_inputs(name)}
-                feed |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-                names = list(graph.outputs)
-                results[name] = dict(zip(names, session.run(names, feed), strict=True))
-            del session
+                known[case.name] = {i: inputs[i].numpy() for i in program.free_inputs(name)}
+                known[case.name] |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
+            for piece in (chains or {}).get(file, (file,)):
+                model = Model(folder / f"{piece}{suffix}")
+                for given in known.values():
+                    given.update(model(given))
+                del model
+            for case in self._cases:
+                values[case.name][name] = {output: known[case.name][output] for output in graph.outputs}
         errors = {}
         for case in self._cases:
-            found = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
+            made = {k: torch.from_numpy(v) for k, v in values[case.name][program.loop.body].items()}
             if quantized:
                 expected = run_program(program, self._inputs(case), self._weights, compute=torch.float32)
-                errors[case.name] = relative_error(found, {k: v for k, v in expected.items() if v.numel()})
+                errors[case.name] = relative_error(made, {k: v for k, v in expected.items() if v.numel()})
             else:
-                errors[case.name] = self._compare(case, found)
+                errors[case.name] = self._compare(case, made)
         if quantized:
             stage = f"ONNX Runtime, {body or program.loop.body} as quantized"
             return _worst(stage, "relative L2, fp32", errors, QUANTIZED_LIMIT)

@@ -173,7 +173,7 @@ def _value(
 ) -> torch.Tensor:
     if "weight" in node.meta:
         value, wanted = weights(node.meta["weight"]), widen(spec_of(node).dtype)
-        return value if wanted in FOUR_BIT else value.to(wanted)
+        return value if wanted in FOUR_BIT or _looked_up(node) else value.to(wanted)
     if "constant" in node.meta:
         constant = node.meta["constant"]
         assert isinstance(constant, torch.Tensor)
@@ -201,7 +201,15 @@ def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Te
     function = _NATIVE.get(node.target, node.target)
     result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
     assert isinstance(result, torch.Tensor)
-    return result
+    # A table is read as it is stored, and its rows are widened: a vocabulary has more of them than a step reads.
+    return result.to(widen(result.dtype)) if node.target is ops.aten.embedding.default else result
+
+
+def _looked_up(node: Node) -> bool:
+    """Whether only rows of this weight are read."""
+    return bool(node.users) and all(
+        user.target is ops.aten.embedding.default and user.args[0] is node for user in node.users
+    )
 
 
 def compute_value(

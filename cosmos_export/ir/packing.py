@@ -75,19 +75,22 @@ def to_e2m1(rows: torch.Tensor, block_scale: torch.Tensor, scale: torch.Tensor) 
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
-    """The nearest E2M1 number, ties to the even code: steps of ½ below 2, of 1 below 4, of 2 from there, at most 6.
-
-    What is rounded to zero keeps its sign; a zero has none, as in ModelOpt.
-    """
+    """The nearest E2M1 number, ties to the even code: steps of ½ below 2, of 1 below 4, of 2 from there, at most 6."""
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
-    return torch.copysign(((size / step).round() * step).clamp(max=E2M1_MAX), x + 0.0)
+    return torch.copysign(((size / step).round() * step).clamp(max=E2M1_MAX), x)
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
-    """uint8 codes of E2M1 numbers: sign in bit 3."""
-    codes = torch.searchsorted(torch.tensor(E2M1_VALUES), values.abs())
-    return (codes + 8 * torch.signbit(values)).to(torch.uint8)
+    """uint8 codes of float32 E2M1 numbers: sign in bit 3."""
+    size = values.abs()
+    # Exponent and first bit of the mantissa are those of the code, from 1 up; ½ is subnormal there.
+    codes = ((size.view(torch.int32) >> 22) - _E2M1_BITS).clamp_(min=0).to(torch.uint8)
+    return codes + (size == 0.5) | torch.signbit(values).to(torch.uint8) << 3
+
+
+_E2M1_BITS = (127 << 1) - 2
+"""Of 1.0 in float32, less its code."""
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -116,7 +116,7 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
     loads = tuple(planner.load(workload) for workload in request.workloads)
-    segments = 1
+    segments = max(len(planner.precision(workload, planner.runs[0]).steps) for workload in request.workloads)
     if request.loop == "device":
         segments = max(planner.segments(workload, planner.runs[0]) for workload in request.workloads)
     return Estimate(
@@ -134,6 +134,13 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
         ),
         builds={t.name: host(subject, parts, segments, t.backend != "onnxruntime") for t in planner.runs},
     )
+
+
+def offered_bytes(target: Target) -> int | None:
+    """What ``target`` offers a request; None for the CPU."""
+    if target.memory_bytes is None:
+        return None
+    return int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
 
 
 def _limits(subject: Subject) -> ModelLimits:
@@ -177,6 +184,8 @@ class _Planner:
         """Engines that a loop on the device has: runs of steps with the same branches and the same schemes."""
         chosen, guided = self.precision(workload, target), self.schedules[workload.name].guided
         kinds = list(zip(guided, chosen.of_step, strict=True))
+        for step in chosen.alone if target.backend == "tensorrt-rtx" else ():
+            kinds[step] = guided[step], len(kinds) + step
         return 1 + sum(a != b for a, b in pairwise(kinds))
 
     def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
@@ -208,9 +217,7 @@ class _Planner:
         )
 
     def fit(self, target: Target, workload: Workload, load: Load) -> Fit:
-        offered = None
-        if target.memory_bytes is not None:
-            offered = int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
+        offered = offered_bytes(target)
         resident, phased = load.device.resident_bytes, load.device.phased_bytes
         if target.name in self.refused:
             error = self.refused[target.name]

@@ -75,6 +75,8 @@ class Precision:
     """The generator's mixes, each with the number of steps that have it, in the order they first appear."""
     of_step: tuple[int, ...]
     """For each step, the index in ``steps`` of what it has."""
+    alone: tuple[int, ...]
+    """Steps that multiply narrow weights by wide activations: in a loop that TensorRT-RTX builds, each is an engine."""
 
     @property
     def generator(self) -> Mix:
@@ -106,6 +108,7 @@ def _added_up(
         reasoner=_mix(assigned, geometry, "und", 0),
         steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
+        alone=tuple(assigned.weight_only_steps()),
     )
 
 

@@ -6,16 +6,19 @@ size (`benchmarks/compile.py --builds`); each stands below with what it is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor
-from cosmos_export.plan.precision import Mix, Precision
+from cosmos_export.plan.precision import SCHEMES, Mix, Precision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
+from cosmos_export.targets.partition import partition
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
 """Of an engine besides its weights: kernels and plan."""
@@ -60,14 +63,23 @@ class Component:
     activation_bytes: int
     """At the profile's maximum."""
     scheme: str
-    builder_share: float
-    """Anonymous memory of the builder for each byte of weights."""
+    builder_weights: int
+    """Anonymous memory that the builder takes for the weights of the engine, or of its largest part."""
+    parts: tuple[int, ...] = ()
+    """Bytes of the engines that it is cut into, where one is too large for the host; none where it is one engine."""
 
 
-def components(subject: Subject, workloads: Sequence[Workload], chosen: Precision, branches: int) -> list[Component]:
+def components(
+    subject: Subject,
+    workloads: Sequence[Workload],
+    chosen: Precision,
+    branches: int,
+    memory_budget: int | None = None,
+) -> list[Component]:
     """Every engine of a bundle that serves ``workloads``, in the order of a request.
 
-    ``branches``: guidance branches that one call computes; 1 where the host runs the loop.
+    ``branches``: guidance branches that one call computes; 1 where the host runs the loop. ``memory_budget``: of the
+    build, in bytes; None: nothing is cut.
     """
     geometry, profiles = subject.geometry, len({workload.profile.name for workload in workloads})
     graphs = subject.graphs()
@@ -89,15 +101,67 @@ def components(subject: Subject, workloads: Sequence[Workload], chosen: Precisio
         activations = activation_bytes(geometry, rows[name], keys[name]) if rows[name] else 0
         if name == "generator" and branches > 1:
             activations = int(activations * LOOP_SHARE)
-        scheme, share = ("bf16", BUILDER_SHARE["bf16"]) if mix is None else (mix.label, _builder_share(mix))
-        found.append(Component(name, parameters, weights, weights + code, activations, scheme, share))
+        runs = _runs_of(graphs[name], mix, memory_budget, geometry)
+        parts = tuple(sum(stored_bytes(unit, mix) for unit in run) + code for run in runs) if len(runs) > 1 else ()
+        largest = max(sum(_builder_weights(unit, mix) for unit in run) for run in runs)
+        scheme, engine = "bf16" if mix is None else mix.label, sum(parts) if parts else weights + code
+        found.append(Component(name, parameters, weights, engine, activations, scheme, int(largest), parts))
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
 
 
-def _builder_share(mix: Mix) -> float:
-    return sum(share * BUILDER_SHARE[name] for name, share in mix.linears.items())
+def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> float:
+    """Anonymous memory of the builder for ``tensors``."""
+    wide = BUILDER_SHARE["bf16"]
+    if mix is None:
+        return wide * stored_bytes(tensors, None)
+    linear = sum(tensor.elements for tensor in tensors if tensor.linear)
+    narrow = sum(share * SCHEMES[name].bits / 8 * BUILDER_SHARE[name] for name, share in mix.linears.items())
+    return narrow * linear + wide * 2 * sum(tensor.elements for tensor in tensors if not tensor.linear)
+
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+_Unit = tuple[ExpectedTensor, ...]
+
+
+def _units(tensors: Sequence[ExpectedTensor]) -> list[_Unit]:
+    """``tensors`` between the places where little crosses: what comes before the layers (with what comes after them,
+    which is little), and attention and MLP of each."""
+
+    def place(tensor: ExpectedTensor) -> tuple[int, bool]:
+        layer = _LAYER.match(tensor.name)
+        if layer is None:
+            return -1, False
+        return int(layer[1]), ".mlp" in tensor.name or "post_attention" in tensor.name
+
+    ordered = sorted(tensors, key=place)
+    return [tuple(group) for _, group in groupby(ordered, place)]
+
+
+def _runs_of(
+    tensors: Sequence[ExpectedTensor], mix: Mix | None, memory_budget: int | None, geometry: Geometry
+) -> list[list[_Unit]]:
+    """``tensors`` as they are distributed over engines under ``memory_budget``: by the rule of the compiler."""
+    if memory_budget is None or _builder_weights(tensors, mix) <= largest_part(
+        memory_budget, geometry.num_hidden_layers
+    ):
+        return [[tuple(tensors)]]
+    units = _units(tensors)
+    sizes = [_builder_weights(unit, mix) for unit in units]
+    cuts = partition(sizes, [1.0] * len(units), largest_part(memory_budget, geometry.num_hidden_layers))
+    return [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
+
+
+def largest_part(memory_budget: int, layers: int) -> int:
+    """Memory that the weights of one engine may take in the builder, where a build of a model of so many layers is to
+    stay within ``memory_budget``."""
+    return memory_budget - compiler_bytes(layers) - BUILDER_BYTES
+
+
+def compiler_bytes(layers: int) -> int:
+    """Anonymous memory of the process that captures, lowers and waits for the builder."""
+    return COMPILER_BYTES + layers * COMPILER_LAYER_BYTES
 
 
 def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
@@ -144,7 +208,8 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[C
             parameters -= int(_TIME_CONVOLUTIONS[name] * share)
         engine = 2 * parameters + CODE_BYTES["codec"]
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
-        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", CODEC_BUILDER_SHARE))
+        held = int(2 * parameters * CODEC_BUILDER_SHARE)
+        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", held))
     return result
 
 
@@ -243,7 +308,7 @@ def typical(rates: tuple[float, float]) -> float:
 def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool) -> Host:
     """The build of ``parts``; ``segments``: engines that a device loop has, each with its own copy of the weights."""
     layers = subject.geometry.num_hidden_layers
-    compiler = COMPILER_BYTES + layers * COMPILER_LAYER_BYTES
+    compiler = compiler_bytes(layers)
     peaks = {part.name: builder_bytes(part) for part in parts} if tensorrt else {}
     largest = max(peaks, key=peaks.__getitem__, default="")
     models, engines = model_bytes(subject, parts), engine_bytes(parts, segments) if tensorrt else 0
@@ -260,8 +325,8 @@ def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: 
 
 
 def builder_bytes(part: Component) -> int:
-    """Anonymous memory of the process that builds ``part``."""
-    return int(part.weight_bytes * part.builder_share) + BUILDER_BYTES
+    """Anonymous memory of the process that builds ``part``, or the largest of what it is cut into."""
+    return part.builder_weights + BUILDER_BYTES
 
 
 def engine_bytes(parts: Sequence[Component], segments: int) -> int:

@@ -55,19 +55,24 @@ def _tower(tower: str, linears: list[Mapping[str, Any]]) -> str:
 def _cell(loss: Mapping[str, Any] | None) -> str:
     if loss is None:
         return "<td></td>"
-    share = min(loss["relative"] / loss["limit"], 1.0)
+    lost, decibels = loss["relative"], loss["sqnr_db"]
+    share = 1.0 if lost is None else min(lost / loss["limit"], 1.0)
     # From white to red: the limit is full colour.
     colour = f"hsl(8 80% {97 - 42 * share:.0f}%)"
     over = "" if loss["passed"] else ' class="over"'
-    ratio = "exact" if loss["sqnr_db"] is None else f"SQNR {loss['sqnr_db']} dB"
+    ratio = "exact" if lost == 0 else f"SQNR {'−∞' if decibels is None else decibels} dB"
     hint = f"{ratio}, allowed {loss['limit']:.4f}"
-    return f'<td{over} style="background:{colour}" title="{hint}">{loss["relative"]:.4f}</td>'
+    return f'<td{over} style="background:{colour}" title="{hint}">{_number(lost, 4)}</td>'
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "∞" if value is None else f"{value:.{digits}f}"
 
 
 def _steps(document: Mapping[str, Any]) -> str:
     limits = document["limits"]["steps"]
     rows = "".join(
-        f"<tr><td>{one['step'] + 1}</td><td>{one['relative']:.4f}</td><td>{one['cosine']:.6f}</td></tr>\n"
+        f"<tr><td>{one['step'] + 1}</td><td>{_number(one['relative'], 4)}</td><td>{one['cosine']:.6f}</td></tr>\n"
         for one in document["steps"]
     )
     allowed = f"median ≤ {limits['median']}, each ≤ {limits['largest']}, cosine ≥ {limits['cosine']}"

@@ -11,6 +11,7 @@ from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions, rtx_sessions, torch_sessions
+from cosmos_export.runtime.chains import ChainedBackend
 from cosmos_export.runtime.sessions import Backend
 
 _DEVICES = {
@@ -50,7 +51,16 @@ def load_bundle(
     manifest = read_bundle(Path(path), progress or Silent())
     chosen = backend or manifest.target.backend
     _require_known(chosen, device)
-    return LoadedBundle(Path(path), manifest, _OPEN[chosen](Path(path), manifest, device))
+    return LoadedBundle(Path(path), manifest, _opened(chosen, Path(path), manifest, device))
+
+
+def _opened(name: str, root: Path, manifest: Manifest, device: str | None) -> Backend:
+    backend = _OPEN[name](root, manifest, device)
+    if not manifest.chains:
+        return backend
+    cut = {graph: manifest.graphs[graph] for graph in manifest.chains}
+    names = {g: ([t.name for t in c.inputs], [t.name for t in c.outputs]) for g, c in cut.items()}
+    return ChainedBackend(backend, manifest.chains, names)
 
 
 def _require_known(backend: str, device: str | None) -> None:

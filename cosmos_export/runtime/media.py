@@ -100,6 +100,37 @@ def read_clip(path: Path, count: int, *, last: bool = False, skip: int = 0) -> C
     return Clip(np.stack(kept), float(rate) if rate and len(kept) > 1 else None)
 
 
+def has_sound(path: Path) -> bool:
+    """Whether the clip in ``path`` has a track of sound. CX614 where there is no clip."""
+    with _opened(path) as stream:
+        return bool(stream.container.streams.audio)
+
+
+def read_sound(path: Path, start_s: float, samples: int, rate: int) -> NDArray[np.float32]:
+    """float32 [2, samples] of the first track of sound in ``path``, from ``start_s`` seconds on, at ``rate`` a second.
+
+    Silence follows where it ends. CX614: there is none, or it cannot be decoded.
+    """
+    av = _av()
+    skipped, kept, found = round(start_s * rate), 0, np.zeros((2, samples), np.float32)
+    with _opened(path) as stream:
+        tracks = stream.container.streams.audio
+        if not tracks:
+            _refuse(path, "no sound in it")
+        resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
+        for frame in (*stream.container.decode(tracks[0]), None):
+            for part in resampler.resample(frame):
+                values = part.to_ndarray()
+                dropped = min(skipped, values.shape[1])
+                skipped -= dropped
+                taken = values[:, dropped : dropped + samples - kept]
+                found[:, kept : kept + taken.shape[1]] = taken
+                kept += taken.shape[1]
+            if kept == samples:
+                break
+    return found
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The video stream of ``path``."""
@@ -113,6 +144,8 @@ def _opened(path: Path) -> Iterator[Any]:
                 _refuse(path, "no picture or video in it")
             streams[0].thread_type = "AUTO"
             yield streams[0]
+            # Threads that are still at work would be waited for with the interpreter's lock held, which they may need.
+            streams[0].codec_context.flush_buffers()
     except av.error.FFmpegError as error:
         _refuse(path, f"cannot be decoded: {error.strerror}")
 

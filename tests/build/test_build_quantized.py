@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import cosmos_export.build.options as build_options
 import cosmos_export.build.stages as stages
 from cosmos_export.build.driver import build
 from cosmos_export.build.options import resolve
@@ -33,6 +34,7 @@ from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.torch_sessions import TorchBackend
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor import Settings
+from cosmos_export.plan import published_subject
 
 pytestmark = pytest.mark.xdist_group("builds")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -280,3 +282,13 @@ def test_the_recipe_of_a_checkpoint_needs_one(edge: Path) -> None:
     with pytest.raises(CosmosExportError) as caught:
         stated(edge, recipe="checkpoint")
     assert caught.value.code == "CX350" and "is bf16" in caught.value.message
+
+
+def test_a_recipe_that_is_chosen(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model waits for its launches whatever it computes in, and keeps all its bits; a real one does not."""
+    plan = resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="rtx-pro-6000"))
+    assert plan.recipe.name == "bf16" and not plan.quantized
+    monkeypatch.setattr(build_options, "from_checkpoint", lambda _: published_subject("nano"))
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="rtx-pro-6000"))
+    assert caught.value.code == "CX356" and "recipe `fp8`" in caught.value.message

@@ -31,6 +31,26 @@ def write_clip(path: Path, frames: int = 17, fps: int = 24, height: int = 48, wi
     return path
 
 
+def write_sounding_clip(path: Path, frames: int = 17, fps: int = 24, rate: int = 44_100) -> Path:
+    """As `write_clip`, with a track of sound: silence, and a tone of 440 Hz from the first quarter second on."""
+    silent = write_clip(path.with_suffix(".silent.mp4"), frames, fps)
+    times = np.arange(int(frames / fps * rate)) / rate
+    tone = np.where(times < 0.25, 0.0, 0.5 * np.sin(2 * np.pi * 440 * times)).astype(np.float32)
+    with av.open(str(silent)) as source, av.open(str(path), "w") as container:
+        stream: Any = container.add_stream_from_template(source.streams.video[0])
+        sound: Any = container.add_stream("aac", rate=rate, layout="stereo")
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+        frame = av.AudioFrame.from_ndarray(np.stack([tone, tone]), format="fltp", layout="stereo")
+        frame.sample_rate = rate
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode(None))
+    silent.unlink()
+    return path
+
+
 def write_picture(path: Path, seed: int = 0) -> Path:
     from PIL import Image
 

@@ -123,7 +123,7 @@ def test_sites_follow_from_dataflow(model: Tiny) -> None:
         assert precision.tower == ("und" if reasoner else "gen"), keys
         assert f"layers.{precision.layer}." in keys[0]
     kinds = [(p.tower, p.kind) for p in found.values()]
-    assert {kind for _, kind in kinds} == set(KINDS) - {"attention.core"}
+    assert {kind for _, kind in kinds} == set(KINDS) - {"attention.core", "attention.kv"}
     assert all(kinds.count(("gen", kind)) == layers for kind in ("attention.out", "mlp.gate_up", "mlp.down"))
     by_kind = {(p.tower, p.kind, p.layer): keys for keys, p in found.items()}
     assert len(by_kind["gen", "attention.qkv", 0]) == 3
@@ -368,14 +368,9 @@ def test_a_part_of_low_rank_is_multiplied_beside_the_product(omni: Tiny, tmp_pat
     result = InsertQuantization(ranges).run(program)
     verify(program, stage="low rank")
     assert result.changes["parts of low rank"] == result.changes["int4 linears"]
-    exact, plain = omni.run(omni.program), omni.run(omni.quantized("int4"))
-    found = omni.run(program)
-    for name, value in found.items():
-        if value.numel():
-            assert distance(value, exact[name]) < distance(plain[name], exact[name])
-    assert_close(omni.run_onnx(program), found, 1e-5)
-    losses = linear_losses(omni.assigned(uniform("int4")), program, 0, [omni.wide], omni.weights)
-    without = linear_losses(omni.assigned(uniform("int4")), omni.quantized("int4"), 0, [omni.wide], omni.weights)
+    assert_close(omni.run_onnx(program), omni.run(program), 1e-5)
+    plain, scaled = omni.assigned(uniform("int4")), omni.quantized("int4", replace(ranges, low_rank={}))
+    losses, without = (linear_losses(plain, one, 0, [omni.wide], omni.weights) for one in (program, scaled))
     assert len(losses) == len(without)
     assert sum(a.relative for a in losses) < 0.95 * sum(b.relative for b in without)
 

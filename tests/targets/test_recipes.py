@@ -25,6 +25,7 @@ VALID = """
 title = "a recipe"
 summary = "for a test"
 experimental = false
+not_for = []
 warning = ""
 source = []
 [[rules]]

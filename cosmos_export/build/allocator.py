@@ -1,0 +1,34 @@
+"""Memory that is freed and soon wanted again stays with the process: tensors of the same sizes come and go by the
+thousand, and the system takes longer to clear a fresh page than the arithmetic on it takes."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`."""
+_ALWAYS = 2**31 - 1
+
+
+def keep_freed_memory() -> None:
+    """Large blocks come from the heap from now on, and the heap does not shrink. Nothing happens without glibc."""
+    library = _glibc()
+    if library is not None:
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, _ALWAYS)
+
+
+def return_freed_memory() -> None:
+    """Give the system what is free now: before another process needs it."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+    except OSError:
+        return None

@@ -1,0 +1,55 @@
+"""Cutting graphs into engines of consecutive layers, where the builder's memory for one engine passes the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cosmos_export.build.options import Plan
+from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.spec import Format, WeightBinding
+from cosmos_export.passes.cut_graph import cut_graph, narrow_places
+from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
+from cosmos_export.targets.partition import partition
+from cosmos_export.targets.weights import size_bytes
+
+Pieces = Mapping[str, tuple[Graph, ...]]
+"""Graph → what it is lowered as: itself, or the graphs it was cut into, in the order in which they run."""
+
+_SCHEMES = {None: "bf16", Format.FP8: "fp8", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
+
+
+def cut_graphs(graphs: Mapping[str, Graph], plan: Plan) -> Pieces:
+    """Every one of ``graphs`` in as many pieces as the plan's memory budget needs."""
+    return {name: _cut(name, graph, plan) for name, graph in graphs.items()}
+
+
+def _cut(name: str, graph: Graph, plan: Plan) -> tuple[Graph, ...]:
+    limit = None if plan.memory_budget is None else largest_part(plan.memory_budget, plan.layers)
+    whole = sum(builder_share_bytes(node.meta["weight"]) for node in graph.weights.values())
+    if limit is None or whole <= limit:
+        return (graph,)
+    sizes = {dim: max(profile.dims[dim].max for profile in plan.profiles) for dim in plan.profiles[0].dims}
+    first, places = narrow_places(graph, sizes, builder_share_bytes)
+    pieces = [first, *(place.weight_size for place in places)]
+    cuts = partition(pieces, [0.0, *(float(place.crossing_bytes) for place in places)], limit)
+    names = [f"{name}_part_{index + 1}" for index in range(len(cuts) + 1)]
+    return tuple(cut_graph(graph, [places[cut - 1].node for cut in cuts], names)) if cuts else (graph,)
+
+
+def chains(pieces: Pieces) -> dict[str, tuple[str, ...]]:
+    """The graphs that were cut, with the names of what they were cut into."""
+    return {name: tuple(graph.name for graph in cut) for name, cut in pieces.items() if len(cut) > 1}
+
+
+def cut_notes(pieces: Pieces) -> list[str]:
+    """What a reader of the result is told of it."""
+    return [
+        f"{name} is {len(parts)} engines in a row, as one would take more memory to build than the budget allows"
+        for name, parts in chains(pieces).items()
+    ]
+
+
+def builder_share_bytes(binding: WeightBinding) -> float:
+    """Anonymous memory that the builder takes for a weight."""
+    packing = binding.packing
+    return size_bytes(binding) * BUILDER_SHARE[_SCHEMES[None if packing is None else packing.format]]

@@ -1,0 +1,81 @@
+"""The memory that a build may take of its machine, and whether that is enough."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.targets import Target
+
+if TYPE_CHECKING:
+    from cosmos_export.build.options import BuildOptions, Plan
+
+_MARGIN_BYTES = 1 << 30
+"""Of what is free that is left to the rest of the machine."""
+_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
+
+
+def available_bytes() -> int:
+    """Memory that can be had without swapping; what the page cache holds is to be had."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``16GiB``. UserError CX456 for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UserError(
+            "CX456", f"memory budget `{text}` is not a size", f"a number and one of {', '.join(_UNITS)}: 16GiB"
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def memory_budget(options: BuildOptions, target: Target) -> int | None:
+    """The budget in bytes of a build for ``target``; None where it builds no engines with weights inside.
+
+    Without one it is what the machine has free, in whole GiB, so that it is the same again tomorrow. CX456 where one is
+    given and nothing would come of it.
+    """
+    asked = None if options.memory_budget is None else parse_size(options.memory_budget)
+    why = ""
+    if target.backend != "tensorrt-rtx":
+        why = f"and for target `{target.name}` with {target.backend} none are built here"
+    elif options.weights == "external":
+        why = "and engines whose weights are inputs take little"
+    if why and asked is not None:
+        what = f"a memory budget bounds the builder of engines, {why}"
+        raise UserError("CX456", what, "leave `--memory-budget` out")
+    if why:
+        return None
+    return asked or max(available_bytes() - _MARGIN_BYTES, 1) // (1 << 30) * (1 << 30)
+
+
+def require_memory(plan: Plan) -> None:
+    """CX457: an engine needs more than the budget and cannot be cut, or not small enough."""
+    if plan.memory_budget is None or plan.checkpoint.dtype != "bf16":
+        return
+    from cosmos_export.build.planned import parts
+    from cosmos_export.plan.sizes import builder_bytes, compiler_bytes
+
+    compiler = compiler_bytes(plan.layers)
+    for part in parts(plan):
+        needed = compiler + builder_bytes(part)
+        if needed > plan.memory_budget:
+            gigabytes = needed / 2**30
+            raise UnsupportedError(
+                "CX457",
+                f"building the engine of {part.name} takes {gigabytes:.1f} GiB of memory, and the budget is "
+                f"{plan.memory_budget / 2**30:.1f} GiB",
+                f"`--memory-budget {int(gigabytes) + 1}GiB`, on a machine that has it",
+            )
+        if part.parts and part.name == "generator" and plan.options.loop == "device":
+            raise UnsupportedError(
+                "CX457",
+                f"a loop on the device is one engine, and building it passes the budget of "
+                f"{plan.memory_budget / 2**30:.1f} GiB: the generator would be cut into {len(part.parts)}",
+                "`--loop host` cuts it; or a larger `--memory-budget`, or a recipe with smaller weights",
+            )

@@ -1,0 +1,155 @@
+"""Cut a graph into graphs that run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+
+from cosmos_export.ir.dims import Size, evaluate
+from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_weight, spec_of
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.spec import WeightBinding
+
+_RESHAPES = (aten.view.default, aten.reshape.default)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place where a graph can be cut: before ``node``."""
+
+    node: Node
+    crossing_bytes: int
+    """Of what is computed before it and read after it."""
+    weight_size: float
+    """Of the weights that are read from here to the next place."""
+
+
+def narrow_places(
+    graph: Graph, sizes: Mapping[str, int], weigh: Callable[[WeightBinding], float]
+) -> tuple[float, list[Place]]:
+    """The places of ``graph`` where less crosses than around them, in order, and the size of the weights before them.
+
+    ``sizes``: what dims are taken to be. ``weigh``: the size of a weight. One that several operations read counts for
+    each. What is read from inputs, weights and constants crosses nowhere: every piece has its own. Quantized values do
+    not cross.
+    """
+    order = graph.calls()
+    position = {node: index for index, node in enumerate(order)}
+    change, weight_at = [0] * (len(order) + 1), [0.0] * len(order)
+    quantized = set[int]()
+    for index, node in enumerate(order):
+        users = [position[user] for user in node.users if user in position]
+        if users and max(users) > index:
+            size = _bytes(node, sizes)
+            change[index + 1] += size
+            change[max(users) + 1] -= size
+            if spec_of(node).dtype.itemsize == 1:
+                quantized.update(range(index + 1, max(users) + 1))
+        weight_at[index] = sum(weigh(n.meta["weight"]) for n in node.all_input_nodes if is_weight(n))
+    crossing, now = [], 0
+    for index in range(len(order)):
+        now += change[index]
+        crossing.append(now)
+    chosen = [i for i in range(1, len(order)) if i not in quantized and _narrow(crossing, i)]
+    spans = zip(chosen, [*chosen[1:], len(order)], strict=True)
+    places = [Place(order[i], crossing[i], sum(weight_at[i:end])) for i, end in spans]
+    return sum(weight_at[: chosen[0]] if chosen else weight_at), places
+
+
+def _narrow(crossing: Sequence[int], index: int) -> bool:
+    """Whether as little crosses at ``index`` as on either side, and less than where that changes to the right."""
+    after = next((c for c in crossing[index + 1 :] if c != crossing[index]), 0)
+    return crossing[index - 1] > crossing[index] < after
+
+
+def _bytes(node: Node, sizes: Mapping[str, int]) -> int:
+    spec = spec_of(node)
+    count = 1
+    for size in spec.shape:
+        count *= evaluate(size, sizes)
+    return count * spec.dtype.itemsize
+
+
+def cut_graph(graph: Graph, before: Sequence[Node], names: Sequence[str]) -> list[Graph]:
+    """``graph`` as graphs ``names``, a new one from each of the nodes ``before`` on.
+
+        graph(x)  =  last(x, …, second(x, first(x)))
+
+    Each takes by name what it reads of the inputs and of the results of those before it, and has its own weights and
+    constants; what crosses has the name of the node that it was. An output of ``graph`` is an output of the one that
+    computes it. Where one reads a dim that nothing it takes shows, it also takes an input that does.
+    Numerical effect: none, the same operations run.
+    """
+    starts = {node: index + 1 for index, node in enumerate(before)}
+    part_of: dict[Node, int] = {}
+    part = 0
+    for node in graph.calls():
+        part = starts.get(node, part)
+        part_of[node] = part
+    return [_piece(graph, part_of, index, name) for index, name in enumerate(names)]
+
+
+def _piece(graph: Graph, part_of: Mapping[Node, int], index: int, name: str) -> Graph:
+    own = [node for node in graph.calls() if part_of[node] == index]
+    read = {operand for node in own for operand in node.all_input_nodes}
+    piece, mapping = Graph(name), dict[Node, Node]()
+    missing = _unshown(own, [n for n in read if is_input(n) or part_of.get(n, index) != index])
+    for node in graph.nodes:
+        if is_input(node) and (node in read or _shows(node, missing)):
+            mapping[node] = copy_node(piece, node, mapping)
+            missing -= _shown(node)
+    for node in graph.nodes:
+        if node in read and part_of.get(node, index) != index:
+            mapping[node] = piece.add_input(node.name, spec_of(node))
+    for node in graph.nodes:
+        if (node in read and (is_weight(node) or is_constant(node))) or part_of.get(node) == index:
+            mapping[node] = copy_node(piece, node, mapping)
+    outputs = {key: mapping[node] for key, node in graph.outputs.items() if part_of.get(node) == index}
+    for node in own:
+        if any(part_of.get(user, index) > index for user in node.users):
+            outputs[node.name] = mapping[node]
+    piece.set_outputs(outputs)
+    return piece
+
+
+def _unshown(own: Sequence[Node], taken: Sequence[Node]) -> set[str]:
+    """Dims in the arguments of ``own`` that no shape among ``taken`` gives."""
+    shown = {str(size) for node in taken for size in spec_of(node).shape}
+    symbols = set().union(*(_shown(node) for node in taken))
+    found: set[str] = set()
+    for node in own:
+        sizes = list(_sizes((node.args, node.kwargs)))
+        if node.target in _RESHAPES and len(sizes) == 1:
+            continue  # the one that is left over
+        for size in sizes:
+            names = {symbol.name for symbol in size.free_symbols}
+            if str(size) not in shown and not names <= symbols:
+                found |= names
+    return found - symbols
+
+
+def _sizes(operands: Any) -> list[sympy.Expr]:
+    if isinstance(operands, sympy.Expr):
+        return [] if operands.is_number else [operands]
+    if isinstance(operands, (tuple, list)):
+        return [size for one in operands for size in _sizes(one)]
+    return [size for one in operands.values() for size in _sizes(one)] if isinstance(operands, dict) else []
+
+
+def _shown(node: Node) -> set[str]:
+    """Dims that the shape of ``node`` gives."""
+    return {name for size in spec_of(node).shape for name in _dim(size)}
+
+
+def _dim(size: Size) -> set[str]:
+    if isinstance(size, int):
+        return set()
+    dim = size.as_coeff_Mul()[1]
+    return {dim.name} if dim.is_Symbol else set()
+
+
+def _shows(node: Node, missing: set[str]) -> bool:
+    return bool(missing & _shown(node))
