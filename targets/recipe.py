@@ -382,7 +382,7 @@ def resolve_recipe(
 
 def refusal(scheme: str, target: Target) -> str | None:
     """Why ``target`` does not run ``scheme``; None where it does."""
-    if scheme == UNQUANTIZED or scheme in target.precisions:
+    if scheme == UNQUANTIZED or scheme in target.schemes:
         return None
     return target.refused.get(scheme, f"`{target.name}` has no kernels that compute in it")
 
@@ -391,7 +391,7 @@ def _require_scheme(rule: Rule, target: Target) -> None:
     reason = refusal(rule.scheme, target)
     if reason is None:
         return
-    runs = ", ".join(target.precisions)
+    runs = ", ".join(target.schemes)
     if rule.scheme not in PRECISIONS and rule.scheme not in target.refused:
         _wrong(f"`{rule}`: there is no scheme `{rule.scheme}`; schemes of `{target.name}`: {runs}")
     raise UnsupportedError(

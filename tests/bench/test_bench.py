@@ -106,6 +106,14 @@ def test_a_baseline_is_diffusers_own_arithmetic(graphs: Path) -> None:
     assert not torch.equal(first, second)  # the second is the next of the trajectory
 
 
+def test_the_reasoner_alone(graphs: Path) -> None:
+    found = measure_geometry(asked(graphs, workload="reasoner"), Silent())
+    assert [(c.name, c.calls) for c in found.components] == [("reasoner", 1)]
+    assert (found.steps, found.forwards, found.forward_s, found.extrapolated) == (0, 0, None, "")
+    with pytest.raises(CosmosExportError, match="no reasoner without"):
+        measure_geometry(asked(graphs, workload="reasoner", baselines=True), Silent())
+
+
 def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
     found = read_graphs(graphs / "tiny-vision").graphs[GUIDED]
     names = linear_weights(found)
@@ -212,6 +220,13 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     assert all(row.get("right", True) for row in rows)
     checks = json.loads((tmp_path / "graphs-dry-run.json").read_text())["checks"]
     assert [check["right"] for check in checks] == [True, True]
+    numerics = json.loads((tmp_path / "numerics-dry-run.json").read_text())["checks"]
+    assert [check["recipe"] for check in numerics] == ["bf16", "fp8-w8a16", "fp8"]
+    fusions = json.loads((tmp_path / "fusions-dry-run.json").read_text())["fusions"]
+    names = [row["kernels"] for row in fusions]
+    assert names == [[], ["norm-quantize"], ["activation-quantize"], ["qkv-pack"], ["sampler-step"]]
+    beside = json.loads((tmp_path / "bench-t2v-480p-189f-bf16-dry-run.json").read_text())["baselines"]
+    assert [row["name"].split(",")[0] for row in beside] == ["diffusers"] * 2
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -244,6 +259,9 @@ def test_a_good_machine_has_no_blocker() -> None:
     [
         (replace(GOOD, system="Windows AMD64"), None, "system", State.BLOCKER, "Linux"),
         (replace(GOOD, gpus=(replace(H100, driver="550.54"),)), None, "driver", State.BLOCKER, "580"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), None, "cuda", State.NOTE, "CPUs alone"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), "h100", "cuda", State.BLOCKER, "index-url"),
+        (replace(GOOD, versions={**EVERYTHING, "nvidia-cuda-runtime": "13.0"}), None, "cuda", State.OK, "13.0"),
         (replace(GOOD, memory_bytes=2 << 30), None, "memory", State.NOTE, "8 GiB"),
         (replace(GOOD, disk_bytes=2 << 30), None, "disk", State.NOTE, "40 GiB"),
         (replace(GOOD, gpus=()), None, "gpu", State.NOTE, "none"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.progress import Silent
-from cosmos_export.runtime.torch_sessions import _read
-from cosmos_export.targets.inductor import Executable, Settings, scaled_linear, specialise
+from cosmos_export.runtime.torch_sessions import load_weight
+from cosmos_export.targets.inductor import Executable, Settings, dequantize, scaled_linear, specialise
 from cosmos_export.targets.weights import layout, write_weights
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def loaded(graph: Graph, folder: Path) -> tuple[Graph, dict[str, torch.Tensor]]:
     write_weights(folder / "g.weights", stored, "weights", Silent())
     document = graph_document(graph, "g.weights", lambda b: (stored[b].offset, stored[b].size_bytes))
     again = read_graph(json.loads(json.dumps(document)), folder)
-    weights = {name: _read(node.meta["weight"].sources[0]) for name, node in again.weights.items()}
+    weights = {name: load_weight(node.meta["weight"].sources[0], CPU) for name, node in again.weights.items()}
     return again, weights
 
 
@@ -69,6 +70,19 @@ def test_quantized_graphs_are_the_graphs(tiny: Tiny, tmp_path: Path, scheme: str
         assert distance(found[name], exact[name]) < 1.25 * moved, name
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_compiled_graph_in_fp8(tiny: Tiny, tmp_path: Path) -> None:
+    """What the compiler makes of products, quantization and norms computes what the interpreter does."""
+    graph = tiny.quantized("fp8").graphs["generator"]
+    inputs = inputs_of(graph, tiny)
+    again, weights = loaded(graph, tmp_path)
+    found = Executable(again, weights, CPU)(inputs)
+    exact = run_graph(tiny.program.graphs["generator"], inputs, tiny.weights)
+    for name, value in run_graph(graph, inputs, tiny.weights).items():
+        if value.numel():
+            assert distance(found[name], value) < distance(value, exact[name]), name
+
+
 def test_w8a8_is_one_product(tiny: Tiny) -> None:
     """Every linear of two quantized operands, and no widened weight beside it."""
     graph = tiny.quantized("fp8").graphs["generator"]
@@ -76,6 +90,19 @@ def test_w8a8_is_one_product(tiny: Tiny) -> None:
     calls = [node.target for chunk in chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
     both = [n for n in graph.calls(aten.linear.default) if all(a.target is ops.DEQUANTIZE for a in n.args[:2])]
     assert len(both) > 5 and calls.count(scaled_linear) == len(both)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_scale_for_each_output(bias: bool) -> None:
+    """Weights merged of several that were stored in FP8: their scales are those of their rows."""
+    x, weight = torch.randn(5, 32).to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
+    x_scale, w_scale = torch.tensor(0.5), torch.rand(48) + 0.1
+    given = torch.randn(48).bfloat16() if bias else None
+    found = scaled_linear(x, x_scale, weight, w_scale, torch.bfloat16, given)
+    wide = [ops.dequantize(t, s, torch.float32) for t, s in ((x, x_scale), (weight, w_scale))]
+    wanted = torch.nn.functional.linear(wide[0], wide[1], given.float() if given is not None else None)
+    assert distance(found, wanted) < 4e-3
+    assert torch.equal(dequantize(weight, w_scale, torch.bfloat16), ops.dequantize(weight, w_scale, torch.bfloat16))
 
 
 def test_a_product_that_the_library_does_not_take_is_widened() -> None:
