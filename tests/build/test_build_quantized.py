@@ -29,12 +29,12 @@ from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir import packing
 from cosmos_export.ir.serialize import read_graph
+from cosmos_export.plan import published_subject
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.torch_sessions import TorchBackend
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor import Settings
-from cosmos_export.plan import published_subject
 
 pytestmark = pytest.mark.xdist_group("builds")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
