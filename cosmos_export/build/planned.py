@@ -38,7 +38,8 @@ def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) ->
         index = int(number or 1) - 1
         if index < len(sizes):
             found[f"engine {engine.graph}"] = Planned(sizes[index], engine.report.size_bytes)
-    peak = host(_subject(plan), list(known.values()), plan.generator_engines, tensorrt=True).peak_anonymous_bytes
+    built = host(_subject(plan), list(known.values()), plan.generator_engines, True, plan.memory_budget)
+    peak = built.peak_anonymous_bytes
     return {**found, "peak anonymous memory": Planned(peak, peak_anonymous_bytes)}
 
 

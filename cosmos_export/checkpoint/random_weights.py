@@ -23,9 +23,10 @@ from cosmos_export.checkpoint.safetensors_writer import TensorSpec
 
 _CHUNK = 1 << 20
 """Elements generated at a time. Part of what the bytes are: each chunk has its own seed."""
-_PAGE = 4096
+_HEAD_BYTES = 64 << 10
+"""Of a tensor that has values: some rows of a matrix, so that errors of results average out."""
 _HEAD = 2.0**-5
-"""Magnitude of a weight in a page: sums over it stay near one."""
+"""Magnitude of these values: sums over a row stay near one."""
 _AHEAD = 4
 """Chunks in work for each core, so that generating and writing overlap."""
 _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -49,7 +50,7 @@ def produce(
 
 
 def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
-    """A producer of the first page of each tensor: no two are alike, and a builder that stores equal constants once
+    """A producer of the first pages of each tensor: no two are alike, and a builder that stores equal constants once
     stores them all. The rest of each is for the writer to leave out.
 
     Values are one power of two with random signs, which every low-precision form has exactly: of the few results that
@@ -57,7 +58,7 @@ def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
     """
 
     def head(spec: TensorSpec) -> Iterator[memoryview]:
-        few = min(spec.elements, _PAGE // (dtypes.BITS[spec.dtype] // 8))
+        few = min(spec.elements, _HEAD_BYTES // (dtypes.BITS[spec.dtype] // 8))
         values = _chunk(seed, replace(spec, shape=(few,)), np.float32(0), np.float32(1), 0).view(_NUMPY[spec.dtype])
         size = np.float32(1.0 if len(spec.shape) == 1 else _HEAD)
         yield np.copysign(size, values.astype(np.float32)).astype(_NUMPY[spec.dtype]).view(np.uint8).data

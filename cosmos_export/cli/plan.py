@@ -51,12 +51,16 @@ def register(app: typer.Typer) -> None:
         loop: Annotated[
             str, typer.Option(help="host: one branch of a step a call; device: both branches and all steps in engines.")
         ] = "host",
+        memory_budget: Annotated[
+            str | None, typer.Option(help="Of the build, such as 16GiB: larger engines are cut; default: none is.")
+        ] = None,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Plan a build: sizes, memory, disk and time of the build, work and predicted time of a request, what fits.
 
         Ends with 1 if nothing fits.
         """
+        from cosmos_export.build.memory import parse_size
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
         from cosmos_export.diagnostics import UserError
@@ -78,6 +82,7 @@ def register(app: typer.Typer) -> None:
             settings=tuple(settings or ()),
             loop=loop,  # type: ignore[arg-type]
             overrides=Overrides(steps=steps, guidance=guidance, guidance_interval=interval(guidance_interval)),
+            memory_budget=None if memory_budget is None else parse_size(memory_budget),
         )
         found = estimate(subject, request, limits)
         if as_json:
@@ -138,7 +143,8 @@ def _components(found: Estimate) -> Any:
     )
     for part in found.components:
         table.add_row(
-            part.name, _count(part.parameters), _gb(part.weight_bytes), _gb(part.engine_bytes),
+            part.name, _count(part.parameters), _gb(part.weight_bytes),
+            _gb(part.engine_bytes) + (f" in {len(part.parts)}" if part.parts else ""),
             _gb(part.activation_bytes), part.scheme,
         )  # fmt: skip
     return table

@@ -38,6 +38,8 @@ class Request:
     """Changes of the recipe, ``PLACE=SCHEME``."""
     loop: Literal["host", "device"] = "host"
     overrides: Overrides = field(default_factory=Overrides)
+    memory_budget: int | None = None
+    """Of the build, in bytes: an engine that takes more is cut. None: none is."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,10 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
             for target in request.targets
             for workload, load in zip(request.workloads, loads, strict=True)
         ),
-        builds={t.name: host(subject, parts, segments, t.backend != "onnxruntime") for t in planner.runs},
+        builds={
+            t.name: host(subject, parts, segments, t.backend != "onnxruntime", request.memory_budget)
+            for t in planner.runs
+        },
     )
 
 
@@ -191,12 +196,14 @@ class _Planner:
     def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
         branches = 2 if guided and self.request.loop == "device" else 1
-        return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches)
+        budget = self.request.memory_budget if target.backend == "tensorrt-rtx" else None
+        return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches, budget)
 
     def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Device:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
-        return device(self.subject, workload, self.parts([workload], target, recipe), guided)
+        share = self.precision(workload, target, recipe).cache_share
+        return device(self.subject, workload, self.parts([workload], target, recipe), guided, share)
 
     def load(self, workload: Workload) -> Load:
         schedule: Schedule = self.schedules[workload.name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import combinations, groupby, pairwise
 
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
@@ -33,6 +33,8 @@ CODEC_BUILDER_SHARE = 1.8
 """The same where the weights are of convolutions."""
 BUILDER_BYTES = 430_000_000
 """Of the builder besides."""
+_BRIEF_BYTES = 100_000_000
+"""Of weights: what has less is built in a moment."""
 COMPILER_BYTES, COMPILER_LAYER_BYTES = 450_000_000, 4_000_000
 """Anonymous memory of the process that captures, lowers and waits, and for each layer."""
 
@@ -180,10 +182,11 @@ def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
     return int(2 * rows * width) + 2 * 2 * geometry.key_value_width * keys
 
 
-def cache_bytes(subject: Subject, workload: Workload, guided: bool) -> int:
-    """Keys and values of the prompt, and of the negative prompt where a step is guided."""
+def cache_bytes(subject: Subject, workload: Workload, guided: bool, share: float = 1.0) -> int:
+    """Keys and values of the prompt, and of the negative prompt where a step is guided. ``share``: of what they take in
+    bf16."""
     tokens = workload.prompt_tokens + (workload.negative_tokens if guided else 0)
-    return subject.geometry.kv_bytes_per_token() * tokens
+    return int(subject.geometry.kv_bytes_per_token() * tokens * share)
 
 
 def latent_bytes(subject: Subject, workload: Workload) -> int:
@@ -242,9 +245,11 @@ class Device:
         return max(self.phases.values())
 
 
-def device(subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool) -> Device:
-    """Device memory of ``workload`` on the engines ``parts``."""
-    cache, latents = cache_bytes(subject, workload, guided), latent_bytes(subject, workload)
+def device(
+    subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool, cache_share: float = 1.0
+) -> Device:
+    """Device memory of ``workload`` on the engines ``parts``. ``cache_share`` is that of `Precision`."""
+    cache, latents = cache_bytes(subject, workload, guided, cache_share), latent_bytes(subject, workload)
     used = [part for part in parts if _runs(part, workload)]
     of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": ("vae_", "sound_")}
     phases = {}
@@ -305,8 +310,13 @@ def typical(rates: tuple[float, float]) -> float:
     return float((rates[0] * rates[1]) ** 0.5)
 
 
-def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool) -> Host:
-    """The build of ``parts``; ``segments``: engines that a device loop has, each with its own copy of the weights."""
+def host(
+    subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool, memory_budget: int | None = None
+) -> Host:
+    """The build of ``parts``; ``segments``: engines that have the generator's weights, each its own copy.
+
+    ``memory_budget``: within which two builders run at a time, as the compiler lets them; None: one at a time.
+    """
     layers = subject.geometry.num_hidden_layers
     compiler = compiler_bytes(layers)
     peaks = {part.name: builder_bytes(part) for part in parts} if tensorrt else {}
@@ -321,7 +331,19 @@ def host(subject: Subject, parts: Sequence[Component], segments: int, tensorrt: 
         + len(subject.codecs) * CODEC_S[i]
         for i in (1, 0)
     )
-    return Host(compiler + peaks.get(largest, 0), largest, bundle, (low, high))
+    together = _together(parts, peaks, segments, 0 if memory_budget is None else memory_budget - compiler)
+    return Host(compiler + max(together, peaks.get(largest, 0)), largest, bundle, (low, high))
+
+
+def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: int, limit: int) -> int:
+    """What two builders at a time take at most, of those that do not take more than ``limit``."""
+    running = [
+        peaks[part.name]
+        for part in parts
+        if part.name in peaks and part.builder_weights > _BRIEF_BYTES
+        for _ in range(max(1, len(part.parts)) * (segments if part.name == "generator" else 1))
+    ]
+    return max((a + b for a, b in combinations(running, 2) if a + b <= limit), default=0)
 
 
 def builder_bytes(part: Component) -> int:

@@ -10,20 +10,22 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import build_harness as harness
 import pytest
 
-from cosmos_export.build import artifacts
+from cosmos_export.build import artifacts, stages
 from cosmos_export.build.cache import Cache, copy_checked, differences
 from cosmos_export.build.driver import build
 from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import verify_bundle
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.diagnostics import ToolError
+from cosmos_export.diagnostics import CosmosExportError, ToolError
 
 pytest.importorskip("tensorrt_rtx")
 _CONTEXT = multiprocessing.get_context("fork")
@@ -34,7 +36,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_demo_checkpoint(tmp_path_factory.mktemp("resume") / "checkpoint", layers=1, dtype="bfloat16")
 
 
-def options(checkpoint: Path, output: Path, **changed: Any) -> BuildOptions:
+def options(checkpoint: Path, output: Path | None, **changed: Any) -> BuildOptions:
     return BuildOptions(
         checkpoint, output, target="rtx-pro-6000", components=("none",), modalities=("vision",), parity="never",
         **changed,
@@ -72,21 +74,31 @@ def contents(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_killed_at_random_moments(seed: int, checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
-    reference, seconds = whole
-    moments, output = random.Random(seed), tmp_path / "bundle"
-    for _ in range(4):
-        in_a_child(
-            lambda: build(options(checkpoint, output, resume=True)), kill_after=moments.uniform(0.2 * seconds, seconds)
-        )
-        if output.exists():
-            break
-    if not output.exists():
-        assert in_a_child(lambda: build(options(checkpoint, output, resume=True))) == 0
-    assert verify_bundle(output).ok
-    assert contents(output) == contents(reference)
-    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+KILLS = 4
+
+
+def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each bundle is built by children that are killed one after the other, until one of them ends; there are as many
+    bundles as it takes for all kills. What is captured is remembered by the parent: it is what takes the time."""
+    monkeypatch.setattr(stages, "capture", harness.remembered_capture)
+    build(options(checkpoint, None, until="normalize"))
+    reference, moments = tmp_path / "first", random.Random(0)
+    start = time.perf_counter()
+    assert in_a_child(lambda: build(options(checkpoint, reference))) == 0
+    seconds = time.perf_counter() - start
+    kills = bundles = 0
+    while kills < KILLS:
+        output, bundles = tmp_path / f"bundle-{bundles}", bundles + 1
+        while not output.exists():
+            last = None if kills == KILLS else moments.uniform(0, 0.6 * seconds)
+            code = in_a_child(lambda: build(options(checkpoint, output, resume=True)), kill_after=last)  # noqa: B023
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+        assert verify_bundle(output).ok
+        assert contents(output) == contents(reference)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["first", *(f"bundle-{n}" for n in range(bundles))]
+    )
 
 
 def test_finished_engines_are_not_built_again(
@@ -183,3 +195,55 @@ def test_what_is_gone_is_pruned_and_why_says_so(checkpoint: Path, tmp_path: Path
     assert {entry.key for entry in cache.entries()} == {entry.key for entry in cache.entries() if entry.present}
     cache.prune(everything=True)
     assert cache.entries() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of its own, of so many bytes; asked again, it grows. Skips where nothing may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = False
+
+    def of(size_bytes: int) -> Path:
+        nonlocal mounted
+        remount = "remount," if mounted else ""
+        command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size_bytes}", "tmpfs", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
+        mounted = True
+        return folder
+
+    yield of
+    if mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    checkpoint: Path,
+    whole: tuple[Path, float],
+    small_disk: Callable[[int], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Too small by ever less, so that each stage in its turn finds no room; in the end there is enough."""
+    from cosmos_export.build import driver
+
+    size = sum(path.stat().st_size for path in whole[0].rglob("*") if path.is_file())
+    # What the plan asks for beforehand would refuse these disks.
+    monkeypatch.setattr(driver, "_required_bytes", lambda plan: 0)
+    monkeypatch.setattr("cosmos_export.bundle.writer._SPARE_BYTES", 0)
+    cache, codes = tmp_path / "cache", list[str]()
+    for share in (0.1, 0.4, 0.8, 0.95):
+        disk = small_disk(int(share * size))
+        with pytest.raises(CosmosExportError) as caught:
+            build(options(checkpoint, disk / "bundle", resume=True, cache=cache))
+        codes.append(caught.value.code)
+        assert "No space left" in caught.value.message, caught.value.message
+        assert not (disk / "bundle").exists()
+        assert Cache(cache).entries() == []
+    assert len(set(codes)) > 1, codes
+    disk = small_disk(4 * size)
+    build(options(checkpoint, disk / "bundle", resume=True, cache=cache))
+    assert verify_bundle(disk / "bundle").ok
+    assert contents(disk / "bundle") == contents(whole[0])

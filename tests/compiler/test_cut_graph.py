@@ -112,7 +112,7 @@ def test_chained_is_whole_in_onnx_runtime(tiny: Tiny, scheme: str) -> None:
 
 
 def test_what_crosses_is_the_stream_and_tables(tiny: Tiny) -> None:
-    """One value a row, nothing of a layer's inside: no wider than the model, where a piece takes attention whole."""
+    """One value a row, no wider than the model, where a piece takes attention whole."""
     hidden = tiny.config["hidden_size"]
     for name in CUT:
         pieces = pieces_of(tiny.program.graphs[name], 0.36)
