@@ -4,6 +4,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3 2>/dev/null))
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-from-constraints
+DEMO_SIZE := und_len=1:1024:4096,frames=1:3:5,height=3:6:12,width=3:8:20,sound_len=0:16:64,action_len=0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: setup test demo lint coverage schema clean
@@ -29,6 +30,13 @@ demo: setup
 		-o demo/towel.mp4 --force
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_cpu.py --checkpoint demo/checkpoint --bundle demo/bundle \
 		--steps 8 --runs 1
+	$(BIN)/cosmos-export calibrate demo/checkpoint --data calibration/prompts.txt,licence=Apache-2.0,origin=synthetic \
+		--rollout --modalities vision,sound --samples 32 --steps 8 --frames 9 --profile $(DEMO_SIZE) -o demo/scales --force
+	$(BIN)/cosmos-export build demo/checkpoint -o demo/fp8 --target rtx-pro-6000 --profile 256p-17f+sound \
+		--recipe fp8 --calibration demo/scales --force
+	$(BIN)/cosmos-export bundle verify demo/fp8
+	$(BIN)/cosmos-export run demo/fp8 --prompt "A robot arm folds a towel." --sound --backend onnxruntime \
+		-o demo/towel-fp8.mp4 --force
 
 # mypy sees the installed form: in the source tree passes/, kernels/, calibration/ and targets/ lie beside the package.
 # The whole of build/ goes first, since setuptools would install what an earlier tree left there.

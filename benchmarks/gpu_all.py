@@ -5,7 +5,8 @@
     python benchmarks/gpu_all.py --graphs DIR --dry-run -o OUT                  # anywhere: all but the device
 
 Stages, in order of what they are worth: the machine and its ceilings; every kernel against its reference, then timed;
-the graphs on the device against the interpreter; the geometry's workloads in bf16, FP8 and FP8 attention. A stage that
+the graphs on the device against the interpreter; two layers of true width against diffusers, where it is installed; the
+geometry's workloads in bf16, FP8 and FP8 attention; a step with each kernel of ours in the compiled graph. A stage that
 would not end within the budget is left out and said to be. Each writes its own JSON as soon as it is done.
 """
 
@@ -31,14 +32,15 @@ import torch
 from gpu import device_for, machine
 
 import kernels
-from cosmos_export.bench.geometry import GUIDED, dims_of, random_inputs, random_weights, read_graphs
+from cosmos_export.bench.geometry import GUIDED, dims_of, random_inputs, random_weights, read_graphs, tiny_geometry
 from cosmos_export.bench.measure import GeometryRequest, measure_geometry
 from cosmos_export.bench.result import write
 from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.kernels.interpret import device_rounding
-from cosmos_export.plan import parse_workload
+from cosmos_export.plan import parse_workload, published_subject
 from cosmos_export.progress import Silent
 from cosmos_export.targets.inductor import Executable, Settings
+from cosmos_export.targets.inductor_fusions import KERNELS, W4A16
 
 WORKLOADS = [
     ("t2v-480p-189f", "vision", 60), ("policy-droid", "action", 25), ("t2i-720p", "vision", 25),
@@ -102,6 +104,8 @@ def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stag
 
     if tiny.is_dir():
         yield Stage("graphs", 60, graph_stage)
+    if find_spec("diffusers") is not None:
+        yield Stage("numerics", 100, lambda: _numerics(arguments, device))
     for workload, kind, needs_s in WORKLOADS[:2] if dry else WORKLOADS:
         for recipe in RECIPES[1:] if dry else RECIPES:
             folder = arguments.graphs / (f"tiny-{kind}" if dry else f"{arguments.size}-{kind}")
@@ -111,6 +115,49 @@ def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stag
                 compiled=not dry, baselines=beside, dry_run=dry,
             )  # fmt: skip
             yield Stage(f"bench-{workload}-{recipe}", needs_s + beside * 90, lambda asked=asked: _bench(asked))
+
+    yield Stage("fusions", 100, lambda: _fusions(arguments, device))
+
+
+def _numerics(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Two layers of the size's true width against diffusers on the same device."""
+    from cosmos_export.bench.numerics import CASE, TINY_CASE, check_numerics, shallow
+
+    geometry, dry = published_subject(arguments.size).geometry, arguments.dry_run
+    geometry = tiny_geometry(geometry) if dry else shallow(geometry)
+    checks = check_numerics(geometry, device, case=TINY_CASE if dry else CASE, compiled=not dry)
+    for row in checks:
+        print(f"against diffusers, {row['recipe']}: {row}", flush=True)
+    return {"checks": checks}
+
+
+def _fusions(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A guided step at 480p in FP8 with each kernel in the graph, beside the compiler's code alone."""
+    dry, rows = arguments.dry_run, []
+    folder = arguments.graphs / ("tiny-vision" if dry else f"{arguments.size}-vision")
+    for chosen in ((), *((name,) for name in KERNELS if name != W4A16)):
+        with device_rounding() if dry else nullcontext():
+            found = measure_geometry(
+                GeometryRequest(
+                    arguments.size, "t2v-480p-189f", "fp8", str(device), runs=1 if dry else 5, warm_up=0 if dry else 1,
+                    graphs=folder, kernels=frozenset(chosen), only=frozenset({GUIDED}), compiled=not dry, dry_run=dry,
+                ),
+                Silent(),
+            )  # fmt: skip
+        median = found.components[0].median_s
+        ratio = median / rows[0]["seconds"] if rows else 1.0
+        rows.append({"kernels": list(chosen), "seconds": median, "over_none": ratio, "wins": ratio < 1 - _NOISE})
+        print(
+            f"guided step with {', '.join(chosen) or 'no kernel of ours'}: {1e3 * median:.2f} ms, {ratio:.3f}",
+            flush=True,
+        )
+    wins = [row["kernels"][0] for row in rows if row["wins"]]
+    print(f"kernels that win: {', '.join(wins) or 'none'}", flush=True)
+    return {"fusions": rows, "wins": wins}
+
+
+_NOISE = 0.005
+"""Share of a step below which a difference says nothing."""
 
 
 def _bench(asked: GeometryRequest) -> dict[str, Any]:
@@ -134,6 +181,7 @@ def main() -> int:
     parser.add_argument("--size", default="nano", choices=["nano", "super", "edge"])
     parser.add_argument("--sweep", action="store_true", help="also every candidate tile")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for everything")
+    parser.add_argument("--stages", default="", help="beginnings of stages to run, with commas; default: all")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("-o", "--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -143,6 +191,8 @@ def main() -> int:
     summary: dict[str, Any] = {"benchmark": "gpu-all", "dry_run": arguments.dry_run, "machine": machine(), "stages": {}}
     failed = False
     for stage in stages(arguments, device):
+        if not stage.name.startswith(tuple(arguments.stages.split(","))):
+            continue
         left = arguments.budget - (time.monotonic() - started)
         if left < stage.needs_s and not arguments.dry_run:
             summary["stages"][stage.name] = {"left_out": f"{left:.0f} s left, it needs {stage.needs_s:.0f}"}

@@ -85,6 +85,8 @@ def examine(found: Facts, target: Target | None) -> Iterator[Finding]:
     """The checklist, for ``target`` where one is given; else for every target whose GPU is here."""
     yield from _machine(found)
     yield from _cards(found)
+    if found.gpus:
+        yield _cuda(found, target)
     yield _compile(found)
     targets = [target] if target is not None else _matching(found)
     for one in targets:
@@ -121,6 +123,23 @@ def _cards(found: Facts) -> Iterator[Finding]:
         new = driver.partition(".")[0].isdigit() and int(driver.partition(".")[0]) >= _LEAST_DRIVER
         hint = "" if new else f"CUDA 13 needs driver {_LEAST_DRIVER} or later"
         yield Finding("driver", State.OK if new else State.BLOCKER, driver, hint)
+
+
+_CUDA_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
+"""Packages that bring CUDA itself; PyTorch and the builders depend on one."""
+
+
+def _cuda(found: Facts, target: Target | None) -> Finding:
+    """CUDA as Python packages bring it, and whether PyTorch has it."""
+    torch = found.versions.get("torch") or ""
+    runtimes = [f"{name} {found.versions[name]}" for name in _CUDA_RUNTIMES if found.versions.get(name)]
+    if torch.endswith("+cpu"):
+        needed = target is not None and target.backend == "inductor"
+        hint = (
+            "PyTorch's index has builds with CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130"
+        )
+        return Finding("cuda", State.BLOCKER if needed else State.NOTE, f"torch {torch} is built for CPUs alone", hint)
+    return Finding("cuda", State.OK, ", ".join(runtimes) or "no CUDA package: that of the system, or none is needed")
 
 
 def _compile(found: Facts) -> Finding:
@@ -192,7 +211,7 @@ def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
 
 
 def _versions() -> dict[str, str | None]:
-    names = {*_COMPILER, "triton", *(package for needs in _BACKENDS.values() for package, _ in needs)}
+    names = {*_COMPILER, *_CUDA_RUNTIMES, "triton", *(package for needs in _BACKENDS.values() for package, _ in needs)}
     found: dict[str, str | None] = {}
     for name in sorted(names):
         try:

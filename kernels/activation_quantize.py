@@ -3,8 +3,8 @@
     gated   a = silu(gate) · up           plain   a = relu(x)²            y = E4M3(a / scale)
 
 Contract
-    x        [N, width], and ``up`` of the same shape and type for the gated form: views with a contiguous last axis,
-             the slices of the merged projection as they lie; bf16, fp16 or fp32
+    x        [N, width], and ``up`` of the same shape, type and strides for the gated form: the halves of the merged
+             projection as they lie, one beside the other or element by element in turns; bf16, fp16 or fp32
     scale    float32 of one element: static. None: one scale a row, its largest magnitude / 448
     result   y E4M3 [N, width], and the scale: as given, or float32 [N]
 Each step rounds to the input's type, as `cosmos_export::swiglu` and ``relu(x)²`` do. With one scale a row the row is
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_rows
+from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require
 from cosmos_export.kernels.norm_quantize import quantize_rows
 
 TILE = Tile((2048,), 4, 2)
@@ -43,7 +43,7 @@ def _activate(x, up, GATED: tl.constexpr):
 @triton.jit
 def activation_quantize_kernel(
     x, up, scale, y, row_scales, width, stride_x, stride_up,
-    BLOCK: tl.constexpr, GATED: tl.constexpr, PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr, GATED: tl.constexpr, PER_ROW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """One program: a row (scale of the row), or BLOCK elements of one (static scale)."""
     row = tl.program_id(0).to(tl.int64)
@@ -52,23 +52,23 @@ def activation_quantize_kernel(
         largest = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, width, BLOCK):
             inside = start + at < width
-            a = tl.load(x + row * stride_x + start + at, mask=inside, other=0.0)
-            b = tl.load(up + row * stride_up + start + at, mask=inside, other=0.0)
+            a = tl.load(x + row * stride_x + (start + at) * STEP, mask=inside, other=0.0)
+            b = tl.load(up + row * stride_up + (start + at) * STEP, mask=inside, other=0.0)
             largest = tl.maximum(largest, tl.abs(_activate(a, b, GATED)))
         divisor = tl.maximum(tl.max(largest, 0), 1e-12) / 448.0
         tl.store(row_scales + row, divisor)
         for start in range(0, width, BLOCK):
             inside = start + at < width
-            a = tl.load(x + row * stride_x + start + at, mask=inside, other=0.0)
-            b = tl.load(up + row * stride_up + start + at, mask=inside, other=0.0)
+            a = tl.load(x + row * stride_x + (start + at) * STEP, mask=inside, other=0.0)
+            b = tl.load(up + row * stride_up + (start + at) * STEP, mask=inside, other=0.0)
             value = _activate(a, b, GATED)
             quantized = tl.clamp(tl.div_rn(value, divisor + tl.zeros_like(value)), -448.0, 448.0)
             tl.store(y + row * width + start + at, quantized.to(y.dtype.element_ty), mask=inside)
     else:
         at += tl.program_id(1) * BLOCK
         inside = at < width
-        a = tl.load(x + row * stride_x + at, mask=inside, other=0.0)
-        b = tl.load(up + row * stride_up + at, mask=inside, other=0.0)
+        a = tl.load(x + row * stride_x + at * STEP, mask=inside, other=0.0)
+        b = tl.load(up + row * stride_up + at * STEP, mask=inside, other=0.0)
         value = _activate(a, b, GATED)
         quantized = tl.clamp(tl.div_rn(value, tl.load(scale) + tl.zeros_like(value)), -448.0, 448.0)
         tl.store(y + row * width + at, quantized.to(y.dtype.element_ty), mask=inside)
@@ -87,16 +87,17 @@ def activation_quantize(
     other = up if up is not None else x
     activation_quantize_kernel[(rows, 1 if scale is None else triton.cdiv(width, block))](
         x, other, scales, y, scales, width, x.stride(0), other.stride(0),
-        BLOCK=block, GATED=up is not None, PER_ROW=scale is None, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK=block, GATED=up is not None, PER_ROW=scale is None, STEP=x.stride(1),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y, scales
 
 
 def check(x: torch.Tensor, up: torch.Tensor | None, scale: torch.Tensor | None) -> None:
     """ValueError where operands break the contract."""
-    require_rows("x", x, 2)
+    require(x.dim() == 2 and x.stride(1) in (1, 2), f"x {tuple(x.shape)} with strides {x.stride()}")
     if up is not None:
-        require_rows("up", up, 2)
+        require(up.stride() == x.stride(), f"up has strides {up.stride()}, x {x.stride()}")
         require(up.shape == x.shape and up.dtype == x.dtype, f"up is {up.dtype}{tuple(up.shape)}")
     if scale is not None:
         require(scale.numel() == 1 and scale.dtype == torch.float32, "a static scale is one float32")
@@ -124,7 +125,8 @@ def variants(capability: int) -> list[Variant]:
     return [
         Variant(
             f"activation_quantize_{'gated' if gated else 'relu2'}_{'row' if per_row else 'static'}",
-            activation_quantize_kernel, signature, {"BLOCK": TILE.sizes[0], "GATED": gated, "PER_ROW": per_row},
+            activation_quantize_kernel, signature,
+            {"BLOCK": TILE.sizes[0], "GATED": gated, "PER_ROW": per_row, "STEP": 2 if gated else 1},
             TILE.warps, TILE.stages, divisible,
         )
         for gated in (True, False)

@@ -3,8 +3,9 @@
     x ← x + delta (optional)        n = cast(x · rsqrt(mean(x²) + eps)) · w        y = E4M3(n / scale)
 
 Contract
-    x        [N, width], contiguous last axis; bf16, fp16 or fp32. Updated in place where ``delta`` is given
+    x        [N, width], contiguous last axis; bf16, fp16 or fp32
     delta    the same shape and type, or None
+    total    where ``delta`` is given, the same shape and type: receives the sum; None: ``x`` itself does
     weight   [width], of x's type (Qwen) or float32 (Nemotron)
     scale    float32 of one element: static. None: one scale a row, its largest magnitude / 448
     result   y E4M3 [N, width], and the scale: as given, or float32 [N] (a row of zeros: 1e-12 / 448)
@@ -28,7 +29,7 @@ WIDEST = 65_536
 
 @triton.jit
 def norm_quantize_kernel(
-    x, delta, weight, scale, y, row_scales, eps, width, stride_x, stride_delta,
+    x, delta, total, weight, scale, y, row_scales, eps, width, stride_x, stride_delta, stride_total,
     BLOCK: tl.constexpr, ADD: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """One program: one row."""
@@ -40,7 +41,7 @@ def norm_quantize_kernel(
     if ADD:
         other = tl.load(delta + row * stride_delta + at, mask=inside, other=0.0)
         narrow = (narrow.to(tl.float32) + other.to(tl.float32)).to(kind)
-        tl.store(x + row * stride_x + at, narrow, mask=inside)
+        tl.store(total + row * stride_total + at, narrow, mask=inside)
     value = narrow.to(tl.float32)
     factor = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
     w = tl.load(weight + at, mask=inside, other=0.0)
@@ -62,17 +63,19 @@ def norm_quantize(
     scale: torch.Tensor | None = None,
     *,
     delta: torch.Tensor | None = None,
+    total: torch.Tensor | None = None,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module's contract. ValueError where it is broken."""
-    check(x, weight, scale, delta)
+    check(x, weight, scale, delta, total)
+    total = total if total is not None else x
     rows, width = x.shape
     y = torch.empty(x.shape, dtype=FP8, device=x.device)
     scales = scale if scale is not None else torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     norm_quantize_kernel[(rows,)](
-        x, delta if delta is not None else x, weight, scales, y, scales, eps, width,
-        x.stride(0), delta.stride(0) if delta is not None else 0,
+        x, delta if delta is not None else x, total, weight, scales, y, scales, eps, width,
+        x.stride(0), delta.stride(0) if delta is not None else 0, total.stride(0),
         BLOCK=block, ADD=delta is not None, PER_ROW=scale is None, num_warps=tile.warps if tile else warps_for(block),
     )  # fmt: skip
     return y, scales
@@ -83,16 +86,24 @@ def warps_for(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def check(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, delta: torch.Tensor | None) -> None:
+def check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    delta: torch.Tensor | None,
+    total: torch.Tensor | None = None,
+) -> None:
     """ValueError where operands break the contract."""
     require_rows("x", x, 2)
     require(x.shape[1] <= WIDEST, f"rows of {x.shape[1]} are wider than {WIDEST}")
     require(weight.shape == x.shape[1:] and weight.dtype in (x.dtype, torch.float32), f"weight {tuple(weight.shape)}")
     if scale is not None:
         require(scale.numel() == 1 and scale.dtype == torch.float32, "a static scale is one float32")
-    if delta is not None:
-        require_rows("delta", delta, 2)
-        require(delta.shape == x.shape and delta.dtype == x.dtype, f"delta is {delta.dtype}{tuple(delta.shape)}")
+    require(total is None or delta is not None, "a total without anything to add")
+    for name, t in (("delta", delta), ("total", total)):
+        if t is not None:
+            require_rows(name, t, 2)
+            require(t.shape == x.shape and t.dtype == x.dtype, f"{name} is {t.dtype}{tuple(t.shape)}")
 
 
 def reference(
@@ -122,11 +133,12 @@ def variants(capability: int) -> list[Variant]:
     found = []
     for per_row in (False, True):
         signature = {
-            "x": "*bf16", "delta": "*bf16", "weight": "*bf16", "scale": "*fp32", "y": "*fp8e4nv", "row_scales": "*fp32",
-            "eps": "fp32", "width": "i32", "stride_x": "i32", "stride_delta": "i32",
+            "x": "*bf16", "delta": "*bf16", "total": "*bf16", "weight": "*bf16", "scale": "*fp32", "y": "*fp8e4nv",
+            "row_scales": "*fp32", "eps": "fp32", "width": "i32", "stride_x": "i32", "stride_delta": "i32",
+            "stride_total": "i32",
         }  # fmt: skip
         constants = {"BLOCK": 4096, "ADD": True, "PER_ROW": per_row}
         name = f"norm_quantize_{'row' if per_row else 'static'}"
-        divisible = frozenset({"width", "stride_x", "stride_delta"})
+        divisible = frozenset({"width", "stride_x", "stride_delta", "stride_total"})
         found.append(Variant(name, norm_quantize_kernel, signature, constants, warps_for(4096), 2, divisible))
     return found

@@ -9,7 +9,8 @@ the formulas and columns of `cosmos_export.sampling.solvers`; where a mask is 0 
 Contract
     coefficients   float32 [10] on the device: this step's row of the table, columns of ``UNIPC_COLUMNS``
     cond, uncond   the velocity of both branches, contiguous; bf16, fp16 or fp32. uncond None: not guided, v = cond
-    sample, last, m0, m1   float32 of the same shape, contiguous. Updated in place
+    sample, last, m0, m1   float32 of the same shape, contiguous. Updated in place, unless ``into`` is given
+    into           three of the same: receive the next sample, last and m0; the next m1 is m0 as it is
     masks          up to two of (axis, 0/1 values along it, in any floating type)
     narrow         optional, the velocity's shape: receives the next sample in its type, as the next step reads it
     result         None; state and ``narrow`` are written
@@ -36,8 +37,9 @@ Masks = Sequence[tuple[int, torch.Tensor]]
 
 @triton.jit
 def unipc_step_kernel(
-    row, cond, uncond, sample, last, m0, m1, narrow, mask_a, mask_b, count, inner_a, size_a, inner_b, size_b,
-    BLOCK: tl.constexpr, GUIDED: tl.constexpr, MASKS: tl.constexpr, NARROW: tl.constexpr,
+    row, cond, uncond, sample, last, m0, m1, to_sample, to_last, to_m0, narrow, mask_a, mask_b,
+    count, inner_a, size_a, inner_b, size_b,
+    BLOCK: tl.constexpr, GUIDED: tl.constexpr, MASKS: tl.constexpr, NARROW: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK elements."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -58,10 +60,11 @@ def unipc_step_kernel(
         new = tl.where(tl.load(mask_a + at // inner_a % size_a, mask=inside, other=0.0).to(tl.float32) != 0.0, new, x)
     if MASKS >= 2:
         new = tl.where(tl.load(mask_b + at // inner_b % size_b, mask=inside, other=0.0).to(tl.float32) != 0.0, new, x)
-    tl.store(sample + at, new, mask=inside)
-    tl.store(last + at, corrected, mask=inside)
-    tl.store(m1 + at, view0, mask=inside)
-    tl.store(m0 + at, d, mask=inside)
+    tl.store(to_sample + at, new, mask=inside)
+    tl.store(to_last + at, corrected, mask=inside)
+    if SHIFT:
+        tl.store(m1 + at, view0, mask=inside)
+    tl.store(to_m0 + at, d, mask=inside)
     if NARROW:
         tl.store(narrow + at, new.to(narrow.dtype.element_ty), mask=inside)
 
@@ -77,18 +80,21 @@ def unipc_step(
     *,
     masks: Masks = (),
     narrow: torch.Tensor | None = None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     tile: Tile = TILE,
 ) -> None:
     """See the module's contract. ValueError where it is broken."""
-    check(coefficients, cond, uncond, (sample, last, m0, m1), masks, narrow)
+    check(coefficients, cond, uncond, (sample, last, m0, m1, *(into or ())), masks, narrow)
     (block,) = tile.sizes
     places = [(mask, _inner(cond, axis), cond.shape[axis]) for axis, mask in masks]
     places += [(coefficients, 1, 1)] * (2 - len(places))
     (mask_a, inner_a, size_a), (mask_b, inner_b, size_b) = places
     unipc_step_kernel[(triton.cdiv(cond.numel(), block),)](
         coefficients, cond, uncond if uncond is not None else cond, sample, last, m0, m1,
-        narrow if narrow is not None else sample, mask_a, mask_b, cond.numel(), inner_a, size_a, inner_b, size_b,
-        BLOCK=block, GUIDED=uncond is not None, MASKS=len(masks), NARROW=narrow is not None, num_warps=tile.warps,
+        *(into or (sample, last, m0)), narrow if narrow is not None else sample,
+        mask_a, mask_b, cond.numel(), inner_a, size_a, inner_b, size_b,
+        BLOCK=block, GUIDED=uncond is not None, MASKS=len(masks), NARROW=narrow is not None, SHIFT=into is None,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -148,15 +154,16 @@ def reference(
 def variants(capability: int) -> list[Variant]:
     """The forms compiled ahead of time: vision (one mask) with and without guidance, action (two masks)."""
     signature = {
-        "row": "*fp32", "cond": "*bf16", "uncond": "*bf16", **dict.fromkeys(("sample", "last", "m0", "m1"), "*fp32"),
+        "row": "*fp32", "cond": "*bf16", "uncond": "*bf16",
+        **dict.fromkeys(("sample", "last", "m0", "m1", "to_sample", "to_last", "to_m0"), "*fp32"),
         "narrow": "*bf16", "mask_a": "*bf16", "mask_b": "*bf16",
         **dict.fromkeys(("count", "inner_a", "size_a", "inner_b", "size_b"), "i32"),
     }  # fmt: skip
     return [
         Variant(
             f"unipc_step_{'guided' if guided else 'plain'}_{masks}", unipc_step_kernel, signature,
-            {"BLOCK": TILE.sizes[0], "GUIDED": guided, "MASKS": masks, "NARROW": True}, TILE.warps, TILE.stages,
-            frozenset({"count"}),
+            {"BLOCK": TILE.sizes[0], "GUIDED": guided, "MASKS": masks, "NARROW": False, "SHIFT": False},
+            TILE.warps, TILE.stages, frozenset({"count"}),
         )
         for guided, masks in ((True, 1), (False, 1), (True, 2))
     ]  # fmt: skip

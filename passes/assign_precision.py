@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
@@ -15,6 +15,7 @@ from cosmos_export.passes.base import CannotApply, Pass, PassResult
 
 UND, GEN = "und", "gen"
 QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "attention.core"
+PREFIX, UNQUANTIZED = "attention.kv", "bf16"
 
 OverSteps = Callable[[str, str, int], tuple[str, ...]]
 """Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
@@ -35,6 +36,8 @@ class Precision:
     kind: str
     layer: int
     schemes: tuple[str, ...]
+    prefix: str = UNQUANTIZED
+    """Of the generator's attention: the type in which keys and values of the prompt come."""
 
     @property
     def site(self) -> str:
@@ -52,7 +55,8 @@ class AssignPrecision(Pass):
     with the prompt. A linear whose result comes to attention through norms, rotations and moves is ``attention.qkv``,
     one that reads attention's result ``attention.out``, one that an activation reads ``mlp.gate_up``, one that reads an
     activation ``mlp.down``; what is none of these (heads, embeddings of time) has no scheme. The layer is the number of
-    attentions before the site. The label lies on the weight, and on the attention itself, and outlives copies.
+    attentions before the site. The label lies on the weight, and on the attention itself, and outlives copies; that of
+    the generator's attention says in which type keys and values of the prompt come, ``attention.kv`` of the reasoner.
     Refused: a linear that is two of these, as its one weight would need two schemes (CX220).
     Numerical effect: none.
     """
@@ -80,6 +84,8 @@ class AssignPrecision(Pass):
                 layer = depth[node] - int(kind != QKV)
                 owner = node if kind == CORE else node.args[1]
                 found = Precision(tower, kind, layer, self._over_steps(tower, kind, layer))
+                if tower == GEN and kind == CORE:
+                    found = replace(found, prefix=self._over_steps(UND, PREFIX, layer)[0])
                 if owner.meta.get("precision") != found:
                     owner.meta["precision"] = found
                     result.changes[f"{tower}.{kind}"] += 1

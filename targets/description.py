@@ -20,7 +20,15 @@ BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
-_OPTIONAL = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "efficiency", "other_backends", "engine")
+_OPTIONAL = (
+    "compute_capability",
+    "memory_bytes",
+    "bandwidth_bytes_per_s",
+    "efficiency",
+    "other_backends",
+    "engine",
+    "also",
+)
 _OF_A_GPU = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
 
 
@@ -63,6 +71,13 @@ class Target:
     """Those that run on it besides ``backend``, the default."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Settings of an engine's build, as the backend takes them."""
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Backend → schemes that it has kernels for besides ``precisions``."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Schemes with a kernel in the backend that is chosen."""
+        return (*self.precisions, *self.also.get(self.backend, ()))
 
     def on(self, backend: str | None) -> Target:
         """This target with another of its backends; None: the default. UserError CX407 for one it does not have."""
@@ -94,10 +109,12 @@ class Target:
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
             return f"compute capability `{capability}` is not of the form 12.0"
-        unknown = set(self.precisions) - set(PRECISIONS)
-        if unknown:
-            return f"unknown precisions {sorted(unknown)}"
-        both = set(self.precisions) & set(self.refused)
+        named = {*self.precisions, *(scheme for schemes in self.also.values() for scheme in schemes)}
+        if named - set(PRECISIONS):
+            return f"unknown precisions {sorted(named - set(PRECISIONS))}"
+        if set(self.also) - {self.backend, *self.other_backends}:
+            return f"precisions of backends it does not have: {sorted(self.also)}"
+        both = named & set(self.refused)
         if both:
             return f"{sorted(both)} are both legal and refused"
         figures = [*self.peak_flops.values(), self.memory_bytes, self.bandwidth_bytes_per_s]
@@ -154,6 +171,7 @@ def parse_target(name: str, text: str) -> Target:
         efficiency=_efficiency(name, data.get("efficiency")),
         other_backends=tuple(data.get("other_backends", ())),
         engine=MappingProxyType(dict(data.get("engine", {}))),
+        also=MappingProxyType({backend: tuple(schemes) for backend, schemes in data.get("also", {}).items()}),
     )
 
 
@@ -181,6 +199,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "traps": list,
     "other_backends": list,
     "engine": dict,
+    "also": dict,
     "source": list,
     "efficiency": dict,
 }

@@ -2,14 +2,15 @@
 
 A graph is specialised to the sizes of one call. What the compiler can fuse (norms, rotation, gates, the sampler) is
 written as plain tensor code, attention stays whole; `torch.compile` makes fused kernels of the rest. On a GPU the
-compiled function is captured once for its sizes and replayed: a replay has no work on the host. Weights are arguments,
-not constants of the code: one copy on the device serves every size.
+compiled function is captured once for its sizes and replayed: a replay has no work on the host; a closed loop is
+captured with all its steps. Weights are arguments, not constants of the code: one copy on the device serves every size.
+Kernels of ours take the place of what they compute where `Settings` names them (`inductor_fusions`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -21,7 +22,11 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, spec_of
 from cosmos_export.ir.ops import aten
+from cosmos_export.targets.inductor_fusions import W4A16, fuse
 
+GROUP = 128
+"""Columns that a scale of the INT4 kernel covers."""
+_WARM_UP = 2
 Function = Callable[..., dict[str, torch.Tensor]]
 Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -69,7 +74,7 @@ def quantize(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return (x.to(torch.float32) * scale).to(dtype)
+    return (x.to(torch.float32) * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(dtype)
 
 
 def dequantize_groups(packed: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -89,28 +94,57 @@ def scaled_linear(
     dtype: torch.dtype,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``linear(dequantize(x), dequantize(weight))`` as one FP8 product; E4M3 operands, scales of one number.
+    """``linear(dequantize(x), dequantize(weight))`` as one FP8 product; E4M3 operands, ``x_scale`` of one number,
+    ``w_scale`` too or [N] with one for each output.
 
     cuBLASLt takes sides that are multiples of 16; the others are widened.
     """
-    if any(side % 16 for side in weight.shape) or dtype != torch.bfloat16:
+    if any(side % 16 for side in weight.shape) or dtype != torch.bfloat16 or x.dim() != 2:
         return F.linear(dequantize(x, x_scale, dtype), dequantize(weight, w_scale, dtype), bias)
     fast = x.device.type == "cuda"
+    if w_scale.dim():  # the library scales rows of both operands, or neither's
+        x_scale, w_scale = x_scale.expand(x.shape[0], 1).contiguous(), w_scale.unsqueeze(0)
     result: torch.Tensor = torch._scaled_mm(
         x, weight.t(), scale_a=x_scale, scale_b=w_scale, bias=bias, out_dtype=dtype, use_fast_accum=fast
     )
     return result
 
 
-def fp8_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """W8A8 with scales of one: cuBLASLt's product; the compiler fuses the quantization into what makes ``x``."""
-    one = torch.ones((), device=x.device)
-    narrow = x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-    fast = x.device.type == "cuda"
-    result: torch.Tensor = torch._scaled_mm(
-        narrow, weight.t(), scale_a=one, scale_b=one, out_dtype=x.dtype, use_fast_accum=fast
-    )
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A product with INT4 weights by our kernel, which dequantizes in registers; bf16 rows, groups of 128."""
+    from cosmos_export.kernels import operators
+
+    result: torch.Tensor = operators.gemm_w4a16(x, packed, scale)
     return result if bias is None else result + bias
+
+
+def quantized_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scales: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """`ops.joint_attention_fp8` by our kernel; values are transposed as its matrix products want them."""
+    from cosmos_export.kernels import operators
+
+    def transposed(x: torch.Tensor) -> torch.Tensor:
+        return quantize(x, scales[2]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+
+    result: torch.Tensor = operators.joint_attention_fp8(
+        quantize(query * scale, scales[0]), quantize(key, scales[1]), transposed(value),
+        quantize(prefix_key, scales[1]), transposed(prefix_value), 1.0, scales,
+    )  # fmt: skip
+    return result.to(query.dtype)
+
+
+def unit_scale(device: torch.device) -> torch.Tensor:
+    """The scale of what is quantized without one."""
+    return torch.ones((), device=device)
 
 
 def joint_fp8(*operands: Any) -> torch.Tensor:
@@ -125,8 +159,9 @@ def joint_fp8(*operands: Any) -> torch.Tensor:
 
     query, key, value, prefix_key, prefix_value, scale = operands
     result: torch.Tensor = operators.joint_attention_fp8(
-        narrow(query), narrow(key), transposed(value), narrow(prefix_key), transposed(prefix_value), scale
-    )
+        narrow(query), narrow(key), transposed(value), narrow(prefix_key), transposed(prefix_value), scale,
+        torch.ones(3, device=query.device),
+    )  # fmt: skip
     return result.to(query.dtype)
 
 
@@ -147,8 +182,21 @@ def _joint(kind: str) -> Callable[..., torch.Tensor]:
     raise ValueError(f"attention {kind!r} is none of {', '.join(ATTENTIONS)}")
 
 
+def _recipe_attention(kind: str) -> Callable[..., torch.Tensor]:
+    """FP8 attention that a recipe asks for: our kernel, as PyTorch has none; on a CPU, where no kernel runs, the
+    operation's own reference unless the kernel is asked for."""
+
+    def choose(query: torch.Tensor, *operands: Any) -> torch.Tensor:
+        own = query.device.type == "cuda" or kind != "sdpa"
+        result: torch.Tensor = (quantized_attention if own else ops.JOINT_ATTENTION_FP8)(query, *operands)
+        return result
+
+    return choose
+
+
 def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
     return {
+        ops.JOINT_ATTENTION_FP8: _recipe_attention(kind),
         ops.RMS_NORM: rms_norm,
         ops.ROTARY: rotary,
         ops.SWIGLU: swiglu,
@@ -182,6 +230,7 @@ def specialise(
     sizes: Mapping[str, tuple[int, ...]],
     attention_kind: str = "sdpa",
     narrow: Collection[str] = (),
+    kernels: Collection[str] = (),
 ) -> list[Chunk]:
     """``graph`` for inputs of ``sizes``, cut in front of every attention: it is a kernel of its own anyway.
 
@@ -192,7 +241,7 @@ def specialise(
     implementations = _implementations(attention_kind)
     parts: list[list[Node]] = [[]]
     for node in graph.calls():
-        if node.target in (ops.ATTENTION, ops.JOINT_ATTENTION) and parts[-1]:
+        if node.target in (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8) and parts[-1]:
             parts.append([])
         parts[-1].append(node)
     read_by = {node: set(node.users) for node in graph.nodes}
@@ -203,7 +252,7 @@ def specialise(
         inside = set(part)
         results = [node for node in part if node in kept or read_by[node] - inside]
         if results:
-            chunks.append(_chunk(part, results, binding, implementations, names))
+            chunks.append(_chunk(part, results, binding, implementations, names, kernels))
     return chunks
 
 
@@ -213,6 +262,7 @@ def _chunk(
     binding: Mapping[str, int],
     implementations: Mapping[Any, Callable[..., Any]],
     narrow: frozenset[str],
+    kernels: Collection[str],
 ) -> Chunk:
     result = fx.Graph()
     device = result.placeholder("device")
@@ -227,40 +277,84 @@ def _chunk(
             return [concrete(v) for v in value]
         return value
 
+    def describe(node: Node) -> None:
+        spec = spec_of(node)
+        made[node].meta |= {"type": spec.dtype, "shape": tuple(evaluate(s, binding) for s in spec.shape)}
+
     def operand(node: Node) -> fx.Node:
         if node not in made:
             made[node] = result.placeholder(f"operand_{len(operands)}")
+            describe(node)
             operands.append(node)
             key.append((spec_of(node).dtype, *(evaluate(s, binding) for s in spec_of(node).shape)))
         return made[node]
 
     for node in part:
-        scaled = _scaled_operands(node)
-        if scaled is not None:
-            made[node] = result.call_function(scaled_linear, tuple(concrete(map_operands(scaled, operand))))
-            key.append((scaled_linear, str(made[node].args)))
+        product = _narrow_product(node, kernels)
+        if product is not None:
+            function, operands_of = product
+            made[node] = result.call_function(function, tuple(concrete(map_operands(operands_of, operand))))
+            describe(node)
             continue
         args = concrete(map_operands(node.args, operand))
         kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}
         if node.target in (aten.full.default, aten.arange.start):
             kwargs["device"] = device  # new values appear where the others are
-        target = implementations.get(node.target, node.target)
-        if node.target is aten.linear.default and node.args[1].name in narrow:
-            target = fp8_linear
-        made[node] = result.call_function(target, tuple(args), kwargs, name=f"value_{len(made)}")
-        key.append((target, str(args), str(kwargs)))
+        target = node.target
+        if target is aten.linear.default and node.args[1].name in narrow:
+            target, args = _narrowed(result, device, spec_of(node).dtype, args)
+        made[node] = result.call_function(target, tuple(args), kwargs)
+        describe(node)
     result.output(tuple(made[node] for node in results))
-    key.append(tuple(made[node].name for node in results))
+    result.eliminate_dead_code()  # widened operands of products that take them narrow
+    fuse(result, kernels)
+    for call in result.nodes:
+        if call.op == "call_function":
+            call.target = implementations.get(call.target, call.target)
+    key.append(_text(result))
     module = fx.GraphModule(torch.nn.Module(), result)
     return Chunk(module, tuple(key), tuple(n.name for n in operands), tuple(n.name for n in results))
 
 
-def _scaled_operands(node: Node) -> list[Any] | None:
-    """Operands of `scaled_linear` where ``node`` is a linear of two dequantized values; None where it is not."""
-    if not is_op(node, aten.linear.default) or not all(is_op(a, ops.DEQUANTIZE) for a in node.args[:2]):
+def _narrowed(
+    graph: fx.Graph, device: fx.Node, dtype: torch.dtype, args: Sequence[Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """A linear of a weight that is given in E4M3, with scales of one, as a recipe would have it."""
+    x, weight, *bias = args
+    one = graph.call_function(unit_scale, (device,))
+    one.meta |= {"type": torch.float32, "shape": ()}
+    quantized = graph.call_function(ops.QUANTIZE, (x, one))
+    quantized.meta |= {"type": torch.float8_e4m3fn, "shape": x.meta["shape"]}
+    return scaled_linear, [quantized, one, weight, one, dtype, *bias]
+
+
+def _text(graph: fx.Graph) -> str:
+    """Equal for graphs that are the same function: every operation with its operands, by their order."""
+    names = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+
+    def said(node: fx.Node) -> str:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: names[n])
+        target = node.target
+        unique = f"{target} {id(target)}" if callable(target) else str(target)
+        return f"{node.op} {unique if node.op == 'call_function' else ''} {args} {kwargs}"
+
+    return "\n".join(said(node) for node in graph.nodes)
+
+
+def _narrow_product(node: Node, kernels: Collection[str]) -> tuple[Callable[..., Any], list[Any]] | None:
+    """What computes ``node`` on operands as they are stored, and these, where it is a linear that something does."""
+    if not is_op(node, aten.linear.default):
         return None
-    (x, x_scale, dtype), (weight, w_scale, _) = (a.args for a in node.args[:2])
-    return [x, x_scale, weight, w_scale, dtype, *node.args[2:]]
+    x, weight, *bias = node.args
+    if is_op(x, ops.DEQUANTIZE) and is_op(weight, ops.DEQUANTIZE):
+        (x, x_scale, dtype), (weight, w_scale, _) = x.args, weight.args
+        return scaled_linear, [x, x_scale, weight, w_scale, dtype, *bias]
+    if W4A16 in kernels and is_op(weight, ops.DEQUANTIZE_GROUPS):
+        packed, scale = weight.args
+        columns, groups = spec_of(packed).shape[1], spec_of(scale).shape[1]
+        if spec_of(x).rank == 2 and spec_of(x).dtype == torch.bfloat16 and columns == GROUP * groups:
+            return packed_linear, [x, packed, scale, *bias]
+    return None
 
 
 @dataclass(frozen=True)
@@ -274,6 +368,10 @@ class Settings:
     """Weights that are given in E4M3: the linears that read them are W8A8 with scales of one. For benchmarks."""
     captured: bool = True
     """Replay CUDA graphs, on a GPU."""
+    whole_loop: bool = True
+    """All steps of a closed loop are one CUDA graph; otherwise one step is, replayed as often."""
+    kernels: frozenset[str] = frozenset()
+    """Which of `KERNELS` compute, where a graph has what they do. None has been measured to win: none by default."""
 
 
 class Executable:
@@ -293,6 +391,7 @@ class Executable:
         self._fixed |= {name: node.meta["constant"].to(device) for name, node in graph.constants.items()}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._functions: dict[Sizes, Function] = {}
+        self._loops: dict[tuple[Any, Sizes], Function] = {}
 
     @property
     def inputs(self) -> dict[str, torch.dtype]:
@@ -314,12 +413,41 @@ class Executable:
         sizes: Sizes = tuple((name, tuple(inputs[name].shape)) for name in self.graph.inputs)
         with torch.no_grad():
             if sizes not in self._functions:
-                self._functions[sizes] = self._make(sizes, inputs)
-            function = self._functions[sizes]
-            return function(inputs, tokens or {}) if isinstance(function, Captured) else function(inputs)
+                example = {name: inputs[name] for name in self.graph.inputs}
+                plain = self._plain(sizes)
+                self._functions[sizes] = Captured(plain, example) if self._captures else plain
+            return _call(self._functions[sizes], inputs, tokens or {})
 
-    def _make(self, sizes: Sizes, inputs: Mapping[str, torch.Tensor]) -> Function:
-        chunks = specialise(self.graph, dict(sizes), self.settings.attention, self.settings.narrow)
+    def loop(
+        self, steps: Steps, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Values of ``steps.returned`` after all of ``steps``. ``inputs``: of the carried state the first value, of
+        rows those of every step, [steps, …]; ``tokens`` as for a call.
+        """
+        sizes: Sizes = tuple(
+            (name, tuple(inputs[name].shape[1:] if name in steps.rows else inputs[name].shape))
+            for name in self.graph.inputs
+        )
+        if self._captures and not self.settings.whole_loop:
+            steady = {n: t for n, t in (tokens or {}).items() if n not in steps.rows and n not in steps.carried}
+            return unrolled(lambda now: self(now, steady), steps)(inputs)
+        with torch.no_grad():
+            key = (steps.key, sizes)
+            if key not in self._loops:
+                body = self._plain(sizes)
+                whole = unrolled(body, steps)
+                once = unrolled(body, replace(steps, count=1))
+                example = {name: inputs[name] for name in self.graph.inputs}
+                self._loops[key] = Captured(whole, example, warm=once) if self._captures else whole
+            return _call(self._loops[key], inputs, tokens or {})
+
+    @property
+    def _captures(self) -> bool:
+        return self.device.type == "cuda" and self.settings.captured
+
+    def _plain(self, sizes: Sizes) -> Function:
+        settings = self.settings
+        chunks = specialise(self.graph, dict(sizes), settings.attention, settings.narrow, settings.kernels)
         steps = [(self._code(chunk), chunk.operands, chunk.results) for chunk in chunks]
         last = {name: i for i, (_, operands, _) in enumerate(steps) for name in operands}
         outputs = {name: node.name for name, node in self.graph.outputs.items()}
@@ -337,9 +465,7 @@ class Executable:
                     del values[name]
             return {name: values[node] for name, node in outputs.items()}
 
-        if self.device.type != "cuda" or not self.settings.captured:
-            return plain
-        return Captured(plain, {name: inputs[name] for name in self.graph.inputs})
+        return plain
 
     def _code(self, chunk: Chunk) -> Callable[..., Any]:
         if not self.settings.compiled:
@@ -349,21 +475,75 @@ class Executable:
         return self._compiled[chunk.key]
 
 
-class Captured:
-    """A function of tensors as one CUDA graph, which reads its inputs from memory of its own."""
+def _call(
+    function: Function, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object]
+) -> dict[str, torch.Tensor]:
+    return function(inputs, tokens) if isinstance(function, Captured) else function(inputs)
 
-    def __init__(self, function: Function, example: Mapping[str, torch.Tensor], warm_up: int = 2) -> None:
+
+@dataclass(frozen=True)
+class Steps:
+    """A closed loop over a graph."""
+
+    count: int
+    carried: Mapping[str, str]
+    """Input → output that is its value in the next step."""
+    rows: tuple[str, ...]
+    """Inputs that are given for all steps, [steps, …]."""
+    returned: tuple[str, ...]
+    """Of the carried inputs those whose last value is wanted."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.count, tuple(self.carried.items()), self.rows, self.returned)
+
+
+def unrolled(body: Function, steps: Steps) -> Function:
+    """All of ``steps`` as one function of what the loop is given; captured, it is one CUDA graph."""
+
+    def run(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        rows = {name: given[name] for name in steps.rows}
+        state = {name: given[name] for name in steps.carried}
+        steady = {name: t for name, t in given.items() if name not in rows and name not in state}
+        for step in range(steps.count):
+            made = body({**steady, **state, **{name: row[step] for name, row in rows.items()}})
+            state = {name: made[result] for name, result in steps.carried.items()}
+        return {name: state[name] for name in steps.returned}
+
+    return run
+
+
+class Captured:
+    """A function of tensors as one CUDA graph, which reads its inputs from memory of its own.
+
+    ``warm`` does in a shorter time all that must happen once before capture; None: the function itself.
+    """
+
+    def __init__(self, function: Function, example: Mapping[str, torch.Tensor], warm: Function | None = None) -> None:
         self._inputs = {name: t.clone() for name, t in example.items()}
         self._tokens: dict[str, object] = {}
+        own = {t.untyped_storage().data_ptr() for t in self._inputs.values()}
+
+        def apart(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            # A result that is an input handed through (the sampler's last velocity becomes the one before) would change
+            # when the inputs of the next call are written.
+            made = function(given)
+            return {n: t.clone() if t.untyped_storage().data_ptr() in own else t for n, t in made.items()}
+
+        self._replay, self._outputs = self._capture(apart, warm or function)
+
+    def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
+        """What replays ``function`` on the inputs, and where its results are then."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(warm_up):  # compilation, library handles and workspaces, before capture
-                function(self._inputs)
+            for _ in range(_WARM_UP):  # compilation, library handles and workspaces, before capture
+                warm(self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = function(self._inputs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = function(self._inputs)
+        return graph.replay, outputs
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object]) -> dict[str, torch.Tensor]:
         for name, own in self._inputs.items():
@@ -374,5 +554,5 @@ class Captured:
                 self._tokens[name] = token  # kept alive: its identity stays its own
             else:
                 self._tokens.pop(name, None)
-        self._graph.replay()
+        self._replay()
         return self._outputs

@@ -400,8 +400,12 @@ def _attention(
 
 
 def _is_weight(tensor: _Tensor) -> bool:
-    """A narrow tensor of static size: activations have a dynamic row count."""
-    return tensor.type in _NARROW and None not in tensor.dims and tensor.matrix
+    """A narrow matrix of static size: activations have a dynamic row count.
+
+    What is no constant and has three sizes is keys or values of the prompt, in a profile of one length.
+    """
+    static = tensor.type in _NARROW and None not in tensor.dims and tensor.matrix
+    return static and (tensor.constant or sum(size != 1 for size in tensor.dims) <= 2)
 
 
 def _name(body: str) -> str:

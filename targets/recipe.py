@@ -32,7 +32,11 @@ LINEARS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 reads, and that read an activation."""
 CORE = "attention.core"
 """The two products of attention itself."""
-KINDS = (*LINEARS, CORE)
+HANDED_ON = "attention.kv"
+"""Keys and values that the reasoner hands to the generator."""
+KINDS = (*LINEARS, CORE, HANDED_ON)
+_ONLY: Mapping[str, str] = MappingProxyType({CORE: "gen", HANDED_ON: "und"})
+"""Kinds that one tower has alone: the reasoner's attention is as short as the prompt and runs once."""
 UNQUANTIZED = "bf16"
 """The model's own type."""
 DEFAULT = "bf16"
@@ -42,7 +46,11 @@ STORAGE: Mapping[str, str] = MappingProxyType({"fp8": "fp8", "fp8-w8a16": "fp8",
 ACTIVATIONS = frozenset({"fp8", "nvfp4", "fp8-attention"})
 """Schemes that need the range of activations, that is calibration."""
 _SCHEMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {**dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)), CORE: (UNQUANTIZED, "fp8-attention")}
+    {
+        **dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)),
+        CORE: (UNQUANTIZED, "fp8-attention"),
+        HANDED_ON: (UNQUANTIZED, "fp8"),
+    }
 )
 
 _PLACE = re.compile(r"(?P<tower>[a-z]+)(?:\.(?P<kind>[a-z_.]+))?(?:\[(?P<layers>[^\]]*)\])?(?:@(?P<steps>\S+))?")
@@ -216,12 +224,14 @@ def parse_place(text: str, scheme: str) -> Place:
         _wrong(f"`{text}` is not a place TOWER[.KIND][[LAYERS]][@STEPS]; towers: {', '.join(TOWERS)}")
     prefix = match["kind"] or ""
     kinds = tuple(k for k in LINEARS if not prefix or k == prefix or k.startswith(f"{prefix}."))
-    kinds = (CORE,) if prefix == CORE else kinds
+    kinds = (prefix,) if prefix in _ONLY else kinds
     if not kinds:
         _wrong(f"`{text}`: there is no kind `{prefix}`; kinds: attention, mlp, {', '.join(KINDS)}")
     for kind in kinds:
         if scheme in PRECISIONS and scheme not in _SCHEMES[kind]:
             _wrong(f"`{text}={scheme}`: {kind} takes {', '.join(_SCHEMES[kind])}")
+    if prefix in _ONLY and match["tower"] != _ONLY[prefix]:
+        _wrong(f"`{text}`: only `{_ONLY[prefix]}` has the kind {prefix}")
     layers, steps = _span(text, match["layers"]), _span(text, match["steps"])
     if steps is not None and match["tower"] == "und":
         _wrong(f"`{text}`: the reasoner runs once a prompt and has no steps")
@@ -372,7 +382,7 @@ def resolve_recipe(
 
 def refusal(scheme: str, target: Target) -> str | None:
     """Why ``target`` does not run ``scheme``; None where it does."""
-    if scheme == UNQUANTIZED or scheme in target.precisions:
+    if scheme == UNQUANTIZED or scheme in target.schemes:
         return None
     return target.refused.get(scheme, f"`{target.name}` has no kernels that compute in it")
 
@@ -381,7 +391,7 @@ def _require_scheme(rule: Rule, target: Target) -> None:
     reason = refusal(rule.scheme, target)
     if reason is None:
         return
-    runs = ", ".join(target.precisions)
+    runs = ", ".join(target.schemes)
     if rule.scheme not in PRECISIONS and rule.scheme not in target.refused:
         _wrong(f"`{rule}`: there is no scheme `{rule.scheme}`; schemes of `{target.name}`: {runs}")
     raise UnsupportedError(
@@ -395,7 +405,7 @@ def _require_one_storage(assignment: Assignment) -> None:
     """Steps share weights, so a linear whose scheme changes from step to step keeps one stored form."""
     for tower, kind, layer in assignment.sites():
         schemes = set(assignment.over_steps(tower, kind, layer))
-        if kind != CORE and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
+        if kind in LINEARS and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
             raise UserError(
                 "CX354",
                 f"recipe `{assignment.recipe}` contradicts itself: {tower}.{kind} of layer {layer} is "

@@ -1,15 +1,14 @@
-"""Measurements of a geometry's graphs and of a bundle."""
+"""Measurements of a geometry's graphs."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baselines, require_diffusers
-from cosmos_export.bench.clock import timed
+from cosmos_export.bench.clock import Watch, timed
 from cosmos_export.bench.result import Baseline, Component, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import Workload, parse_workload, published_subject
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
 RECIPES = ("bf16", "fp8", "fp8-attention")
 """Of a geometry: ``fp8`` has W8A8 linears in the generator; ``fp8-attention`` FP8 attention as well."""
 FEWEST_RUNS = 5
+REASONER = "reasoner"
+"""The workload of one prompt alone: the official caption of a video."""
 _DROID = Overrides(grid="flow", steps=4, shift=5.0, guidance=3.0)
 """The published sampling of the DROID policies; no size has it of itself."""
 
@@ -41,6 +42,10 @@ class GeometryRequest:
     """Graphs that were captured elsewhere; None: captured here."""
     attention: str | None = None
     """Implementation of attention; None: the recipe's."""
+    kernels: frozenset[str] = frozenset()
+    """Kernels of `targets.inductor_fusions` that compute in the generator; none: the compiler's code."""
+    only: frozenset[str] = frozenset()
+    """Graphs to measure; none: all that the request has."""
     compiled: bool = True
     baselines: bool = False
     """Also diffusers' own transformer, eager and with its repeated blocks compiled, in the same run."""
@@ -57,7 +62,7 @@ def geometry_schedule(request: GeometryRequest) -> tuple[Workload, Schedule]:
     """The workload and its schedule: that of the published table unless overridden."""
     from cosmos_export.bench.published import document
 
-    workload = parse_workload(request.workload)
+    workload = parse_workload("t2v-480p-189f" if request.workload == REASONER else request.workload)
     given = request.overrides
     if request.workload == "policy-droid" and given == Overrides():
         given = _DROID
@@ -77,13 +82,19 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     UserError for what cannot be asked for; UnsupportedError CX505 where the device is not there.
     """
     from cosmos_export.bench import geometry as geometries
+    from cosmos_export.targets.inductor_fusions import KERNELS
 
     check_runs(request.runs, request.warm_up, request.dry_run)
     if request.recipe not in RECIPES:
         raise UserError("CX672", f"recipe `{request.recipe}` is none of {', '.join(RECIPES)}")
+    unknown = request.kernels - set(KERNELS)
+    if unknown:
+        raise UserError("CX672", f"kernels {', '.join(sorted(unknown))} are none of {', '.join(KERNELS)}")
     subject = published_subject(request.size)
     workload, schedule = geometry_schedule(request)
     if request.baselines:
+        if request.workload == REASONER:
+            raise UserError("CX672", "diffusers runs no reasoner without a generator", "leave --baselines out")
         require_diffusers()
     device = _device(request.device)
     modalities = geometries.modalities_of(workload, subject.geometry)
@@ -94,25 +105,28 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         found = geometries.capture_graphs(subject.geometry, modalities, schedule, tiny=request.dry_run)
     progress.end("graphs")
     dims = geometries.dims_of(workload, tiny=request.dry_run)
-    guided = sum(schedule.guided)
-    plain = schedule.steps - guided
+    guided = 0 if request.workload == REASONER else sum(schedule.guided)
+    steps = 0 if request.workload == REASONER else schedule.steps
+    plain = steps - guided
     calls = {geometries.GUIDED: guided, geometries.PLAIN: plain, "conditioning": 1}
     components: list[Component] = []
-    progress.begin("measure", len(found.graphs))
-    for number, (name, graph) in enumerate(found.graphs.items()):
-        lengths = {"reasoner": dims["und_len"], "reasoner-negative": dims["negative_und_len"]}
-        if name != "reasoner":
-            lengths = {name: dims["und_len"]}
-        elif not guided:
-            lengths.pop("reasoner-negative")
-        run = _Graph(name, graph, device, request)
-        for label, length in lengths.items():
-            count = calls.get(label, 1)
-            if count:
-                samples = run.samples({**dims, "und_len": length})
-                components.append(Component(label, tuple(samples), count))
-        run.close()
-        progress.update("measure", number + 1)
+    graphs = {name: g for name, g in found.graphs.items() if _measured(name, request)}
+    progress.begin("measure", len(graphs))
+    with Watch(device.index or 0 if device.type == "cuda" else None) as watch:
+        for number, (name, graph) in enumerate(graphs.items()):
+            lengths = {REASONER: dims["und_len"], "reasoner-negative": dims["negative_und_len"]}
+            if name != REASONER:
+                lengths = {name: dims["und_len"]}
+            elif not guided or request.workload == REASONER:
+                lengths.pop("reasoner-negative")
+            run = _Graph(name, graph, device, request)
+            for label, length in lengths.items():
+                count = calls.get(label, 1)
+                if count:
+                    samples = run.samples({**dims, "und_len": length})
+                    components.append(Component(label, tuple(samples), count))
+            run.close()
+            progress.update("measure", number + 1)
     progress.end("measure")
     memory = _peak_bytes(device)
     baselines: tuple[Baseline, ...] = ()
@@ -133,17 +147,25 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         device=str(device),
         card=_card(device),
         components=tuple(components),
-        steps=schedule.steps,
+        steps=steps,
         forwards=2 * guided + plain,
-        extrapolated=f"one step of each kind measured, times {guided} guided and {plain} others",
-        covers="reasoner, conditioning and every step; no codec",
+        extrapolated=f"one step of each kind measured, times {guided} guided and {plain} others" if steps else "",
+        covers="reasoner, conditioning and every step; no codec" if steps else "keys and values of one prompt",
+        kernels=tuple(sorted(request.kernels)),
         dry_run=request.dry_run,
         memory_bytes=memory,
         machine=machine(),
+        during=watch.summary(),
         command=command,
         baselines=baselines,
         baselines_left_out=(NO_FP8,) if request.baselines and request.recipe != "bf16" else (),
     )
+
+
+def _measured(name: str, request: GeometryRequest) -> bool:
+    if request.workload == REASONER:
+        return name == REASONER
+    return not request.only or name in request.only
 
 
 class _Graph:
@@ -156,7 +178,8 @@ class _Graph:
         step = name in (geometries.GUIDED, geometries.PLAIN)
         narrow = geometries.linear_weights(graph) if step and request.recipe != "bf16" else frozenset()
         kind = request.attention or ("triton-fp8" if step and request.recipe == "fp8-attention" else "sdpa")
-        settings = Settings(attention=kind, compiled=request.compiled, narrow=narrow)
+        kernels = request.kernels if step else frozenset()
+        settings = Settings(attention=kind, compiled=request.compiled, narrow=narrow, kernels=kernels)
         weights = geometries.random_weights(graph, device, narrow)
         self._executable = Executable(graph, weights, device, settings)
         self._graph, self._device, self._request = graph, device, request
@@ -197,100 +220,4 @@ def _peak_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-# -- a bundle ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BundleRequest:
-    """What `bench BUNDLE` is asked for."""
-
-    bundle: Path
-    profile: str | None = None
-    """One of the bundle's profiles, at its optimum; None: the first."""
-    prompt_tokens: tuple[int, int] | None = None
-    """Of the prompt and the negative prompt; None: those of the profile's optimum."""
-    backend: str | None = None
-    device: str | None = None
-    runs: int = FEWEST_RUNS
-    warm_up: int = 1
-    dry_run: bool = False
-
-
-def measure_bundle(request: BundleRequest, progress: Progress, command: str = "") -> Measurement:
-    """Whole requests through a bundle: each stage of each, decoding included; every run encodes its prompts again."""
-    import numpy as np
-
-    from cosmos_export.runtime import Generator, load_bundle
-
-    check_runs(request.runs, request.warm_up, request.dry_run)
-    loaded = load_bundle(request.bundle, backend=request.backend, device=request.device, progress=progress)
-    manifest = loaded.manifest
-    profiles = {profile.name: profile for profile in manifest.profiles}
-    chosen = request.profile or next(iter(profiles))
-    if chosen not in profiles:
-        raise UserError("CX672", f"profile `{chosen}` is none of {', '.join(profiles)}")
-    dims = {name: span.opt for name, span in profiles[chosen].dims.items()}
-    positive, negative = request.prompt_tokens or (dims["und_len"], dims["und_len"])
-    values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
-    schedule = Schedule(**values)  # type: ignore[arg-type]
-    ids = np.arange(positive, dtype=np.int64) % 100
-    negative_ids = np.arange(negative, dtype=np.int64) % 100 if any(schedule.guided) else None
-    mode = "t2i" if dims["frames"] == 1 else "t2v"
-    generator = Generator(loaded)
-    samples: dict[str, list[float]] = {}
-    progress.begin("measure", request.warm_up + request.runs)
-    try:
-        for number in range(request.warm_up + request.runs):
-            asked = _request(mode, ids + number % 3, negative_ids, schedule, dims, number)
-            result = generator.generate(asked)
-            start = time.perf_counter()
-            if "vae-decoder" in manifest.streams or "video" in manifest.streams or manifest.streams:
-                for _ in result.video():
-                    pass
-            decode = time.perf_counter() - start
-            if number >= request.warm_up:
-                for name, seconds in {**result.timings, "decode": decode}.items():
-                    samples.setdefault(name, []).append(seconds)
-            progress.update("measure", number + 1)
-    finally:
-        progress.end("measure")
-        generator.close()
-    guided = sum(schedule.guided)
-    full = {name: values for name, values in samples.items() if len(values) == request.runs}
-    model = manifest.model.variant
-    return Measurement(
-        subject=str(request.bundle),
-        model=model,
-        workload=f"{mode}-{chosen}",
-        recipe=manifest.recipe,
-        backend=loaded.backend.name,
-        device=loaded.backend.device,
-        card=_card_of(loaded.backend.device),
-        components=tuple(Component(name, tuple(values)) for name, values in full.items()),
-        steps=schedule.steps,
-        forwards=schedule.steps + guided,
-        extrapolated="",
-        covers="the whole request, from token ids to frames" if manifest.streams else "the request without codecs",
-        dry_run=request.dry_run,
-        machine=machine(),
-        command=command,
-    )
-
-
-def _request(mode: Any, ids: Any, negative: Any, schedule: Schedule, dims: Mapping[str, int], seed: int) -> Any:
-    from cosmos_export.runtime.request import Request
-
-    frames = 4 * (dims["frames"] - 1) + 1
-    return Request(mode, ids, negative, schedule, frames, dims["height"], dims["width"], 24.0, seed=seed)
-
-
-def _card_of(device: str) -> str | None:
-    from cosmos_export.targets.gpu import gpus
-
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return None
-    return next((gpu.name for gpu in gpus() if gpu.index == int(index or 0)), None)
-
-
-__all__ = ["BundleRequest", "GeometryRequest", "measure_bundle", "measure_geometry"]
+__all__ = ["GeometryRequest", "measure_geometry"]

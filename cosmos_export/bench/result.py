@@ -93,10 +93,14 @@ class Measurement:
     """How the request follows from fewer measured steps; empty where it was measured whole."""
     covers: str
     """What of a request is in the sum."""
+    kernels: tuple[str, ...] = ()
+    """Kernels of this project in place of the compiler's code."""
     dry_run: bool = False
     memory_bytes: int | None = None
     machine: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    during: Mapping[str, Any] | None = None
+    """Clocks, power and temperature while it was measured; None without a GPU."""
     baselines: tuple[Baseline, ...] = ()
     baselines_left_out: tuple[str, ...] = ()
     """What a reader would expect to be compared with and is not there, and why."""
@@ -118,12 +122,13 @@ class Measurement:
         return {
             "benchmark": "bench", "schema": SCHEMA, "dry_run": self.dry_run, "command": self.command,
             "subject": self.subject, "model": self.model, "workload": self.workload, "recipe": self.recipe,
-            "backend": self.backend, "device": self.device, "card": self.card, "steps": self.steps,
-            "forwards": self.forwards, "extrapolated": self.extrapolated, "covers": self.covers,
+            "backend": self.backend, "device": self.device, "kernels": list(self.kernels), "card": self.card,
+            "steps": self.steps, "forwards": self.forwards, "extrapolated": self.extrapolated, "covers": self.covers,
             "request_s": self.request_s, "forward_s": self.forward_s, "memory_bytes": self.memory_bytes,
             "components": [_row(c) for c in self.components],
             "baselines": [self._beside(b) for b in self.baselines], "baselines_left_out": list(self.baselines_left_out),
-            "published": cells, "machine": dict(self.machine),
+            "published": cells, "during": self.during and dict(self.during),
+            "machine": dict(self.machine),
         }  # fmt: skip
 
     def _beside(self, baseline: Baseline) -> dict[str, Any]:

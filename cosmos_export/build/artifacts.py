@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.progress import Progress
-from cosmos_export.targets.plan_inspector import PlanSummary
+from cosmos_export.targets.plan_inspector import PlanSummary, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt_common import EngineReport
 from cosmos_export.targets.weights import Stored, file_size, layout, write_weights
@@ -52,6 +52,13 @@ class Engine:
     profiles: tuple[str, ...]
     weights: tuple[WeightInput, ...] = ()
     """Weights that it takes as inputs."""
+    layer_weights: Mapping[str, int] = field(default_factory=dict)
+    """Elements of the weight of each product that is part of a layer."""
+
+    @property
+    def narrow_share(self) -> float:
+        """The part of the layers' weights that is multiplied by in 8 or 4 bit, in the profile with the least."""
+        return min((narrow_share(g, self.layer_weights) for g in self.plan.graphs), default=0.0)
 
     @property
     def fused_attention(self) -> int:

@@ -202,12 +202,6 @@ def _precision(
         steps=schedule.steps,
         distilled=schedule.sampler == "distilled-sde",
     )
-    if found.schemes and target.backend == "inductor":
-        raise UnsupportedError(
-            "CX358",
-            f"recipe `{found.recipe}` is not built through PyTorch yet",
-            "build for TensorRT with `--backend tensorrt`, or unquantized with `--recipe bf16`",
-        )
     if found.schemes and checkpoint.dtype == "fp32" and target.backend == "tensorrt-rtx":
         raise UnsupportedError(
             "CX358",

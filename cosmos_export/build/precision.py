@@ -28,6 +28,7 @@ from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.assign_precision import AssignPrecision
 from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+from cosmos_export.passes.quantize_prefix import QuantizePrefix
 from cosmos_export.targets.onnx_lowering import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
@@ -48,10 +49,10 @@ def assign(program: Program, plan: Plan) -> None:
 
 def insert(program: Program, ranges: Ranges, step: int) -> None:
     """Quantize the labelled ``program`` as its sites compute from ``step`` on."""
-    rewrite = InsertQuantization(ranges, step)
-    rewrite.run(program)
-    program.history.append(rewrite.name)
-    verify(program, stage=rewrite.name)
+    for rewrite in (InsertQuantization(ranges, step), QuantizePrefix(ranges)):
+        if rewrite.run(program).modified:
+            program.history.append(rewrite.name)
+            verify(program, stage=rewrite.name)
 
 
 @dataclass(frozen=True)

@@ -479,7 +479,7 @@ def _build_engine(
     attention = len(graph.calls(*_ATTENTIONS))
     profiles = tuple(profile.name for profile in plan.profiles)
     check = _check(name, graph, summary, plan, dtype, in_loop)
-    return Engine(name, report, summary, check, attention, profiles, tuple(weights))
+    return Engine(name, report, summary, check, attention, profiles, tuple(weights), layer_weights(graph))
 
 
 _ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)

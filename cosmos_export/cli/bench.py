@@ -25,8 +25,13 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="nano, super or edge: random weights of the true size, no checkpoint.")
         ] = None,
         workload: Annotated[
-            str, typer.Option(help="Of a geometry: t2i-720p, t2v-480p-189f, policy-droid, … as `plan` has them.")
-        ] = "t2v-480p-189f",
+            str | None,
+            typer.Option(
+                help="Of a geometry: t2i-720p, t2v-480p-189f, policy-droid, … as `plan` has them, or reasoner. Of a "
+                "bundle: t2i, t2v, i2v, av, policy or reasoner, at the sizes of its profile.",
+                show_default="t2v-480p-189f; of a bundle what it was built for",
+            ),
+        ] = None,
         recipe: Annotated[
             str, typer.Option(help="Of a geometry: bf16, fp8 (W8A8 linears), or fp8-attention (these and attention).")
         ] = "bf16",
@@ -40,6 +45,13 @@ def register(app: typer.Typer) -> None:
         device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu.")] = None,
         attention: Annotated[
             str | None, typer.Option(help="Of a geometry: sdpa, triton or triton-fp8; default: the recipe's.")
+        ] = None,
+        kernels: Annotated[
+            str | None,
+            typer.Option(
+                help="Of a geometry: kernels of ours in place of the compiler's code, of norm-quantize, "
+                "activation-quantize, qkv-pack and sampler-step; several with commas."
+            ),
         ] = None,
         graphs: Annotated[
             Path | None, typer.Option(help="Graphs of the geometry, from benchmarks/geometry.py, captured elsewhere.")
@@ -57,7 +69,10 @@ def register(app: typer.Typer) -> None:
         warm_up: Annotated[int, typer.Option(help="Runs before them, after the one that compiles.")] = 1,
         max_regression: Annotated[float, typer.Option(help="compare: share by which B may be slower than A.")] = 0.05,
         dry_run: Annotated[
-            bool, typer.Option("--dry-run", help="Of a geometry: everything but its size, on the CPU.")
+            bool,
+            typer.Option(
+                "--dry-run", help="A geometry of tiny size on the CPU; of a bundle fewer runs than say anything."
+            ),
         ] = False,
         output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the measurement as JSON.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -72,20 +87,25 @@ def register(app: typer.Typer) -> None:
             return
         if len(arguments) != (0 if geometry is not None else 1):
             raise UserError("CX672", "bench takes one bundle, or --geometry, or `compare A B`", "give one of them")
-        from cosmos_export.bench.measure import BundleRequest, GeometryRequest, measure_bundle, measure_geometry
+        from cosmos_export.bench.bundle import BundleRequest, measure_bundle
+        from cosmos_export.bench.measure import GeometryRequest, measure_geometry
         from cosmos_export.bench.result import write
 
         command = " ".join(["cosmos-export", *sys.argv[1:]])
         if geometry is not None:
+            where = device or ("cpu" if dry_run else "cuda")
             asked = GeometryRequest(
-                geometry, workload, recipe, "cpu" if dry_run and device is None else device or "cuda", runs, warm_up,
-                graphs=graphs, attention=attention, compiled=not (eager or dry_run), baselines=baselines,
+                geometry, workload or "t2v-480p-189f", recipe, where, runs, warm_up,
+                graphs=graphs, attention=attention, kernels=frozenset(filter(None, (kernels or "").split(","))),
+                compiled=not (eager or dry_run), baselines=baselines,
                 dry_run=dry_run,
             )  # fmt: skip
             found = measure_geometry(asked, console.progress(), command)
         else:
             tokens = _tokens(prompt_tokens)
-            bundle = BundleRequest(Path(arguments[0]), profile, tokens, backend, device, runs, warm_up, dry_run)
+            bundle = BundleRequest(
+                Path(arguments[0]), workload, profile, tokens, backend, device, runs, warm_up, dry_run
+            )  # fmt: skip
             found = measure_bundle(bundle, console.progress(), command)
         document = found.document()
         if output is not None:
@@ -126,6 +146,9 @@ def _print(found: Measurement, document: dict[str, Any]) -> None:
     out.print(f"\nrequest {found.request_s:.4g} s: {found.covers}; {found.forwards} forwards in {found.steps} steps")
     if document["baselines"]:
         out.print(_baselines(document["baselines"]))
+    if document["during"]:
+        clock, power = document["during"]["sm_clock_mhz"], document["during"]["power_w"]
+        out.print(f"meanwhile: {_span(clock, 'MHz')}, {_span(power, 'W')}")
     for line in document["baselines_left_out"]:
         out.print(f"not compared with {line}")
     if document["published"]:
@@ -135,6 +158,10 @@ def _print(found: Measurement, document: dict[str, Any]) -> None:
             row = (cell["engine"], cell["recipe"], cell["gpu"], f"{cell['seconds']:g}", share, cell["measures"])
             table.add_row(*row, cell["step_cache"])
         out.print(table)
+
+
+def _span(found: dict[str, float] | None, unit: str) -> str:
+    return f"{found['median']:.0f} {unit} ({found['min']:.0f} to {found['max']:.0f})" if found else f"{unit} unknown"
 
 
 def _baselines(rows: list[dict[str, Any]]) -> Any:

@@ -364,7 +364,12 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             {
                 "graph": e.graph,
                 "size_bytes": e.report.size_bytes,
+                "attention": e.attention,
                 "fused_attention": e.fused_attention,
+                "attention_types": sorted({a.type for g in e.plan.graphs for a in g.attention}),
+                "gemms": dict(e.plan.graphs[0].gemm_types()) if e.plan.graphs else {},
+                "narrow_share": round(e.narrow_share, 4),
+                "dequantize_kernels": sorted({name for g in e.plan.graphs for name in g.dequantize}),
                 "activation_bytes": e.activation_bytes,
                 "profiles": list(e.profiles),
                 "build_s": round(e.report.build_s, 3),

@@ -43,6 +43,7 @@ def _document(target: Target) -> dict[str, Any]:
         "unified_memory": target.unified_memory,
         "peak_flops": dict(target.peak_flops),
         "precisions": list(target.precisions),
+        "also": {backend: list(schemes) for backend, schemes in target.also.items()},
         "refused": dict(target.refused),
         "traps": list(target.traps),
         "source": list(target.source),
@@ -68,7 +69,7 @@ def _table(targets: list[Target]) -> Any:
             _scaled(target.memory_bytes, 1e9),
             _scaled(target.bandwidth_bytes_per_s, 1e9),
             *(_scaled(rate, 1e12) for rate in rates),
-            " ".join(target.precisions),
+            " ".join((*target.precisions, *(f"{s} ({b})" for b, own in target.also.items() for s in own))),
         )
     table.caption = "bf16, fp8, nvfp4: dense TFLOP/s, FP32 accumulation; – where the sources give no figure"
     return table
@@ -84,6 +85,7 @@ def _details(target: Target) -> str:
         f"  bandwidth           {_scaled(target.bandwidth_bytes_per_s, 1e9)} GB/s",
         *(f"  {kind:<18}  {_scaled(rate, 1e12)} TFLOP/s dense" for kind, rate in target.peak_flops.items()),
         f"  precisions          {' '.join(target.precisions)}",
+        *(f"  with {backend:<13}  {' '.join(schemes)}" for backend, schemes in target.also.items()),
         *(f"  refused: {scheme}: {reason}" for scheme, reason in target.refused.items()),
         *(f"  trap: {trap}" for trap in target.traps),
         *(f"  source: {source}" for source in target.source),

@@ -13,6 +13,7 @@ import torch
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
+from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, run_loop_model, sampled, step_noise
 from cosmos_export.ir.graph import spec_of
@@ -135,28 +136,20 @@ class Parity:
         cut, in their order. ``quantized``: compared with the program
         itself in the interpreter (gate G0), since what quantization loses is measured elsewhere.
         """
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        values: dict[str, dict[str, dict[str, np.ndarray]]] = {c.name: {} for c in self._cases}
+        values: dict[str, dict[str, dict[str, Value]]] = {c.name: {} for c in self._cases}
         for name, graph in program.graphs.items():
             # One session at a time: the towers of a large model do not fit side by side.
             file = body if body is not None and name == program.loop.body else name
-            known: dict[str, dict[str, np.ndarray]] = {}
+            known: dict[str, dict[str, Value]] = {}
             for case in self._cases:
                 inputs, results = self._inputs(case), values[case.name]
                 known[case.name] = {i: inputs[i].numpy() for i in program.free_inputs(name)}
                 known[case.name] |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-            for model in (chains or {}).get(file, (file,)):
-                path = folder / f"{model}{suffix}"
-                session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-                takes, names = [i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()]
+            for piece in (chains or {}).get(file, (file,)):
+                model = Model(folder / f"{piece}{suffix}")
                 for given in known.values():
-                    found = session.run(names, {i: given[i] for i in takes})
-                    given.update(zip(names, found, strict=True))
-                del session
+                    given.update(model(given))
+                del model
             for case in self._cases:
                 values[case.name][name] = {output: known[case.name][output] for output in graph.outputs}
         errors = {}

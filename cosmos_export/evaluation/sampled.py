@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.fold_schedule import SCHEDULE
@@ -98,11 +98,11 @@ def run_loop_model(
     ``closed`` has the segments in order, by the name of their models. ``inputs`` holds the noise of every step.
     """
     first = next(iter(closed.values()))
-    results: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+    results: dict[tuple[str, str], dict[str, Value]] = {}
     for name in first.graphs:
         if name in (SCHEDULE, first.loop.body):
             continue  # the table of the one is in the models of the other
-        model = _Model(folder / f"{name}{suffix}")
+        model = Model(folder / f"{name}{suffix}")
         fed = {e.input: results[e.source, e.instance][e.output] for e in first.edges_into(name)}
         for instance in dict.fromkeys(i for segment in closed.values() for i in segment.instances(name)):
             prefix = f"{instance}_" if instance else ""
@@ -111,29 +111,10 @@ def run_loop_model(
     known = {name: value.numpy() for name, value in inputs.items()}
     for name, segment in closed.items():
         loop = segment.loop
-        model = _Model(folder / f"{name}{suffix}")
+        model = Model(folder / f"{name}{suffix}")
         edges = (e for e in segment.edges_into(loop.body) if e.source != SCHEDULE)
         fed = {e.input: results[e.source, e.instance][e.output] for e in edges}
         rows = {n: known[n][loop.span] for n in loop.rows if n in known}
         final = model(known | fed | rows)
         known |= {n: final[f"{n}_final"] for n in loop.returned}
     return {name: torch.from_numpy(value) for name, value in final.items()}
-
-
-class _Model:
-    """An ONNX model on the CPU."""
-
-    def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
-        self.inputs = [i.name for i in self._session.get_inputs()]
-        self._outputs = [o.name for o in self._session.get_outputs()]
-
-    def __call__(self, known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Its outputs by name; ``known`` may hold more than it takes."""
-        values = self._session.run(self._outputs, {name: known[name] for name in self.inputs})
-        return dict(zip(self._outputs, values, strict=True))

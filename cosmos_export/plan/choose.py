@@ -92,7 +92,8 @@ def _try(
         return Tried(recipe, error.message)
     parts = components(subject, workloads, chosen[0], branches)
     pairs = list(zip(workloads, schedules, strict=True))
-    devices = [device(subject, workload, parts, any(schedule.guided)) for workload, schedule in pairs]
+    share = chosen[0].cache_share
+    devices = [device(subject, workload, parts, any(schedule.guided), share) for workload, schedule in pairs]
     fit = "resident"
     if offered is not None and max(d.resident_bytes for d in devices) > offered:
         fit = "phases" if max(d.phased_bytes for d in devices) <= offered else "no"

@@ -202,7 +202,8 @@ class _Planner:
     def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Device:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
-        return device(self.subject, workload, self.parts([workload], target, recipe), guided)
+        share = self.precision(workload, target, recipe).cache_share
+        return device(self.subject, workload, self.parts([workload], target, recipe), guided, share)
 
     def load(self, workload: Workload) -> Load:
         schedule: Schedule = self.schedules[workload.name]

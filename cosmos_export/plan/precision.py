@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.recipe import CORE, LINEARS, Assignment, Recipe, resolve_recipe
+from cosmos_export.targets.recipe import CORE, HANDED_ON, LINEARS, Assignment, Recipe, resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,9 @@ class Precision:
     alone: tuple[int, ...]
     """Steps that multiply narrow weights by wide activations: in a loop that TensorRT-RTX builds, each is an engine."""
 
+    cache_share: float = 1.0
+    """Bytes of a prompt's keys and values beside those in bf16."""
+
     @property
     def generator(self) -> Mix:
         """What most steps compute in. What is stored is the same in all of them."""
@@ -109,6 +112,7 @@ def _added_up(
         steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
         alone=tuple(assigned.weight_only_steps()),
+        cache_share=sum(SCHEMES[assigned.scheme("und", HANDED_ON, n)].bits for n in range(layers)) / (16 * layers),
     )
 
 

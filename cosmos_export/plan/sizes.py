@@ -190,10 +190,11 @@ def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
     return int(2 * rows * width) + 2 * 2 * geometry.key_value_width * keys
 
 
-def cache_bytes(subject: Subject, workload: Workload, guided: bool) -> int:
-    """Keys and values of the prompt, and of the negative prompt where a step is guided."""
+def cache_bytes(subject: Subject, workload: Workload, guided: bool, share: float = 1.0) -> int:
+    """Keys and values of the prompt, and of the negative prompt where a step is guided. ``share``: of what they take in
+    bf16."""
     tokens = workload.prompt_tokens + (workload.negative_tokens if guided else 0)
-    return subject.geometry.kv_bytes_per_token() * tokens
+    return int(subject.geometry.kv_bytes_per_token() * tokens * share)
 
 
 def latent_bytes(subject: Subject, workload: Workload) -> int:
@@ -252,9 +253,11 @@ class Device:
         return max(self.phases.values())
 
 
-def device(subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool) -> Device:
-    """Device memory of ``workload`` on the engines ``parts``."""
-    cache, latents = cache_bytes(subject, workload, guided), latent_bytes(subject, workload)
+def device(
+    subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool, cache_share: float = 1.0
+) -> Device:
+    """Device memory of ``workload`` on the engines ``parts``. ``cache_share`` is that of `Precision`."""
+    cache, latents = cache_bytes(subject, workload, guided, cache_share), latent_bytes(subject, workload)
     used = [part for part in parts if _runs(part, workload)]
     of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": ("vae_", "sound_")}
     phases = {}

@@ -17,10 +17,13 @@ from cosmos_export.runtime.sessions import Array, Value
 
 NAME = "onnxruntime"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_FP8, _FP8_NAME, _FP8_ONNX = np.dtype(ml_dtypes.float8_e4m3fn), "tensor(float8e4m3fn)", 17
+"""The last is its number in ONNX (``TensorProto.FLOAT8E4M3FN``)."""
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(ml_dtypes.bfloat16),
+    _FP8_NAME: _FP8,
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
 }
@@ -40,7 +43,8 @@ class OnnxValue:
 
     def numpy(self) -> Array:
         array: Array = self.value.numpy()
-        return array
+        # ONNX Runtime gives a type that numpy lacks as bytes.
+        return array.view(_FP8) if self.value.data_type() == _FP8_NAME else array
 
 
 class OnnxSession:
@@ -86,6 +90,8 @@ class OnnxSession:
         array = np.ascontiguousarray(value, dtype=dtype)
         if np.shares_memory(array, value):  # the caller may change it; what is bound must not
             array = array.copy()
+        if dtype == _FP8:
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _FP8_ONNX)
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, *self._device)
 
     def close(self) -> None:

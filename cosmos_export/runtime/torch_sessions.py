@@ -1,13 +1,14 @@
 """Graphs of a bundle through PyTorch: compiled by inductor, on a GPU as captured CUDA graphs. The one backend that
 needs torch, which is imported when it is opened.
 
-A closed loop runs its body once a step: state, tables and noise are on the device before the first, and no step waits
-for the host. Weights are read once and shared by every graph that has the same.
+A closed loop is one call: state, tables and noise are on the device before its first step, and no step waits for the
+host. Weights are copied from the bundle's files to the device in pieces, once, and shared by every graph that has the
+same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,18 +101,20 @@ class TorchSession:
 
 
 class LoopSession:
-    """A closed loop: its body once a step."""
+    """A closed loop."""
 
     def __init__(
         self, name: str, executable: Executable, loop: Mapping[str, Any], tables: Mapping[str, torch.Tensor]
     ) -> None:
         self._name = name
         self._executable = executable
+        from cosmos_export.targets.inductor import Steps
+
         self._carried: dict[str, str] = dict(loop["carried"])
         self._taken, self._returned = tuple(loop["taken"]), tuple(loop["returned"])
-        self._steps: int = loop["steps"]
         self._tables = tables
-        self._rows = tuple(row for row in loop["rows"] if row not in tables)
+        rows = tuple(dict.fromkeys((*loop["rows"], *tables)))
+        self._steps = Steps(loop["steps"], self._carried, rows, self._returned)
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
@@ -131,21 +134,17 @@ class LoopSession:
         import torch
 
         given, tokens = _place(self._executable, self._free, feeds)
-        # The same for every step: a captured graph reads what it has a token for once.
-        steady = {name: object() for name in given if name not in self._carried and name not in self._rows}
-        tokens = {name: tokens.get(name, token) for name, token in steady.items()}
-        rows = {name: given.pop(name) for name in self._rows} | dict(self._tables)
-        state = {name: given.pop(name) for name in self._taken}
-        like = next(iter(state))
+        like = next(iter(self._taken))
         for name in self._carried:
-            if name not in state:
-                twin = state.get(f"{name.rpartition('_')[0]}_sample", state[like])
-                state[name] = torch.zeros_like(twin)
-        for step in range(self._steps):
-            now = {**given, **state, **{name: row[step] for name, row in rows.items()}}
-            made = _guarded(self._name, self._executable, now, tokens)
-            state = {name: made[result] for name, result in self._carried.items()}
-        return {f"{name}_final": TorchValue(state[name].clone()) for name in self._returned}
+            if name not in given:
+                given[name] = torch.zeros_like(given.get(f"{name.rpartition('_')[0]}_sample", given[like]))
+        # What never changes is read once: values that other graphs made, and the tables, each its own token. What is
+        # new in this call has a token of its own, for all the steps that are replayed on it.
+        tokens |= dict(self._tables)
+        tokens = {name: tokens.get(name, object()) for name in (*given, *self._tables) if name not in self._carried}
+        executable, steps = self._executable, self._steps
+        made = _guarded(self._name, lambda i, t: executable.loop(steps, i, t), {**given, **self._tables}, tokens)
+        return {f"{name}_final": TorchValue(value.clone()) for name, value in made.items()}
 
     def close(self) -> None:
         _forget(self)
@@ -167,10 +166,13 @@ def _place(
 
 
 def _guarded(
-    name: str, executable: Executable, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object]
+    name: str,
+    call: Callable[[Mapping[str, torch.Tensor], Mapping[str, object]], dict[str, torch.Tensor]],
+    inputs: Mapping[str, torch.Tensor],
+    tokens: Mapping[str, object],
 ) -> dict[str, torch.Tensor]:
     try:
-        return executable(inputs, tokens)
+        return call(inputs, tokens)
     except (RuntimeError, ValueError, TypeError) as error:  # torch's own, of the compiler too, are RuntimeErrors
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         hint = "fewer frames or a smaller size take less memory" if "out of memory" in str(error) else ""
@@ -226,25 +228,35 @@ class TorchBackend:
         (source,) = binding.sources
         key = (source.file, source.offset)
         if key not in self._weights:
-            self._weights[key] = _read(source).to(self._device)
+            self._weights[key] = load_weight(source, self._device)
         return self._weights[key]
 
     def close(self) -> None:
         self._weights.clear()
 
 
-def _read(source: Any) -> torch.Tensor:
-    """A weight on the host; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
-    from cosmos_export.ir.spec import INT4
-    from cosmos_export.targets.weights import read_source
+_PIECE_BYTES = 64 << 20
 
-    if source.dtype is not INT4:
-        return read_source(source)
+
+def load_weight(source: Any, device: torch.device) -> torch.Tensor:
+    """A weight on ``device``, straight from its file; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
     import torch
 
-    rows, columns = source.shape
-    mapped = np.memmap(source.file, np.uint8, "r", source.offset, (rows, columns // 2))
-    return torch.from_numpy(np.array(mapped))
+    from cosmos_export.ir.spec import INT4
+
+    packed = source.dtype is INT4
+    shape = (*source.shape[:-1], source.shape[-1] // 2) if packed else source.shape
+    dtype = torch.uint8 if packed else source.dtype
+    result = torch.empty(shape, dtype=dtype, device=device)
+    target = result.view(-1).view(torch.uint8)
+    if not target.numel():
+        return result
+    # Private pages that nothing writes to: torch wants memory that could be written.
+    mapped = np.memmap(source.file, np.uint8, "c", source.offset, (target.numel(),))
+    for start in range(0, target.numel(), _PIECE_BYTES):
+        piece = slice(start, start + _PIECE_BYTES)
+        target[piece].copy_(torch.from_numpy(mapped[piece]))
+    return result
 
 
 def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBackend:

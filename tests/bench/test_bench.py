@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from cosmos_export.bench.clock import Sample, Watch
 from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, linear_weights, read_graphs, write_graphs
 from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
 from cosmos_export.bench.published import published_cells, target_of
@@ -104,6 +106,14 @@ def test_a_baseline_is_diffusers_own_arithmetic(graphs: Path) -> None:
     # UniPC's first step is of first order: along the velocity, from one sigma to the next.
     assert torch.allclose(first, x + (sigmas[1] - sigmas[0]) * velocity.float(), atol=2e-2)
     assert not torch.equal(first, second)  # the second is the next of the trajectory
+
+
+def test_the_reasoner_alone(graphs: Path) -> None:
+    found = measure_geometry(asked(graphs, workload="reasoner"), Silent())
+    assert [(c.name, c.calls) for c in found.components] == [("reasoner", 1)]
+    assert (found.steps, found.forwards, found.forward_s, found.extrapolated) == (0, 0, None, "")
+    with pytest.raises(CosmosExportError, match="no reasoner without"):
+        measure_geometry(asked(graphs, workload="reasoner", baselines=True), Silent())
 
 
 def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
@@ -212,6 +222,39 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     assert all(row.get("right", True) for row in rows)
     checks = json.loads((tmp_path / "graphs-dry-run.json").read_text())["checks"]
     assert [check["right"] for check in checks] == [True, True]
+    numerics = json.loads((tmp_path / "numerics-dry-run.json").read_text())["checks"]
+    assert [check["recipe"] for check in numerics] == ["bf16", "fp8-w8a16", "fp8"]
+    fusions = json.loads((tmp_path / "fusions-dry-run.json").read_text())["fusions"]
+    names = [row["kernels"] for row in fusions]
+    assert names == [[], ["norm-quantize"], ["activation-quantize"], ["qkv-pack"], ["sampler-step"]]
+    beside = json.loads((tmp_path / "bench-t2v-480p-189f-bf16-dry-run.json").read_text())["baselines"]
+    assert [row["name"].split(",")[0] for row in beside] == ["diffusers"] * 2
+
+
+# -- what the GPU does meanwhile --------------------------------------------------------------------------------------
+
+
+def test_clocks_and_power_are_watched() -> None:
+    seen = iter(
+        [Sample(1980.0, None, 300.0, 40.0), Sample(1500.0, None, 650.0, 60.0), Sample(1700.0, None, 700.0, 70.0)]
+    )
+    with Watch(0, read=lambda: next(seen, None), period_s=0.001) as watch:
+        deadline = time.monotonic() + 20
+        while len(watch._samples) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    found = watch.summary()
+    assert found is not None and found["samples"] == 3
+    assert found["sm_clock_mhz"] == {"median": 1700.0, "min": 1500.0, "max": 1980.0}
+    assert found["power_w"] == {"median": 650.0, "min": 300.0, "max": 700.0} and found["memory_clock_mhz"] is None
+
+
+def test_without_a_gpu_nothing_is_watched() -> None:
+    with Watch(None) as watch:
+        pass
+    assert watch.summary() is None
+    with Watch(0, period_s=0.001) as watch:  # no driver: the tool finds no card
+        time.sleep(0.01)
+    assert watch.summary() is None or watch.source in ("NVML", "nvidia-smi")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -244,6 +287,9 @@ def test_a_good_machine_has_no_blocker() -> None:
     [
         (replace(GOOD, system="Windows AMD64"), None, "system", State.BLOCKER, "Linux"),
         (replace(GOOD, gpus=(replace(H100, driver="550.54"),)), None, "driver", State.BLOCKER, "580"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), None, "cuda", State.NOTE, "CPUs alone"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), "h100", "cuda", State.BLOCKER, "index-url"),
+        (replace(GOOD, versions={**EVERYTHING, "nvidia-cuda-runtime": "13.0"}), None, "cuda", State.OK, "13.0"),
         (replace(GOOD, memory_bytes=2 << 30), None, "memory", State.NOTE, "8 GiB"),
         (replace(GOOD, disk_bytes=2 << 30), None, "disk", State.NOTE, "40 GiB"),
         (replace(GOOD, gpus=()), None, "gpu", State.NOTE, "none"),

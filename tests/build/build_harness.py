@@ -194,3 +194,15 @@ def scale_table(checkpoint: Path, output: Path, margin: float = 1.1) -> Path:
         write_scale_table(ScaleTable(kept, {}, checkpoint_identity(found), {"data": "test requests"}), output)
 
     return once(output, make)
+
+
+def with_attention(scales: Path, output: Path, amax: float = 8.0) -> Path:
+    """The table ``scales`` with ranges of the generator's attention in every layer, at ``output``."""
+    from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
+
+    def make() -> None:
+        table = read_scale_table(scales)
+        ranges = {f"layers.{n}.attention.generator.{o}_amax": amax for n in range(3) for o in "qkv"}
+        write_scale_table(ScaleTable({**table.amax, **ranges}, {}, table.checkpoint, {}), output)
+
+    return once(output, make)

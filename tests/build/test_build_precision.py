@@ -27,6 +27,7 @@ from cosmos_export.passes.assign_precision import AssignPrecision
 from cosmos_export.passes.insert_quantization import InsertQuantization
 
 pytestmark = pytest.mark.xdist_group("builds")
+KEYS_VALUES = "und.attention.kv=fp8"
 FIXED = "256p-9f,und_len=33,sound_len=0,action_len=0"
 
 
@@ -156,11 +157,8 @@ def test_weights_in_a_loop_on_the_device(tmp_path: Path, edge: Path, monkeypatch
         resolve(harness.transformer_only(edge, Path("x"), target="cpu", weights="external"))
 
 
-def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, omni: Path, scales: Path) -> None:
-    table = read_scale_table(scales)
-    ranges = {f"layers.{n}.attention.generator.{o}_amax": 8.0 for n in range(3) for o in "qkv"}
-    complete = tmp_path / "scales"
-    write_scale_table(ScaleTable({**table.amax, **ranges}, {}, table.checkpoint, {}), complete)
+def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, shared: Path, omni: Path, scales: Path) -> None:
+    complete = harness.with_attention(scales, shared / "omni-kv-scales")
     options = {"target": "rtx-pro-6000", "calibration": complete}
     result = quantized(omni, tmp_path / "x", "fp8-attention", profiles=(FIXED,), **options)
     kinds = {e.graph: {a.type for a in e.plan.graphs[0].attention} for e in result.engines if e.attention}
@@ -170,6 +168,23 @@ def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, omni: Path, sca
     assert caught.value.code == "CX359" and "und_len" in caught.value.message and "und_len=" in caught.value.hint
     with pytest.raises(UserError, match=r"CX312.*q_amax of attention in layer 0"):
         quantized(omni, tmp_path / "z", "fp8-attention", profiles=(FIXED,), target="cpu", calibration=scales)
+
+
+@pytest.mark.parametrize("recipe", ["fp8", "fp8-attention"])
+def test_keys_and_values_of_the_prompt_in_fp8(
+    tmp_path: Path, shared: Path, omni: Path, scales: Path, recipe: str
+) -> None:
+    """Half the bytes from engine to engine, and every attention as fused as before; nothing is read as a weight."""
+    complete = harness.with_attention(scales, shared / "omni-kv-scales")
+    options = {"target": "rtx-pro-6000", "calibration": complete, "profiles": (FIXED,), "overrides": (KEYS_VALUES,)}
+    result = quantized(omni, tmp_path / "x", recipe, **options)
+    attention = {e.graph: {a.type for a in e.plan.graphs[0].attention} for e in result.engines if e.attention}
+    body = {"fp8"} if recipe == "fp8-attention" else {"bf16"}
+    assert attention == {"reasoner": {"bf16"}, "generator": {"bf16"}, "generator_2": body}
+    assert all(e.check.passed and e.fused_attention == e.attention for e in result.engines)
+    manifest = read_bundle(tmp_path / "x")
+    assert {t.dtype for t in manifest.graphs["reasoner"].outputs} == {"float8_e4m3fn"}
+    assert manifest.precision is not None and manifest.precision.table["und.attention.kv"] == "fp8"
 
 
 # -- patterns that are no quantized product ---------------------------------------------------------------------------
@@ -252,6 +267,16 @@ def test_onnx_runtime_runs_the_loop(tmp_path: Path, omni: Path, scales: Path, re
     (loop,) = result.quality
     assert loop.limit == 0.02 and 0 < loop.value <= loop.limit
     assert result.losses is not None and bool(result.losses.step_problems) == (recipe == "int4")
+
+
+def test_the_loop_runs_on_keys_and_values_in_fp8(tmp_path: Path, shared: Path, omni: Path, scales: Path) -> None:
+    complete = harness.with_attention(scales, shared / "omni-kv-scales")
+    options = {"overrides": (KEYS_VALUES,), "calibration": complete, "loop": "device", "parity": "auto", "steps": 3}
+    result = quantized(omni, tmp_path / "x", "bf16", quality="enforce", **options)
+    g0 = next(m for m in result.parity if m.stage == "ONNX Runtime, generator as quantized")
+    (loop,) = result.quality
+    assert g0.value < 1e-5 and 0 < loop.value < 1e-3
+    assert result.losses is not None and all(0 < step.relative < 0.02 for step in result.losses.steps)
 
 
 def test_the_identity_recipe_is_the_unquantized_build(tmp_path: Path, edge: Path) -> None:

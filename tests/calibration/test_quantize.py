@@ -199,6 +199,61 @@ def test_diffusers_reads_the_policy_and_the_weights(tmp_path: Path, source: Path
         assert error < (0.03 if found.expected[name].linear else 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int4", "nvfp4"])
+def test_modelopt_reads_what_is_written(kind: Format, tmp_path: Path, source: Path) -> None:
+    """Its own tensor classes give back what our bytes stand for. Of INT4 as exported it has a writer and no reader: of
+    what our bytes stand for it makes the same bytes."""
+    pytest.importorskip("modelopt", reason="needs nvidia-modelopt 0.47 (extra modelopt)")
+    from modelopt.torch.export.quant_utils import pack_int4_in_uint8
+    from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
+
+    def theirs(shape: tuple[int, ...], parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        weight, scale = parts["weight"], parts["weight_scale"]
+        if kind == "fp8":
+            return FP8QTensor(shape, torch.float32, weight).dequantize(scale=scale)
+        return NVFP4QTensor(shape, torch.float32, weight).dequantize(
+            scale=scale, double_scale=parts["weight_scale_2"], block_sizes={-1: 16}
+        )
+
+    quantize(source, source.parent / "scales", tmp_path / kind, kind=kind)
+    written, seen = entries(tmp_path / kind), 0
+    for name, want in open_checkpoint(source).expected.items():
+        if not want.linear:
+            continue
+        module = name.removesuffix("weight")
+        parts = {k.removeprefix(module): tensor(e) for k, e in written.items() if k.startswith(module)}
+        ours = dequantized(kind, parts)
+        if kind == "int4":
+            assert torch.equal(pack_int4_in_uint8(ours, parts["weight_scale"], 128), parts["weight"]), name
+        else:
+            assert torch.equal(theirs(tuple(want.shape), parts), ours), name
+        seen += 1
+    assert seen == 28
+
+
+def test_a_module_of_modelopt_takes_the_tensors(tmp_path: Path, source: Path) -> None:
+    """A linear that ModelOpt has quantized and compressed computes with our weight and scale in place of its own, up to
+    its own rounding of the scale to bfloat16 (0.4 %)."""
+    pytest.importorskip("modelopt", reason="needs nvidia-modelopt 0.47 (extra modelopt)")
+    import modelopt.torch.quantization as mtq
+
+    quantize(source, source.parent / "scales", tmp_path / "fp8")
+    linear, written = "layers.0.mlp_moe_gen.up_proj", entries(tmp_path / "fp8")
+    parts = {k.removeprefix(f"{linear}."): tensor(e) for k, e in written.items() if k.startswith(f"{linear}.")}
+    inputs = torch.linspace(-9, 9, 4 * parts["weight"].shape[1]).reshape(4, -1).bfloat16()
+    own = torch.nn.Linear(*reversed(parts["weight"].shape), bias=False, dtype=torch.bfloat16)
+    model: Any = mtq.quantize(torch.nn.Sequential(own), mtq.FP8_DEFAULT_CFG, lambda m: m(inputs))
+    mtq.compress(model)
+    state = model.state_dict()
+    assert state["0.weight"].dtype == parts["weight"].dtype and state["0.weight"].shape == parts["weight"].shape
+    model.load_state_dict(
+        {**state, "0.weight": parts["weight"], "0.weight_quantizer._scale": parts["weight_scale"]}, strict=True
+    )
+    model[0].input_quantizer.disable()
+    expected = inputs.float() @ dequantized("fp8", parts).T
+    assert float((model(inputs).float() - expected).norm() / expected.norm()) < 0.006
+
+
 def rewritten(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]) -> None:
     """The transformer's tensors as ``change`` distributes them over new shards."""
     from safetensors.torch import save_file

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from safetensors.torch import save_file
 from tiny_cosmos import Case, random_model, request, tiny_config
 
 from cosmos_export.capture.model import capture
+from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
@@ -45,7 +45,7 @@ def sources_on_disk(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, W
 
 def uniform(scheme: str) -> Callable[[str, str, int], tuple[str, ...]]:
     """``scheme`` for every linear."""
-    return lambda tower, kind, layer: ("bf16" if kind == "attention.core" else scheme,)
+    return lambda tower, kind, layer: ("bf16" if kind in ("attention.core", "attention.kv") else scheme,)
 
 
 class Tiny:
@@ -92,16 +92,12 @@ class Tiny:
 
     def run_onnx(self, program: Program) -> dict[str, torch.Tensor]:
         """In ONNX Runtime, one graph feeding the next."""
-        results: dict[str, dict[str, np.ndarray]] = {}
+        results: dict[str, dict[str, Value]] = {}
         for name, model in self.models(program, torch.float32).items():
             path = self.folder / f"{name}.onnx"
             onnx.save(model, path)
             onnx.checker.check_model(str(path))
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = 1
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             feed = {e.input: results[e.source][e.output] for e in program.edges_into(name)}
             feed |= {i: self.wide[i].numpy() for i in program.free_inputs(name)}
-            names = [o.name for o in session.get_outputs()]
-            results[name] = dict(zip(names, session.run(names, feed), strict=True))
+            results[name] = Model(path)(feed)
         return {k: torch.from_numpy(np.array(v)) for k, v in results[program.loop.body].items()}

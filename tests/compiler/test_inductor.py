@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
-from cosmos_export.targets.inductor import Executable, Settings, specialise
+from cosmos_export.targets.inductor import Captured, Executable, Function, Settings, Steps, specialise, unrolled
 from cosmos_export.targets.weights import layout
 
 CPU = torch.device("cpu")
@@ -105,6 +107,56 @@ def test_compiled_graphs_equal_the_reference(compiled: Compiled) -> None:
     inputs = inputs_of(body, compiled, requested(compiled, program))
     own = executable(body, compiled)
     assert_close(own(inputs), run_graph(body, inputs, compiled.weights), 5e-6)
+
+
+class Emulated(Captured):
+    """Replayed on the CPU as a CUDA graph is: reads the memory of its inputs, writes that of its first results."""
+
+    def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], Tensors]:
+        warm(self._inputs)
+        outputs = function(self._inputs)
+
+        def replay() -> None:
+            for name, value in {n: t.clone() for n, t in function(self._inputs).items()}.items():
+                outputs[name].copy_(value)
+
+        return replay, outputs
+
+
+def shifted(given: Mapping[str, torch.Tensor]) -> Tensors:
+    """A sampler's hand-over: what was the last becomes the one before, unchanged."""
+    return {"next_m0": given["x"] + given["m0"], "next_m1": given["m0"], "y": given["x"] * 2}
+
+
+def test_what_a_captured_graph_hands_through_survives_its_next_call() -> None:
+    own = Emulated(shifted, {name: torch.zeros(1) for name in ("x", "m0", "m1")})
+    state, expected = {"m0": torch.tensor([1.0]), "m1": torch.tensor([0.0])}, {"m0": 1.0, "m1": 0.0}
+    for x in (10.0, 20.0, 30.0):
+        made = own({"x": torch.tensor([x]), **state}, {})
+        expected = {"m0": x + expected["m0"], "m1": expected["m0"]}
+        state = {"m0": made["next_m0"], "m1": made["next_m1"]}
+        assert {name: float(t) for name, t in state.items()} == expected and float(made["y"]) == 2 * x
+
+
+def test_an_input_with_the_token_of_the_last_call_is_not_read_again() -> None:
+    own, token = Emulated(shifted, {name: torch.zeros(1) for name in ("x", "m0", "m1")}), object()
+    given = {"x": torch.tensor([5.0]), "m0": torch.tensor([1.0]), "m1": torch.zeros(1)}
+    for value, tokens, seen in ((5.0, {"x": token}, 10.0), (7.0, {"x": token}, 10.0), (7.0, {"x": object()}, 14.0)):
+        assert float(own({**given, "x": torch.tensor([value])}, tokens)["y"]) == seen
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_whole_loop_is_its_steps(capture: bool) -> None:
+    steps = Steps(3, {"m0": "next_m0", "m1": "next_m1"}, ("x",), ("m0", "m1"))
+    given = {"x": torch.tensor([[1.0], [10.0], [100.0]]), "m0": torch.tensor([1000.0]), "m1": torch.tensor([0.0])}
+    whole = unrolled(shifted, steps)
+    if capture:
+        own = Emulated(whole, given, warm=unrolled(shifted, replace(steps, count=1)))
+        assert float(own({**given, "m0": torch.zeros(1)}, {})["m1"]) == 11.0
+        found = own(given, {})
+    else:
+        found = whole(given)
+    assert {name: float(t) for name, t in found.items()} == {"m0": 1111.0, "m1": 1011.0}
 
 
 def test_layers_are_the_same_few_functions(compile_tiny: Any) -> None:

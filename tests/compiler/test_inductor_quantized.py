@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,17 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.progress import Silent
-from cosmos_export.runtime.torch_sessions import _read
-from cosmos_export.targets.inductor import Executable, Settings, scaled_linear, specialise
+from cosmos_export.runtime.torch_sessions import load_weight
+from cosmos_export.targets.inductor import (
+    Executable,
+    Settings,
+    dequantize,
+    dequantize_groups,
+    quantize,
+    rms_norm,
+    scaled_linear,
+    specialise,
+)
 from cosmos_export.targets.weights import layout, write_weights
 
 CPU = torch.device("cpu")
@@ -35,7 +45,7 @@ def loaded(graph: Graph, folder: Path) -> tuple[Graph, dict[str, torch.Tensor]]:
     write_weights(folder / "g.weights", stored, "weights", Silent())
     document = graph_document(graph, "g.weights", lambda b: (stored[b].offset, stored[b].size_bytes))
     again = read_graph(json.loads(json.dumps(document)), folder)
-    weights = {name: _read(node.meta["weight"].sources[0]) for name, node in again.weights.items()}
+    weights = {name: load_weight(node.meta["weight"].sources[0], CPU) for name, node in again.weights.items()}
     return again, weights
 
 
@@ -69,6 +79,29 @@ def test_quantized_graphs_are_the_graphs(tiny: Tiny, tmp_path: Path, scheme: str
         assert distance(found[name], exact[name]) < 1.25 * moved, name
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_what_the_compiler_makes_of_quantized_products() -> None:
+    """A norm, its quantization, a product with a scale a row, and one of INT4 weights: as the operations say."""
+    generator = torch.Generator().manual_seed(0)
+    x, norm = torch.randn(5, 32, generator=generator).bfloat16(), torch.ones(32).bfloat16()
+    weight = torch.randn(32, 32, generator=generator).to(torch.float8_e4m3fn)
+    row_scales, scale = torch.rand(32, generator=generator) + 0.1, torch.tensor(0.01)
+    packed = torch.randint(0, 256, (16, 16), generator=generator, dtype=torch.uint8)
+    groups = torch.rand(16, 2, generator=generator).bfloat16()
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        narrow = quantize(rms_norm(x, norm, 1e-6), scale)
+        y = scaled_linear(narrow, scale, weight, row_scales, torch.bfloat16)
+        return torch.nn.functional.linear(y, dequantize_groups(packed, groups))
+
+    found = torch.compile(layer, dynamic=False, fullgraph=True)(x)
+    narrow = ops.quantize(ops.rms_norm(x, norm, 1e-6), scale)
+    y = ops.dequantize(narrow, scale, torch.float32) @ ops.dequantize(weight, row_scales, torch.float32).T
+    numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(torch.int16)
+    wide = ops.dequantize_groups(torch.where(numbers > 7, numbers - 16, numbers).float(), groups.float())
+    assert distance(found, y @ wide.T) < 0.02
+
+
 def test_w8a8_is_one_product(tiny: Tiny) -> None:
     """Every linear of two quantized operands, and no widened weight beside it."""
     graph = tiny.quantized("fp8").graphs["generator"]
@@ -76,6 +109,19 @@ def test_w8a8_is_one_product(tiny: Tiny) -> None:
     calls = [node.target for chunk in chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
     both = [n for n in graph.calls(aten.linear.default) if all(a.target is ops.DEQUANTIZE for a in n.args[:2])]
     assert len(both) > 5 and calls.count(scaled_linear) == len(both)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_scale_for_each_output(bias: bool) -> None:
+    """Weights merged of several that were stored in FP8: their scales are those of their rows."""
+    x, weight = torch.randn(5, 32).to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
+    x_scale, w_scale = torch.tensor(0.5), torch.rand(48) + 0.1
+    given = torch.randn(48).bfloat16() if bias else None
+    found = scaled_linear(x, x_scale, weight, w_scale, torch.bfloat16, given)
+    wide = [ops.dequantize(t, s, torch.float32) for t, s in ((x, x_scale), (weight, w_scale))]
+    wanted = torch.nn.functional.linear(wide[0], wide[1], given.float() if given is not None else None)
+    assert distance(found, wanted) < 4e-3
+    assert torch.equal(dequantize(weight, w_scale, torch.bfloat16), ops.dequantize(weight, w_scale, torch.bfloat16))
 
 
 def test_a_product_that_the_library_does_not_take_is_widened() -> None:

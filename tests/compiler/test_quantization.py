@@ -123,7 +123,7 @@ def test_sites_follow_from_dataflow(model: Tiny) -> None:
         assert precision.tower == ("und" if reasoner else "gen"), keys
         assert f"layers.{precision.layer}." in keys[0]
     kinds = [(p.tower, p.kind) for p in found.values()]
-    assert {kind for _, kind in kinds} == set(KINDS) - {"attention.core"}
+    assert {kind for _, kind in kinds} == set(KINDS) - {"attention.core", "attention.kv"}
     assert all(kinds.count(("gen", kind)) == layers for kind in ("attention.out", "mlp.gate_up", "mlp.down"))
     by_kind = {(p.tower, p.kind, p.layer): keys for keys, p in found.items()}
     assert len(by_kind["gen", "attention.qkv", 0]) == 3

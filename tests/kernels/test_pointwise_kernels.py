@@ -129,6 +129,17 @@ def test_norm_quantize(width: int, dtype: torch.dtype, weight: torch.dtype, stat
     assert torch.allclose(scales, expected[1], rtol=1e-2 if dtype == BF16 else 1e-5)
 
 
+def test_the_residual_sum_apart() -> None:
+    """As a graph wants it, whose values nothing overwrites."""
+    x, delta, w = random(5, 33), random(5, 33, seed=1), random(33, seed=2)
+    before, total, scale = x.clone(), torch.empty_like(x), torch.tensor([0.02], device=DEVICE)
+    y, _ = norm.norm_quantize(x, w, 1e-6, scale, delta=delta, total=total)
+    assert torch.equal(x, before) and torch.equal(total, x + delta)
+    assert steps_apart(y, norm.reference(x, w, 1e-6, scale, delta=delta)[0]) <= 1
+    with pytest.raises(ValueError, match="without anything to add"):
+        norm.norm_quantize(x, w, 1e-6, scale, total=total)
+
+
 def test_norm_quantize_takes_rows_where_they_lie() -> None:
     wide = random(4, 100)
     x, w = wide[:, :64], random(64, seed=1)
@@ -154,6 +165,21 @@ def test_activation_quantize(gated: bool, static: bool, rows: int, width: int, d
     assert torch.allclose(scales, expected_scales, rtol=1e-2 if dtype == BF16 else 1e-5)
     found = y.float() * (scales if static else scales[:, None])
     assert torch.allclose(found, value.float(), rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_gate_and_up_in_turns(static: bool) -> None:
+    """Merged weights whose rows alternate: gate and up are every other element of the projection."""
+    merged = random(3, 65, 2)
+    gate, up = merged[..., 0], merged[..., 1]
+    scale = torch.tensor([0.03], device=DEVICE) if static else None
+    y, scales = act.activation_quantize(gate, up, scale, tile=Tile((64,)))
+    expected, expected_scales = act.reference(gate, up, scale)
+    assert steps_apart(y, expected) <= 1 and torch.allclose(scales, expected_scales, rtol=1e-2)
+    with pytest.raises(ValueError, match="strides"):
+        act.activation_quantize(gate, up.contiguous(), scale)
+    with pytest.raises(ValueError, match="strides"):
+        act.activation_quantize(random(3, 65, 3)[..., 0], None, scale)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter: silu(-1e4) is 0
@@ -195,6 +221,17 @@ def test_sampler_step_is_the_solvers(guided: bool, shape: tuple[int, ...], masks
     held = noisy == 0
     assert np.array_equal(state[0].cpu().numpy()[held], before[0][held])  # bit for bit
     assert torch.equal(narrow, state[0].to(BF16))
+
+
+def test_the_next_state_apart() -> None:
+    x = [random(4, 5, dtype=F32, seed=s) for s in range(4)]
+    before, into = [t.clone() for t in x], tuple(torch.empty_like(x[0]) for _ in range(3))
+    row, cond = random(10, dtype=F32, seed=9), random(4, 5, seed=8)
+    sampler_step.unipc_step(row, cond, None, *x, into=into, tile=Tile((64,)))
+    assert all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+    expected = sampler_step.reference(row, cond, None, *x)
+    for mine, theirs in zip(into, expected[:3], strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_sampler_step_has_the_solvers_columns() -> None:

@@ -279,3 +279,8 @@ def test_prompts_must_fit_the_profile() -> None:
 def test_shapes_the_model_does_not_have_are_refused() -> None:
     with pytest.raises(UserError, match="no sound is generated"):
         plan("edge", workload="t2v-480p-121f+sound")
+
+
+def test_keys_and_values_in_fp8_take_half() -> None:
+    whole, half = (plan("nano", settings=settings) for settings in ((), ("und.attention.kv=fp8",)))
+    assert 2 * half.loads[0].device.cache_bytes == whole.loads[0].device.cache_bytes > 0

@@ -125,6 +125,31 @@ def test_a_request_is_what_onnx_runtime_makes_of_it(gpu: Gpu, built: Path, manif
     assert set(gpu.engines) == {e.graph for e in manifest.engines}
 
 
+@pytest.fixture(scope="module")
+def narrow(shared: Path) -> Path:
+    """Keys and values of the prompt in FP8, nothing else quantized."""
+    checkpoint = harness.checkpoint(shared, "omni", "bfloat16")
+    scales = harness.with_attention(harness.scale_table(checkpoint, shared / "omni-scales"), shared / "omni-kv-scales")
+    arguments = ("--target", "rtx-pro-6000", "--parity", "never", "--modalities", "vision", "--components",
+                 "vae-decoder", "--loop", "device", "--steps", "3", "--guidance", "2", "--set", "und.attention.kv=fp8",
+                 "--calibration", scales, *PROFILES)  # fmt: skip
+    return harness.command_line_build(shared, "rtx.narrow", checkpoint, *arguments).path
+
+
+def test_keys_and_values_in_fp8_go_from_engine_to_engine(narrow: Path) -> None:
+    manifest = read_bundle(narrow)
+    handed = {t.name: t.dtype for t in manifest.graphs["reasoner"].outputs}
+    assert len(handed) == 6 and set(handed.values()) == {"float8_e4m3fn"}
+    gpu, reference = Gpu(narrow, manifest), Generator(load_bundle(narrow, backend="onnxruntime"))
+    found, expected = gpu.generator.generate(request(manifest)), reference.generate(request(manifest))
+    np.testing.assert_allclose(found.latents["vision"], expected.latents["vision"], rtol=0, atol=1e-5)
+    ids = np.arange(20, dtype=np.int64)
+    for value in reference._sessions["reasoner"].run({"input_ids": ids}).values():
+        array = value.numpy()
+        assert (array.dtype.name, array.itemsize, array.shape) == ("float8_e4m3fn", 1, (20, 2, 32))
+        assert np.isfinite(array.astype(np.float32)).all() and array.astype(np.float32).any()
+
+
 def test_a_repeated_loop_keeps_its_addresses(gpu: Gpu, manifest: Manifest) -> None:
     """Or the runtime would capture it again. The prompt's keys and values stay where they are, too."""
     for seed in range(3):

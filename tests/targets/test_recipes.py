@@ -93,6 +93,9 @@ def test_overrides_come_last() -> None:
         ("und@0:3=bf16", "CX353", "no steps"),
         ("gen.mlp=fp8-attention", "CX353", "mlp.gate_up takes"),
         ("gen.attention.core=fp8", "CX353", "attention.core takes"),
+        ("und.attention.core=fp8-attention", "CX353", "only `gen` has"),
+        ("gen.attention.kv=fp8", "CX353", "only `und` has"),
+        ("und.attention.kv=int4", "CX353", "attention.kv takes bf16, fp8"),
         ("gen.mlp@0:3=bf16", "CX354", "stored twice"),
         ("gen.mlp.down@5:6=int4", "CX354", "stored twice"),
         ("gen.mlp=mxfp8", "CX352", "dequantized"),
@@ -103,6 +106,12 @@ def test_overrides_that_are_refused(override: str, code: str, message: str) -> N
     with pytest.raises(CosmosExportError) as caught:
         resolved("fp8", override)
     assert caught.value.code == code and message in caught.value.message and caught.value.hint
+
+
+def test_what_the_reasoner_hands_on_is_a_place_of_its_own() -> None:
+    found = resolved("bf16", "und.attention.kv[1:3]=fp8")
+    assert found.table() == {"und.attention.kv[1:3]": "fp8"} and found.needs_calibration
+    assert "und.attention.kv" not in resolved("fp8", "und.attention=fp8").table()
 
 
 def test_overrides_that_contradict_each_other() -> None:

@@ -1,0 +1,118 @@
+"""Kernels of ours in compiled graphs: found by dataflow, switched one by one, and the graph computes what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Compiled
+from quantized import Tiny
+from test_denoise_loop import closed, schedule
+from test_inductor import executable, inputs_of, requested
+from test_inductor_quantized import inputs_of as quantized_inputs
+from test_inductor_quantized import loaded
+from tiny_cosmos import assert_close, distance
+
+from cosmos_export.kernels import operators
+from cosmos_export.kernels.interpret import device_rounding
+from cosmos_export.targets.inductor import Executable, Settings, packed_linear, specialise
+from cosmos_export.targets.inductor_fusions import KERNELS, fuse
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _rounding() -> Iterator[None]:
+    with device_rounding():
+        yield
+
+
+def calls(graph: Any, inputs: dict[str, torch.Tensor], *kernels: str) -> list[Any]:
+    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, kernels=kernels)
+    return [node.target for chunk in chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
+
+
+def stepped(body: Any, compiled: Compiled) -> dict[str, torch.Tensor]:
+    """Inputs of a step; what is a mask is 0 or 1."""
+    inputs = inputs_of(body, compiled, requested(compiled, compiled.final))
+    columns = inputs["action_columns"]
+    return inputs | {"action_columns": (torch.arange(columns.numel()) < 7).to(columns.dtype)}
+
+
+def test_the_sampler_and_the_projections_of_a_closed_loop(compiled: Compiled) -> None:
+    """Both branches, guidance and sampler, in fp32: the same numbers."""
+    body = closed(compiled, schedule()).graphs["generator"]
+    inputs = stepped(body, compiled)
+    layers, latents = compiled.config["num_hidden_layers"], 3 if compiled.config["sound_gen"] else 2
+    found = calls(body, inputs, "qkv-pack", "sampler-step")
+    assert found.count(operators.qkv_pack) == layers and found.count(operators.unipc_step) == latents
+    plain = executable(body, compiled, compiled=False)(inputs)
+    fused = executable(body, compiled, compiled=False, kernels=frozenset({"qkv-pack", "sampler-step"}))(inputs)
+    assert_close(fused, plain, 2e-6)
+    held = inputs["vision_mask"] == 0
+    same = fused["vision_sample_next"][:, :, held] == inputs["vision_sample"][:, :, held]
+    assert held.any() and same.all()  # bit for bit
+
+
+def test_an_unguided_step(compiled: Compiled) -> None:
+    body = closed(compiled, schedule(guidance=1.0)).graphs["generator"]
+    inputs = stepped(body, compiled)
+    assert operators.unipc_step in calls(body, inputs, "sampler-step")
+    plain = executable(body, compiled, compiled=False)(inputs)
+    fused = executable(body, compiled, compiled=False, kernels=frozenset({"sampler-step"}))(inputs)
+    assert_close(fused, plain, 2e-6)
+
+
+@pytest.fixture(scope="module", params=["omni", "edge"])
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return Tiny(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_quantization_behind_norms_and_activations(tiny: Tiny, tmp_path: Path) -> None:
+    graph = tiny.quantized("fp8").graphs["generator"]
+    inputs, layers = quantized_inputs(graph, tiny), tiny.config["num_hidden_layers"]
+    again, weights = loaded(graph, tmp_path)
+    plain = Executable(again, weights, CPU, Settings(compiled=False))(inputs)
+    exact = Executable(tiny.program.graphs["generator"], _weights(tiny), CPU, Settings(compiled=False))(inputs)
+    # The first norm of the first layer reads no sum that a kernel could make; every other one does.
+    expected = {
+        "norm-quantize": {operators.add_norm_quantize: 2 * layers - 1, operators.norm_quantize: 1},
+        "activation-quantize": {operators.activation_quantize: layers},
+    }
+    for kernel, counts in expected.items():
+        found = calls(again, inputs, kernel)
+        if tiny.backbone == "omni":
+            assert {target: found.count(target) for target in counts} == counts
+        else:
+            assert sum(found.count(target) for target in counts) == sum(counts.values())
+        fused = Executable(again, weights, CPU, Settings(compiled=False, kernels=frozenset({kernel})))(inputs)
+        for name, value in plain.items():
+            if value.numel():
+                # A sum of squares in another order moves some values by a step of E4M3.
+                assert distance(fused[name], value) < 0.5 * distance(value, exact[name]), (kernel, name)
+
+
+def _weights(tiny: Tiny) -> dict[str, torch.Tensor]:
+    return {n: tiny.weights(node.meta["weight"]) for n, node in tiny.program.graphs["generator"].weights.items()}
+
+
+def test_a_product_of_packed_weights() -> None:
+    """The kernel on the form in which a bundle has INT4."""
+    from cosmos_export.kernels import gemm_w4a16 as w4
+    from cosmos_export.targets.inductor import dequantize_groups
+
+    values = torch.randint(-8, 8, (24, 256), generator=torch.Generator().manual_seed(0))
+    x, scales = torch.randn(9, 256).bfloat16(), (torch.rand(24, 2) * 0.1).bfloat16()
+    bias = torch.randn(24).bfloat16()
+    found = packed_linear(x, w4.pack(values), scales, bias)
+    wide = dequantize_groups(w4.pack(values), scales.float())
+    assert distance(found, torch.nn.functional.linear(x.float(), wide, bias.float())) < 5e-3
+
+
+def test_kernels_are_known_by_name() -> None:
+    with pytest.raises(ValueError, match="none of norm-quantize"):
+        fuse(torch.fx.Graph(), ["norm"])
+    assert set(Settings().kernels) == set() and len(KERNELS) == 5
