@@ -74,7 +74,7 @@ def contents(bundle: Path) -> dict[str, Any]:
     return manifest
 
 
-KILLS = 4
+KILLS = 20
 
 
 def test_killed_at_random_moments(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ ROWS = json.loads(BUILDS.read_text())["rows"]
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['layers']}-{row['recipe']}")
 def test_sizes_and_memory_are_those_of_the_builds_that_were_measured(row: dict[str, Any]) -> None:
-    """Engines within 3 %, the memory of large builders and of the build within 15 %, and activations within 10 %."""
+    """Engines within 3 %, memory of large builders and of the build within 15 %, activations in bf16 within 10 %."""
     geometry = published_subject(row["model"]).geometry
     subject = replace(published_subject(row["model"]), geometry=replace(geometry, num_hidden_layers=row["layers"]))
     chains = row.get("chains", {})
@@ -164,7 +164,7 @@ def test_sizes_and_memory_are_those_of_the_builds_that_were_measured(row: dict[s
             memory = max(form.get("peak_anonymous_bytes") or 0 for form in forms)
             if memory > 2e9 and len(pieces) == max(1, len(part.parts)):
                 assert builder_bytes(part) == pytest.approx(memory, rel=0.15), name
-        if len(pieces) == 1 and part.activation_bytes:
+        if len(pieces) == 1 and part.activation_bytes and part.scheme != "fp8":
             assert part.activation_bytes == pytest.approx(pieces[0]["activation_bytes"], rel=0.10), name
     host = found.builds[row["target"]]
     whole = parts.keys() <= built.keys() | chains.keys()
