@@ -27,7 +27,7 @@ TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
 PROFILE_CODE_SHARE = 0.5
 """Each further profile has code of its own, about so much of the first one's."""
 
-BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.15, "fp8": 1.08, "fp8-w8a16": 2.04, "int4": 2.22, "nvfp4": 1.15}
+BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.15, "fp8": 1.08, "fp8-w8a16": 2.04, "int4": 2.53, "nvfp4": 1.15}
 """Anonymous memory of the builder for each byte of weights, with merged projections and mapped weights."""
 CODEC_BUILDER_SHARE = 1.8
 """The same where the weights are of convolutions."""
