@@ -35,7 +35,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def pieces_of(graph: Graph, share: float) -> list[Graph]:
     """``graph`` cut so that no piece has more than ``share`` of its weights."""
-    first, places = narrow_places(graph, SIZES, size_bytes)
+    first, places = narrow_places(graph, SIZES, lambda node: size_bytes(node.meta["weight"]))
     sizes = [first, *(place.weight_size for place in places)]
     cuts = partition(sizes, [0.0, *(float(place.crossing_bytes) for place in places)], share * sum(sizes))
     names = [f"{graph.name}_part_{index + 1}" for index in range(len(cuts) + 1)]
