@@ -105,7 +105,7 @@ def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stag
     if tiny.is_dir():
         yield Stage("graphs", 60, graph_stage)
     if find_spec("diffusers") is not None:
-        yield Stage("numerics", 60, lambda: _numerics(arguments, device))
+        yield Stage("numerics", 100, lambda: _numerics(arguments, device))
     for workload, kind, needs_s in WORKLOADS[:2] if dry else WORKLOADS:
         for recipe in RECIPES[1:] if dry else RECIPES:
             folder = arguments.graphs / (f"tiny-{kind}" if dry else f"{arguments.size}-{kind}")

@@ -11,7 +11,6 @@ import sympy
 from cosmos_export.ir.dims import Size, evaluate
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_weight, spec_of
 from cosmos_export.ir.ops import aten
-from cosmos_export.ir.spec import WeightBinding
 
 _RESHAPES = (aten.view.default, aten.reshape.default)
 
@@ -27,9 +26,7 @@ class Place:
     """Of the weights that are read from here to the next place."""
 
 
-def narrow_places(
-    graph: Graph, sizes: Mapping[str, int], weigh: Callable[[WeightBinding], float]
-) -> tuple[float, list[Place]]:
+def narrow_places(graph: Graph, sizes: Mapping[str, int], weigh: Callable[[Node], float]) -> tuple[float, list[Place]]:
     """The places of ``graph`` where less crosses than around them, in order, and the size of the weights before them.
 
     ``sizes``: what dims are taken to be. ``weigh``: the size of a weight. One that several operations read counts for
@@ -48,7 +45,7 @@ def narrow_places(
             change[max(users) + 1] -= size
             if spec_of(node).dtype.itemsize == 1:
                 quantized.update(range(index + 1, max(users) + 1))
-        weight_at[index] = sum(weigh(n.meta["weight"]) for n in node.all_input_nodes if is_weight(n))
+        weight_at[index] = sum(weigh(n) for n in node.all_input_nodes if is_weight(n))
     crossing, now = [], 0
     for index in range(len(order)):
         now += change[index]

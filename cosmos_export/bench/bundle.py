@@ -16,7 +16,7 @@ from cosmos_export.progress import Progress
 from cosmos_export.sampling import Schedule
 
 if TYPE_CHECKING:
-    from cosmos_export.bundle import Manifest
+    from cosmos_export.bundle import Manifest, ProfileRecord
     from cosmos_export.runtime import Generator, LoadedBundle, Result
     from cosmos_export.runtime.request import Request
 
@@ -73,12 +73,13 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     check_runs(request.runs, request.warm_up, request.dry_run)
     loaded = load_bundle(request.bundle, backend=request.backend, device=request.device, progress=progress)
     manifest = loaded.manifest
-    profile, dims = _profile(manifest, request.profile)
+    profile = _profile(manifest, request.profile)
+    dims = {name: span.opt for name, span in profile.dims.items()}
     name = request.workload or _built_for(manifest, dims)
     positive, negative = request.prompt_tokens or (dims["und_len"], dims["und_len"])
-    schedule = Schedule(**{n: manifest.options[f"schedule.{n}"] for n in Schedule.__dataclass_fields__})  # type: ignore[arg-type]
+    schedule = _schedule(manifest)
     alone = name == REASONER
-    requests = None if alone else _requests(manifest, name, dims, schedule, (positive, negative))
+    requests = None if alone else numbered_requests(manifest, name, profile, (positive, negative))
     session = loaded.backend.open(REASONER) if alone else None
     generator = None if alone else Generator(loaded)
 
@@ -109,7 +110,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     return Measurement(
         subject=str(request.bundle),
         model=manifest.model.variant,
-        workload=name if alone else f"{name}-{profile}",
+        workload=name if alone else f"{name}-{profile.name}",
         recipe=manifest.recipe,
         backend=loaded.backend.name,
         device=loaded.backend.device,
@@ -126,12 +127,12 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     )
 
 
-def _profile(manifest: Manifest, asked: str | None) -> tuple[str, dict[str, int]]:
+def _profile(manifest: Manifest, asked: str | None) -> ProfileRecord:
     profiles = {profile.name: profile for profile in manifest.profiles}
     chosen = asked or next(iter(profiles))
     if chosen not in profiles:
         raise UserError("CX672", f"profile `{chosen}` is none of {', '.join(profiles)}")
-    return chosen, {name: span.opt for name, span in profiles[chosen].dims.items()}
+    return profiles[chosen]
 
 
 def _built_for(manifest: Manifest, dims: Mapping[str, int]) -> str:
@@ -139,10 +140,16 @@ def _built_for(manifest: Manifest, dims: Mapping[str, int]) -> str:
     return "t2i" if dims["frames"] == 1 else mode if mode in KINDS else "t2v"
 
 
-def _requests(
-    manifest: Manifest, name: str, dims: Mapping[str, int], schedule: Schedule, tokens: tuple[int, int]
+def _schedule(manifest: Manifest) -> Schedule:
+    values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
+    return Schedule(**values)  # type: ignore[arg-type]
+
+
+def numbered_requests(
+    manifest: Manifest, name: str, profile: ProfileRecord, tokens: tuple[int, int]
 ) -> Callable[[int], Request]:
-    """Requests by number. What `name` needs and the bundle lacks is refused here."""
+    """Requests by number, at the optimum of ``profile`` and with no prompt twice. What ``name`` needs and the bundle
+    lacks is refused here."""
     import numpy as np
 
     from cosmos_export.runtime.asked import ENCODER
@@ -152,6 +159,7 @@ def _requests(
     if name not in KINDS:
         raise UserError("CX672", f"workload `{name}` is none of {', '.join((*KINDS, REASONER))}")
     kind, record = KINDS[name], manifest.request
+    schedule, dims = _schedule(manifest), {name: span.opt for name, span in profile.dims.items()}
     modalities = manifest.options["modalities"]
     for wanted, has in (("sound", kind.sound), ("action", kind.action)):
         if has and (wanted not in modalities or not dims.get(f"{wanted}_len")):  # type: ignore[operator]

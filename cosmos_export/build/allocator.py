@@ -6,17 +6,20 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's `mallopt`."""
-_ALWAYS = 2**31 - 1
+_NEVER = 2**31 - 1
+_LARGEST = 32 << 20
+"""Blocks of up to so many bytes, the most that glibc allows: what is larger leaves gaps that nothing fits into."""
 
 
 def keep_freed_memory() -> None:
-    """Large blocks come from the heap from now on, and the heap does not shrink. Nothing happens without glibc."""
+    """Blocks of up to 32 MiB come from the heap from now on, and the heap does not shrink. Nothing happens without
+    glibc."""
     library = _glibc()
     if library is not None:
-        library.mallopt(_MMAP_MAX, 0)
-        library.mallopt(_TRIM_THRESHOLD, _ALWAYS)
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        library.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def return_freed_memory() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cosmos_export.build.options import Plan
-from cosmos_export.ir.graph import Graph
-from cosmos_export.ir.spec import Format, WeightBinding
+from cosmos_export.build.precision import planned_type
+from cosmos_export.ir.graph import Graph, Node, is_op
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.spec import Format
 from cosmos_export.passes.cut_graph import cut_graph, narrow_places
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
 from cosmos_export.targets.partition import partition
@@ -15,7 +17,7 @@ from cosmos_export.targets.weights import size_bytes
 Pieces = Mapping[str, tuple[Graph, ...]]
 """Graph → what it is lowered as: itself, or the graphs it was cut into, in the order in which they run."""
 
-_SCHEMES = {None: "bf16", Format.FP8: "fp8", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
+_SCHEMES = {None: "bf16", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
 
 
 def cut_graphs(graphs: Mapping[str, Graph], plan: Plan) -> Pieces:
@@ -25,7 +27,7 @@ def cut_graphs(graphs: Mapping[str, Graph], plan: Plan) -> Pieces:
 
 def _cut(name: str, graph: Graph, plan: Plan) -> tuple[Graph, ...]:
     limit = None if plan.memory_budget is None else largest_part(plan.memory_budget, plan.layers)
-    whole = sum(builder_share_bytes(node.meta["weight"]) for node in graph.weights.values())
+    whole = sum(builder_share_bytes(node) for node in graph.weights.values())
     if limit is None or whole <= limit:
         return (graph,)
     sizes = {dim: max(profile.dims[dim].max for profile in plan.profiles) for dim in plan.profiles[0].dims}
@@ -49,7 +51,16 @@ def cut_notes(pieces: Pieces) -> list[str]:
     ]
 
 
-def builder_share_bytes(binding: WeightBinding) -> float:
-    """Anonymous memory that the builder takes for a weight."""
-    packing = binding.packing
-    return size_bytes(binding) * BUILDER_SHARE[_SCHEMES[None if packing is None else packing.format]]
+def builder_share_bytes(weight: Node) -> float:
+    """Anonymous memory that the builder takes for the placeholder ``weight``."""
+    return size_bytes(weight.meta["weight"]) * BUILDER_SHARE[_scheme(weight)]
+
+
+def _scheme(weight: Node) -> str:
+    """FP8 weights are kept as they are where the product reads FP8 activations; where it does not, the builder widens
+    them."""
+    packing = weight.meta["weight"].packing
+    if packing is None or packing.format is not Format.FP8:
+        return _SCHEMES[None if packing is None else packing.format]
+    linears = [node for user in weight.users for node in user.users if is_op(node, aten.linear.default)]
+    return "fp8" if any(planned_type(node) == "fp8" for node in linears) else "fp8-w8a16"

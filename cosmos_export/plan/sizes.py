@@ -27,11 +27,11 @@ TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
 PROFILE_CODE_SHARE = 0.5
 """Each further profile has code of its own, about so much of the first one's."""
 
-BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.09, "fp8": 1.08, "fp8-w8a16": 1.08, "int4": 2.22, "nvfp4": 1.15}
+BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.15, "fp8": 1.08, "fp8-w8a16": 2.04, "int4": 2.22, "nvfp4": 1.15}
 """Anonymous memory of the builder for each byte of weights, with merged projections and mapped weights."""
 CODEC_BUILDER_SHARE = 1.8
 """The same where the weights are of convolutions."""
-BUILDER_BYTES = 430_000_000
+BUILDER_BYTES = 300_000_000
 """Of the builder besides."""
 _BRIEF_BYTES = 100_000_000
 """Of weights: what has less is built in a moment."""
@@ -68,7 +68,8 @@ class Component:
     builder_weights: int
     """Anonymous memory that the builder takes for the weights of the engine, or of its largest part."""
     parts: tuple[int, ...] = ()
-    """Bytes of the engines that it is cut into, where one is too large for the host; none where it is one engine."""
+    """Bytes of the engines that it is cut into, where one is too large for the host; none where it is one engine. Of
+    the generator in the form that takes the most to build: others may be whole."""
 
 
 def components(
@@ -103,14 +104,21 @@ def components(
         activations = activation_bytes(geometry, rows[name], keys[name]) if rows[name] else 0
         if name == "generator" and branches > 1:
             activations = int(activations * LOOP_SHARE)
-        runs = _runs_of(graphs[name], mix, memory_budget, geometry)
+        # What some steps compute in may take more to build than what most of them do.
+        worst = max(_forms(name, mix, chosen), key=lambda form: _builder_weights(graphs[name], form))
+        runs = _runs_of(graphs[name], worst, memory_budget, geometry)
         parts = tuple(sum(stored_bytes(unit, mix) for unit in run) + code for run in runs) if len(runs) > 1 else ()
-        largest = max(sum(_builder_weights(unit, mix) for unit in run) for run in runs)
-        scheme, engine = "bf16" if mix is None else mix.label, sum(parts) if parts else weights + code
-        found.append(Component(name, parameters, weights, engine, activations, scheme, int(largest), parts))
+        largest = max(sum(_builder_weights(unit, worst) for unit in run) for run in runs)
+        scheme = "bf16" if mix is None else mix.label
+        found.append(Component(name, parameters, weights, weights + code, activations, scheme, int(largest), parts))
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
+
+
+def _forms(name: str, mix: Mix | None, chosen: Precision) -> list[Mix | None]:
+    """Every mix that graph ``name`` is built in."""
+    return [step for step, _ in chosen.steps] if name == "generator" else [mix]
 
 
 def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from cosmos_export.bench.clock import Sample, Watch
 from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, linear_weights, read_graphs, write_graphs
 from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
 from cosmos_export.bench.published import published_cells, target_of
@@ -227,6 +229,32 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     assert names == [[], ["norm-quantize"], ["activation-quantize"], ["qkv-pack"], ["sampler-step"]]
     beside = json.loads((tmp_path / "bench-t2v-480p-189f-bf16-dry-run.json").read_text())["baselines"]
     assert [row["name"].split(",")[0] for row in beside] == ["diffusers"] * 2
+
+
+# -- what the GPU does meanwhile --------------------------------------------------------------------------------------
+
+
+def test_clocks_and_power_are_watched() -> None:
+    seen = iter(
+        [Sample(1980.0, None, 300.0, 40.0), Sample(1500.0, None, 650.0, 60.0), Sample(1700.0, None, 700.0, 70.0)]
+    )
+    with Watch(0, read=lambda: next(seen, None), period_s=0.001) as watch:
+        deadline = time.monotonic() + 20
+        while len(watch._samples) < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+    found = watch.summary()
+    assert found is not None and found["samples"] == 3
+    assert found["sm_clock_mhz"] == {"median": 1700.0, "min": 1500.0, "max": 1980.0}
+    assert found["power_w"] == {"median": 650.0, "min": 300.0, "max": 700.0} and found["memory_clock_mhz"] is None
+
+
+def test_without_a_gpu_nothing_is_watched() -> None:
+    with Watch(None) as watch:
+        pass
+    assert watch.summary() is None
+    with Watch(0, period_s=0.001) as watch:  # no driver: the tool finds no card
+        time.sleep(0.01)
+    assert watch.summary() is None or watch.source in ("NVML", "nvidia-smi")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

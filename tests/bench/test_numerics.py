@@ -18,7 +18,7 @@ def test_ours_beside_diffusers() -> None:
     assert [row["recipe"] for row in rows] == ["bf16", "fp8-w8a16", "fp8"]
     assert all(row["right"] for row in rows), rows
     bf16, weight_only, w8a8 = (row["error"] for row in rows)
-    assert 0 < bf16 < 0.05 and weight_only < 0.05 and w8a8 > weight_only
+    assert 0 < bf16 < 0.05 and 0 < weight_only < 0.05 and weight_only < w8a8 < 0.2
 
 
 def test_a_wrong_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,9 +94,23 @@ def test_each_field_is_required(field: str) -> None:
         (["options", "deep"], [[1]], "options.deep[0]: [1] is an array, expected"),
         (["tools", "\ud800"], "1", r"tools: '\ud800' is not valid Unicode"),
         (
+            ["evaluation", 0, "verdict"],
+            "perhaps",
+            "verdict: 'perhaps' is a string, expected 'pass' or 'fail' or 'not-measured'",
+        ),
+        (
             ["engines", 0, "weights"],
-            "both",
-            "weights: 'both' is a string, expected 'embedded' or 'external'",
+            [
+                {
+                    "name": "w",
+                    "path": "engines/reasoner.plan",
+                    "offset": 1 << 40,
+                    "size_bytes": 8,
+                    "dtype": "bfloat16",
+                    "dims": [2, 2],
+                }
+            ],
+            "engines[0].weights[0]: 'w' is not within a file of this manifest",
         ),
         (["inputs", 0, "path"], "../secret", "inputs[0].path: '../secret' is not a normalised relative path"),
         (["inputs", 0, "path"], "a/./b", "is not a normalised relative path"),

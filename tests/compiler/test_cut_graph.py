@@ -23,6 +23,7 @@ from cosmos_export.targets.onnx_lowering import lower
 from cosmos_export.targets.partition import partition
 from cosmos_export.targets.weights import layout, size_bytes, write_weights
 
+pytestmark = pytest.mark.xdist_group("cut")
 SIZES = {"und_len": 64, "frames": 4, "height": 8, "width": 8, "sound_len": 16, "action_len": 16}
 CUT = ("reasoner", "generator")
 
@@ -34,7 +35,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def pieces_of(graph: Graph, share: float) -> list[Graph]:
     """``graph`` cut so that no piece has more than ``share`` of its weights."""
-    first, places = narrow_places(graph, SIZES, size_bytes)
+    first, places = narrow_places(graph, SIZES, lambda node: size_bytes(node.meta["weight"]))
     sizes = [first, *(place.weight_size for place in places)]
     cuts = partition(sizes, [0.0, *(float(place.crossing_bytes) for place in places)], share * sum(sizes))
     names = [f"{graph.name}_part_{index + 1}" for index in range(len(cuts) + 1)]
