@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/cosmos-export calibrate demo/checkpoint --data calibration/prompts.txt,licence=Apache-2.0,origin=synthetic \
 		--rollout --modalities vision,sound --samples 32 --steps 8 --frames 9 --profile $(DEMO_SIZE) -o demo/scales --force
 	$(BIN)/cosmos-export build demo/checkpoint -o demo/fp8 --target rtx-pro-6000 --profile 256p-17f+sound \
-		--recipe fp8 --calibration demo/scales --force
+		--modalities vision,sound --recipe fp8 --calibration demo/scales --quality report --force
 	$(BIN)/cosmos-export bundle verify demo/fp8
 	$(BIN)/cosmos-export run demo/fp8 --prompt "A robot arm folds a towel." --sound --backend onnxruntime \
 		-o demo/towel-fp8.mp4 --force

@@ -23,6 +23,7 @@ from cosmos_export.targets.onnx_lowering import lower
 from cosmos_export.targets.partition import partition
 from cosmos_export.targets.weights import layout, size_bytes, write_weights
 
+pytestmark = pytest.mark.xdist_group("cut")
 SIZES = {"und_len": 64, "frames": 4, "height": 8, "width": 8, "sound_len": 16, "action_len": 16}
 CUT = ("reasoner", "generator")
 
