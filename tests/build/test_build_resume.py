@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from cosmos_export.build.driver import build
 from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import verify_bundle
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.diagnostics import CosmosExportError, ToolError
+from cosmos_export.diagnostics import ToolError
 
 pytest.importorskip("tensorrt_rtx")
 _CONTEXT = multiprocessing.get_context("fork")
@@ -195,55 +194,3 @@ def test_what_is_gone_is_pruned_and_why_says_so(checkpoint: Path, tmp_path: Path
     assert {entry.key for entry in cache.entries()} == {entry.key for entry in cache.entries() if entry.present}
     cache.prune(everything=True)
     assert cache.entries() == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """A file system of its own, of so many bytes; asked again, it grows. Skips where nothing may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = False
-
-    def of(size_bytes: int) -> Path:
-        nonlocal mounted
-        remount = "remount," if mounted else ""
-        command = ["mount", "-t", "tmpfs", "-o", f"{remount}size={size_bytes}", "tmpfs", str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
-        mounted = True
-        return folder
-
-    yield of
-    if mounted:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_really_full(
-    checkpoint: Path,
-    whole: tuple[Path, float],
-    small_disk: Callable[[int], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Too small by ever less, so that each stage in its turn finds no room; in the end there is enough."""
-    from cosmos_export.build import driver
-
-    size = sum(path.stat().st_size for path in whole[0].rglob("*") if path.is_file())
-    # What the plan asks for beforehand would refuse these disks.
-    monkeypatch.setattr(driver, "_required_bytes", lambda plan: 0)
-    monkeypatch.setattr("cosmos_export.bundle.writer._SPARE_BYTES", 0)
-    cache, codes = tmp_path / "cache", list[str]()
-    for share in (0.1, 0.4, 0.8, 0.95):
-        disk = small_disk(int(share * size))
-        with pytest.raises(CosmosExportError) as caught:
-            build(options(checkpoint, disk / "bundle", resume=True, cache=cache))
-        codes.append(caught.value.code)
-        assert "No space left" in caught.value.message, caught.value.message
-        assert not (disk / "bundle").exists()
-        assert Cache(cache).entries() == []
-    assert len(set(codes)) > 1, codes
-    disk = small_disk(4 * size)
-    build(options(checkpoint, disk / "bundle", resume=True, cache=cache))
-    assert verify_bundle(disk / "bundle").ok
-    assert contents(disk / "bundle") == contents(whole[0])
