@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed-from-constraints
 DEMO_SIZE := und_len=1:1024:4096,frames=1:3:5,height=3:6:12,width=3:8:20,sound_len=0:16:64,action_len=0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup test demo lint coverage schema clean
+.PHONY: setup test test-all demo lint coverage schema clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: setup
+	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+
+test-all: setup
 	$(PYTEST) -n 2 --dist loadgroup
 
 demo: setup

@@ -36,7 +36,7 @@ from cosmos_export.runtime.torch_sessions import TorchBackend
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor import Settings
 
-pytestmark = pytest.mark.xdist_group("builds")
+pytestmark = pytest.mark.xdist_group("quantized")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYERS = 3
 

@@ -24,6 +24,8 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.ir.spec import Transform
 from cosmos_export.ir.text import print_program
 
+pytestmark = pytest.mark.xdist_group("codecs")
+
 Videos = Callable[[str], Video]
 Sounds = Callable[[str], Sound]
 SHAPES = [(1, 4, 4), (3, 6, 7), (5, 3, 5)]

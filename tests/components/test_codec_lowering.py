@@ -15,6 +15,8 @@ from conftest import Sound, Video
 
 from cosmos_export.ir.program import Program
 
+pytestmark = pytest.mark.xdist_group("codecs")
+
 Videos = Callable[[str], Video]
 Sounds = Callable[[str], Sound]
 TOLERANCE = 1e-4
