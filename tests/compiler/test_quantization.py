@@ -330,19 +330,6 @@ def test_pre_scales_go_into_the_norm_before(omni: Tiny, tmp_path: Path) -> None:
     assert_close(omni.run_onnx(program), scaled, 1e-5)
 
 
-def test_pre_scales_cancel_where_nothing_is_rounded(
-    omni: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """(x · s) · (W / s)ᵀ = x · Wᵀ without the rounding of INT4, up to one of the norm's weight times s to bf16."""
-    ranges = _with_pre_scales(omni, tmp_path)
-    program = omni.assigned(uniform("int4"))
-    InsertQuantization(ranges).run(program)
-    ones = lambda rows, group, dtype: torch.ones(rows.shape[0], rows.shape[1] // group)  # noqa: E731
-    monkeypatch.setattr(packing, "int4_scale", ones)
-    monkeypatch.setattr(packing, "to_int4", lambda rows, scale, group: rows)
-    assert_close(omni.run(program), omni.run(omni.program), 5e-3)
-
-
 def _with_low_rank(omni: Tiny, folder: Path, rank: int = 8) -> Ranges:
     """The largest singular vectors of every scaled weight; linears that read one value share the right ones."""
     ranges = _with_pre_scales(omni, folder)
@@ -375,13 +362,13 @@ def test_a_part_of_low_rank_is_multiplied_beside_the_product(omni: Tiny, tmp_pat
     assert sum(a.relative for a in losses) < 0.95 * sum(b.relative for b in without)
 
 
-def test_parts_of_low_rank_cancel_where_nothing_is_rounded(
-    omni: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("found", [_with_pre_scales, _with_low_rank])
+def test_what_was_searched_cancels_where_nothing_is_rounded(
+    omni: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: Callable[[Tiny, Path], Ranges]
 ) -> None:
-    """x · (W − U·D)ᵀ + (x · Dᵀ) · Uᵀ = x · Wᵀ, whatever U and D are rounded to."""
-    ranges = _with_low_rank(omni, tmp_path)
+    """(x · s) · (W / s − U·D)ᵀ + (x · s · Dᵀ) · Uᵀ = x · Wᵀ, up to a rounding of the norm's weight times s to bf16."""
     program = omni.assigned(uniform("int4"))
-    InsertQuantization(ranges).run(program)
+    InsertQuantization(found(omni, tmp_path)).run(program)
     ones = lambda rows, group, dtype: torch.ones(rows.shape[0], rows.shape[1] // group)  # noqa: E731
     monkeypatch.setattr(packing, "int4_scale", ones)
     monkeypatch.setattr(packing, "to_int4", lambda rows, scale, group: rows)
