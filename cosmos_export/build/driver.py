@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.allocator import keep_freed_memory
@@ -22,8 +23,11 @@ _DISK_MARGIN = 1.05
 _log = logging.getLogger("cosmos_export")
 
 
-def build(options: BuildOptions, progress: Progress | None = None) -> BuildResult:
+def build(
+    options: BuildOptions, progress: Progress | None = None, begins: Callable[[Plan], None] = lambda plan: None
+) -> BuildResult:
     """Compile ``options.checkpoint``; returns what was done. The bundle appears under its name when all of it is right.
+    ``begins`` is told what the request was resolved to, before any work.
 
     Raises UserError and UnsupportedError before any work for what cannot be built; FindingError where the results are
     not what the published implementation computes (CX601) or the engines not what was planned (CX450): then no bundle
@@ -32,6 +36,7 @@ def build(options: BuildOptions, progress: Progress | None = None) -> BuildResul
     progress = progress or Silent()
     keep_freed_memory()
     plan = resolve(options)
+    begins(plan)
     if options.output is None:
         return _compile_only(plan, progress)
     writer = BundleWriter(options.output, options.force, _required_bytes(plan), progress, options.resume)

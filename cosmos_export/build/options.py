@@ -180,9 +180,8 @@ def _recipe(
         Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
         for p in profiles
     ]
-    branches = 2 if options.loop == "device" and any(schedule.guided) else 1
     schedules = [schedule] * len(workloads)
-    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), branches)[0]
+    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), options.loop)[0]
 
 
 def _precision(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosmos_export.build.artifacts import Engine
+    from cosmos_export.build.options import Plan
     from cosmos_export.build.stages import BuildResult
     from cosmos_export.bundle import Planned
 
@@ -147,9 +148,12 @@ def register(app: typer.Typer) -> None:
             memory_budget=memory_budget,
             cache=None if no_cache else cache or default_folder(),
         )
-        if output is not None:
-            console.set_resume_command(_resume_command())
-        result = run(options, console.progress())
+
+        def begins(plan: Plan) -> None:
+            if output is not None:
+                console.set_resume_command(_resume_command(plan))
+
+        result = run(options, console.progress(), begins)
         document = _document(result, output)
         if output is not None:
             _write_report(output, document)
@@ -173,9 +177,12 @@ def interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _resume_command() -> str:
-    """This command, as it would be continued."""
-    arguments = [*sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume"])]
+def _resume_command(plan: Plan) -> str:
+    """This command, as it would be continued: with the memory budget that was found, or engines would be cut in other
+    places where the machine has less free by then."""
+    arguments = [*sys.argv[1:], *([] if plan.options.resume else ["--resume"])]
+    if plan.memory_budget is not None and plan.options.memory_budget is None:
+        arguments += ["--memory-budget", f"{plan.memory_budget / 2**30:g}GiB"]
     return shlex.join(["cosmos-export", *arguments])
 
 

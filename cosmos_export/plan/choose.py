@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import latency, missing_rates
 from cosmos_export.plan.precision import Precision, precision
-from cosmos_export.plan.sizes import components, device
+from cosmos_export.plan.sizes import components, device, engine_bytes, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Schedule
@@ -47,16 +47,15 @@ def choose(
     workloads: Sequence[Workload],
     schedules: Sequence[Schedule],
     offered: int | None,
-    branches: int = 1,
+    loop: str = "host",
 ) -> tuple[Recipe, list[Tried]]:
-    """The recipe to take, and what was tried. ``offered``: device memory; None for as much as there is.
+    """The recipe to take, and what was tried. ``offered``: device memory; None for as much as there is. ``loop``: who
+    runs it, the host or the device.
 
     Experimental recipes are left to those who ask for them by name. Of recipes that fit (resident before in phases) the
     fastest is taken, and of those as fast as it the one with the most bits. Where nothing fits, the smallest.
     """
-    tried = [
-        _try(load_recipe(name), subject, target, workloads, schedules, offered, branches) for name in recipe_names()
-    ]
+    tried = [_try(load_recipe(name), subject, target, workloads, schedules, offered, loop) for name in recipe_names()]
     possible = [one for one in tried if not one.refusal]
     for fit in ("resident", "phases"):
         fitting = [one for one in possible if one.fit == fit]
@@ -78,7 +77,7 @@ def _try(
     workloads: Sequence[Workload],
     schedules: Sequence[Schedule],
     offered: int | None,
-    branches: int,
+    loop: str,
 ) -> Tried:
     if recipe.experimental:
         return Tried(recipe, "experimental")
@@ -90,16 +89,17 @@ def _try(
         chosen = [precision(recipe, (), target, subject.geometry, s.steps, distilled=distilled) for s in schedules]
     except UnsupportedError as error:
         return Tried(recipe, error.message)
+    branches = 2 if loop == "device" and any(any(schedule.guided) for schedule in schedules) else 1
     parts = components(subject, workloads, chosen[0], branches)
     pairs = list(zip(workloads, schedules, strict=True))
-    share = chosen[0].cache_share
-    devices = [device(subject, workload, parts, any(schedule.guided), share) for workload, schedule in pairs]
+    share, copies = chosen[0].cache_share, weight_copies(target, chosen[0].engines(schedules[0], target, loop))
+    devices = [device(subject, workload, parts, any(schedule.guided), copies, share) for workload, schedule in pairs]
     fit = "resident"
     if offered is not None and max(d.resident_bytes for d in devices) > offered:
         fit = "phases" if max(d.phased_bytes for d in devices) <= offered else "no"
     times = [_seconds(subject, w, s, c, target) for (w, s), c in zip(pairs, chosen, strict=True)]
     seconds = sum(t for t in times if t is not None) if None not in times else None
-    weights = sum(part.weight_bytes for part in parts)
+    weights = engine_bytes(parts, copies)
     return Tried(recipe, "", weights, fit, seconds, target.efficiency is not None)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import Latency, latency, missing_rates
 from cosmos_export.plan.precision import Precision, precision
-from cosmos_export.plan.sizes import Component, Device, Host, components, device, host
+from cosmos_export.plan.sizes import Component, Device, Host, components, device, host, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import Work, passes, request_work
 from cosmos_export.plan.workload import Workload
@@ -118,9 +117,7 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
     loads = tuple(planner.load(workload) for workload in request.workloads)
-    segments = max(len(planner.precision(workload, planner.runs[0]).steps) for workload in request.workloads)
-    if request.loop == "device":
-        segments = max(planner.segments(workload, planner.runs[0]) for workload in request.workloads)
+    segments = max(planner.engines(workload, planner.runs[0]) for workload in request.workloads)
     return Estimate(
         subject=subject.name,
         variant=subject.variant,
@@ -185,13 +182,10 @@ class _Planner:
         geometry = self.subject.geometry
         return precision(recipe or self.request.recipe, settings, target, geometry, steps, distilled=distilled)
 
-    def segments(self, workload: Workload, target: Target) -> int:
-        """Engines that a loop on the device has: runs of steps with the same branches and the same schemes."""
-        chosen, guided = self.precision(workload, target), self.schedules[workload.name].guided
-        kinds = list(zip(guided, chosen.of_step, strict=True))
-        for step in chosen.alone if target.backend == "tensorrt-rtx" else ():
-            kinds[step] = guided[step], len(kinds) + step
-        return 1 + sum(a != b for a, b in pairwise(kinds))
+    def engines(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> int:
+        """Engines that have the generator's weights."""
+        chosen = self.precision(workload, target, recipe)
+        return chosen.engines(self.schedules[workload.name], target, self.request.loop)
 
     def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
@@ -203,7 +197,11 @@ class _Planner:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         share = self.precision(workload, target, recipe).cache_share
-        return device(self.subject, workload, self.parts([workload], target, recipe), guided, share)
+        parts, copies = (
+            self.parts([workload], target, recipe),
+            weight_copies(target, self.engines(workload, target, recipe)),
+        )
+        return device(self.subject, workload, parts, guided, copies, share)
 
     def load(self, workload: Workload) -> Load:
         schedule: Schedule = self.schedules[workload.name]

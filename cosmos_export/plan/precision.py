@@ -12,6 +12,7 @@ from functools import cache
 from types import MappingProxyType
 
 from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.recipe import CORE, HANDED_ON, LINEARS, Assignment, Recipe, resolve_recipe
 
@@ -85,6 +86,16 @@ class Precision:
     def generator(self) -> Mix:
         """What most steps compute in. What is stored is the same in all of them."""
         return max(self.steps, key=lambda entry: entry[1])[0]
+
+    def engines(self, schedule: Schedule, target: Target, loop: str) -> int:
+        """Engines that have the generator's weights: where the host runs the ``loop``, one for each mix; on the
+        ``device`` one for each run of steps with the same guidance branches and the same mix."""
+        if loop == "host":
+            return len(self.steps)
+        keys = list(self.of_step)
+        for step in self.alone if target.backend == "tensorrt-rtx" else ():
+            keys[step] = len(keys) + step
+        return len(schedule.segments_by(keys))
 
     @property
     def computes(self) -> frozenset[str]:

@@ -18,6 +18,7 @@ from cosmos_export.plan.precision import SCHEMES, Mix, Precision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
+from cosmos_export.targets import Target
 from cosmos_export.targets.partition import partition
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
@@ -240,7 +241,8 @@ class Device:
     activations_bytes: int
     """Of the engine that needs the most: engines run one after the other and share it."""
     phases: Mapping[str, int]
-    """With only that phase's engines on the device: ``prefill``, ``denoise``, ``decode``."""
+    """With only that phase's engines on the device: ``prefill``, ``denoise`` (of bodies that take turns one),
+    ``decode``."""
 
     @property
     def resident_bytes(self) -> int:
@@ -253,10 +255,22 @@ class Device:
         return max(self.phases.values())
 
 
+def weight_copies(target: Target, engines: int) -> int:
+    """How many times the generator's weights lie on the device, of which so many ``engines`` have them: each engine of
+    a builder holds its own, and graphs in PyTorch read the same tensors."""
+    return 1 if target.backend == "inductor" else engines
+
+
 def device(
-    subject: Subject, workload: Workload, parts: Sequence[Component], guided: bool, cache_share: float = 1.0
+    subject: Subject,
+    workload: Workload,
+    parts: Sequence[Component],
+    guided: bool,
+    copies: int = 1,
+    cache_share: float = 1.0,
 ) -> Device:
-    """Device memory of ``workload`` on the engines ``parts``. ``cache_share`` is that of `Precision`."""
+    """Device memory of ``workload`` on the engines ``parts``. ``copies``: of the generator's weights. ``cache_share``
+    is that of `Precision`."""
     cache, latents = cache_bytes(subject, workload, guided, cache_share), latent_bytes(subject, workload)
     used = [part for part in parts if _runs(part, workload)]
     of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": ("vae_", "sound_")}
@@ -267,7 +281,7 @@ def device(
             phases[phase] = sum(p.engine_bytes for p in own) + max(p.activation_bytes for p in own)
             phases[phase] += latents + (cache if phase != "decode" else 0)
     return Device(
-        weights_bytes=sum(part.engine_bytes for part in used),
+        weights_bytes=engine_bytes(used, copies),
         cache_bytes=cache,
         latent_bytes=latents,
         activations_bytes=max(part.activation_bytes for part in used),

@@ -228,6 +228,7 @@ class Generator:
     ) -> dict[str, Array]:
         """One call of the body a step and branch; guidance and sampler here, in float32."""
         plan, body = request.schedule, self._loop.body
+        bodies = self._loop.bodies or (body,) * plan.steps
         rows = self._step_rows(request)
         table = coefficient_table(plan)
         states = {name: State.start(value) for name, value in samples.items()}
@@ -236,7 +237,7 @@ class Generator:
         for step in range(plan.steps):
             now = {**inputs, **{f"{name}{_LATENT}": state.sample for name, state in states.items()}}
             now |= {name: values[step] for name, values in rows.items()}
-            runs = self._loop.bodies[step] if self._loop.bodies else body
+            runs = bodies[step]
             found = [self._run(runs, now, fed) for fed in branches[: 2 if plan.guided[step] else 1]]
             for latent, output in self._loop.carried.items():
                 name = latent.removesuffix(_LATENT)
@@ -251,14 +252,14 @@ class Generator:
                 else:
                     moved = distilled_step(table[step], states[name].sample, velocity, noise[name][step], mask)
                     states[name] = State.start(moved)
+            if runs not in bodies[step + 1 : step + 2]:
+                self._done_with(runs)
             progress.update("denoise", step + 1)
         progress.end("denoise")
-        for name in {body, *self._loop.bodies}:
-            self._done_with(name)
         return {name: state.sample for name, state in states.items()}
 
     def _step_rows(self, request: Request) -> dict[str, Array]:
-        """What the body takes of each step, [steps, …]: the bundle's table, or computed for other timesteps.
+        """What every body takes of each step, [steps, …]: the bundle's table, or computed for other timesteps.
 
         A table of a narrower type than the body's would round once more than the loop on the device does.
         """
@@ -266,11 +267,12 @@ class Generator:
         manifest, timesteps = self.bundle.manifest, np.array(request.schedule.timesteps, np.float32)
         tables = read_header(self.bundle.root / SCHEDULE_TABLE).tensors
         built = np.array_equal(tables["timesteps"].array(), timesteps)
+        first = (*self._loop.bodies, self._loop.body)[0]
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
             table = tables[edge.output].array()
-            if built and table.dtype == self._session(self._loop.body).inputs[edge.input]:
+            if built and table.dtype == self._session(first).inputs[edge.input]:
                 rows[edge.input] = table[:, None]
                 continue
             graph = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)

@@ -55,7 +55,11 @@ def load_bundle(
 
 
 def _opened(name: str, root: Path, manifest: Manifest, device: str | None) -> Backend:
-    backend = _OPEN[name](root, manifest, device)
+    return chained(_OPEN[name](root, manifest, device), manifest)
+
+
+def chained(backend: Backend, manifest: Manifest) -> Backend:
+    """``backend`` with the graphs of ``manifest`` that were cut, each as the one session of its parts."""
     if not manifest.chains:
         return backend
     cut = {graph: manifest.graphs[graph] for graph in manifest.chains}

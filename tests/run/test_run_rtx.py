@@ -23,7 +23,9 @@ import cosmos_export.runtime.rtx_sessions as rtx_sessions
 from cosmos_export.build.driver import build
 from cosmos_export.bundle import Manifest, read_bundle
 from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
+from cosmos_export.runtime.loading import chained
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.rtx_sessions import RtxBackend
 from cosmos_export.sampling import Schedule
@@ -61,7 +63,7 @@ class Gpu:
         self.trt, self.engines = fake_gpu.fake_trt(self.cuda, root, manifest)
         device = cuda_memory.connect(self.cuda, 0, manifest.target.compute_capability)
         self.backend = RtxBackend(self.trt, device, root, manifest)
-        self.generator = Generator(LoadedBundle(root, manifest, self.backend))
+        self.generator = Generator(LoadedBundle(root, manifest, chained(self.backend, manifest)))
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +110,39 @@ def test_weights_that_are_inputs_lie_on_the_device_once(external: Path) -> None:
     assert addresses <= gpu.cuda.blocks.keys()
     again.close()
     assert not addresses & gpu.cuda.blocks.keys()
+
+
+@pytest.fixture(scope="module")
+def cut(shared: Path) -> Path:
+    """A bundle of the same request whose towers are engines in a row, as the memory budget allows no larger ones."""
+    path = shared / "rtx.cut"
+
+    def make() -> None:
+        options = {"modalities": ("vision",), "steps": 3, "guidance": 2.0, "profiles": PROFILES[1::2]}
+        checkpoint = harness.checkpoint(shared, "omni", "float32")
+        budget = f"{(compiler_bytes(3) + BUILDER_BYTES) / 1e6 + 0.25}MB"
+        build(harness.transformer_only(
+            checkpoint, path, target="rtx-pro-6000", parity="always", memory_budget=budget, **options
+        ))  # fmt: skip
+
+    return harness.once(path, make)
+
+
+def test_engines_in_a_row_are_one(cut: Path, built: Path) -> None:
+    manifest = read_bundle(cut)
+    assert {graph: len(parts) > 1 for graph, parts in manifest.chains.items()} == {"reasoner": True, "generator": True}
+    gpu = Gpu(cut, manifest)
+    reference = Generator(load_bundle(built, backend="onnxruntime"))
+    for wanted in (request(manifest), request(manifest, ids=7, frames=1)):
+        found, expected = gpu.generator.generate(wanted), reference.generate(wanted)
+        np.testing.assert_allclose(found.latents["vision"], expected.latents["vision"], rtol=0, atol=1e-5)
+    assert {part for parts in manifest.chains.values() for part in parts} < gpu.engines.keys()
+    free = gpu.cuda.free_bytes
+    gpu.generator.generate(request(manifest, ids=7, frames=1, seed=1))
+    assert gpu.cuda.free_bytes == free
+    gpu.generator.close()
+    del gpu.generator, gpu.backend._scratch
+    assert gpu.cuda.blocks == {}
 
 
 @pytest.fixture

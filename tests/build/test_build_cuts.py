@@ -1,0 +1,68 @@
+"""What a memory budget refuses before any work; what it cuts is run in `tests/run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import build_harness as harness
+import pytest
+
+from cosmos_export.build.options import resolve
+from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.plan.sizes import BUILDER_BYTES, builder_bytes, compiler_bytes
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(shared: Path) -> Path:
+    return harness.checkpoint(shared, "omni", "bfloat16")
+
+
+def refused(checkpoint: Path, output: Path, **options: Any) -> tuple[str, int, str, str]:
+    given = {"target": "rtx-pro-6000", "modalities": ("vision",), **options}
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(checkpoint, output / "bundle", **given))
+    assert harness.leftovers(output) == []
+    return caught.value.code, caught.value.exit_code, caught.value.message, caught.value.hint
+
+
+@pytest.mark.parametrize("size", ["16", "16 gigabytes", "-1GiB", "0GiB", "GiB", "1e3MB", "nanGiB"])
+def test_a_budget_that_is_not_a_size(checkpoint: Path, tmp_path: Path, size: str) -> None:
+    code, status, message, hint = refused(checkpoint, tmp_path, memory_budget=size)
+    assert (code, status) == ("CX456", 2)
+    assert f"memory budget `{size}` is not a size" in message and "16GiB" in hint
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"target": "cpu"}, "for target `cpu` with onnxruntime none are built here"),
+     ({"target": "h100", "backend": "tensorrt"}, "for target `h100` with tensorrt none are built here"),
+     ({"weights": "external"}, "engines whose weights are inputs take little")],
+)  # fmt: skip
+def test_a_budget_that_bounds_nothing(checkpoint: Path, tmp_path: Path, options: dict[str, Any], why: str) -> None:
+    code, status, message, _ = refused(checkpoint, tmp_path, memory_budget="16GiB", **options)
+    assert (code, status) == ("CX456", 2) and why in message
+
+
+def test_an_engine_that_cannot_be_cut_small_enough(checkpoint: Path, tmp_path: Path) -> None:
+    code, status, message, hint = refused(checkpoint, tmp_path, memory_budget="500MB")
+    assert (code, status) == ("CX457", 3)
+    assert "building the engine of reasoner takes 0.7 GiB of memory, and the budget is 0.5 GiB" in message
+    assert "`--memory-budget 1GiB`" in hint
+
+
+def test_a_loop_on_the_device_is_not_cut(checkpoint: Path, tmp_path: Path) -> None:
+    budget = f"{(compiler_bytes(3) + BUILDER_BYTES) / 1e6 + 0.15}MB"
+    code, status, message, hint = refused(checkpoint, tmp_path, memory_budget=budget, loop="device")
+    assert (code, status) == ("CX457", 3)
+    assert "a loop on the device is one engine" in message and "`--loop host` cuts it" in hint
+    host = resolve(harness.transformer_only(
+        checkpoint, tmp_path / "bundle", target="rtx-pro-6000", modalities=("vision",), memory_budget=budget
+    ))  # fmt: skip
+    from cosmos_export.build.planned import parts
+
+    cut = {part.name: len(part.parts) for part in parts(host)}
+    assert cut["generator"] > 1
+    assert all(compiler_bytes(3) + builder_bytes(part) <= (host.memory_budget or 0) for part in parts(host))
