@@ -23,12 +23,14 @@ class Builders:
     """Runs work that waits for a builder in threads. A context manager: what runs when the block fails is stopped.
 
     A piece of work starts when what it and those that run are expected to take is within ``memory_bytes`` (None: any
-    amount), or when none runs; the first that was submitted is the first that starts.
+    amount) less what is held, or when none runs and nothing is held; the first that was submitted is the first that
+    starts.
     """
 
     def __init__(self, memory_bytes: int | None, progress: Progress) -> None:
         self._memory_bytes = memory_bytes
         self._used: dict[int, int] = {}
+        self._held = 0
         self._turn, self._next = 0, 0
         self._changed = threading.Condition()
         self._stop = threading.Event()
@@ -53,6 +55,12 @@ class Builders:
         number, self._next = self._next, self._next + 1
         return self._pool.submit(self._run, number, work, memory_bytes)
 
+    def hold(self, memory_bytes: int) -> None:
+        """From now on so much is taken by other work of the build."""
+        with self._changed:
+            self._held = memory_bytes
+            self._changed.notify_all()
+
     def _run(self, number: int, work: Callable[[Progress], T], memory_bytes: int) -> T:
         with self._changed:
             self._changed.wait_for(lambda: self._stop.is_set() or self._may_start(number, memory_bytes))
@@ -69,8 +77,8 @@ class Builders:
     def _may_start(self, number: int, memory_bytes: int) -> bool:
         if number != self._turn:
             return False
-        free = self._memory_bytes is None or sum(self._used.values()) + memory_bytes <= self._memory_bytes
-        return free or not self._used
+        taken = self._held + sum(self._used.values())
+        return self._memory_bytes is None or taken + memory_bytes <= self._memory_bytes or not taken
 
 
 class Locked:

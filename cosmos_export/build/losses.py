@@ -119,11 +119,15 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
             insert(programs[keys[step]], ranges, step)
         return programs[keys[step]]
 
-    linears: dict[tuple[str, str], LinearLoss] = {}
+    # Steps that compute alike are seen on their own latents, or on the first ones where none of theirs are recorded.
+    alike: dict[tuple[int, ...], list[int]] = {}
     for key in dict.fromkeys(keys):
-        step = keys.index(key)
-        seen = [now for at, now in recorded if keys[at] == key] or [recorded[0][1]]
-        for loss in linear_losses(watched, quantized(step), step, seen, weights, whole=seen_of is None):
+        seen = tuple(index for index, (at, _) in enumerate(recorded) if keys[at] == key) or (0,)
+        alike.setdefault(seen, []).append(keys.index(key))
+    linears: dict[tuple[str, str], LinearLoss] = {}
+    for seen, steps_of in alike.items():
+        forms, latents = {step: quantized(step) for step in steps_of}, [recorded[index][1] for index in seen]
+        for loss in linear_losses(watched, forms, latents, weights, whole=seen_of is None):
             linears.setdefault((loss.site, loss.scheme), loss)
     narrow = plan.precision.schemes & {"int4", "nvfp4"}
     limits = FOUR_BIT_STEPS if narrow else FP8_STEPS

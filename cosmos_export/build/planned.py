@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cosmos_export.build.options import Plan
 from cosmos_export.bundle import Planned
 from cosmos_export.plan.precision import precision
-from cosmos_export.plan.sizes import BUILDER_BYTES, Component, builder_bytes, components, host
+from cosmos_export.plan.sizes import BUILDER_BYTES, Component, builder_bytes, components, gates_bytes, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
 
@@ -38,7 +38,7 @@ def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) ->
         index = int(number or 1) - 1
         if index < len(sizes):
             found[f"engine {engine.graph}"] = Planned(sizes[index], engine.report.size_bytes)
-    built = host(_subject(plan), list(known.values()), plan.generator_engines, True, plan.memory_budget)
+    built = host(_subject(plan), list(known.values()), plan.generator_engines, True, plan.memory_budget, plan.quantized)
     peak = built.peak_anonymous_bytes
     return {**found, "peak anonymous memory": Planned(peak, peak_anonymous_bytes)}
 
@@ -63,6 +63,11 @@ def builder_memory(plan: Plan) -> Callable[[str], int]:
         return known.get("generator" if name.startswith(_BODIES) else name, BUILDER_BYTES)
 
     return of
+
+
+def gates_memory(plan: Plan) -> int:
+    """What measuring a quantized model is expected to take of memory, beside the builders."""
+    return gates_bytes(plan.checkpoint.geometry) if plan.quantized else 0
 
 
 def _subject(plan: Plan) -> Subject:

@@ -42,7 +42,7 @@ from cosmos_export.build.losses import Losses, measure_losses, require_losses, w
 from cosmos_export.build.memory import available_bytes
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
-from cosmos_export.build.planned import builder_memory
+from cosmos_export.build.planned import builder_memory, gates_memory
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
 from cosmos_export.build.schedule import schedule_table, timesteps
@@ -180,6 +180,14 @@ def _build(
         suffix = _write_onnx(program, variants, result.pieces, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
+    inputs_of = _WeightInputs(program, variants, plan)
+    towers: list[Future[Engine]] = []
+    if plan.target.backend == "tensorrt-rtx":
+        return_freed_memory()
+        memory = builder_memory(plan)
+        work_of = _tower_engines(program, variants, closed, inputs_of, result, writer)
+        builders.hold(gates_memory(plan))
+        towers = [builders.submit(work, memory(name)) for name, work in work_of]
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -203,14 +211,11 @@ def _build(
     _require_parity(result.parity)
     if result.losses is not None:
         require_losses(result.losses, result.quality, plan)
-    inputs_of = _WeightInputs(program, variants, plan)
+    return_freed_memory()
+    builders.hold(0)
     if plan.target.backend == "tensorrt-rtx":
-        return_freed_memory()
         with stages("engines", shown=False):
-            memory = builder_memory(plan)
-            towers = _tower_engines(program, variants, closed, inputs_of, result, writer)
-            builds = [builders.submit(work, memory(name)) for name, work in towers]
-            result.engines += [build.result() for build in builds]
+            result.engines += [build.result() for build in towers]
             result.engines += [build.result() for engines in codec_builds for build in engines.values()]
             result.notes += _left_out(result)
         _require_plans(result.engines)

@@ -99,41 +99,57 @@ class LinearLoss:
 
 
 def linear_losses(
-    plain: Program, quantized: Program, step: int, inputs: Sequence[Tensors], weights: Weights, *, whole: bool = True
+    plain: Program,
+    quantized: Mapping[int, Program],
+    inputs: Sequence[Tensors],
+    weights: Weights,
+    *,
+    whole: bool = True,
 ) -> list[LinearLoss]:
-    """The loss of every quantized linear, in order, each on what it reads in the unquantized program ``plain``.
+    """The loss of every quantized linear in each of its schemes, each on what it reads in the unquantized ``plain``.
 
-    ``plain`` is labelled by `assign_precision`; ``quantized`` is what it becomes from ``step`` on. The quantized linear
-    is the one in its graph, with its quantizers and packed weight: what is wrong there shows here. Weights are told by
-    what they are made of, in whatever order. One without an unquantized counterpart counts as lost altogether, if
-    ``plain`` is the ``whole`` model and not its beginning.
+    ``plain`` is labelled by `assign_precision`; ``quantized`` is what it becomes, by the step from which on it is that.
+    The quantized linear is the one in its graph, with its quantizers and packed weight: what is wrong there shows here.
+    Weights are told by what they are made of, in whatever order. One without an unquantized counterpart counts as lost
+    altogether, if ``plain`` is the ``whole`` model and not its beginning.
     """
-    forms = {frozenset(keys): node for graph in quantized.graphs.values() for keys, node in _quantized_linears(graph)}
-    error: dict[frozenset[str], list[float]] = {}
-    found: dict[frozenset[str], Precision] = {}
+    forms: dict[_Form, Node] = {}
+    for step, program in quantized.items():
+        for graph in program.graphs.values():
+            for keys, node in _quantized_linears(graph):
+                forms.setdefault((frozenset(keys), _precision_of(node).at(step)), node)
+    schemes: dict[frozenset[str], list[str]] = {}
+    for keys, scheme in forms:
+        schemes.setdefault(keys, []).append(scheme)
+    error: dict[_Form, list[float]] = {}
 
     def see(node: Node, x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> None:
         keys = frozenset(node.args[1].meta["weight"].keys)
-        if keys not in forms or not y.numel():
-            return
-        lossy = _run_linear(forms[keys], x, weights)
-        found[keys] = node.args[1].meta["precision"]
-        sums = error.setdefault(keys, [0.0, 0.0])
-        sums[0] += float((lossy.double() - y.double()).square().sum())
-        sums[1] += float(y.double().square().sum())
+        for scheme in schemes.get(keys, ()) if y.numel() else ():
+            lossy = _run_linear(forms[keys, scheme], x, weights)
+            sums = error.setdefault((keys, scheme), [0.0, 0.0])
+            sums[0] += float((lossy.double() - y.double()).square().sum())
+            sums[1] += float(y.double().square().sum())
 
     for one in inputs:
         run_program(plain, one, weights, compute=torch.float32, observe=watch_linears(see))
-    for keys in forms.keys() - found.keys() if whole else ():
-        weight = next(n for n in forms[keys].args[1].all_input_nodes if "precision" in n.meta)
-        found[keys], error[keys] = weight.meta["precision"], [inf, 1.0]
     losses = []
-    for keys, precision in found.items():
-        scheme = precision.at(step)
-        lost, total = error[keys]
+    for form in (*error, *(forms.keys() - error.keys() if whole else ())):
+        lost, total = error.get(form, (inf, 1.0))
+        place, scheme = _precision_of(forms[form]), form[1]
         limit = LINEAR_LIMITS[scheme] * LINEAR_MARGIN
-        losses.append(LinearLoss(precision.tower, precision.kind, precision.layer, scheme, _share(lost, total), limit))
+        losses.append(LinearLoss(place.tower, place.kind, place.layer, scheme, _share(lost, total), limit))
     return losses
+
+
+_Form = tuple[frozenset[str], str]
+"""A quantized linear: the keys of its weight, and its scheme."""
+
+
+def _precision_of(linear: Node) -> Precision:
+    """The label of a quantized linear's weight."""
+    found: Precision = next(n for n in linear.args[1].all_input_nodes if "precision" in n.meta).meta["precision"]
+    return found
 
 
 def _share(lost: float, whole: float) -> float:

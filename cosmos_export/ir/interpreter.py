@@ -74,7 +74,7 @@ def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
             together = binding.transform is Transform.INTERLEAVE
             whole = torch.stack(up, dim=1).flatten(0, 1) if together else torch.cat(up)
             rows = rows - whole @ as_multiplied(read(binding.packing.low_rank.down), binding.packing)
-        return pack_rows(binding.packing, rows, tensor_scale(binding.packing, rows.abs().amax()))
+        return pack_rows(binding.packing, rows, tensor_scale(binding.packing, packs.largest(rows)))
 
     return value
 
@@ -144,6 +144,11 @@ def run_graph(
     values: dict[Node, torch.Tensor] = {}
     with torch.no_grad():
         for node in graph.nodes:
+            if "weight" in node.meta and node not in kept:
+                continue  # read where it is used: a graph lists all of its weights before what it does with them
+            for operand in node.all_input_nodes:
+                if operand not in values:
+                    values[operand] = _value(operand, inputs, weights, known, values, widen)
             values[node] = _value(node, inputs, weights, known, values, widen)
             if observe is not None and node.op == "call_function":
                 observe(node, values)

@@ -81,7 +81,8 @@ def dequantize(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torc
 
     ``scale`` is float32 [], or [N] with one for each row of ``x`` [N, K].
     """
-    return (x.to(torch.float32) * (scale if scale.dim() == 0 else scale.unsqueeze(-1))).to(dtype)
+    wide = x.to(torch.float32)
+    return wide.mul_(scale if scale.dim() == 0 else scale.unsqueeze(-1)).to(dtype)
 
 
 @torch.library.custom_op("cosmos_export::dequantize_groups", mutates_args=())

@@ -31,6 +31,12 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude in ``x``, without a copy of it."""
+    low, high = x.aminmax()
+    return torch.maximum(-low, high)
+
+
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
     """float32. Divided in float64, so that 448 · s in float64 gives back the scale s; of float32 the quotient is the
     same."""
@@ -39,7 +45,7 @@ def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
 
 def to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """``x / scale`` in E4M3, saturated."""
-    return (x.to(torch.float32) / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return (x.to(torch.float32) / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 def groups_of(rows: torch.Tensor, size: int) -> torch.Tensor:
@@ -55,7 +61,7 @@ def int4_scale(rows: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tens
 def to_int4(rows: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
     """int8 [N, K] of whole numbers −8 … 7."""
     quotient = groups_of(rows, group) / scale.to(torch.float32).unsqueeze(-1)
-    return quotient.round().clamp(-8, 7).to(torch.int8).flatten(-2)
+    return quotient.round_().clamp_(-8, 7).to(torch.int8).flatten(-2)
 
 
 def nvfp4_scale(amax: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,14 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
             for workload, load in zip(request.workloads, loads, strict=True)
         ),
         builds={
-            t.name: host(subject, parts, segments, t.backend != "onnxruntime", request.memory_budget)
+            t.name: host(
+                subject,
+                parts,
+                segments,
+                t.backend != "onnxruntime",
+                request.memory_budget,
+                bool(request.recipe.schemes or request.settings),
+            )
             for t in planner.runs
         },
     )

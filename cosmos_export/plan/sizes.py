@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, groupby, pairwise
+from itertools import groupby, pairwise
 
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
@@ -38,6 +38,9 @@ _BRIEF_BYTES = 100_000_000
 """Of weights: what has less is built in a moment."""
 COMPILER_BYTES, COMPILER_LAYER_BYTES = 450_000_000, 4_000_000
 """Anonymous memory of the process that captures, lowers and waits, and for each layer."""
+
+GATES_SHARE = 19
+"""Bytes that measuring a quantized linear takes, for each of its parameters."""
 
 STREAM_WIDTHS = {True: 2.65, False: 4.5}
 """How many values of the model's width a row has at the widest point of a layer besides those of its MLP; with a gate
@@ -333,11 +336,17 @@ def typical(rates: tuple[float, float]) -> float:
 
 
 def host(
-    subject: Subject, parts: Sequence[Component], segments: int, tensorrt: bool, memory_budget: int | None = None
+    subject: Subject,
+    parts: Sequence[Component],
+    segments: int,
+    tensorrt: bool,
+    memory_budget: int | None = None,
+    quantized: bool = False,
 ) -> Host:
     """The build of ``parts``; ``segments``: engines that have the generator's weights, each its own copy.
 
     ``memory_budget``: within which two builders run at a time, as the compiler lets them; None: one at a time.
+    ``quantized``: what that loses is measured beside the first towers.
     """
     layers = subject.geometry.num_hidden_layers
     compiler = compiler_bytes(layers)
@@ -353,19 +362,35 @@ def host(
         + len(subject.codecs) * CODEC_S[i]
         for i in (1, 0)
     )
-    together = _together(parts, peaks, segments, 0 if memory_budget is None else memory_budget - compiler)
+    limit = 0 if memory_budget is None else memory_budget - compiler
+    together = _together(parts, peaks, segments, limit, gates_bytes(subject.geometry) if quantized else 0)
     return Host(compiler + max(together, peaks.get(largest, 0)), largest, bundle, (low, high))
 
 
-def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: int, limit: int) -> int:
-    """What two builders at a time take at most, of those that do not take more than ``limit``."""
-    running = [
-        peaks[part.name]
-        for part in parts
-        if part.name in peaks and part.builder_weights > _BRIEF_BYTES
-        for _ in range(max(1, len(part.parts)) * (segments if part.name == "generator" else 1))
-    ]
-    return max((a + b for a, b in combinations(running, 2) if a + b <= limit), default=0)
+def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: int, limit: int, gates: int) -> int:
+    """What two builders at a time take at most, of those that do not take more than ``limit``: neighbours in the order
+    of their turns. Codecs have theirs while the towers are captured, and ``gates`` run beside the first tower."""
+    codecs, towers = (
+        [
+            peaks[part.name]
+            for part in parts
+            if part.name in peaks and part.builder_weights > _BRIEF_BYTES
+            if part.name.startswith(_CODEC_ENGINES) == of_codecs
+            for _ in range(max(1, len(part.parts)) * (segments if part.name == "generator" else 1))
+        ]
+        for of_codecs in (True, False)
+    )
+    pairs = [a + b for turns in (codecs, towers) for a, b in pairwise(turns)]
+    first = [gates + one for one in towers[:1]]
+    return max((taken for taken in (*pairs, *first) if taken <= limit), default=0)
+
+
+_CODEC_ENGINES = ("vae_", "sound_")
+
+
+def gates_bytes(geometry: Geometry) -> int:
+    """Anonymous memory of measuring a quantized model, one linear at a time: the largest is an MLP's first."""
+    return GATES_SHARE * (2 if geometry.gated else 1) * geometry.intermediate_size * geometry.hidden_size
 
 
 def builder_bytes(part: Component) -> int:
@@ -379,7 +404,7 @@ def engine_bytes(parts: Sequence[Component], segments: int) -> int:
 
 def model_bytes(subject: Subject, parts: Sequence[Component]) -> int:
     """Weights beside the models: each once; a codec's two graphs share one file, and folded weights are fp32."""
-    towers = sum(part.weight_bytes for part in parts if not part.name.startswith(("vae_", "sound_")))
+    towers = sum(part.weight_bytes for part in parts if not part.name.startswith(_CODEC_ENGINES))
     time = sum(4 * tensor.elements for tensor in subject.graphs().get("schedule", ()))
     names = {part.name.replace("_first", "").replace("_next", "").replace("_", "-") for part in parts}
     codecs = sum(2 * subject.codecs[n] + 2 * subject.weight_norm.get(n, 0) for n in names & set(subject.codecs))

@@ -357,7 +357,7 @@ def test_a_part_of_low_rank_is_multiplied_beside_the_product(omni: Tiny, tmp_pat
     assert result.changes["parts of low rank"] == result.changes["int4 linears"]
     assert_close(omni.run_onnx(program), omni.run(program), 1e-5)
     plain, scaled = omni.assigned(uniform("int4")), omni.quantized("int4", replace(ranges, low_rank={}))
-    losses, without = (linear_losses(plain, one, 0, [omni.wide], omni.weights) for one in (program, scaled))
+    losses, without = (linear_losses(plain, {0: one}, [omni.wide], omni.weights) for one in (program, scaled))
     assert len(losses) == len(without)
     assert sum(a.relative for a in losses) < 0.95 * sum(b.relative for b in without)
 
