@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import latency, missing_rates
 from cosmos_export.plan.precision import Precision, precision
-from cosmos_export.plan.sizes import components, device, engine_bytes, weight_copies
+from cosmos_export.plan.sizes import components, device, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Schedule
@@ -32,7 +32,7 @@ class Tried:
     refusal: str
     """Why it is not for this target or these workloads; empty where it is."""
     weights_bytes: int | None = None
-    """Of all engines."""
+    """Of everything, each weight once, however many engines hold it."""
     fit: str | None = None
     """``resident``: everything at once; ``phases``: what a phase needs; ``no``."""
     relative_s: float | None = None
@@ -99,7 +99,7 @@ def _try(
         fit = "phases" if max(d.phased_bytes for d in devices) <= offered else "no"
     times = [_seconds(subject, w, s, c, target) for (w, s), c in zip(pairs, chosen, strict=True)]
     seconds = sum(t for t in times if t is not None) if None not in times else None
-    weights = engine_bytes(parts, copies)
+    weights = sum(part.weight_bytes for part in parts)
     return Tried(recipe, "", weights, fit, seconds, target.efficiency is not None)
 
 

@@ -150,6 +150,7 @@ def test_a_builder_that_is_killed(tmp_path: Path, omni: Path, monkeypatch: pytes
     assert "memory" in caught.value.hint
     assert (output / "manifest.json").read_bytes() == before
     assert verify_bundle(output).ok
+    build(harness.transformer_only(omni, output, target="rtx-pro-6000", parity="never", force=True, resume=True))
     assert harness.leftovers(tmp_path) == ["x"]
 
 
@@ -197,7 +198,7 @@ main()
 """
 
 
-def test_an_interrupt(tmp_path: Path, running: subprocess.Popen[str]) -> None:
+def test_an_interrupt(tmp_path: Path, omni: Path, running: subprocess.Popen[str]) -> None:
     time.sleep(1.0)
     assert any(name.startswith(".x.partial-") for name in harness.leftovers(tmp_path))
     os.killpg(running.pid, signal.SIGINT)
@@ -205,7 +206,12 @@ def test_an_interrupt(tmp_path: Path, running: subprocess.Popen[str]) -> None:
     assert running.returncode == 130
     assert "error[CX002]: interrupted" in err
     assert "Traceback" not in err
-    assert harness.leftovers(tmp_path) == []
+    # Only what is finished is left, for `--resume`.
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".x.partial-")
+    assert "continue with" in err and f"-o {tmp_path / 'x'} --resume" in err
+    build(harness.transformer_only(omni, tmp_path / "x", parity="never"))
+    assert harness.leftovers(tmp_path) == ["x"]
 
 
 def test_a_killed_build_leaves_nothing_that_a_later_one_does_not_remove(
