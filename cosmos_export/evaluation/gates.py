@@ -116,8 +116,8 @@ def linear_losses(
     forms: dict[_Form, Node] = {}
     for step, program in quantized.items():
         for graph in program.graphs.values():
-            for keys, node in _quantized_linears(graph):
-                forms.setdefault((frozenset(keys), _precision_of(node).at(step)), node)
+            for names, node in _quantized_linears(graph):
+                forms.setdefault((frozenset(names), _precision_of(node).at(step)), node)
     schemes: dict[frozenset[str], list[str]] = {}
     for keys, scheme in forms:
         schemes.setdefault(keys, []).append(scheme)
