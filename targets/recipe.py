@@ -273,6 +273,18 @@ def _folder() -> Any:
 # Resolving
 
 
+def segment_keys(step_keys: Sequence[int], alone: Sequence[int], backend: str) -> tuple[int, ...]:
+    """``step_keys``, where each of the steps ``alone`` is unlike every other one.
+
+    Those multiply narrow weights by wide activations, and TensorRT-RTX builds each by itself: a weight that several
+    steps of one engine read is widened once for all of them, and lies there in full.
+    """
+    keys = list(step_keys)
+    for step in alone if backend == "tensorrt-rtx" else ():
+        keys[step] = len(keys) + step
+    return tuple(keys)
+
+
 @dataclass(frozen=True)
 class Assignment:
     """A recipe for one model: the scheme of every site.
@@ -329,6 +341,10 @@ class Assignment:
         narrow = STORAGE.keys() - ACTIVATIONS
         sites = [site for site in self.sites() if site[0] == "gen"]
         return tuple(step for step in range(self.steps) if any(self.scheme(*site, step) in narrow for site in sites))
+
+    def segment_keys(self, backend: str) -> tuple[int, ...]:
+        """One number a step: of neighbours in a loop on the device, those with equal ones share an engine."""
+        return segment_keys(self.step_keys(), self.weight_only_steps(), backend)
 
     def table(self) -> dict[str, str]:
         """Place → scheme of every site, sites that are alike together; what is not quantized is left out."""

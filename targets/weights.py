@@ -17,7 +17,7 @@ import torch
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import FOUR_BIT, as_multiplied, kept_scale, pack_rows, tensor_scale, weight_norm
-from cosmos_export.ir.packing import e2m1_codes, nibbles
+from cosmos_export.ir.packing import e2m1_codes, largest, nibbles
 from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
@@ -183,7 +183,7 @@ class _Scales:
             return torch.ones(())  # its scales are in the rows
         plain = replace(binding, dtype=torch.float32, packing=replace(binding.packing, part=Part.SCALE))
         if plain not in self._known:
-            amax = torch.stack([block.abs().amax() for block in _rows(binding)]).amax()
+            amax = torch.stack([largest(block) for block in _rows(binding)]).amax()
             self._known[plain] = tensor_scale(binding.packing, amax)
         return self._known[plain]
 

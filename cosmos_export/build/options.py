@@ -118,16 +118,8 @@ class Plan:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """Steps that compute the same, by guidance and by precision.
-
-        A step with narrow weights and wide activations is a segment by itself where TensorRT builds it: a weight that
-        several steps of one engine read is widened once for all of them, and lies there in full.
-        """
-        keys = list(self.precision.step_keys())
-        if self.target.backend == "tensorrt-rtx":
-            for step in self.precision.weight_only_steps():
-                keys[step] = self.schedule.steps + step
-        return self.schedule.segments_by(keys)
+        """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
+        return self.schedule.segments_by(self.precision.segment_keys(self.target.backend))
 
 
 def resolve(options: BuildOptions) -> Plan:

@@ -180,14 +180,6 @@ def _build(
         suffix = _write_onnx(program, variants, result.pieces, plan, writer, stages.progress)
         for name, segment in closed.items():
             _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
-    inputs_of = _WeightInputs(program, variants, plan)
-    towers: list[Future[Engine]] = []
-    if plan.target.backend == "tensorrt-rtx":
-        return_freed_memory()
-        memory = builder_memory(plan)
-        work_of = _tower_engines(program, variants, closed, inputs_of, result, writer)
-        builders.hold(gates_memory(plan))
-        towers = [builders.submit(work, memory(name)) for name, work in work_of]
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -203,16 +195,23 @@ def _build(
                 scheduler = plan.checkpoint.scheduler
                 measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
                 (result.quality if plan.quantized else result.parity).append(measured)
+    _compare_codecs(result, writer, stages)
+    _require_parity(result.parity)
+    inputs_of = _WeightInputs(program, variants, plan)
+    towers: list[Future[Engine]] = []
+    if plan.target.backend == "tensorrt-rtx":
+        return_freed_memory()  # to the builders; what runs beside them is held back from their share
+        memory = builder_memory(plan)
+        work_of = _tower_engines(program, variants, closed, inputs_of, result, writer)
+        builders.hold(gates_memory(plan))
+        towers = [builders.submit(work, memory(name)) for name, work in work_of]
     if plan.quantized:
         with stages("gates"):
             result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
             write_losses(result.losses, plan, writer)
-    _compare_codecs(result, writer, stages)
-    _require_parity(result.parity)
-    if result.losses is not None:
         require_losses(result.losses, result.quality, plan)
-    return_freed_memory()
-    builders.hold(0)
+        return_freed_memory()
+        builders.hold(0)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
             result.engines += [build.result() for build in towers]

@@ -92,7 +92,8 @@ def _try(
     branches = 2 if loop == "device" and any(any(schedule.guided) for schedule in schedules) else 1
     parts = components(subject, workloads, chosen[0], branches)
     pairs = list(zip(workloads, schedules, strict=True))
-    share, copies = chosen[0].cache_share, weight_copies(target, chosen[0].engines(schedules[0], target, loop))
+    engines = max(one.engines(schedule, target, loop) for one, schedule in zip(chosen, schedules, strict=True))
+    share, copies = chosen[0].cache_share, weight_copies(target, engines)
     devices = [device(subject, workload, parts, any(schedule.guided), copies, share) for workload, schedule in pairs]
     fit = "resident"
     if offered is not None and max(d.resident_bytes for d in devices) > offered:

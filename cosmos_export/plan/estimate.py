@@ -204,11 +204,8 @@ class _Planner:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         share = self.precision(workload, target, recipe).cache_share
-        parts, copies = (
-            self.parts([workload], target, recipe),
-            weight_copies(target, self.engines(workload, target, recipe)),
-        )
-        return device(self.subject, workload, parts, guided, copies, share)
+        copies = weight_copies(target, self.engines(workload, target, recipe))
+        return device(self.subject, workload, self.parts([workload], target, recipe), guided, copies, share)
 
     def load(self, workload: Workload) -> Load:
         schedule: Schedule = self.schedules[workload.name]

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.recipe import CORE, HANDED_ON, LINEARS, Assignment, Recipe, resolve_recipe
+from cosmos_export.targets.recipe import CORE, HANDED_ON, LINEARS, Assignment, Recipe, resolve_recipe, segment_keys
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,7 @@ class Precision:
         ``device`` one for each run of steps with the same guidance branches and the same mix."""
         if loop == "host":
             return len(self.steps)
-        keys = list(self.of_step)
-        for step in self.alone if target.backend == "tensorrt-rtx" else ():
-            keys[step] = len(keys) + step
-        return len(schedule.segments_by(keys))
+        return len(schedule.segments_by(segment_keys(self.of_step, self.alone, target.backend)))
 
     @property
     def computes(self) -> frozenset[str]:

@@ -54,6 +54,8 @@ CODEC_ACTIVATIONS: Mapping[str, Mapping[str, int]] = {
     "sound-decoder": {"": 4_956_160},
 }
 """Device bytes for each latent row and column of a frame (for sound, each latent), by graph of the codec."""
+_CODEC_ENGINES = ("vae_", "sound_")
+"""What the names of their engines begin with."""
 _TIME_CONVOLUTIONS = {"vae-decoder": 10_300_000, "vae-encoder": 900_000}
 """Parameters of a video codec that only its calls after the first read."""
 
@@ -276,7 +278,7 @@ def device(
     is that of `Precision`."""
     cache, latents = cache_bytes(subject, workload, guided, cache_share), latent_bytes(subject, workload)
     used = [part for part in parts if _runs(part, workload)]
-    of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": ("vae_", "sound_")}
+    of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": _CODEC_ENGINES}
     phases = {}
     for phase, names in of.items():
         own = [part for part in used if part.name.startswith(names)]
@@ -383,9 +385,6 @@ def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: in
     pairs = [a + b for turns in (codecs, towers) for a, b in pairwise(turns)]
     first = [gates + one for one in towers[:1]]
     return max((taken for taken in (*pairs, *first) if taken <= limit), default=0)
-
-
-_CODEC_ENGINES = ("vae_", "sound_")
 
 
 def gates_bytes(geometry: Geometry) -> int:

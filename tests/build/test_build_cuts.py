@@ -8,9 +8,13 @@ from typing import Any
 import build_harness as harness
 import pytest
 
+from cosmos_export.build.builders import Builders
 from cosmos_export.build.options import resolve
+from cosmos_export.build.planned import parts
+from cosmos_export.cli.build import _resume_command
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.plan.sizes import BUILDER_BYTES, builder_bytes, compiler_bytes
+from cosmos_export.progress import Silent
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -61,8 +65,35 @@ def test_a_loop_on_the_device_is_not_cut(checkpoint: Path, tmp_path: Path) -> No
     host = resolve(harness.transformer_only(
         checkpoint, tmp_path / "bundle", target="rtx-pro-6000", modalities=("vision",), memory_budget=budget
     ))  # fmt: skip
-    from cosmos_export.build.planned import parts
-
     cut = {part.name: len(part.parts) for part in parts(host)}
     assert cut["generator"] > 1
     assert all(compiler_bytes(3) + builder_bytes(part) <= (host.memory_budget or 0) for part in parts(host))
+
+
+def test_the_command_to_resume_names_the_budget_that_was_found(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["cosmos-export", "build", "x"])
+    asked = {"target": "rtx-pro-6000", "modalities": ("vision",)}
+    plan = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", **asked))
+    command = _resume_command(plan).split()
+    assert command[:4] == ["cosmos-export", "build", "x", "--resume"]
+    again = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", memory_budget=command[-1], **asked))
+    assert command[4] == "--memory-budget" and again.memory_budget == plan.memory_budget
+    assert "--memory-budget" not in _resume_command(again)
+    on_cpu = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", target="cpu", modalities=("vision",)))
+    assert "--memory-budget" not in _resume_command(on_cpu)
+
+
+def test_what_is_held_is_not_given_to_builders() -> None:
+    started = list[str]()
+    with Builders(100, Silent()) as builders:
+        builders.hold(30)
+        small = builders.submit(lambda _: started.append("small"), 70)
+        large = builders.submit(lambda _: started.append("large"), 71)
+        small.result(timeout=10)
+        with pytest.raises(TimeoutError):
+            large.result(timeout=0.2)
+        builders.hold(0)
+        large.result(timeout=10)
+    assert started == ["small", "large"]

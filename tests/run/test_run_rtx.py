@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,25 @@ class Gpu:
         self.generator = Generator(LoadedBundle(root, manifest, chained(self.backend, manifest)))
 
 
+def transformer(shared: Path, name: str, **options: Any) -> Path:
+    """A bundle without codecs whose loop the host runs, for the same requests as `built`."""
+    path, checkpoint = shared / name, harness.checkpoint(shared, "omni", "float32")
+    options |= {"modalities": ("vision",), "steps": 3, "guidance": 2.0, "profiles": PROFILES[1::2]}
+
+    def make() -> None:
+        build(harness.transformer_only(checkpoint, path, target="rtx-pro-6000", **options))
+
+    return harness.once(path, make)
+
+
 @pytest.fixture(scope="module")
 def external(shared: Path) -> Path:
     """A bundle of the same request whose engines take their weights as inputs."""
     import cosmos_export.targets.onnx_lowering as onnx_lowering
 
-    path = shared / "rtx.external"
-
-    def make() -> None:
-        options = {"modalities": ("vision",), "steps": 3, "guidance": 2.0, "profiles": PROFILES[1::2]}
-        checkpoint = harness.checkpoint(shared, "omni", "float32")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)
-            build(harness.transformer_only(
-                checkpoint, path, target="rtx-pro-6000", parity="never", weights="external", **options
-            ))  # fmt: skip
-
-    return harness.once(path, make)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)
+        return transformer(shared, "rtx.external", parity="never", weights="external")
 
 
 def test_weights_that_are_inputs_lie_on_the_device_once(external: Path) -> None:
@@ -115,17 +118,8 @@ def test_weights_that_are_inputs_lie_on_the_device_once(external: Path) -> None:
 @pytest.fixture(scope="module")
 def cut(shared: Path) -> Path:
     """A bundle of the same request whose towers are engines in a row, as the memory budget allows no larger ones."""
-    path = shared / "rtx.cut"
-
-    def make() -> None:
-        options = {"modalities": ("vision",), "steps": 3, "guidance": 2.0, "profiles": PROFILES[1::2]}
-        checkpoint = harness.checkpoint(shared, "omni", "float32")
-        budget = f"{(compiler_bytes(3) + BUILDER_BYTES) / 1e6 + 0.25}MB"
-        build(harness.transformer_only(
-            checkpoint, path, target="rtx-pro-6000", parity="always", memory_budget=budget, **options
-        ))  # fmt: skip
-
-    return harness.once(path, make)
+    budget = f"{(compiler_bytes(3) + BUILDER_BYTES) / 1e6 + 0.25}MB"
+    return transformer(shared, "rtx.cut", parity="always", memory_budget=budget)
 
 
 def test_engines_in_a_row_are_one(cut: Path, built: Path) -> None:
@@ -143,6 +137,31 @@ def test_engines_in_a_row_are_one(cut: Path, built: Path) -> None:
     gpu.generator.close()
     del gpu.generator, gpu.backend._scratch
     assert gpu.cuda.blocks == {}
+
+
+def test_bodies_of_a_loop_take_turns_on_the_device(cut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing stays for the next request, a body is there for its steps alone; here it has two names."""
+    manifest = read_bundle(cut)
+    assert manifest.loop is not None
+    turns = replace(manifest, loop=replace(manifest.loop, bodies=("other", "generator", "generator")))
+    loaded = load_bundle(cut, backend="onnxruntime")
+    opened, events = loaded.backend.open, list[str]()
+
+    def recorded(graph: str) -> Any:
+        session = opened("generator" if graph == "other" else graph)
+        close = session.close
+        events.append(f"open {graph}")
+        monkeypatch.setattr(session, "close", lambda: (events.append(f"close {graph}"), close()))
+        return session
+
+    monkeypatch.setattr(type(loaded.backend), "open", lambda self, graph: recorded(graph))
+    found = Generator(replace(loaded, manifest=turns), resident=False).generate(request(manifest))
+    assert [e for e in events if "reasoner" not in e and "conditioning" not in e] == [
+        "open other", "close other", "open generator", "close generator"
+    ]  # fmt: skip
+    monkeypatch.undo()
+    expected = Generator(load_bundle(cut, backend="onnxruntime")).generate(request(manifest))
+    np.testing.assert_array_equal(found.latents["vision"], expected.latents["vision"])
 
 
 @pytest.fixture
@@ -247,8 +266,6 @@ def test_an_engine_that_does_not_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_engines_of_another_version_are_refused(built: Path, manifest: Manifest) -> None:
-    from dataclasses import replace
-
     other = replace(manifest, tools={**manifest.tools, "tensorrt_rtx": "1.2.3"})
     with pytest.raises(CosmosExportError, match=r"is installed; the engines are of 1\.2\.3") as caught:
         rtx_sessions.open_backend(built, other, None)
