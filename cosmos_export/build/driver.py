@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.allocator import keep_freed_memory
@@ -12,7 +15,7 @@ from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.planned import bundle_bytes
 from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import ToolError, UserError
 from cosmos_export.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -46,13 +49,30 @@ def build(
 
             if options.resume:
                 _log.info("%s", _resumed(writer))
-            with Overall(progress, expected_seconds(plan)) as overall:
+            with _full_disk(writer, plan), Overall(progress, expected_seconds(plan)) as overall:
                 return build_bundle(plan, writer, overall)
     except BaseException:
         if writer.left is not None:
             finished = writer.all_kept()
             _log.info("finished so far: %s, in %s", ", ".join(kept.name for kept in finished), writer.left)
         raise
+
+
+@contextmanager
+def _full_disk(writer: BundleWriter, plan: Plan) -> Iterator[None]:
+    """Says which disk it was, wherever in a build there was no space for something. There was when the build began."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        folder = writer.output.parent
+        free, needed = (size / 2**30 for size in (shutil.disk_usage(folder).free, _required_bytes(plan)))
+        raise ToolError(
+            "CX704",
+            f"the disk filled up during the build: {error}; in {folder} {free:.1f} GiB are free",
+            f"the whole bundle takes about {needed:.1f} GiB: free some space, or choose an output on another disk",
+        ) from error
 
 
 def _resumed(writer: BundleWriter) -> str:
