@@ -36,11 +36,11 @@ from cosmos_export.bench.geometry import GUIDED, dims_of, random_inputs, random_
 from cosmos_export.bench.measure import GeometryRequest, measure_geometry
 from cosmos_export.bench.result import write
 from cosmos_export.ir.interpreter import run_graph
+from cosmos_export.kernels.description import KERNELS, W4A16
 from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.plan import parse_workload, published_subject
 from cosmos_export.progress import Silent
 from cosmos_export.targets.inductor import Executable, Settings
-from cosmos_export.targets.inductor_fusions import KERNELS, W4A16
 
 WORKLOADS = [
     ("t2v-480p-189f", "vision", 60), ("policy-droid", "action", 25), ("t2i-720p", "vision", 25),

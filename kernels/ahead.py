@@ -11,7 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cosmos_export.kernels.launch import CAPABILITIES, Variant
+from cosmos_export.kernels.description import CAPABILITIES
+from cosmos_export.kernels.launch import Variant
 
 MODULES = (
     "joint_attention", "qkv_pack", "norm_quantize", "activation_quantize", "sampler_step", "gemm_w8a8", "gemm_w4a16",

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
+from cosmos_export.kernels.description import CAPABILITIES
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 """Largest finite E4M3 value."""
 SMALLEST_AMAX = 1e-12
 """A row of zeros has this as its largest magnitude, so that its scale is not zero."""
-
-CAPABILITIES = (90, 100, 120)
-"""Compute capabilities every kernel is compiled for ahead of time: Hopper, data-centre and workstation Blackwell."""
 
 
 @dataclass(frozen=True)

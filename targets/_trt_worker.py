@@ -84,6 +84,11 @@ def main() -> None:
     builder = trt.Builder(logger)
     if builder is None:
         channel.fail("build", ["the builder does not start on this machine", *errors])
+    plugins = request["settings"].get("plugins")
+    if plugins is not None:
+        from cosmos_export.targets.trt_plugins import register_plugins
+
+        register_plugins(trt, importlib.import_module(f"{request['module']}.plugin"), Path(plugins))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
     started = time.monotonic()
@@ -142,6 +147,7 @@ def main() -> None:
         inputs=[_describe(network.get_input(index)) for index in range(network.num_inputs)],
         outputs=[_describe(network.get_output(index)) for index in range(network.num_outputs)],
         attention=len(attentions),
+        plugins=_plugins(trt, network),
         parse_s=parse_s,
         build_s=build_s,
         peak_memory_bytes=_peak_memory_bytes(),
@@ -166,6 +172,10 @@ def _attentions(trt: Any, network: Any) -> list[Any]:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings hand out the base class; this is their cast
             found.append(layer.attention)
     return found
+
+
+def _plugins(trt: Any, network: Any) -> int:
+    return sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
 
 
 def _version(trt: Any) -> tuple[int, ...]:

@@ -22,7 +22,8 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, spec_of
 from cosmos_export.ir.ops import aten
-from cosmos_export.targets.inductor_fusions import W4A16, fuse
+from cosmos_export.kernels.description import W4A16
+from cosmos_export.targets.inductor_fusions import fuse
 
 GROUP = 128
 """Columns that a scale of the INT4 kernel covers."""

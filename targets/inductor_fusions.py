@@ -16,18 +16,14 @@ from torch import fx
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.ops import aten
+from cosmos_export.kernels.description import (
+    ACTIVATION_QUANTIZE,
+    KERNELS,
+    NORM_QUANTIZE,
+    QKV_PACK,
+    SAMPLER_STEP,
+)
 from cosmos_export.sampling import COLUMNS
-
-NORM_QUANTIZE, ACTIVATION_QUANTIZE, QKV_PACK = "norm-quantize", "activation-quantize", "qkv-pack"
-SAMPLER_STEP, W4A16 = "sampler-step", "w4a16"
-KERNELS: Mapping[str, str] = {
-    NORM_QUANTIZE: "residual sum, RMS norm and FP8 quantization in one pass",
-    ACTIVATION_QUANTIZE: "SiLU·up or relu², and FP8 quantization in one pass",
-    QKV_PACK: "norms and rotation of query and key, and the value, in one pass over the merged projection",
-    SAMPLER_STEP: "guidance and UniPC's corrector and predictor in one pass over the latents",
-    W4A16: "products with INT4 weights that are dequantized in registers",
-}
-"""What may take the place of the compiler's own code, besides attention (`Settings.attention`)."""
 
 
 def fuse(graph: fx.Graph, kernels: Collection[str]) -> None:
@@ -95,7 +91,7 @@ def _call(
         made = graph.call_function(target, args)
         pairs = []
         for i, old in enumerate(results):
-            new = graph.call_function(_item, (made, i)) if tuples else made
+            new = graph.call_function(item, (made, i)) if tuples else made
             new.meta = dict(old.meta)
             pairs.append((old, new))
     for old, new in pairs:
@@ -113,7 +109,8 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
             _erase(graph, one)
 
 
-def _item(values: Any, index: int) -> Any:
+def item(values: Any, index: int) -> Any:
+    """One of the results of an operation that has several."""
     return values[index]
 
 

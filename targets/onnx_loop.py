@@ -7,7 +7,8 @@ matrix products around a softmax become the same fused kernel, with the query he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from cosmos_export.ir.graph import Graph, Node, is_input, is_op, spec_of
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.targets.onnx_lowering import Lowering
+from cosmos_export.targets.plugin_lowering import Plugins
 from cosmos_export.targets.weights import Stored, numpy_dtype
 
 
@@ -34,6 +36,7 @@ def lower_loop(
     compute: torch.dtype | None = None,
     explicit_attention: bool = False,
     external: bool = False,
+    plugins: Plugins | None = None,
 ) -> onnx.ModelProto:
     """The closed ``loop`` over ``graph``.
 
@@ -42,11 +45,12 @@ def lower_loop(
     takes; the rest of it begins as zeros.
     Outputs are what the loop returns of the state after its last step, under their input's name with ``_final``.
     ``explicit_attention`` writes attention as matrix products, for a builder that takes no `Attention` in a loop;
-    ``external`` as in `lower`.
+    ``external`` and ``plugins`` as in `lower`.
     """
     return _LoopLowering(
-        graph, loop, tables, stored, weights_file, compute, explicit_attention=explicit_attention, external=external
-    ).run()
+        graph, loop, tables, stored, weights_file, compute, explicit_attention=explicit_attention, external=external,
+        plugins=plugins,
+    ).run()  # fmt: skip
 
 
 class _LoopLowering(Lowering):
@@ -61,14 +65,15 @@ class _LoopLowering(Lowering):
         *,
         explicit_attention: bool,
         external: bool,
+        plugins: Plugins | None,
     ) -> None:
-        super().__init__(graph, stored, weights_file, compute, external=external)
+        super().__init__(graph, stored, weights_file, compute, external=external, plugins=plugins)
         self._loop = loop
         self._tables = tables
         self._explicit = explicit_attention
         self._outside = self.nodes
         self._inside: list[onnx.NodeProto] = []
-        self._varying = _varying(graph, loop)
+        self._varying = _varying(self.graph, loop)
 
     def run(self) -> onnx.ModelProto:
         inputs = []
@@ -148,6 +153,14 @@ class _LoopLowering(Lowering):
         result = super().ints(values)
         self.nodes = nodes
         return result
+
+    @contextmanager
+    def beside(self, operand: Node) -> Iterator[None]:
+        nodes = self.nodes
+        if operand not in self._varying:
+            self.nodes = self._outside
+        yield
+        self.nodes = nodes
 
     def attend(self, node: Node, key: str, value: str, scale: float, causal: bool) -> str:
         if not self._explicit or causal:

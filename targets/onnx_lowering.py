@@ -6,7 +6,8 @@ fp32 for ONNX Runtime on a CPU, which casts the stored weights where it reads th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
 from cosmos_export.ir.spec import E2M1, INT4, WeightBinding
+from cosmos_export.targets.plugin_lowering import Plugins
 from cosmos_export.targets.weights import Stored, numpy_dtype, size_bytes
 
 OPSET = 23
@@ -49,14 +51,16 @@ def lower(
     *,
     compute: torch.dtype | None = None,
     external: bool = False,
+    plugins: Plugins | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of ``graph``; weights are references into ``weights_file`` (relative to the model).
 
     ``compute`` replaces the graph's low-precision floating type (bfloat16) in every value. With ``external`` the
-    weights of `external_weights` are inputs, after the graph's own. Raises InternalError (CX230) for an operation
-    without a rule or a dim that no input shows.
+    weights of `external_weights` are inputs, after the graph's own. With ``plugins`` kernels of ours are nodes where
+    there is a place for them. Raises InternalError (CX230) for an operation without a rule or a dim that no input
+    shows.
     """
-    return Lowering(graph, stored, weights_file, compute, external=external).run()
+    return Lowering(graph, stored, weights_file, compute, external=external, plugins=plugins).run()
 
 
 EXTERNAL_BYTES = 1 << 20
@@ -95,8 +99,10 @@ class Lowering:
         compute: torch.dtype | None,
         *,
         external: bool = False,
+        plugins: Plugins | None = None,
     ) -> None:
-        self.graph = graph
+        self.graph = graph if plugins is None else plugins.fused(graph)
+        self._plugins = plugins
         self._external = set(external_weights(graph)) if external else set[str]()
         self.weight_inputs: list[onnx.ValueInfoProto] = []
         self.stored = stored
@@ -105,12 +111,14 @@ class Lowering:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.values: dict[Node, str] = {}
+        self.parts: dict[Node, list[str]] = {}
+        """Names of all results of a node that has several."""
         self._constants: dict[Any, str] = {}
         self._sizes: dict[Size, str] = {}
         self._count = 0
         self._scope = ""
-        self.uses_trt = False
-        """An operation of TensorRT's own is in the model, which has no other form there."""
+        self.domains: set[str] = set()
+        """Of operations that are not ONNX's own: TensorRT's, and plugins."""
 
     def run(self) -> onnx.ModelProto:
         inputs = []
@@ -134,7 +142,8 @@ class Lowering:
         elif is_constant(node):
             self.values[node] = self.constant(node.meta["constant"].numpy(), node.name)
         else:
-            rule = _RULES.get(node.target)
+            plugin = self._plugins.rule(node) if self._plugins is not None else None
+            rule = plugin or _RULES.get(node.target)
             if rule is None:
                 raise InternalError("CX230", f"`{node.name}`: no ONNX form of {node.target}")
             self.values[node] = rule(self, node)
@@ -147,7 +156,7 @@ class Lowering:
     def model(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
         inputs = [*inputs, *self.weight_inputs]
         body = helper.make_graph(self.nodes, self.graph.name, inputs, outputs, self.initializers)
-        domains = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(_TRT, 1)] if self.uses_trt else [])]
+        domains = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(self.domains))]
         model = helper.make_model(body, opset_imports=domains, ir_version=_IR_VERSION)
         model.producer_name = "cosmos-export"
         return model
@@ -248,6 +257,16 @@ class Lowering:
         name = label or f"{self._scope}_{self._count}"
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
+
+    @contextmanager
+    def beside(self, operand: Node) -> Iterator[None]:
+        """What is made of ``operand`` alone in here is made where it is: in a loop it may be the same in every step."""
+        yield
+
+    def quantized(self, name: str, step: float) -> str:
+        """E4M3 of ``name`` in units of ``step``."""
+        zero = self.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
+        return self.op("QuantizeLinear", name, self.constant(np.asarray(step, dtype=np.float32), "scale"), zero)
 
     def operand(self, value: Any, dtype: torch.dtype) -> str:
         if not isinstance(value, Node):
@@ -354,9 +373,9 @@ def _joint_attention_fp8(low: Lowering, node: Node) -> str:
     steps = [float(s) for s in scales.meta["constant"]]
 
     def narrow(name: str, step: float) -> str:
-        by = low.constant(np.asarray(step, dtype=np.float32), "scale")
-        zero = low.constant(np.zeros((), dtype=numpy_dtype(torch.float8_e4m3fn)), "zero")
-        return _widened(low, low.op("QuantizeLinear", name, by, zero), by, dtype)
+        return _widened(
+            low, low.quantized(name, step), low.constant(np.asarray(step, dtype=np.float32), "scale"), dtype
+        )
 
     def heads_first(own: Node, prefix: Node, step: float) -> str:
         """[1, heads, keys, d]: the heads of keys and values repeated for those of the query."""
@@ -416,7 +435,7 @@ def _requantize_blocks(low: Lowering, node: Node) -> str:
     x, scale = node.args
     shape, dtype = spec_of(x).shape, spec_of(x).dtype
     if not low.portable:
-        low.uses_trt = True
+        low.domains.add(_TRT)
         inputs, outputs = [low.values[x], low.values[scale]], [f"{node.name}_fp4", f"{node.name}_fp4_scales"]
         form = {"axis": -1, "block_size": NVFP4_BLOCK, "scale_type": TensorProto.FLOAT8E4M3FN}
         name = f"{node.name}_quantize"

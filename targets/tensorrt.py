@@ -49,10 +49,11 @@ class EngineSettings:
         return settings
 
 
-def worker_settings(target: Target, timing_cache: Path | None) -> dict[str, Any]:
+def worker_settings(target: Target, timing_cache: Path | None, plugins: Path | None = None) -> dict[str, Any]:
     """What the build process is told besides the network."""
-    settings = asdict(EngineSettings.of(target))
-    return {**settings, "timing_cache": str(timing_cache.resolve()) if timing_cache else None, "inspect": True}
+    paths = {"timing_cache": timing_cache, "plugins": plugins}
+    settings = {name: str(path.resolve()) if path else None for name, path in paths.items()}
+    return {**asdict(EngineSettings.of(target)), **settings, "inspect": True}
 
 
 def require_gpu(target: Target) -> None:
@@ -78,10 +79,12 @@ def build_engine(
     timeout_s: float | None = None,
     decomposable_attention: bool = False,
     timing_cache: Path | None = None,
+    plugins: Path | None = None,
 ) -> EngineReport:
     """Build ``onnx_path`` for ``target`` on this machine's GPU and write the engine to ``output``.
 
-    As `tensorrt_rtx.build_engine`; kernel timings are read from ``timing_cache`` and added to it.
+    As `tensorrt_rtx.build_engine`; kernel timings are read from ``timing_cache`` and added to it, and the model's nodes
+    may be plugins of the folder ``plugins``.
     """
     require_gpu(target)
     return run_build(
@@ -93,5 +96,5 @@ def build_engine(
         progress=progress,
         timeout_s=timeout_s,
         decomposable_attention=decomposable_attention,
-        settings=worker_settings(target, timing_cache),
+        settings=worker_settings(target, timing_cache, plugins),
     )

@@ -88,6 +88,8 @@ class EngineReport:
     peak_anonymous_bytes: int | None
     """The part of it no file backs, sampled; what the machine must really have. None where the system does not tell."""
     warnings: tuple[str, ...]
+    plugins: int = 0
+    """Operations of the graph that are kernels of ours."""
     layers: int | None = None
     """Layers that the engine inspector lists; None where the builder has no inspector."""
     layers_in: Mapping[str, int] = field(default_factory=dict)
@@ -160,6 +162,7 @@ def run_build(
             peak_memory_bytes=max(result["peak_memory_bytes"], anonymous or 0),
             peak_anonymous_bytes=anonymous,
             warnings=tuple(result["warnings"]),
+            plugins=result["plugins"],
             layers=result["layers"],
             layers_in=result["layers_in"],
         )

@@ -139,7 +139,8 @@ _HEAVY_BY_NATURE = {
     name
     for name in MODULES
     if name.startswith("cosmos_export.targets.")
-    and name.rpartition(".")[2] in ("onnx_lowering", "onnx_loop", "weights", "inductor", "inductor_fusions")
+    and name.rpartition(".")[2]
+    in ("onnx_lowering", "onnx_loop", "weights", "inductor", "inductor_fusions", "plugin_lowering")
 }
 
 

@@ -82,7 +82,7 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     UserError for what cannot be asked for; UnsupportedError CX505 where the device is not there.
     """
     from cosmos_export.bench import geometry as geometries
-    from cosmos_export.targets.inductor_fusions import KERNELS
+    from cosmos_export.kernels.description import KERNELS
 
     check_runs(request.runs, request.warm_up, request.dry_run)
     if request.recipe not in RECIPES:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,11 +27,15 @@ from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
+from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
 from cosmos_export.targets.plan_inspector import PlanSummary, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt_common import EngineReport
 from cosmos_export.targets.weights import Stored, file_size, layout, write_weights
+
+if TYPE_CHECKING:
+    from cosmos_export.targets.plugin_lowering import Plugins
 
 _log = logging.getLogger("cosmos_export")
 
@@ -80,12 +84,13 @@ def write_models(
     progress: Progress,
     *,
     external: bool = False,
+    plugins: Plugins | None = None,
 ) -> str:
     """Every graph as ``onnx/NAME.onnx`` on one file of weights, ``onnx/STEM.weights``.
 
     A ``narrow`` graph computes in bf16 and has a form for the CPU, ``NAME.cpu.onnx``, which computes in fp32. With
-    ``external`` the form for engines takes its large weights as inputs, and there is one for the CPU as well. Returns
-    the suffix of the models that run on a CPU.
+    ``external`` the form for engines takes its large weights as inputs, and there is one for the CPU as well; with
+    ``plugins`` it has them. Returns the suffix of the models that run on a CPU.
     """
     import onnx
 
@@ -102,11 +107,23 @@ def write_models(
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
             path = writer.path(f"onnx/{name}{suffix}", "onnx")
-            as_inputs = external and suffix == ".onnx"
-            path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute, external=as_inputs)))
+            of_engine = apart and suffix == ".onnx"
+            form: dict[str, Any] = {"external": external, "plugins": plugins} if of_engine else {}
+            path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute, **form)))
             onnx.checker.check_model(str(path))
         write_graph(graph, name, file, plan, writer, places=stored)
     return ".cpu.onnx" if apart else ".onnx"
+
+
+def write_plugins(plugins: Plugins, plan: Plan, writer: BundleWriter) -> None:
+    """The kernels that models of the bundle have as ``plugins/``. CX458 where one that was asked for has no place."""
+    from cosmos_export.kernels.plugins import compile_plugins
+
+    plugins.require_all_used()
+    capability = int((plan.target.compute_capability or "").replace(".", ""))
+    folder = writer.path(f"{PLUGIN_FOLDER}/{DOCUMENT}", "plugin").parent
+    for name in compile_plugins(list(plugins.forms.values()), capability, folder):
+        writer.path(f"{PLUGIN_FOLDER}/{name}", "plugin")
 
 
 def layout_of(graphs: Iterable[Graph]) -> dict[WeightBinding, Stored]:

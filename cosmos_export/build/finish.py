@@ -20,6 +20,7 @@ from cosmos_export.bundle.verify import hash_file
 from cosmos_export.bundle.writer import replace_manifest
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
+from cosmos_export.kernels.description import PLUGIN_FOLDER
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.tensorrt import FLAVOR, build_engine, require_gpu
@@ -42,6 +43,8 @@ class EngineRequest:
     """Attentions in the graph."""
     weights: tuple[WeightInput, ...] = ()
     """Weights that the engine takes as inputs."""
+    plugins: int = 0
+    """Nodes of the model that are kernels of ours."""
 
 
 def requests_text(requests: Sequence[EngineRequest]) -> str:
@@ -51,6 +54,7 @@ def requests_text(requests: Sequence[EngineRequest]) -> str:
             "graph": r.graph, "profiles": list(r.profiles), "attention": r.attention,
             "shapes": [{name: [list(point) for point in span] for name, span in one.items()} for one in r.shapes],
             "decomposable_attention": r.decomposable_attention, "weights": [asdict(weight) for weight in r.weights],
+            "plugins": r.plugins,
         }
         for r in requests
     ]  # fmt: skip
@@ -108,6 +112,7 @@ def _with_engines(root: Path, manifest: Manifest, target: Target, progress: Prog
             progress=progress,
             decomposable_attention=request.decomposable_attention,
             timing_cache=root.parent / f".{root.name}.timing-cache",
+            plugins=root / PLUGIN_FOLDER if request.plugins else None,
         )
         with path.open("rb", buffering=0) as file:
             size, digest = hash_file(file.fileno())
@@ -141,6 +146,16 @@ def engine_checks(request: EngineRequest, report: EngineReport) -> list[PlanChec
             report.attention >= request.attention or request.decomposable_attention,
         ),
         PlanCheck(request.graph, "layers", "an engine that loads", layers, bool(report.layers)),
+        *(
+            [
+                PlanCheck(
+                    request.graph, "plugins", f"{request.plugins} kernels of this bundle",
+                    f"{report.plugins} plugins parsed", report.plugins == request.plugins,
+                )
+            ]
+            if request.plugins
+            else []
+        ),
     ]  # fmt: skip
 
 
@@ -155,6 +170,7 @@ def _read(path: Path) -> list[EngineRequest]:
             decomposable_attention=record["decomposable_attention"],
             attention=record["attention"],
             weights=tuple(WeightInput(**{**one, "dims": tuple(one["dims"])}) for one in record["weights"]),
+            plugins=record["plugins"],
         )
         for record in read_object(path)["engines"]
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import cache
@@ -18,6 +19,7 @@ from typing import Any
 
 import cosmos_export
 from cosmos_export.ir.spec import WeightBinding, WeightSource
+from cosmos_export.kernels.description import NAMESPACE
 from cosmos_export.targets import Target, trt_common
 from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.trt_common import EngineReport, EngineTensor
@@ -89,6 +91,14 @@ def external_files(model: Path) -> list[str]:
         for tensor in graph.initializer:
             found |= {entry.value for entry in tensor.external_data if entry.key == "location"}
     return sorted(found)
+
+
+def plugin_nodes(model: Path) -> Counter[str]:
+    """Kernel → nodes of an ONNX model that run a form of it."""
+    import onnx
+
+    nodes = [node for graph in _graphs(onnx.load(str(model), load_external_data=False).graph) for node in graph.node]
+    return Counter(node.op_type.rpartition("_")[0] for node in nodes if node.domain == NAMESPACE)
 
 
 def _graphs(graph: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.kernels.description import CAPABILITIES, PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
@@ -68,6 +69,8 @@ class BuildOptions:
     """``PLACE=SCHEME``, over the recipe's own rules."""
     calibration: Path | None = None
     """A scale table, where the recipe or an override quantizes activations."""
+    kernels: tuple[str, ...] = ()
+    """Kernels of ours that TensorRT is to run as plugins: `cosmos_export.kernels.description.PLUGINS`."""
     weights: WeightsMode = "embedded"
     """``external``: large weights are inputs of the engines, which stay small; they lie in the bundle once."""
     quality: QualityMode = "enforce"
@@ -133,6 +136,7 @@ def resolve(options: BuildOptions) -> Plan:
             f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
             "leave it out: the weights lie in the bundle once as it is",
         )
+    _require_kernels(options, target)
     budget = memory_budget(options, target)
     require_compiler()
     if target.backend == "tensorrt-rtx":
@@ -142,6 +146,12 @@ def resolve(options: BuildOptions) -> Plan:
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)
     _require_buildable(checkpoint)
+    if options.kernels and checkpoint.dtype == "fp32":
+        raise UnsupportedError(
+            "CX459",
+            f"kernels take the place of bf16 operations, and {checkpoint.root} is fp32",
+            "leave `--kernels` out, or convert the checkpoint to bf16",
+        )
     modalities = available_modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
     components = select(options.components, checkpoint, modalities)
@@ -160,6 +170,35 @@ def resolve(options: BuildOptions) -> Plan:
     )
     require_memory(found)
     return found
+
+
+def _require_kernels(options: BuildOptions, target: Target) -> None:
+    """Kernels are plugins of TensorRT, compiled here for the target's GPU."""
+    if not options.kernels:
+        return
+    unknown = [name for name in options.kernels if name not in PLUGINS]
+    if unknown:
+        raise UserError("CX451", f"no kernel {', '.join(unknown)}", f"there are {', '.join(PLUGINS)}")
+    if target.backend != "tensorrt":
+        raise UnsupportedError(
+            "CX459",
+            f"`--kernels` makes plugins of TensorRT, and target `{target.name}` is built with {target.backend}",
+            "`--backend tensorrt` where the target has it; with inductor kernels are chosen when it runs "
+            "(`bench --kernels`)",
+        )
+    capability = int((target.compute_capability or "0").replace(".", ""))
+    if capability not in CAPABILITIES:
+        known = ", ".join(f"{one // 10}.{one % 10}" for one in CAPABILITIES)
+        raise UnsupportedError(
+            "CX459",
+            f"kernels are compiled for compute capability {known}, and target `{target.name}` has "
+            f"{target.compute_capability}",
+            "leave `--kernels` out",
+        )
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            "CX802", "compiling kernels needs Triton, not installed here", 'pip install "cosmos-export[kernels]"'
+        )
 
 
 def _recipe(

@@ -103,6 +103,7 @@ def manifest(
             "mode": plan.options.mode,
             "loop": plan.options.loop,
             "weights": plan.options.weights,
+            "kernels": plan.options.kernels,
             **{f"schedule.{name}": value for name, value in asdict(plan.schedule).items()},
             "passes": tuple(program.history),
         },

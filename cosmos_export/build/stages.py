@@ -30,6 +30,7 @@ from cosmos_export.build.artifacts import (
     write_engine,
     write_graph,
     write_models,
+    write_plugins,
 )
 from cosmos_export.build.builders import Builders
 from cosmos_export.build.cache import Cache
@@ -37,6 +38,7 @@ from cosmos_export.build.components import Codec, codec_engines, codec_profiles,
 from cosmos_export.build.cuts import Pieces, chains, cut_graphs, cut_notes
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.inputs import InputHashes
+from cosmos_export.build.keys import plugin_nodes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.memory import available_bytes
@@ -68,6 +70,7 @@ from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
+from cosmos_export.targets.plugin_lowering import Plugins
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.weights import read_source
 
@@ -176,10 +179,21 @@ def _build(
         others = {name: variant.graphs[variant.loop.body] for name, variant in variants.items()}
         result.pieces = cut_graphs({**program.graphs, **others}, plan)
         result.notes += cut_notes(result.pieces)
+    _compare_codecs(result, writer, stages)
+    if parity is None:
+        _require_parity(result.parity)
+    plugins = Plugins(plan.options.kernels) if plan.options.kernels else None
+    engines = _TowerEngines(program, variants, closed, result, writer, builders)
     with stages("weights and ONNX", shown=False):
-        suffix = _write_onnx(program, variants, result.pieces, plan, writer, stages.progress)
+        for name in program.graphs:
+            suffix = _write_onnx(name, program, variants, result.pieces, plan, writer, stages.progress, plugins)
+            if parity is None:  # its memory is in no plan: without it builders of one tower run beside the next one
+                engines.submit(name)
         for name, segment in closed.items():
-            _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer)
+            _write_loop(name, segment, program, loop_tables(segment, plan.schedule, weights), plan, writer, plugins)
+    if plugins is not None:
+        with stages("kernels"):
+            write_plugins(plugins, plan, writer)
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -195,16 +209,8 @@ def _build(
                 scheduler = plan.checkpoint.scheduler
                 measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
                 (result.quality if plan.quantized else result.parity).append(measured)
-    _compare_codecs(result, writer, stages)
-    _require_parity(result.parity)
-    inputs_of = _WeightInputs(program, variants, plan)
-    towers: list[Future[Engine]] = []
-    if plan.target.backend == "tensorrt-rtx":
-        return_freed_memory()  # to the builders; what runs beside them is held back from their share
-        memory = builder_memory(plan)
-        work_of = _tower_engines(program, variants, closed, inputs_of, result, writer)
-        builders.hold(gates_memory(plan))
-        towers = [builders.submit(work, memory(name)) for name, work in work_of]
+        _require_parity(result.parity)
+    engines.submit(*program.graphs, *closed)
     if plan.quantized:
         with stages("gates"):
             result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
@@ -214,12 +220,15 @@ def _build(
         builders.hold(0)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
-            result.engines += [build.result() for build in towers]
-            result.engines += [build.result() for engines in codec_builds for build in engines.values()]
+            result.engines += [build.result() for build in engines.builds]
+            result.engines += [build.result() for builds in codec_builds for build in builds.values()]
             result.notes += _left_out(result)
         _require_plans(result.engines)
     if plan.target.backend == "tensorrt":
-        _write_requests(_engine_requests(program, closed, inputs_of, result), writer, result)
+        requests = _engine_requests(program, closed, engines.inputs_of, result)
+        if plugins is not None:
+            requests = _with_plugins(requests, writer)
+        _write_requests(requests, writer, result)
     with stages("hashing inputs", shown=False):
         hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
@@ -330,26 +339,57 @@ def _compare_codecs(result: BuildResult, writer: BundleWriter, stages: _Stages) 
             result.parity.append(codec_parity(codec.name, codec.program, component, folder, codec.suffix))
 
 
-def _tower_engines(
-    program: Program,
-    variants: Mapping[str, Program],
-    closed: Mapping[str, Program],
-    inputs_of: _WeightInputs,
-    result: BuildResult,
-    writer: BundleWriter,
-) -> Iterator[tuple[str, Callable[[Progress], Engine]]]:
-    """What builds every engine but the codecs', by its name."""
-    body = program.loop.body
-    for name, pieces in result.pieces.items():
-        for graph in pieces if name != SCHEDULE and not (closed and name == body) else ():
-            piece = graph.name if len(pieces) > 1 else name
-            inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-            weights = inputs_of(graph, body if name in variants else name)
-            yield piece, partial(_build_engine, piece, graph, inputs, weights, False, program, result.plan, writer)
-    for name, segment in closed.items():
-        graph = segment.graphs[segment.loop.body]
-        inputs, weights = loop_inputs(segment, LOOP_TABLES), inputs_of(graph, body)
-        yield name, partial(_build_engine, name, graph, inputs, weights, True, program, result.plan, writer)
+class _TowerEngines:
+    """Every engine but the codecs': built in the order of their graphs, each as soon as it is submitted."""
+
+    def __init__(
+        self,
+        program: Program,
+        variants: Mapping[str, Program],
+        closed: Mapping[str, Program],
+        result: BuildResult,
+        writer: BundleWriter,
+        builders: Builders,
+    ) -> None:
+        self._program, self._variants, self._closed = program, variants, closed
+        self._result, self._writer, self._builders = result, writer, builders
+        self._submitted: set[str] = set()
+        self.inputs_of = _WeightInputs(program, variants, result.plan)
+        self.builds: list[Future[Engine]] = []
+
+    def submit(self, *names: str) -> None:
+        """Build the engines of the graphs ``names``, whose models are there, unless that has been asked for before.
+
+        What will be measured beside them is held back from their share of the memory from the first one on.
+        """
+        plan = self._result.plan
+        new = [name for name in names if name not in self._submitted]
+        if plan.target.backend != "tensorrt-rtx" or not new:
+            return
+        return_freed_memory()
+        self._submitted.update(new)
+        memory = builder_memory(plan)
+        self._builders.hold(gates_memory(plan))
+        for name in new:
+            self.builds += [self._builders.submit(work, memory(engine)) for engine, work in self._of(name)]
+
+    def _of(self, name: str) -> Iterator[tuple[str, Callable[[Progress], Engine]]]:
+        """What builds each engine of the graph, or of the closed loop, ``name``."""
+        body, shared = self._program.loop.body, (self._program, self._result.plan, self._writer)
+        if name in self._closed:
+            segment = self._closed[name]
+            graph = segment.graphs[segment.loop.body]
+            inputs, weights = loop_inputs(segment, LOOP_TABLES), self.inputs_of(graph, body)
+            yield name, partial(_build_engine, name, graph, inputs, weights, True, *shared)
+            return
+        if name == SCHEDULE or (self._closed and name == body):
+            return
+        for one in _sharing(name, self._program, self._variants):
+            pieces = self._result.pieces[one]
+            for graph in pieces:
+                piece = graph.name if len(pieces) > 1 else one
+                inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
+                yield piece, partial(_build_engine, piece, graph, inputs, self.inputs_of(graph, name), False, *shared)
 
 
 def _left_out(result: BuildResult) -> Iterator[str]:
@@ -385,24 +425,23 @@ def _require_parity(measured: Sequence[Measured]) -> None:
 
 
 def _write_onnx(
+    name: str,
     program: Program,
     variants: Mapping[str, Program],
     pieces: Pieces,
     plan: Plan,
     writer: BundleWriter,
     progress: Progress,
+    plugins: Plugins | None,
 ) -> str:
-    """Every graph, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
+    """Graph ``name``, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
 
     Bodies of the loop that differ in precision, and the pieces of a graph, read one file of weights.
     """
-    narrow = model_dtype(program) != torch.float32
-    for name in program.graphs:
-        sharing = _sharing(name, program, variants)
-        graphs = {graph.name if len(pieces[one]) > 1 else one: graph for one in sharing for graph in pieces[one]}
-        external = plan.options.weights == "external"
-        suffix = write_models(graphs, name, narrow, plan, writer, progress, external=external)
-    return suffix
+    narrow, external = model_dtype(program) != torch.float32, plan.options.weights == "external"
+    sharing = _sharing(name, program, variants)
+    graphs = {graph.name if len(pieces[one]) > 1 else one: graph for one in sharing for graph in pieces[one]}
+    return write_models(graphs, name, narrow, plan, writer, progress, external=external, plugins=plugins)
 
 
 def _sharing(name: str, program: Program, variants: Mapping[str, Program]) -> dict[str, Graph]:
@@ -430,7 +469,13 @@ _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def _write_loop(
-    name: str, closed: Program, program: Program, tables: Mapping[str, np.ndarray], plan: Plan, writer: BundleWriter
+    name: str,
+    closed: Program,
+    program: Program,
+    tables: Mapping[str, np.ndarray],
+    plan: Plan,
+    writer: BundleWriter,
+    plugins: Plugins | None,
 ) -> None:
     """A closed loop as one model, on the weights that ``program`` has for its body; an engine's form writes attention
     out."""
@@ -451,7 +496,7 @@ def _write_loop(
             continue
         model = lower_loop(
             body, closed.loop, tables, stored, file, compute=compute, explicit_attention=not on_cpu,
-            external=external and not on_cpu,
+            external=external and not on_cpu, plugins=None if on_cpu else plugins,
         )  # fmt: skip
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
@@ -565,6 +610,14 @@ def _engine_requests(
         for name, graph in codec.program.graphs.items() if profiles else ():
             inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
             yield _request(name, graph, inputs, profiles, decomposable=True)
+
+
+def _with_plugins(requests: Iterator[EngineRequest], writer: BundleWriter) -> Iterator[EngineRequest]:
+    """``requests`` with how many plugins their models have; attention that is one is not the builder's."""
+    for request in requests:
+        found = plugin_nodes(writer.path(f"onnx/{request.graph}.onnx", "onnx"))
+        attention = max(0, request.attention - found["joint_attention"])
+        yield replace(request, plugins=found.total(), attention=attention)
 
 
 def _request(

@@ -85,6 +85,13 @@ def register(app: typer.Typer) -> None:
         weights: Annotated[
             str, typer.Option(help="embedded in the engines, or external: large ones are inputs, one copy for all.")
         ] = "embedded",
+        kernels: Annotated[
+            str | None,
+            typer.Option(
+                help="Kernels of ours as TensorRT plugins (--backend tensorrt): of joint-attention,norm-quantize,"
+                "activation-quantize,qkv-pack,sampler-step."
+            ),
+        ] = None,
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
         ] = "enforce",
@@ -138,6 +145,7 @@ def register(app: typer.Typer) -> None:
             recipe=recipe,
             weights=weights,  # type: ignore[arg-type]
             overrides=tuple(set_ or ()),
+            kernels=_names(kernels) or (),
             calibration=calibration,
             quality=quality,  # type: ignore[arg-type]
             parity=parity,  # type: ignore[arg-type]

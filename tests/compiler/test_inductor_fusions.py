@@ -17,9 +17,10 @@ from test_inductor_quantized import loaded
 from tiny_cosmos import assert_close, distance
 
 from cosmos_export.kernels import operators
+from cosmos_export.kernels.description import KERNELS
 from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.targets.inductor import Executable, Settings, packed_linear, specialise
-from cosmos_export.targets.inductor_fusions import KERNELS, fuse
+from cosmos_export.targets.inductor_fusions import fuse
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cosmos_export.kernels import ahead
-from cosmos_export.kernels.launch import CAPABILITIES
+from cosmos_export.kernels.description import CAPABILITIES
 
 # In a process of its own: here the kernels may be interpreted.
 _SCRIPT = """

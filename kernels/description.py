@@ -1,0 +1,110 @@
+"""What kernels there are, and how a plugin of one is described to a builder that has neither torch nor Triton.
+
+A plugin is PTX and a description: types and shapes of its operands, its launch, and the integers it takes, each as an
+expression over the sizes of its inputs. The kernel's parameters are the inputs, then the integers (32 bit, no other
+scalars), then the outputs; all of them are contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CAPABILITIES = (90, 100, 120)
+"""Compute capabilities every kernel is compiled for ahead of time: Hopper, data-centre and workstation Blackwell."""
+
+JOINT_ATTENTION, NORM_QUANTIZE, ACTIVATION_QUANTIZE = "joint-attention", "norm-quantize", "activation-quantize"
+QKV_PACK, SAMPLER_STEP, W4A16 = "qkv-pack", "sampler-step", "w4a16"
+KERNELS: Mapping[str, str] = {
+    NORM_QUANTIZE: "residual sum, RMS norm and FP8 quantization in one pass",
+    ACTIVATION_QUANTIZE: "SiLU·up or relu², and FP8 quantization in one pass",
+    QKV_PACK: "norms and rotation of query and key, and the value, in one pass over the merged projection",
+    SAMPLER_STEP: "guidance and UniPC's corrector and predictor in one pass over the latents",
+    W4A16: "products with INT4 weights that are dequantized in registers",
+}
+"""What may take the place of a compiler's own code, besides attention."""
+PLUGINS: Mapping[str, str] = {
+    JOINT_ATTENTION: "attention over the prompt's K/V where they lie, in FP8 over any number of keys",
+    **{name: text for name, text in KERNELS.items() if name != W4A16},
+}
+"""What ``build --kernels`` offers for TensorRT, which has a kernel of its own for products with INT4 weights."""
+
+NAMESPACE = "cosmos_export"
+"""Domain of the nodes in a model, and namespace of the plugins in TensorRT's registry."""
+PLUGIN_FOLDER, DOCUMENT = "plugins", "plugins.json"
+"""Where a bundle has them, and what describes them there."""
+
+Size = int | Sequence[Any]
+"""A number; ``("size", input, axis)``; ``("cdiv", size, number)``, rounded up; ``("product", size, …)``."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result of a plugin."""
+
+    type: str
+    """``bf16``, ``fp16``, ``fp32`` or ``fp8`` (E4M3)."""
+    shape: tuple[Size, ...]
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """One kernel in one form."""
+
+    name: str
+    """The operation in models, and the file ``NAME.ptx``."""
+    entry: str
+    """The function in the PTX."""
+    inputs: tuple[str, ...]
+    """Types of the inputs."""
+    outputs: tuple[Output, ...]
+    integers: tuple[Size, ...]
+    grid: tuple[Size, Size, Size]
+    threads: int
+    shared_bytes: int
+
+
+def evaluate(size: Size, size_of: Callable[[int, int], Any], cdiv: Callable[[Any, int], Any]) -> Any:
+    """``size`` where ``size_of(input, axis)`` is a number, or a symbol that knows ``*`` and which ``cdiv`` divides."""
+    if isinstance(size, int):
+        return size
+    kind, *operands = size
+    if kind == "size":
+        return size_of(operands[0], operands[1])
+    parts = [evaluate(operand, size_of, cdiv) for operand in operands]
+    if kind == "cdiv":
+        return -(-parts[0] // parts[1]) if isinstance(parts[0], int) else cdiv(parts[0], parts[1])
+    if kind == "product":
+        numbers = [part for part in parts if isinstance(part, int)]
+        result: Any = 1
+        for number in numbers:
+            result *= number
+        for symbol in (part for part in parts if not isinstance(part, int)):
+            result = symbol if isinstance(result, int) and result == 1 else symbol * result
+        return result
+    raise ValueError(f"a size is {kind!r}, which is none of size, cdiv, product")
+
+
+def document_text(records: Sequence[PluginRecord]) -> str:
+    """``plugins.json``."""
+    return json.dumps({"namespace": NAMESPACE, "plugins": [asdict(record) for record in records]}, indent=1) + "\n"
+
+
+def read_document(folder: Path) -> list[PluginRecord]:
+    """The plugins in ``folder``."""
+    found = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
+    return [
+        PluginRecord(
+            **{
+                **record,
+                "inputs": tuple(record["inputs"]),
+                "outputs": tuple(Output(output["type"], tuple(output["shape"])) for output in record["outputs"]),
+                "integers": tuple(record["integers"]),
+                "grid": tuple(record["grid"]),
+            }
+        )
+        for record in found["plugins"]
+    ]
