@@ -67,6 +67,7 @@ def read_weights(read: Callable[[WeightSource], torch.Tensor]) -> Weights:
         if binding.packing is None or binding.keeps_bytes:
             return result.to(binding.dtype)
         rows = result.to(torch.float32)
+        del parts, result  # a weight is large, and packing it takes another copy
         if binding.packing.divisor is not None:
             rows = rows / read(binding.packing.divisor).to(torch.float32)
         if binding.packing.low_rank is not None:
