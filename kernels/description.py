@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +80,7 @@ def evaluate(size: Size, size_of: Callable[[int, int], Any], cdiv: Callable[[Any
     if kind == "cdiv":
         return -(-parts[0] // parts[1]) if isinstance(parts[0], int) else cdiv(parts[0], parts[1])
     if kind == "product":
-        numbers = [part for part in parts if isinstance(part, int)]
-        result: Any = 1
-        for number in numbers:
-            result *= number
-        for symbol in (part for part in parts if not isinstance(part, int)):
-            result = symbol if isinstance(result, int) and result == 1 else symbol * result
-        return result
+        return reduce(mul, sorted(parts, key=lambda part: isinstance(part, int)))  # symbols know ``*`` on their right
     raise ValueError(f"a size is {kind!r}, which is none of size, cdiv, product")
 
 

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from cosmos_export.diagnostics import ToolError
 from cosmos_export.kernels.activation_quantize import TILE as ACTIVATION_TILE
 from cosmos_export.kernels.activation_quantize import activation_quantize_kernel
 from cosmos_export.kernels.description import (
@@ -307,7 +308,7 @@ class Form:
 def compile_plugins(forms: Sequence[Form], capability: int, folder: Path) -> list[str]:
     """Write ``plugins.json`` and one PTX a form into ``folder``; returns the files' names.
 
-    Needs Triton, and neither a GPU nor a driver. RuntimeError where a kernel does not compile.
+    Needs Triton, and neither a GPU nor a driver. ToolError (CX466) where a kernel does not compile.
     """
     request = json.dumps([[form.kernel, form.settings] for form in forms])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -316,7 +317,11 @@ def compile_plugins(forms: Sequence[Form], capability: int, folder: Path) -> lis
     environment |= {"TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"kernels do not compile for capability {capability}: {done.stderr[-2000:]}")
+        raise ToolError(
+            "CX466",
+            f"kernels do not compile for capability {capability}: {done.stderr.strip()[-2000:]}",
+            "leave the kernel out of `--kernels`, or install the release of Triton that the extra names",
+        )
     return [DOCUMENT, *(f"{form.name}.ptx" for form in forms)]
 
 

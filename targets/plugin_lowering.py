@@ -1,13 +1,14 @@
 """Kernels of ours in models that TensorRT reads: what each stands for is found by dataflow, and becomes one node.
 
 The rewrites are those of the inductor backend (`inductor_fusions`); joint attention is an operation by itself. A node
-is called like the form of the kernel that it runs, in the domain of the plugins (`trt_plugins.NAMESPACE`), and is made
-ahead of time (``aot``). Models for a CPU have none.
+is called like the form of the kernel that it runs, in the domain `kernels.description.NAMESPACE`, and is made ahead of
+time (``aot``). Models for a CPU have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,6 @@ class Plugins:
     def __init__(self, kernels: Collection[str]) -> None:
         self.kernels = tuple(kernels)
         self.forms: dict[str, Form] = {}
-        self._used: set[str] = set()
 
     def fused(self, graph: Graph) -> Graph:
         """``graph`` with the operations of kernels in the place of what they compute."""
@@ -62,12 +62,16 @@ class Plugins:
         """How ``node`` becomes a plugin; None where it does not."""
         if JOINT_ATTENTION in self.kernels and is_op(node, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8):
             return self._joint_attention if _attends(node) else None
-        found: Callable[[Lowering, Node], str] | None = self._rules().get(node.target)
-        return found
+        return self._rules.get(node.target)
 
-    def require_all_used(self) -> None:
-        """UnsupportedError (CX458) where the models have no place for a kernel that was asked for."""
-        missing = [name for name in self.kernels if name not in self._used]
+    def require_places(self, graphs: Iterable[Graph]) -> None:
+        """UnsupportedError (CX458) where no graph has a place for a kernel that was asked for."""
+        switches: Mapping[Any, str] = {
+            self._joint_attention: JOINT_ATTENTION, self._norm_quantize: NORM_QUANTIZE, self._qkv_pack: QKV_PACK,
+            self._activation_quantize: ACTIVATION_QUANTIZE, self._unipc_step: SAMPLER_STEP,
+        }  # fmt: skip
+        found = {switches.get(self.rule(node)) for graph in graphs for node in self.fused(graph).calls()}
+        missing = [name for name in self.kernels if name not in found]
         if missing:
             raise UnsupportedError(
                 "CX458",
@@ -76,6 +80,7 @@ class Plugins:
                 "`--loop device`",
             )
 
+    @cached_property
     def _rules(self) -> Mapping[Any, Callable[[Lowering, Node], str]]:
         if all(name == JOINT_ATTENTION for name in self.kernels):
             return {}
@@ -91,14 +96,13 @@ class Plugins:
         }
 
     def _call(
-        self, low: Lowering, node: Node, switch: str, kernel: str, inputs: Sequence[str], results: int, **settings: Any
+        self, low: Lowering, node: Node, kernel: str, inputs: Sequence[str], results: int, **settings: Any
     ) -> str:
         """A node of the form of ``kernel`` with ``settings``; the name of its first result."""
         from cosmos_export.kernels.plugins import Form
 
         form = Form(kernel, tuple(sorted(settings.items())))
         self.forms[form.name] = form
-        self._used.add(switch)
         low.domains.add(NAMESPACE)
         names = [f"{node.name}_plugin_{i}" for i in range(results)]
         attributes = {"plugin_namespace": NAMESPACE, "plugin_version": "1", "aot": 1}
@@ -119,9 +123,7 @@ class Plugins:
             narrow, scale = False, float(rest[0])
         else:
             names, narrow, scale = self._quantized(low, node, names), True, 1.0
-        return self._call(
-            low, node, JOINT_ATTENTION, "joint_attention", names, 1, size=size, scale=scale, narrow=narrow, **settings
-        )
+        return self._call(low, node, "joint_attention", names, 1, size=size, scale=scale, narrow=narrow, **settings)
 
     def _quantized(self, low: Lowering, node: Node, names: Sequence[str]) -> list[str]:
         """Operands of FP8 attention: the query with its factor, keys, values transposed, and a scale for each head."""
@@ -146,7 +148,7 @@ class Plugins:
         x, weight = operands[0], operands[-1]
         names = [low.values[a] for a in (*operands, scale)]
         return self._call(
-            low, node, NORM_QUANTIZE, "norm_quantize", names, len(operands) - 1,
+            low, node, "norm_quantize", names, len(operands) - 1,
             kind=_KINDS[spec_of(x).dtype], weight=_KINDS[spec_of(weight).dtype], width=int(spec_of(x).shape[1]),
             eps=float(eps), add=len(operands) == 3,
         )  # fmt: skip
@@ -162,7 +164,7 @@ class Plugins:
         else:
             other, up_offset = source, offset
         return self._call(
-            low, node, ACTIVATION_QUANTIZE, "activation_quantize", [low.values[a] for a in (source, other, scale)], 1,
+            low, node, "activation_quantize", [low.values[a] for a in (source, other, scale)], 1,
             kind=_KINDS[spec_of(x).dtype], width=width, stride=_stride(source), step=step, offset=offset,
             up_offset=up_offset, gated=up is not None,
         )  # fmt: skip
@@ -173,7 +175,7 @@ class Plugins:
         size = 2 * int(spec_of(cos).shape[1])
         names = [low.values[a] for a in (merged, q_weight, k_weight, cos, sin)]
         return self._call(
-            low, node, QKV_PACK, "qkv_pack", names, 3,
+            low, node, "qkv_pack", names, 3,
             kind=_KINDS[spec_of(query).dtype], weight=_KINDS[spec_of(q_weight).dtype], table=_KINDS[spec_of(cos).dtype],
             stride=_stride(merged), heads=int(spec_of(query).shape[1]) // size,
             kv_heads=int(spec_of(key).shape[1]) // size, size=size, eps=float(eps),
@@ -183,7 +185,7 @@ class Plugins:
         row, cond, uncond, *state, masks, axes = node.args
         operands = [row, cond, cond if uncond is None else uncond, *state, *masks, *[row] * (2 - len(masks))]
         return self._call(
-            low, node, SAMPLER_STEP, "unipc_step", [low.values[a] for a in operands], 3,
+            low, node, "unipc_step", [low.values[a] for a in operands], 3,
             kind=_KINDS[spec_of(cond).dtype], masks=tuple(_KINDS[spec_of(mask).dtype] for mask in masks),
             rank=spec_of(cond).rank, axes=tuple(axes), guided=uncond is not None,
         )  # fmt: skip

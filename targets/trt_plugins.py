@@ -17,12 +17,10 @@ from cosmos_export.kernels.description import NAMESPACE, PluginRecord, Size, eva
 _TYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT", "fp8": "FP8"}
 
 
-def register_plugins(trt: Any, trtp: Any, folder: Path) -> int:
-    """Tell the builder ``trt`` and its ``tensorrt.plugin`` of the plugins in ``folder``; returns how many there are."""
-    records = read_document(folder)
-    for record in records:
+def register_plugins(trt: Any, trtp: Any, folder: Path) -> None:
+    """Tell the builder ``trt`` and its ``tensorrt.plugin`` of the plugins in ``folder``."""
+    for record in read_document(folder):
         _register(trt, trtp, record, (folder / f"{record.name}.ptx").read_bytes())
-    return len(records)
 
 
 def _register(trt: Any, trtp: Any, record: PluginRecord, ptx: bytes) -> None:

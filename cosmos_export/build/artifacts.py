@@ -116,10 +116,9 @@ def write_models(
 
 
 def write_plugins(plugins: Plugins, plan: Plan, writer: BundleWriter) -> None:
-    """The kernels that models of the bundle have as ``plugins/``. CX458 where one that was asked for has no place."""
+    """The kernels that models of the bundle have as ``plugins/``."""
     from cosmos_export.kernels.plugins import compile_plugins
 
-    plugins.require_all_used()
     capability = int((plan.target.compute_capability or "").replace(".", ""))
     folder = writer.path(f"{PLUGIN_FOLDER}/{DOCUMENT}", "plugin").parent
     for name in compile_plugins(list(plugins.forms.values()), capability, folder):

@@ -139,24 +139,18 @@ def engine_checks(request: EngineRequest, report: EngineReport) -> list[PlanChec
     fused = "nothing decomposed" if not request.decomposable_attention else "may be decomposed"
     found = f"{report.attention} attentions parsed, none of which the builder may decompose"
     layers = f"{report.layers} layers" + "".join(f", {n} × {kind}" for kind, n in report.layers_in.items())
-    return [
+    checks = [
         PlanCheck(
             request.graph, "attention", f"{request.attention} attentions, {fused}",
             found if not request.decomposable_attention else f"{report.attention} attentions parsed",
             report.attention >= request.attention or request.decomposable_attention,
         ),
         PlanCheck(request.graph, "layers", "an engine that loads", layers, bool(report.layers)),
-        *(
-            [
-                PlanCheck(
-                    request.graph, "plugins", f"{request.plugins} kernels of this bundle",
-                    f"{report.plugins} plugins parsed", report.plugins == request.plugins,
-                )
-            ]
-            if request.plugins
-            else []
-        ),
     ]  # fmt: skip
+    if request.plugins:
+        wanted, parsed = f"{request.plugins} kernels of this bundle", f"{report.plugins} plugins parsed"
+        checks.append(PlanCheck(request.graph, "plugins", wanted, parsed, report.plugins == request.plugins))
+    return checks
 
 
 def _read(path: Path) -> list[EngineRequest]:

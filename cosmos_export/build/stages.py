@@ -183,6 +183,9 @@ def _build(
     if parity is None:
         _require_parity(result.parity)
     plugins = Plugins(plan.options.kernels) if plan.options.kernels else None
+    if plugins is not None:
+        bodies = [segment.graphs[segment.loop.body] for segment in closed.values()]
+        plugins.require_places([*program.graphs.values(), *bodies])
     engines = _TowerEngines(program, variants, closed, result, writer, builders)
     with stages("weights and ONNX", shown=False):
         for name in program.graphs:

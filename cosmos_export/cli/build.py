@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosmos_export.kernels.description import PLUGINS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -87,10 +89,7 @@ def register(app: typer.Typer) -> None:
         ] = "embedded",
         kernels: Annotated[
             str | None,
-            typer.Option(
-                help="Kernels of ours as TensorRT plugins (--backend tensorrt): of joint-attention,norm-quantize,"
-                "activation-quantize,qkv-pack,sampler-step."
-            ),
+            typer.Option(help=f"Kernels of ours as TensorRT plugins (--backend tensorrt): of {','.join(PLUGINS)}."),
         ] = None,
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")

@@ -55,7 +55,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def as_operation(form: Form) -> type[OpRun]:
     """The plugin as an operation of ONNX's evaluator."""
 
-    class Operation(OpRun):  # type: ignore[misc]
+    class Operation(OpRun):
         op_domain = NAMESPACE
 
         def _run(self, *inputs: Any, **attributes: Any) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ def test_each_kernel_computes_what_it_replaces(tiny: Tiny, tmp_path: Path, kerne
     graph = tiny.quantized("fp8").graphs["generator"]
     layers, plugins = tiny.config["num_hidden_layers"], Plugins([kernel])
     path = lowered(graph, tmp_path, plugins)
-    plugins.require_all_used()
+    plugins.require_places([graph])
     counts = {"joint-attention": layers, "qkv-pack": layers, "activation-quantize": layers, "norm-quantize": 2 * layers}
     assert plugin_nodes(path).total() == counts[kernel]
     plain = evaluated(lowered(graph, tmp_path, None), graph, tiny)
@@ -148,9 +148,9 @@ def test_models_of_a_cpu_have_none_and_others_only_what_is_asked_for(tiny: Tiny,
 
 
 def test_a_kernel_without_a_place_is_said(tiny: Tiny, tmp_path: Path) -> None:
-    plugins = Plugins(["joint-attention", "norm-quantize", "sampler-step"])
-    path = lowered(tiny.program.graphs["generator"], tmp_path, plugins)
+    plugins, graph = Plugins(["joint-attention", "norm-quantize", "sampler-step"]), tiny.program.graphs["generator"]
+    path = lowered(graph, tmp_path, plugins)
     assert plugin_nodes(path) == Counter({"joint_attention": tiny.config["num_hidden_layers"]})
     with pytest.raises(UnsupportedError, match="no place for norm-quantize, sampler-step: residual sum") as refused:
-        plugins.require_all_used()
+        plugins.require_places([graph])
     assert refused.value.code == "CX458" and "--loop device" in refused.value.hint
