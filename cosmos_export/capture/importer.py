@@ -1,10 +1,15 @@
-"""From an exported program to the IR: named dims for the exporter's symbols, one spelling for each operation."""
+"""From an exported program to the IR: named dims for the exporter's symbols, one spelling for each operation.
+
+What the model writes in place becomes a new value of everything that shares the memory. The exporter can take such
+writes apart itself (`run_decompositions`), by tracing the whole program again: that takes longer than the export.
+"""
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import sympy
 import torch
@@ -39,6 +44,9 @@ class Importer:
         self._bindings = bindings
         self._constants = constants
         self._values: dict[fx.Node, Node] = {}
+        self._memory = _Memory()
+        self._inlined: dict[Any, Any] = {}
+        """Results of the blocks that were inlined."""
         self._expressions: dict[sympy.Expr, Size] = {}
         self._symbols: dict[sympy.Symbol, Size] = {}
 
@@ -53,10 +61,10 @@ class Importer:
             if node.op == "placeholder":
                 self._values[node] = self._placeholder(node, signature[node.name])
             elif node.op == "call_function":
-                self._operation(node)
+                self._call(node)
         (output,) = (n for n in self._exported.graph.nodes if n.op == "output")
         names = list(torch.utils._pytree.tree_unflatten(output.args[0], self._exported.call_spec.out_spec).items())
-        self._graph.set_outputs({name: self._values[node] for name, node in names})
+        self._graph.set_outputs({name: self._argument(node) for name, node in names})
         return self._graph
 
     # -- leaves -------------------------------------------------------------------------------------------------------
@@ -95,12 +103,42 @@ class Importer:
         """Operand in the IR: values as nodes, sizes as expressions."""
         if isinstance(value, fx.Node):
             meta = value.meta.get("val")
-            return self._size(meta) if isinstance(meta, (torch.SymInt, int)) else self._values[value]
+            if isinstance(meta, (torch.SymInt, int)):
+                return self._size(meta)
+            self._memory.require_current(value)
+            return self._values[value]
         if isinstance(value, (list, tuple)):
             return [self._argument(v) for v in value]
         return self._size(value) if isinstance(value, torch.SymInt) else value
 
     # -- operations ---------------------------------------------------------------------------------------------------
+
+    def _call(self, node: fx.Node) -> None:
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            self._inline(node)
+        elif node.target is operator.getitem and node.args[0] in self._inlined:
+            self._same(node, self._inlined[node.args[0]][node.args[1]])
+        else:
+            self._operation(node)
+
+    def _inline(self, node: fx.Node) -> None:
+        """A block for which the model turns automatic types off. There are none here anyway."""
+        _, _, enabled, _, body, *operands = cast("tuple[Any, ...]", node.args)
+        if enabled:
+            raise InternalError("CX202", f"`{node.name}` chooses types by itself (autocast)")
+        graph = self._exported.graph_module.get_submodule(body.target).graph
+        inputs = iter(operands)
+        for inner in graph.nodes:
+            if inner.op == "placeholder":
+                self._same(inner, next(inputs))
+            elif inner.op == "call_function":
+                self._call(inner)
+            elif inner.op == "output":
+                (self._inlined[node],) = inner.args
+
+    def _same(self, node: fx.Node, value: Any) -> None:
+        self._values[node] = self._argument(value)
+        self._memory.share(node, value)
 
     def _operation(self, node: fx.Node) -> None:
         value = node.meta.get("val")
@@ -118,16 +156,97 @@ class Importer:
             new.meta["module"] = module
             return new
 
-        rewrite = _SPELLINGS.get(node.target) if parts is None else _PARTS.get(parts.target)  # type: ignore[union-attr]
+        written = parts is None and _writes(node.target)
+        target = _out_of_place(node.target) if written else node.target
+        rewrite = _SPELLINGS.get(target) if parts is None else _PARTS.get(parts.target)  # type: ignore[union-attr]
         spec = self._spec(value)
         try:
-            result = rewrite(call, spec, *args, **kwargs) if rewrite else call(node.target, *args, **kwargs)
+            result = rewrite(call, spec, *args, **kwargs) if rewrite else call(target, *args, **kwargs)
         except SpecError as error:
             raise InternalError("CX202", f"`{node.name}` of module `{module}`: {error}") from error
         known = spec_of(result)
         if known.dtype != spec.dtype or not all(map(equal, known.shape, spec.shape)):
             raise InternalError("CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules")
         self._values[node] = result
+        owner = operands[0] if operands and isinstance(operands[0], fx.Node) else None
+        if owner is not None and _shares_memory(node.target if parts is None else parts.target):  # type: ignore[union-attr]
+            self._memory.share(node, owner)
+        if written:
+            self._write(node, call)
+
+    def _write(self, node: fx.Node, call: Call) -> None:
+        """What ``node`` wrote in place is the new value of what it wrote into, as far as that can be told."""
+        whole: Node | None = None  # what the view was; nothing yet for `node`, which is all that it wrote into
+        for view, owner in self._memory.write(node):
+            old, new = self._values[owner], self._values[view]
+            if view.target in _VIEWED_THROUGH:
+                operands = [self._argument(a) for a in view.args[1:]]
+                self._values[owner] = _VIEWED_THROUGH[view.target](call, spec_of(old), old, new, *operands)
+            elif whole is None or (whole is old and view.target is not aten.contiguous.default):  # which may be a copy
+                self._values[owner] = new
+            else:
+                return
+            self._memory.renew(owner)
+            whole = old
+
+
+class _Memory:
+    """Which values of an exported program share memory, and which of them a write has made stale."""
+
+    def __init__(self) -> None:
+        self._owner: dict[fx.Node, fx.Node] = {}
+        self._stale: dict[fx.Node, str] = {}
+        """And by what."""
+
+    def share(self, view: fx.Node, owner: fx.Node) -> None:
+        """``view`` may be a part of the memory of ``owner``, or all of it."""
+        self._owner[view] = owner
+
+    def write(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
+        """The new value ``node`` makes every other that shares its memory stale; pairs of a view and its owner, from
+        ``node`` outwards."""
+        owners = [node, *self._owners(node)]
+        self._stale |= {v: node.name for v in self._owner if owners[-1] in (v, *self._owners(v))}
+        self._stale |= dict.fromkeys(owners, node.name)
+        self.renew(node)
+        return list(itertools.pairwise(owners))
+
+    def renew(self, node: fx.Node) -> None:
+        """The value of ``node`` is known again."""
+        self._stale.pop(node, None)
+
+    def require_current(self, node: fx.Node) -> None:
+        """CX202 where something wrote into the memory of ``node`` and its new value is not known."""
+        if node in self._stale:
+            raise InternalError("CX202", f"`{node.name}` is read after `{self._stale[node]}` wrote into its memory")
+
+    def _owners(self, node: fx.Node) -> Iterator[fx.Node]:
+        while node in self._owner:
+            node = self._owner[node]
+            yield node
+
+
+def _writes(target: Any) -> bool:
+    """Whether an operation writes its first operand in place."""
+    alias = target._schema.arguments[0].alias_info if isinstance(target, torch._ops.OpOverload) else None
+    return alias is not None and bool(alias.is_write)
+
+
+def _out_of_place(target: Any) -> Any:
+    """The operation that returns what ``target`` writes."""
+    packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"))
+    return getattr(packet, target._overloadname)
+
+
+def _shares_memory(target: Any) -> bool:
+    """Whether a result of an operation may lie in the memory of its first operand."""
+    if target in _RETURN_THEIR_OPERAND:
+        return True
+    return isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
+
+
+_RETURN_THEIR_OPERAND = {aten.dropout.default, aten.type_as.default}
+"""Operations that may, and whose schemas do not say so."""
 
 
 # Each takes (call, spec of the result, *operands) and returns the value.
@@ -250,6 +369,16 @@ def _nearest(call: Call, spec: TensorSpec, x: Node, size: Any, factors: list[flo
     spread = call(aten.expand.default, spread, [batch, channels, height, rows, width, columns])
     return call(aten.view.default, spread, list(spec.shape))
 
+
+def _select_scatter(call: Call, spec: TensorSpec, x: Node, src: Node, dim: int, index: int) -> Node:
+    return call(aten.select_scatter.default, x, src, dim % spec.rank, index)
+
+
+_VIEWED_THROUGH: dict[Any, Callable[..., Node]] = {
+    aten.slice.Tensor: _slice_scatter,
+    aten.select.int: _select_scatter,
+}
+"""Views of a part of a value, and the operation that puts another part in its place."""
 
 _PARTS: dict[Any, Callable[..., Node]] = {aten.chunk.default: _chunk}
 """Operations with several results: one part, chosen by its index."""

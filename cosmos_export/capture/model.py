@@ -220,7 +220,7 @@ def _export(
     dynamic_shapes = {name: {i: dynamic(s) for i, s in enumerate(shape)} for name, shape in shapes.items()}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of what it deprecates
-        exported: torch.export.ExportedProgram = torch.export.export(
+        return torch.export.export(
             step,
             (),
             kwargs=example,
@@ -229,5 +229,3 @@ def _export(
             # Equalities between inputs (every `frames` is the same number) become checks, not constraints to solve.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        decomposed: torch.export.ExportedProgram = exported.run_decompositions({})
-        return decomposed

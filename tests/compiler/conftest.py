@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from tiny_cosmos import BACKBONES, random_model, sources_of_model, tiny_config, weights_of_model
+from tiny_cosmos import BACKBONES, Compiled, random_model, sources_of_model, tiny_config, weights_of_model
 
 from cosmos_export.capture.model import capture
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 
 torch.set_num_threads(1)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A tiny model and its program after the capture and after every pass, in order."""
-
-    config: dict[str, Any]
-    model: Any
-    weights: Callable[[Any], torch.Tensor]
-    stages: dict[str, Program]
-    reports: dict[str, Report]
-
-    @property
-    def captured(self) -> Program:
-        return self.stages["capture"].copy()
-
-    @property
-    def final(self) -> Program:
-        return list(self.stages.values())[-1]
 
 
 def _compile(config: dict[str, Any]) -> Compiled:

@@ -10,9 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Compiled
 from diffusers import UniPCMultistepScheduler
-from tiny_cosmos import Case, Tensors, request, stock_forward
+from tiny_cosmos import Case, Compiled, Tensors, request, stock_forward
 
 from cosmos_export.build.loop import close_loop, loop_tables
 from cosmos_export.diagnostics import UnsupportedError

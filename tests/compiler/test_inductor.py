@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compiled
 from test_denoise_loop import case_of, closed, schedule
-from tiny_cosmos import Tensors, assert_close, request
+from tiny_cosmos import Compiled, Tensors, assert_close, request
 
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, spec_of

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Compiled
 from quantized import Tiny
 from test_denoise_loop import closed, schedule
 from test_inductor import executable, inputs_of, requested
 from test_inductor_quantized import inputs_of as quantized_inputs
 from test_inductor_quantized import loaded
-from tiny_cosmos import assert_close, distance
+from tiny_cosmos import Compiled, assert_close, distance
 
 from cosmos_export.kernels import operators
 from cosmos_export.kernels.description import KERNELS

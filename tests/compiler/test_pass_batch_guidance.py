@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Compiled
-from tiny_cosmos import Case, request
+from tiny_cosmos import Case, Compiled, request
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import is_op

@@ -16,11 +16,32 @@ from diffusers import Cosmos3OmniTransformer
 from diffusers.models.transformers.transformer_cosmos3 import Cosmos3VLTextRotaryEmbedding
 
 from cosmos_export.ir.interpreter import read_weights
+from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
+from cosmos_export.passes.pipeline import Report
 
 MARGIN = 15000
 BACKBONES = ("omni", "edge")
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A tiny model and its program after the capture and after every pass, in order."""
+
+    config: dict[str, Any]
+    model: Any
+    weights: Callable[[Any], torch.Tensor]
+    stages: dict[str, Program]
+    reports: dict[str, Report]
+
+    @property
+    def captured(self) -> Program:
+        return self.stages["capture"].copy()
+
+    @property
+    def final(self) -> Program:
+        return list(self.stages.values())[-1]
 
 
 def tiny_config(

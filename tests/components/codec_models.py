@@ -58,6 +58,19 @@ class Codec:
             return Cosmos3AVAEAudioTokenizer.from_pretrained(self.folder, torch_dtype=dtype).eval()
 
 
+@dataclass(frozen=True)
+class Video:
+    codec: Codec
+    decoder: Program
+    encoder: Program
+
+
+@dataclass(frozen=True)
+class Sound:
+    codec: Codec
+    decoder: Program
+
+
 def read_codec(folder: Path) -> Codec:
     entries = read_shards(folder, STEM).tensors()
     sources = {e.name: WeightSource(e.name, e.file, e.offset, DTYPES[e.dtype], tuple(e.shape)) for e in entries}

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import pytest
-from codec_models import GROWING, Codec, demo_codec, write_codec
+from codec_models import GROWING, Codec, Sound, Video, demo_codec, write_codec
 from diffusers import AutoencoderKLWan
 
 from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
-
-
-@dataclass(frozen=True)
-class Video:
-    codec: Codec
-    decoder: Program
-    encoder: Program
-
-
-@dataclass(frozen=True)
-class Sound:
-    codec: Codec
-    decoder: Program
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from codec_models import WEIGHTS, clip, decode, encode, interpret, latents, published_decode, published_encode
-from conftest import Sound, Video
+from codec_models import (
+    WEIGHTS,
+    Sound,
+    Video,
+    clip,
+    decode,
+    encode,
+    interpret,
+    latents,
+    published_decode,
+    published_encode,
+)
 
 from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder
 from cosmos_export.diagnostics import UnsupportedError, UserError

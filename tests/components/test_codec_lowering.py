@@ -10,8 +10,7 @@ import onnx
 import pytest
 import torch
 from codec_engines import build, onnx_run, write_onnx
-from codec_models import clip, decode, encode, latents, published_decode, published_encode
-from conftest import Sound, Video
+from codec_models import Sound, Video, clip, decode, encode, latents, published_decode, published_encode
 
 from cosmos_export.ir.program import Program
 
