@@ -72,10 +72,10 @@ def require_memory(plan: Plan) -> None:
                 f"{plan.memory_budget / 2**30:.1f} GiB",
                 f"`--memory-budget {int(gigabytes) + 1}GiB`, on a machine that has it",
             )
-        if part.parts and part.name == "generator" and plan.options.loop == "device":
+        if part.cut and part.name == "generator" and plan.options.loop == "device":
             raise UnsupportedError(
                 "CX457",
                 f"a loop on the device is one engine, and building it passes the budget of "
-                f"{plan.memory_budget / 2**30:.1f} GiB: the generator would be cut into {len(part.parts)}",
+                f"{plan.memory_budget / 2**30:.1f} GiB: the generator would be cut into {max(map(len, part.forms))}",
                 "`--loop host` cuts it; or a larger `--memory-budget`, or a recipe with smaller weights",
             )

@@ -34,10 +34,11 @@ def planned(plan: Plan, engines: Sequence[Engine], peak_anonymous_bytes: int) ->
         part = known.get("generator" if graph.startswith(_BODIES) else graph)
         if part is None:
             continue
-        sizes = part.parts if number else (part.engine_bytes,)
-        index = int(number or 1) - 1
-        if index < len(sizes):
-            found[f"engine {engine.graph}"] = Planned(sizes[index], engine.report.size_bytes)
+        # The bodies of a host's loop are numbered by how many steps have them, from the second on.
+        body = int(graph.removeprefix("generator").removeprefix("_") or 1) if graph.startswith("generator") else 1
+        form, index = part.forms[body - 1], int(number or 1) - 1
+        if bool(number) == (len(form) > 1) and index < len(form):
+            found[f"engine {engine.graph}"] = Planned(form[index], engine.report.size_bytes)
     built = host(_subject(plan), list(known.values()), plan.generator_engines, True, plan.memory_budget, plan.quantized)
     peak = built.peak_anonymous_bytes
     return {**found, "peak anonymous memory": Planned(peak, peak_anonymous_bytes)}

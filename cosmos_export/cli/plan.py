@@ -142,9 +142,10 @@ def _components(found: Estimate) -> Any:
         "component", "parameters", "weights", "engine", "activations", "in", title=f"Engines, {found.recipe}"
     )
     for part in found.components:
+        pieces = " or ".join(str(count) for count in sorted({len(form) for form in part.forms}))
         table.add_row(
             part.name, _count(part.parameters), _gb(part.weight_bytes),
-            _gb(part.engine_bytes) + (f" in {len(part.parts)}" if part.parts else ""),
+            _gb(part.engine_bytes) + (f" in {pieces}" if part.cut else ""),
             _gb(part.activation_bytes), part.scheme,
         )  # fmt: skip
     return table

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
+from math import inf
 
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
@@ -73,9 +74,19 @@ class Component:
     scheme: str
     builder_weights: int
     """Anonymous memory that the builder takes for the weights of the engine, or of its largest part."""
-    parts: tuple[int, ...] = ()
-    """Bytes of the engines that it is cut into, where one is too large for the host; none where it is one engine. Of
-    the generator in the form that takes the most to build: others may be whole."""
+    forms: tuple[tuple[int, ...], ...]
+    """Bytes of its engines in each form that steps compute in, the most frequent first; all but the generator have one.
+    A form is one engine, or several where one would take too much of the host to build."""
+
+    @property
+    def engines(self) -> int:
+        """Of all forms together."""
+        return sum(map(len, self.forms))
+
+    @property
+    def cut(self) -> bool:
+        """Whether a form is more than one engine."""
+        return self.engines > len(self.forms)
 
 
 def components(
@@ -110,21 +121,21 @@ def components(
         activations = activation_bytes(geometry, rows[name], keys[name]) if rows[name] else 0
         if name == "generator" and branches > 1:
             activations = int(activations * LOOP_SHARE)
-        # What some steps compute in may take more to build than what most of them do.
-        worst = max(_forms(name, mix, chosen), key=lambda form: _builder_weights(graphs[name], form))
-        runs = _runs_of(graphs[name], worst, memory_budget, geometry)
-        parts = tuple(sum(stored_bytes(unit, mix) for unit in run) + code for run in runs) if len(runs) > 1 else ()
-        largest = max(sum(_builder_weights(unit, worst) for unit in run) for run in runs)
+        # What some steps compute in may take more to build than what most of them do, and be cut finer.
+        forms = [(form, _runs_of(graphs[name], form, memory_budget, geometry)) for form in _forms(name, mix, chosen)]
+        largest = max(sum(_builder_weights(unit, form) for unit in run) for form, runs in forms for run in runs)
+        engines = tuple(tuple(sum(stored_bytes(u, mix) for u in run) + code for run in runs) for _, runs in forms)
         scheme = "bf16" if mix is None else mix.label
-        found.append(Component(name, parameters, weights, weights + code, activations, scheme, int(largest), parts))
+        found.append(Component(name, parameters, weights, weights + code, activations, scheme, int(largest), engines))
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
 
 
 def _forms(name: str, mix: Mix | None, chosen: Precision) -> list[Mix | None]:
-    """Every mix that graph ``name`` is built in."""
-    return [step for step, _ in chosen.steps] if name == "generator" else [mix]
+    """Every mix that graph ``name`` is built in, the most frequent first."""
+    by_count = sorted(chosen.steps, key=lambda entry: entry[1], reverse=True)
+    return [step for step, _ in by_count] if name == "generator" else [mix]
 
 
 def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> float:
@@ -138,17 +149,18 @@ def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> floa
 
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
+_AFTER_LAYERS = re.compile(r"norm|\w*proj_out|lm_head")
 _Unit = tuple[ExpectedTensor, ...]
 
 
 def _units(tensors: Sequence[ExpectedTensor]) -> list[_Unit]:
-    """``tensors`` between the places where little crosses: what comes before the layers (with what comes after them,
-    which is little), and attention and MLP of each."""
+    """``tensors`` between the places where little crosses: attention and MLP of each layer, the first with what comes
+    before the layers; and what comes after them."""
 
-    def place(tensor: ExpectedTensor) -> tuple[int, bool]:
+    def place(tensor: ExpectedTensor) -> tuple[float, bool]:
         layer = _LAYER.match(tensor.name)
         if layer is None:
-            return -1, False
+            return (inf if _AFTER_LAYERS.match(tensor.name) else 0), False
         return int(layer[1]), ".mlp" in tensor.name or "post_attention" in tensor.name
 
     ordered = sorted(tensors, key=place)
@@ -226,7 +238,8 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[C
         engine = 2 * parameters + CODE_BYTES["codec"]
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
         held = int(2 * parameters * CODEC_BUILDER_SHARE)
-        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", held))
+        forms = ((engine,),)
+        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", held, forms))
     return result
 
 
@@ -378,7 +391,7 @@ def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: in
             for part in parts
             if part.name in peaks and part.builder_weights > _BRIEF_BYTES
             if part.name.startswith(_CODEC_ENGINES) == of_codecs
-            for _ in range(max(1, len(part.parts)) * (segments if part.name == "generator" else 1))
+            for _ in range(max(part.engines, segments if part.name == "generator" else 1))
         ]
         for of_codecs in (True, False)
     )
