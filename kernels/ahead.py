@@ -44,7 +44,7 @@ def variants(capability: int) -> Iterator[Variant]:
 
 
 def compile_variant(variant: Variant, capability: int) -> Binary:
-    """Machine code of ``variant`` for ``capability`` (90, 100, 120). Needs no GPU and no driver.
+    """Machine code of ``variant`` for ``capability`` (of `CAPABILITIES`). Needs no GPU and no driver.
 
     ValueError for another capability, and where Triton runs as an interpreter (``TRITON_INTERPRET``).
     """

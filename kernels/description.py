@@ -15,8 +15,9 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-CAPABILITIES = (90, 100, 120)
-"""Compute capabilities every kernel is compiled for ahead of time: Hopper, data-centre and workstation Blackwell."""
+CAPABILITIES = (90, 100, 103, 110, 120)
+"""Compute capabilities every kernel is compiled for ahead of time: Hopper; Blackwell in data centres (two), in the
+Jetson module and in workstations."""
 
 JOINT_ATTENTION, NORM_QUANTIZE, ACTIVATION_QUANTIZE = "joint-attention", "norm-quantize", "activation-quantize"
 QKV_PACK, SAMPLER_STEP, W4A16 = "qkv-pack", "sampler-step", "w4a16"

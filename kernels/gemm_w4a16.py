@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import Tile, Variant, require, require_rows, tile_for
+from cosmos_export.kernels.launch import Tile, Variant, require, require_rows, tile_for, tile_of
 
 GROUP = 128
 TILES = {90: Tile((64, 128), 8, 3), 100: Tile((64, 128), 8, 3), 120: Tile((64, 64), 4, 3)}
@@ -111,7 +111,7 @@ def reference(a: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> to
 
 def variants(capability: int) -> list[Variant]:
     """The forms compiled ahead of time."""
-    tile = TILES[capability]
+    tile = tile_of(TILES, capability)
     signature = {
         "a": "*bf16", "packed": "*u8", "scales": "*bf16", "y": "*bf16",
         **dict.fromkeys(("rows", "outputs", "depth", "stride_a", "stride_y"), "i32"),

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, require, require_rows, tile_for
+from cosmos_export.kernels.launch import FP8, Tile, Variant, require, require_rows, tile_for, tile_of
 
 TILES = {90: Tile((128, 128, 128), 8, 4), 100: Tile((128, 256, 128), 8, 3), 120: Tile((128, 128, 128), 8, 2)}
 CANDIDATE_TILES = (
@@ -129,7 +129,7 @@ def reference(
 
 def variants(capability: int) -> list[Variant]:
     """The forms compiled ahead of time: static scales (the published layout), and a scale a row and an output."""
-    tile = TILES[capability]
+    tile = tile_of(TILES, capability)
     block_m, block_n, block_k = tile.sizes
     signature = {
         "a": "*fp8e4nv", "weight": "*fp8e4nv", "y": "*bf16", "a_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16",

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, require, tile_for
+from cosmos_export.kernels.launch import FP8, Tile, Variant, require, tile_for, tile_of
 
 LOG2E = 1.4426950408889634
 
@@ -262,4 +262,5 @@ def _variant(kind: str, tile: Tile, group: int) -> Variant:
 
 def variants(capability: int) -> list[Variant]:
     """The forms compiled ahead of time: head size 128, groups of four (Nano)."""
-    return [_variant("bf16", TILES[capability], 4), _variant("fp8e4nv", FP8_TILES[capability], 4)]
+    wide, narrow = (tile_of(tiles, capability) for tiles in (TILES, FP8_TILES))
+    return [_variant("bf16", wide, 4), _variant("fp8e4nv", narrow, 4)]

@@ -67,8 +67,12 @@ def capability_of(tensor: torch.Tensor) -> int:
 
 
 def tile_for(tiles: Mapping[int, Tile], tensor: torch.Tensor) -> Tile:
-    """The tile of the nearest capability at or below the device's; the first where there is none."""
-    capability = capability_of(tensor)
+    """The tile for the tensor's device."""
+    return tile_of(tiles, capability_of(tensor))
+
+
+def tile_of(tiles: Mapping[int, Tile], capability: int) -> Tile:
+    """The tile of the nearest capability at or below ``capability``; the first where there is none."""
     known = [key for key in sorted(tiles) if key <= capability]
     return tiles[known[-1] if known else min(tiles)]
 

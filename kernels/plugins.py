@@ -39,7 +39,7 @@ from cosmos_export.kernels.description import (
     evaluate,
 )
 from cosmos_export.kernels.joint_attention import FP8_TILES, LOG2E, TILES, joint_attention_kernel
-from cosmos_export.kernels.launch import Tile, Variant
+from cosmos_export.kernels.launch import Tile, Variant, tile_of
 from cosmos_export.kernels.norm_quantize import norm_quantize_kernel, warps_for
 from cosmos_export.kernels.qkv_pack import TILES as PACK_TILES
 from cosmos_export.kernels.qkv_pack import qkv_pack_kernel
@@ -160,7 +160,7 @@ def joint_attention(
 ) -> Plugin:
     """``joint_attention`` of bf16 or fp16 rows; ``narrow``: of E4M3 with a scale a head, the values transposed as
     [kv_heads, size, rows], where rows are a multiple of 16, and a result in ``kind``."""
-    tile = (FP8_TILES if narrow else TILES)[capability]
+    tile = tile_of(FP8_TILES if narrow else TILES, capability)
     constants = {
         "SCALE": scale * LOG2E, "HEADS": heads, "KV_HEADS": kv_heads, "D": size, "BLOCK_M": tile.sizes[0],
         "BLOCK_N": tile.sizes[1],
@@ -222,7 +222,7 @@ def qkv_pack(
     eps: float,
 ) -> Plugin:  # fmt: skip
     """Query, key and value of a merged projection: its first columns, in that order."""
-    tile = PACK_TILES.get(capability, PACK_TILES[90])
+    tile = tile_of(PACK_TILES, capability)
     constants = {
         "EPS": eps, "STRIDE": stride, "HEADS": heads, "KV_HEADS": kv_heads, "HALF": size // 2, "ROWS": tile.sizes[0],
     }  # fmt: skip

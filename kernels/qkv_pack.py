@@ -29,9 +29,9 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_rows, tile_for
+from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_rows, tile_for, tile_of
 
-TILES = {90: Tile((32,), 4, 2), 120: Tile((32,), 4, 2)}
+TILES = {90: Tile((32,), 4, 2)}
 CANDIDATE_TILES = tuple(Tile((rows,), warps, 2) for rows in (8, 16, 32, 64) for warps in (2, 4, 8))
 """(rows a program,)"""
 
@@ -227,7 +227,7 @@ _STRIDES = ("stride_q", "stride_k", "stride_v", "stride_vn", "stride_vh", "strid
 def variants(capability: int) -> list[Variant]:
     """The forms compiled ahead of time: 32 query and 8 key heads of 128 (Nano), both norms."""
     found = []
-    tile = TILES.get(capability, TILES[90])
+    tile = tile_of(TILES, capability)
     for narrow, weight in ((False, "bf16"), (False, "fp32"), (True, "bf16")):
         result = "*fp8e4nv" if narrow else "*bf16"
         unit = "stride_vn" if narrow else "stride_vd"  # FP8 values are transposed

@@ -15,7 +15,7 @@ from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.kernels.description import CAPABILITIES, PLUGINS
+from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.targets import Target, load_target
@@ -185,15 +185,6 @@ def _require_kernels(options: BuildOptions, target: Target) -> None:
             f"`--kernels` makes plugins of TensorRT, and target `{target.name}` is built with {target.backend}",
             "`--backend tensorrt` where the target has it; with inductor kernels are chosen when it runs "
             "(`bench --kernels`)",
-        )
-    capability = int((target.compute_capability or "0").replace(".", ""))
-    if capability not in CAPABILITIES:
-        known = ", ".join(f"{one // 10}.{one % 10}" for one in CAPABILITIES)
-        raise UnsupportedError(
-            "CX459",
-            f"kernels are compiled for compute capability {known}, and target `{target.name}` has "
-            f"{target.compute_capability}",
-            "leave `--kernels` out",
         )
     if find_spec("triton") is None:
         raise UnsupportedError(

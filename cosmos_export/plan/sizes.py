@@ -337,12 +337,14 @@ class Host:
     """From a fast disk and idle cores to a slow disk and shared ones."""
 
 
-ENGINE_BYTES_PER_S = (50e6, 240e6)
-WEIGHT_BYTES_PER_S = (100e6, 800e6)
-HASH_BYTES_PER_S = (400e6, 1500e6)
-CAPTURE_S_PER_LAYER = (2.6, 1.1)
-CODEC_S = (40.0, 15.0)
-"""Slow and fast: builder with its writing, weights, hashing, capture with passes, and the capture of one codec."""
+ENGINE_BYTES_PER_S = (50e6, 400e6)
+WEIGHT_BYTES_PER_S = (100e6, 1200e6)
+HASH_BYTES_PER_S = (400e6, 3000e6)
+CAPTURE_S_PER_LAYER = (2.6, 0.6)
+CODEC_S = (40.0, 12.0)
+GATES_S = (110.0, 40.0)
+"""Slow and fast: builder with its writing, weights, hashing, capture with passes, the capture of one codec, and the
+measuring of a quantized model, of which no more than so much is looked at."""
 
 
 def typical(rates: tuple[float, float]) -> float:
@@ -375,6 +377,7 @@ def host(
         + (bundle + subject.input_bytes) / HASH_BYTES_PER_S[i]
         + layers * CAPTURE_S_PER_LAYER[i]
         + len(subject.codecs) * CODEC_S[i]
+        + quantized * GATES_S[i]
         for i in (1, 0)
     )
     limit = 0 if memory_budget is None else memory_budget - compiler

@@ -159,7 +159,6 @@ def finishing_request(path: Path, graph: str) -> finishing.EngineRequest:
         ({"kernels": ("norm",)}, "CX451", "no kernel norm"),
         ({"target": "rtx-pro-6000", "backend": None}, "CX459", "is built with tensorrt-rtx"),
         ({"backend": "inductor"}, "CX459", "is built with inductor"),
-        ({"target": "b300"}, "CX459", "9.0, 10.0, 12.0, and target `b300` has 10.3"),
         ({"kernels": ("norm-quantize",)}, "CX458", "no place for norm-quantize"),
     ],
 )

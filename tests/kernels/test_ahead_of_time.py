@@ -1,4 +1,4 @@
-"""Every kernel becomes machine code for Hopper and both Blackwells on this machine, with the instructions it is for."""
+"""Every kernel becomes machine code for Hopper and every Blackwell on this machine, with the instructions it is for."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ for variant in variants(capability):
               "sm": f".target sm_{capability}" in b.ptx}
     print(json.dumps(record))
 """
-SHARED_LIMITS = {90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
-MATRIX = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+SHARED_LIMITS = {**dict.fromkeys((90, 100, 103, 110), 227 * 1024), 120: 99 * 1024}
+MATRIX = {90: "wgmma.mma_async", **dict.fromkeys((100, 103, 110), "tcgen05.mma"), 120: "mma.sync"}
 
 
 @pytest.fixture(scope="module", params=CAPABILITIES)

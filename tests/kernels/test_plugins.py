@@ -151,7 +151,7 @@ FORMS = [
     )
 ]  # fmt: skip
 """Every plugin, at the width of Nano or Edge."""
-UNITS = {90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+UNITS = {90: "wgmma.mma_async", **dict.fromkeys((100, 103, 110), "tcgen05.mma"), 120: "mma.sync"}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

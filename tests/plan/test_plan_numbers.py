@@ -142,9 +142,12 @@ ROWS = json.loads(BUILDS.read_text())["rows"]
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['model']}-{row['layers']}-{row['recipe']}")
 def test_sizes_and_memory_are_those_of_the_builds_that_were_measured(row: dict[str, Any]) -> None:
-    """Engines within 3 %, memory of large builders and of the build within 15 %, activations in bf16 within 10 %."""
+    """Engines within 3 %, memory of large builders and of the build within 15 %, activations in bf16 within 10 %, and
+    the time between the fast and the slow one."""
     geometry = published_subject(row["model"]).geometry
     subject = replace(published_subject(row["model"]), geometry=replace(geometry, num_hidden_layers=row["layers"]))
+    if not row["components"]:
+        subject = replace(subject, codecs={})
     chains = row.get("chains", {})
     budget = row["memory_budget"] if chains else None
     request = Request(
@@ -166,9 +169,10 @@ def test_sizes_and_memory_are_those_of_the_builds_that_were_measured(row: dict[s
         memory = max(piece.get("peak_anonymous_bytes") or 0 for form in forms for piece in form)
         if memory > 2e9:
             assert builder_bytes(part) == pytest.approx(memory, rel=0.15), name
-        if not part.cut and part.activation_bytes and part.scheme != "fp8":
+        if not part.cut and part.activation_bytes and part.scheme == "bf16":
             assert part.activation_bytes == pytest.approx(forms[0][0]["activation_bytes"], rel=0.10), name
     host = found.builds[row["target"]]
+    assert host.seconds[0] < row["seconds"] < host.seconds[1]
     whole = parts.keys() <= built.keys() | chains.keys()
     if row["peak_anonymous_bytes"]:
         # A build without a budget finds one in what is free; its own plan knew it.

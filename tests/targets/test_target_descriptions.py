@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.kernels.description import CAPABILITIES
 from cosmos_export.targets import load_target, target_names
 from cosmos_export.targets.description import parse_target
 
@@ -51,6 +52,13 @@ def test_capabilities_and_order_of_rates() -> None:
         peaks = load_target(name).peak_flops
         rates = [peaks[kind] for kind in ("bf16", "fp8", "nvfp4") if kind in peaks]
         assert rates == sorted(rates)
+
+
+def test_kernels_are_compiled_for_every_gpu_that_takes_them() -> None:
+    """Plugins of TensorRT, and kernels in PyTorch's graphs."""
+    for target in map(load_target, NAMES):
+        if {"tensorrt", "inductor"} & {target.backend, *target.other_backends}:
+            assert int((target.compute_capability or "").replace(".", "")) in CAPABILITIES, target.name
 
 
 def test_fp4_is_legal_only_where_tensor_cores_have_it() -> None:
