@@ -96,6 +96,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    versions = {n: metadata.version(n) for n in ("cosmos-export", "torch", "tensorrt-rtx-cu13")}
     row = measure(arguments.kills, arguments.seed)
     print("| kills | bundles | identical | finished files when killed: times |")
     print("|---|---|---|---|")
@@ -106,7 +107,7 @@ def main() -> int:
             "benchmark": "kills",
             "command": f"python benchmarks/kills.py --kills {arguments.kills}",
             "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-            "versions": {n: metadata.version(n) for n in ("cosmos-export", "torch", "tensorrt_rtx")},
+            "versions": versions,
             "rows": [row],
         }
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
