@@ -42,7 +42,7 @@ def gemm_w4a16_kernel(
     k = tl.arange(0, GROUP)
     half = tl.arange(0, GROUP // 2)
     groups = depth // GROUP
-    a_at = a + (m % rows)[:, None] * stride_a + k[None, :]
+    a_at = a + (m % rows).to(tl.int64)[:, None] * stride_a + k[None, :]
     w_at = packed + (n % outputs)[:, None] * (depth // 2) + half[None, :]
     s_at = scales + (n % outputs) * groups
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)

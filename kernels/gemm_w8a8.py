@@ -51,7 +51,7 @@ def gemm_w8a8_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Rows and outputs past the end are read again from the start and not stored: no mask in the loop but along K.
-    a_at = a + (m % rows)[:, None] * stride_a + k[None, :]
+    a_at = a + (m % rows).to(tl.int64)[:, None] * stride_a + k[None, :]
     w_at = weight + (n % outputs)[None, :] * stride_w + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, depth, BLOCK_K):

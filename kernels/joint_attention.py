@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, require, tile_for, tile_of
+from cosmos_export.kernels.launch import FP8, Tile, Variant, require, require_reach, tile_for, tile_of
 
 LOG2E = 1.4426950408889634
 
@@ -182,6 +182,8 @@ def check(
         require(t.dtype == query.dtype, f"{name} is {t.dtype}, the query {query.dtype}")
         require(t.shape[:-3] == query.shape[:-3], f"{name} has other branches than the query")
         require(t.shape[-2] == key.shape[-2], f"{name} has {t.shape[-2]} heads, key {key.shape[-2]}")
+    for name, t in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
+        require_reach(name, t)
     require(key.shape == value.shape and prefix_key.shape == prefix_value.shape, "keys and values differ in shape")
     require(key.shape[-3] > 0, "attention over no key of its own")
     require(size >= 16 and size & (size - 1) == 0, f"head size {size} is no power of two of at least 16")

@@ -58,6 +58,12 @@ def require_rows(name: str, tensor: torch.Tensor, rank: int) -> None:
     require(tensor.stride(-1) == 1, f"{name}: its last axis is not contiguous")
 
 
+def require_reach(name: str, tensor: torch.Tensor) -> None:
+    """A 32-bit product of index and stride reaches every element along each axis of ``tensor``."""
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        require((size - 1) * stride < 2**31, f"{name} {tuple(tensor.shape)}, strides {tensor.stride()}: beyond 2³¹")
+
+
 def capability_of(tensor: torch.Tensor) -> int:
     """Compute capability of the tensor's device, for example 90; on the CPU (Triton's interpreter) that of Hopper."""
     if tensor.device.type != "cuda":

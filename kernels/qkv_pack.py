@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_rows, tile_for, tile_of
+from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_reach, require_rows, tile_for, tile_of
 
 TILES = {90: Tile((32,), 4, 2)}
 CANDIDATE_TILES = tuple(Tile((rows,), warps, 2) for rows in (8, 16, 32, 64) for warps in (2, 4, 8))
@@ -170,6 +170,7 @@ def check(
     """ValueError where operands break the contract."""
     for name, t in (("query", query), ("key", key), ("value", value)):
         require_rows(name, t, 2)
+        require_reach(name, t)
         require(t.shape[0] == query.shape[0] and t.dtype == query.dtype, f"{name} is {t.dtype}{tuple(t.shape)}")
     require(cos.shape == sin.shape and cos.dim() == 2 and cos.is_contiguous() and sin.is_contiguous(), "tables differ")
     require(cos.dtype == sin.dtype and cos.dtype in (query.dtype, torch.float32), f"tables are {cos.dtype}")

@@ -7,7 +7,7 @@ import torch
 from kernel_device import DEVICE
 
 from cosmos_export.ir import ops
-from cosmos_export.kernels.joint_attention import joint_attention, reference
+from cosmos_export.kernels.joint_attention import check, joint_attention, reference
 from cosmos_export.kernels.launch import FP8, Tile
 
 SMALL = Tile((16, 32), 4, 2)
@@ -105,6 +105,15 @@ def test_what_the_contract_excludes(change: object, said: str) -> None:
     change(shape)  # type: ignore[operator]
     with pytest.raises(ValueError, match=said):
         joint_attention(*operands(**shape), 0.25)
+
+
+def test_rows_beyond_a_32_bit_offset_are_refused() -> None:
+    def rows(heads: int) -> torch.Tensor:
+        return torch.empty_strided((300_000, heads, 16), (8192, 16, 1), dtype=torch.bfloat16, device="meta")
+
+    with pytest.raises(ValueError, match="beyond 2³¹"):
+        check(rows(4), rows(2), rows(2), rows(2)[:7], rows(2)[:7], None, None)
+    check(rows(4)[:200_000], rows(2)[:9], rows(2)[:9], rows(2)[:7], rows(2)[:7], None, None)
 
 
 def test_scales_and_lengths_are_checked() -> None:
