@@ -29,7 +29,17 @@ import torch
 import triton
 import triton.language as tl
 
-from cosmos_export.kernels.launch import FP8, Tile, Variant, quantize, require, require_reach, require_rows, tile_for, tile_of
+from cosmos_export.kernels.launch import (
+    FP8,
+    Tile,
+    Variant,
+    quantize,
+    require,
+    require_reach,
+    require_rows,
+    tile_for,
+    tile_of,
+)
 
 TILES = {90: Tile((32,), 4, 2)}
 CANDIDATE_TILES = tuple(Tile((rows,), warps, 2) for rows in (8, 16, 32, 64) for warps in (2, 4, 8))
