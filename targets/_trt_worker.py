@@ -5,6 +5,7 @@ Messages: ``progress`` (permille), ``log`` (text), then either ``failure`` (stag
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib
@@ -133,7 +134,8 @@ def main() -> None:
         Path(request["output"]).unlink(missing_ok=True)  # if the parent is gone, nobody else does
         channel.fail("build", errors or ["no reason was given"])
     if cache is not None:
-        _write_whole(Path(settings["timing_cache"]), bytes(config.get_timing_cache().serialize()))
+        with contextlib.suppress(OSError):  # the next build is slower without it, and no worse
+            _write_whole(Path(settings["timing_cache"]), bytes(config.get_timing_cache().serialize()))
     layers = _layers(trt, logger, Path(request["output"])) if settings.get("inspect") else None
     if layers is not None and not layers:
         channel.fail("build", ["the engine was written and does not load", *errors])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
@@ -97,10 +98,11 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
         partial.replace(path)
         return writer.digest.hexdigest()
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ToolError(
             "CX440",
-            f"writing {path.name} ({file_size(stored) / 1e9:.2f} GB) failed: {error.strerror}",
-            "free disk space or choose another output directory",
+            f"writing {path.name} ({file_size(stored) / 1e9:.2f} GB) failed: {error.strerror if full else error}",
+            "free disk space or choose another output directory" if full else "",
         ) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -158,7 +160,8 @@ def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
         magnitudes, directions = sources
         rows = _rows_per_chunk(directions, 2)
         for start in range(0, len(directions), rows):
-            parts = [_tensor(s[start : start + rows], binding.sources[0].dtype) for s in (magnitudes, directions)]
+            both = zip((magnitudes, directions), binding.sources, strict=True)
+            parts = [_tensor(array[start : start + rows], source.dtype) for array, source in both]
             file.write(weight_norm(parts[0], parts[1], binding.dtype).view(torch.uint8).numpy().data)
         return
     for source in sources:

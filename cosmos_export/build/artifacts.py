@@ -207,7 +207,7 @@ def write_engine(
     kept = writer.kept(file, key)
     if kept is not None:
         return report_from(path, kept.facts)
-    report = _copied(name, key, components, path, plan) or _build(
+    report = _copied(name, key, components, path, plan, progress) or _build(
         model, path, target=plan.target, profiles=shapes, progress=progress, **settings
     )
     writer.keep(file, key, report.sha256, {**report_facts(report), "components": dict(components)})
@@ -227,14 +227,16 @@ def _digest_of(name: str, writer: BundleWriter) -> str:
     return digest
 
 
-def _copied(name: str, key: str, components: Components, path: Path, plan: Plan) -> EngineReport | None:
+def _copied(
+    name: str, key: str, components: Components, path: Path, plan: Plan, progress: Progress
+) -> EngineReport | None:
     """The engine from another bundle, if one has it."""
     cache = Cache(plan.options.cache)
     entry = cache.find(key)
-    if entry is not None and copy_checked(entry, path):
+    if entry is not None and copy_checked(entry, path, progress):
         _log.debug("engine %s: copied from %s", name, entry.path)
         return report_from(path, entry.facts)
-    if cache.folder is not None:
+    if cache.folder is not None and _log.isEnabledFor(logging.DEBUG):
         _log.debug("engine %s: built: %s", name, cache.why(name, components))
     return None
 

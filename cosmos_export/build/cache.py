@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from cosmos_export.progress import Progress, Silent
+
 _CHUNK_BYTES = 1 << 24
 VARIABLE = "COSMOS_EXPORT_CACHE"
 """Environment variable with the directory of the cache; ``off`` for none."""
@@ -79,7 +81,7 @@ class Cache:
 
     def entries(self) -> list[Entry]:
         """All, the newest first. What cannot be read is none."""
-        if self.folder is None or not self.folder.is_dir():
+        if self.folder is None or not os.access(self.folder, os.R_OK | os.X_OK) or not self.folder.is_dir():
             return []
         found = [entry for path in self.folder.glob("*.json") if (entry := _read(path)) is not None]
         return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
@@ -125,17 +127,29 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[str
     return [name for name in {**first, **second} if first.get(name) != second.get(name)]
 
 
-def copy_checked(entry: Entry, target: Path) -> bool:
-    """Copy the file of ``entry`` to ``target``; False, and nothing there, where its digest is not what it was."""
+def copy_checked(entry: Entry, target: Path, progress: Progress | None = None) -> bool:
+    """Copy the file of ``entry`` to ``target``, zeros as holes. False and nothing there where it cannot be read or its
+    digest is not what it was."""
     partial = target.with_name(f".{target.name}.partial")
-    digest = hashlib.sha256()
+    task, shown, digest, done = f"copy {target.name}", progress or Silent(), hashlib.sha256(), 0
     try:
-        with Path(entry.path).open("rb", buffering=0) as source, partial.open("wb", buffering=0) as file:
+        source = Path(entry.path).open("rb", buffering=0)  # noqa: SIM115 - closed below; only this may fail quietly
+    except OSError:
+        return False
+    shown.begin(task, entry.size_bytes)
+    try:
+        with source, partial.open("wb", buffering=0) as file:
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
+                done += len(chunk)
+                shown.update(task, done)
+                if not chunk.strip(b"\0"):
+                    file.seek(len(chunk), os.SEEK_CUR)
+                    continue
                 rest = memoryview(chunk)
                 while rest:
                     rest = rest[file.write(rest) :]
+            file.truncate(done)
             os.fsync(file.fileno())
         if digest.hexdigest() != entry.sha256:
             return False
@@ -143,6 +157,7 @@ def copy_checked(entry: Entry, target: Path) -> bool:
         return True
     finally:
         partial.unlink(missing_ok=True)
+        shown.end(task)
 
 
 def _read(path: Path) -> Entry | None:

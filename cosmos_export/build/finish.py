@@ -79,7 +79,7 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
     CX450: an engine is not what was planned, CX711: the bundle does not verify. The manifest changes only at the end.
     """
     progress = progress or Silent()
-    root = Path(root)
+    root = Path(root).resolve()
     _remove_leftovers(root)
     manifest = read_bundle(root, progress)
     if manifest.engines or REQUESTS not in {file.path for file in manifest.files}:
@@ -171,11 +171,13 @@ def _read(path: Path) -> list[EngineRequest]:
 
 
 def _remove_leftovers(root: Path) -> None:
-    """Engines that an interrupted run wrote: the manifest does not list them, so nothing would run them."""
+    """Engines that an interrupted run wrote, whole or in part: the manifest does not list them, so nothing would run
+    them."""
     listed = {record["path"] for record in read_object(root / "manifest.json").get("files", [])}
-    for path in (root / "engines").glob("*.engine") if (root / "engines").is_dir() else ():
-        if f"engines/{path.name}" not in listed:
-            path.unlink()
+    for pattern in ("engines/*.engine", "engines/.*.partial", ".manifest.json.partial-*"):
+        for path in root.glob(pattern):
+            if path.relative_to(root).as_posix() not in listed:
+                path.unlink()
 
 
 def main(arguments: Sequence[str]) -> int:

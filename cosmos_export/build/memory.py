@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,18 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
 def available_bytes() -> int:
     """Memory that can be had without swapping; what the page cache holds is to be had."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return min(free, _group_free_bytes(free))
+
+
+def _group_free_bytes(otherwise: int, folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the control group of this process (a container's) may still take; ``otherwise`` where it has no limit."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit = int((folder / "memory.max").read_text(encoding="ascii"))  # "max" is none
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        return max(0, limit - used + int(stat.get("inactive_file", 0)))
+    return otherwise
 
 
 def parse_size(text: str) -> int:
@@ -51,7 +63,7 @@ def memory_budget(options: BuildOptions, target: Target) -> int | None:
         raise UserError("CX456", what, "leave `--memory-budget` out")
     if why:
         return None
-    return asked or max(available_bytes() - _MARGIN_BYTES, 1) // (1 << 30) * (1 << 30)
+    return asked or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)
 
 
 def require_memory(plan: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib import metadata
+from importlib import import_module, metadata
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -164,8 +164,16 @@ def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
 
 def _tools(result: BuildResult) -> dict[str, str]:
     tools = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
-    tools |= {name: metadata.version(name) for name in _TOOLS}
+    tools |= {name: _version(name) for name in _TOOLS}
     return tools | {e.report.builder: e.report.builder_version for e in result.engines}
+
+
+def _version(module: str) -> str:
+    """Of whatever distribution provides it: ONNX Runtime has one for the CPU and one for GPUs."""
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return str(getattr(import_module(module), "__version__", "unknown"))
 
 
 def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:

@@ -118,10 +118,15 @@ class BuildResult:
 
 
 def compile_only(plan: Plan, progress: Progress) -> BuildResult:
-    """The graphs up to ``--until``, and their text."""
+    """The graphs up to ``--until``, and their text; compared with diffusers' after each pass if that is asked for."""
     result = BuildResult(plan)
     with result.meter:
-        _compile(plan, weight_sources(plan.checkpoint.tensors), None, result, _Stages(result, progress))
+        stages, parity = _Stages(result, progress), None
+        if plan.options.parity == "always":
+            with stages("parity", "reference"):
+                parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, read_weights(read_source))
+        _compile(plan, weight_sources(plan.checkpoint.tensors), parity, result, stages)
+        _require_parity(result.parity)
     result.peak_memory_bytes = _peak_memory()
     return result
 
@@ -210,8 +215,13 @@ def _build(
                 result.parity.append(measured)
             if closed:
                 scheduler = plan.checkpoint.scheduler
-                measured = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
-                (result.quality if plan.quantized else result.parity).append(measured)
+                looped = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)
+                if looped is None:
+                    result.notes.append(
+                        "the loop was not compared: no case is noisy in the modalities of its outputs alone"
+                    )
+                else:
+                    (result.quality if plan.quantized else result.parity).append(looped)
         _require_parity(result.parity)
     engines.submit(*program.graphs, *closed)
     if plan.quantized:
@@ -228,7 +238,7 @@ def _build(
             result.notes += _left_out(result)
         _require_plans(result.engines)
     if plan.target.backend == "tensorrt":
-        requests = _engine_requests(program, closed, engines.inputs_of, result)
+        requests = _engine_requests(program, variants, closed, engines.inputs_of, result)
         if plugins is not None:
             requests = _with_plugins(requests, writer)
         _write_requests(requests, writer, result)
@@ -549,14 +559,14 @@ def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]
 
 def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: torch.dtype, in_loop: bool) -> PlanCheck:
     """What the plan was meant to contain, and whether it does."""
-    attention = graph.calls(*_ATTENTIONS)
-    if not attention:  # tables: a few element-wise kernels, nothing that could fall back
+    attention, weights = graph.calls(*_ATTENTIONS), layer_weights(graph)
+    if not attention and not weights:  # tables: a few element-wise kernels, nothing that could fall back
         return capability_check(name, summary, plan)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
-    scale = attention[0].args[-1]
+    scale = attention[0].args[-1] if attention else 1.0
     in_fp8 = [node for node in attention if node.target is ops.JOINT_ATTENTION_FP8]
     attends = "fp8" if len(in_fp8) == len(attention) else kind
-    types, weights = planned_types(graph), layer_weights(graph)
+    types = planned_types(graph)
     planned = len(attention)
     if in_loop:  # a short body is unrolled a few times
         counts = {len(g.attention) for g in summary.graphs}
@@ -592,15 +602,21 @@ def _check(name: str, graph: Graph, summary: PlanSummary, plan: Plan, dtype: tor
 
 
 def _engine_requests(
-    program: Program, closed: Mapping[str, Program], inputs_of: _WeightInputs, result: BuildResult
+    program: Program,
+    variants: Mapping[str, Program],
+    closed: Mapping[str, Program],
+    inputs_of: _WeightInputs,
+    result: BuildResult,
 ) -> Iterator[EngineRequest]:
     """Every engine that this build is for, to be built where its GPU is."""
     plan = result.plan
     fused = model_dtype(program) != torch.float32
-    for name, graph in program.graphs.items():
-        if name != SCHEDULE and not (closed and name == program.loop.body):
+    for name in program.graphs:
+        if name == SCHEDULE or (closed and name == program.loop.body):
+            continue
+        for one, graph in _sharing(name, program, variants).items():
             inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
-            request = _request(name, graph, inputs, plan.profiles, decomposable=not fused)
+            request = _request(one, graph, inputs, plan.profiles, decomposable=not fused)
             yield replace(request, weights=inputs_of(graph, name))
     for name, segment in closed.items():
         body = segment.graphs[segment.loop.body]

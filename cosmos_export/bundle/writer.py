@@ -34,7 +34,7 @@ from cosmos_export.bundle.manifest import (
 )
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.bundle.verify import hash_file
-from cosmos_export.diagnostics import InternalError, ToolError, UserError
+from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
 from cosmos_export.progress import Progress, Silent
 
 _STATE = ".state"
@@ -63,8 +63,8 @@ class BundleWriter:
     directory and the right to replace what is there. With ``resume`` the kept files of an interrupted writer of the
     same output are taken over; ``resumed`` says how many there were.
 
-    What is left when the block ends without a commit: nothing, unless it was interrupted or a tool or the disk failed
-    after a file was kept.
+    What is left when the block ends without a commit: the files that were kept, for a writer that resumes. Nothing
+    where there are none, or where a finding says that the results are not right.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class BundleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        resumable = kind is not None and issubclass(kind, _RESUMABLE) and bool(self._kept)
+        resumable = kind is not None and not issubclass(kind, FindingError) and bool(self._kept)
         if self._staging is not None and not resumable:
             shutil.rmtree(self._staging, ignore_errors=True)
         self.left = self._staging if resumable else None
@@ -162,14 +162,14 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Manifest:
         """Complete ``manifest`` with the files written, write it, and put the bundle in place."""
         staging = self._open_staging()
+        self._drop_unasked(staging)
         complete = replace(manifest, files=tuple(self._records(staging)))
         data = _checked(complete)
         with _file_system_errors(self.output):
             target = staging / MANIFEST_NAME
             target.write_bytes(data)
             _sync_tree(staging)
-            shutil.rmtree(staging / _STATE, ignore_errors=True)
-            self._swap(staging)
+            self._swap_without_state(staging)
         self._staging = None
         self._unlock()
         return complete
@@ -186,6 +186,10 @@ class BundleWriter:
         # --force replaces a bundle, and never anything else: a mistyped path must not cost a home directory.
         if self.output.is_symlink() or not self.output.is_dir():
             raise UserError("CX702", f"{self.output} is not a directory; `--force` replaces bundles only")
+        if os.path.ismount(self.output):
+            raise UserError(
+                "CX702", f"{self.output} is a mount point, which cannot be replaced", "name a directory in it"
+            )
         if not (self.output / MANIFEST_NAME).is_file() and any(self.output.iterdir()):
             raise UserError(
                 "CX702",
@@ -218,7 +222,7 @@ class BundleWriter:
         prefixes = (f".{self.output.name}.partial-", f".{self.output.name}.replaced-")
         for entry in self.output.parent.iterdir():
             # A replaced bundle is the only one there is if the build died between the two renames: keep it then.
-            stale = entry.name.startswith(prefixes[0]) or (
+            stale = entry.name.startswith((prefixes[0], f".{self.output.name}.state-")) or (
                 entry.name.startswith(prefixes[1]) and os.path.lexists(self.output)
             )
             if not stale or entry.is_symlink() or not entry.is_dir():
@@ -297,6 +301,32 @@ class BundleWriter:
     def _hashed(self, before: int, read: int) -> None:
         self._progress.update("hash", before + read)
 
+    def _drop_unasked(self, staging: Path) -> None:
+        """Remove what was taken over and nobody asked for: an engine of other cuts, or of what is left out now."""
+        for name in sorted(self._kept.keys() - self._roles.keys()):
+            del self._kept[name]
+            self._record_path(name).unlink(missing_ok=True)
+            path = staging / name
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty
+                while path.parent != staging:
+                    path = path.parent
+                    path.rmdir()
+
+    def _swap_without_state(self, staging: Path) -> None:
+        """Put ``staging`` in place; its records of kept files are there again where that fails."""
+        state, aside = staging / _STATE, _sibling(self.output, "state")
+        if not state.is_dir():
+            self._swap(staging)
+            return
+        state.rename(aside)
+        try:
+            self._swap(staging)
+        except BaseException:
+            aside.rename(state)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
     def _swap(self, staging: Path) -> None:
         """Rename ``staging`` to the output. With --force the bundle of before goes only when the new one is there."""
         previous: Path | None = None
@@ -334,10 +364,6 @@ def replace_manifest(root: Path, manifest: Manifest) -> None:
         _sync_tree(root)
         partial.replace(root / MANIFEST_NAME)
         _sync_directory(root)
-
-
-_RESUMABLE = (KeyboardInterrupt, ToolError, OSError, MemoryError)
-"""How a build ends that may well succeed when it is tried again."""
 
 
 def _read_kept(staging: Path) -> list[Kept]:

@@ -143,6 +143,8 @@ class Importer:
     def _operation(self, node: fx.Node) -> None:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
+            if _writes_anything(node.target):
+                raise InternalError("CX202", f"`{node.name}` writes in place and returns nothing")
             return  # integer arithmetic, assertions, tuples: sizes are expressions here, parts are taken by `getitem`
         parts = node.args[0] if node.target is operator.getitem else None
         operands = node.args if parts is None else (*parts.args, node.args[1])  # type: ignore[union-attr]
@@ -169,10 +171,14 @@ class Importer:
             raise InternalError("CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules")
         self._values[node] = result
         owner = operands[0] if operands and isinstance(operands[0], fx.Node) else None
-        if owner is not None and _shares_memory(node.target if parts is None else parts.target):  # type: ignore[union-attr]
+        shares = _shares_memory(node.target if parts is None else parts.target)  # type: ignore[union-attr]
+        if owner is not None and shares and not _copies(node):
             self._memory.share(node, owner)
         if written:
-            self._write(node, call)
+            try:
+                self._write(node, call)
+            except SpecError as error:
+                raise InternalError("CX202", f"`{node.name}` of module `{module}`: {error}") from error
 
     def _write(self, node: fx.Node, call: Call) -> None:
         """What ``node`` wrote in place is the new value of what it wrote into, as far as that can be told."""
@@ -181,7 +187,8 @@ class Importer:
             old, new = self._values[owner], self._values[view]
             if view.target in _VIEWED_THROUGH:
                 operands = [self._argument(a) for a in view.args[1:]]
-                self._values[owner] = _VIEWED_THROUGH[view.target](call, spec_of(old), old, new, *operands)
+                named = {name: self._argument(a) for name, a in view.kwargs.items()}
+                self._values[owner] = _VIEWED_THROUGH[view.target](call, spec_of(old), old, new, *operands, **named)
             elif whole is None or (whole is old and view.target is not aten.contiguous.default):  # which may be a copy
                 self._values[owner] = new
             else:
@@ -232,6 +239,12 @@ def _writes(target: Any) -> bool:
     return alias is not None and bool(alias.is_write)
 
 
+def _writes_anything(target: Any) -> bool:
+    """Whether an operation writes any of its operands in place."""
+    arguments = target._schema.arguments if isinstance(target, torch._ops.OpOverload) else ()
+    return any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
+
+
 def _out_of_place(target: Any) -> Any:
     """The operation that returns what ``target`` writes."""
     packet = getattr(aten, target._schema.name.removeprefix("aten::").removesuffix("_"))
@@ -243,6 +256,14 @@ def _shares_memory(target: Any) -> bool:
     if target in _RETURN_THEIR_OPERAND:
         return True
     return isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether an operation that may return its operand is told not to (``to(…, copy=True)``)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return given.get("copy") is True
 
 
 _RETURN_THEIR_OPERAND = {aten.dropout.default, aten.type_as.default}
@@ -284,11 +305,8 @@ def _convert(call: Call, spec: TensorSpec, x: Node, *_: Any, **__: Any) -> Node:
     return x if spec_of(x).dtype == spec.dtype else call(aten._to_copy.default, x, dtype=spec.dtype)
 
 
-def _slice(
-    call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
-) -> Node:
-    axis = dim % spec.rank
-    size = spec_of(x).shape[axis]
+def _bounds(size: Size, start: Any, end: Any) -> tuple[Any, Any]:
+    """Where a slice of an axis of ``size`` begins and ends, counted from the front."""
     first = 0 if start is None else start
     if isinstance(first, int) and first < 0:
         first = simplify(sympy.sympify(size) + first)
@@ -297,6 +315,15 @@ def _slice(
         last = simplify(sympy.sympify(size) + last)
     if isinstance(size, int):  # a slice may reach over the ends
         first, last = (min(max(v, 0), size) if isinstance(v, int) else v for v in (first, last))
+    return first, last
+
+
+def _slice(
+    call: Call, spec: TensorSpec, x: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Node:
+    axis = dim % spec.rank
+    size = spec_of(x).shape[axis]
+    first, last = _bounds(size, start, end)
     if step == 1 and equal(sympy.sympify(last) - first, size):
         return x
     return call(aten.slice.Tensor, x, axis, first, last, *([step] if step != 1 else []))
@@ -306,8 +333,9 @@ def _slice_scatter(
     call: Call, spec: TensorSpec, x: Node, src: Node, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> Node:
     axis = dim % spec.rank
-    first = 0 if start is None else start
-    last = spec.shape[axis] if end is None or end == _END else end
+    first, last = _bounds(spec.shape[axis], start, end)
+    if step == 1 and equal(sympy.sympify(last) - first, spec.shape[axis]):
+        return src
     return call(aten.slice_scatter.default, x, src, axis, first, last, step)
 
 
@@ -337,7 +365,8 @@ def _copy(call: Call, spec: TensorSpec, destination: Node, source: Node, *_: Any
 
 
 def _select(call: Call, spec: TensorSpec, x: Node, dim: int, index: int) -> Node:
-    return call(aten.select.int, x, dim % spec_of(x).rank, index)
+    axis = dim % spec_of(x).rank
+    return call(aten.select.int, x, axis, _place(index, spec_of(x).shape[axis]))
 
 
 def _embedding(call: Call, spec: TensorSpec, weight: Node, indices: Node, *_: Any) -> Node:
@@ -371,7 +400,13 @@ def _nearest(call: Call, spec: TensorSpec, x: Node, size: Any, factors: list[flo
 
 
 def _select_scatter(call: Call, spec: TensorSpec, x: Node, src: Node, dim: int, index: int) -> Node:
-    return call(aten.select_scatter.default, x, src, dim % spec.rank, index)
+    axis = dim % spec.rank
+    return call(aten.select_scatter.default, x, src, axis, _place(index, spec.shape[axis]))
+
+
+def _place(index: int, size: Size) -> int:
+    """``index`` counted from the front, where that is a number."""
+    return index % size if isinstance(size, int) else index
 
 
 _VIEWED_THROUGH: dict[Any, Callable[..., Node]] = {

@@ -10,7 +10,7 @@ from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE
 from cosmos_export.ir.spec import WeightSource
 
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn}
 _WEIGHT, _SCALE = ".weight", ".weight_scale"
 
 

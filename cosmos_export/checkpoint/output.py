@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from cosmos_export.diagnostics import UserError
@@ -18,12 +19,11 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
     ``force`` replaces what is there; check before that it may be replaced.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    building = output.with_name(f".{output.name}.writing-{os.getpid()}")
-    building.mkdir()
+    building = _made(output.with_name(f".{output.name}.writing-{os.getpid()}"))
     try:
         yield building
         if force and output.exists():
-            old = output.with_name(f".{output.name}.replaced-{os.getpid()}")
+            old = _made(output.with_name(f".{output.name}.replaced-{os.getpid()}"))
             output.rename(old)
             building.rename(output)
             shutil.rmtree(old)
@@ -31,6 +31,16 @@ def new_directory(output: Path, force: bool = False) -> Iterator[Path]:
             building.rename(output)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def _made(path: Path) -> Path:
+    """A new directory ``path``, or with a number behind it: process ids come round again."""
+    for attempt in count():
+        candidate = path.with_name(f"{path.name}-{attempt}" if attempt else path.name)
+        with suppress(FileExistsError):
+            candidate.mkdir()
+            return candidate
+    raise AssertionError("numbers do not end")
 
 
 def require_space(output: Path, needed: int, code: str, what: str, hint: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shlex
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -160,7 +163,12 @@ def register(app: typer.Typer) -> None:
             if output is not None:
                 console.set_resume_command(_resume_command(plan))
 
-        result = run(options, console.progress(), begins)
+        try:
+            result = run(options, console.progress(), begins)
+        except Exception:
+            if output is not None and not any(output.parent.glob(f".{output.name}.partial-*")):
+                console.set_resume_command(None)  # nothing was kept
+            raise
         document = _document(result, output)
         if output is not None:
             _write_report(output, document)
@@ -334,13 +342,17 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
 def _write_report(output: Path, document: Mapping[str, Any]) -> None:
     """What ``--json`` prints, beside the bundle: seconds, bytes and peak memory of every stage. The bundle itself has
     nothing that differs between two builds of the same inputs but for a part of its manifest."""
+    output = Path(os.path.abspath(output))  # noqa: PTH100 - as the bundle's writer sees it
     path = output.with_name(f"{output.name}.build.json")
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+    except OSError as error:  # the bundle is there, and whole
+        logging.getLogger("cosmos_export").warning("the report %s was not written: %s", path, error)
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:

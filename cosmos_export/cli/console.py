@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -215,7 +216,8 @@ class _ToStderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno != logging.INFO else ""
-        err().print(f"{prefix}{record.getMessage()}", soft_wrap=True)
+        with suppress(OSError, ValueError):  # a stream that is closed must not end what is being done
+            err().print(f"{prefix}{record.getMessage()}", soft_wrap=True)
 
 
 def _console(stream: TextIO) -> Console:

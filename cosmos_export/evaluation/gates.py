@@ -248,7 +248,8 @@ def record_rollout(
     """
     table = coefficient_table(schedule)
     generator = np.random.default_rng(_NOISE_SEED)
-    states = {n: State.start(v.numpy()) for n, v in inputs.items() if n.endswith(_LATENT) and v.numel()}
+    # A modality that is not among the outputs stays as it is.
+    states = {n: State.start(v.numpy()) for n, v in inputs.items() if n in program.loop.carried and v.numel()}
     recorded = []
     for step in range(max(steps) + 1):
         latents = {name: torch.from_numpy(np.asarray(state.sample)) for name, state in states.items()}

@@ -68,6 +68,12 @@ def sampled(
     return {f"{name}_sample_final": value for name, value in latents.items()}
 
 
+def noisy_modalities(inputs: Mapping[str, torch.Tensor]) -> set[str]:
+    """The modalities that have a row to generate."""
+    names = [n.removesuffix("_latent") for n, v in inputs.items() if n.endswith("_latent") and v.numel()]
+    return {name for name in names if bool(_noisy(inputs, name).any())}
+
+
 def _noisy(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     """Broadcastable truth of the rows that are generated."""
     if name == "sound":

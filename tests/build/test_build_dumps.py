@@ -67,3 +67,8 @@ def test_an_unknown_pass(tmp_path: Path, omni: Path) -> None:
     assert "error[CX222]: there is no pass `splt_towers`" in result.stderr
     assert f"hint: passes, in order: {', '.join(pass_names())}" in result.stderr
     assert harness.leftovers(tmp_path) == []
+
+
+def test_until_with_parity_compares_what_there_is(omni: Path) -> None:
+    result = build(BuildOptions(omni, until="normalize", parity="always"))
+    assert [(one.stage, one.passed) for one in result.parity] == [("capture", True), ("normalize", True)]

@@ -92,6 +92,24 @@ def weight_files(bundle: Path) -> dict[str, str]:
     return {f.path: f.sha256 for f in read_bundle(bundle).files if f.path.endswith(".weights")}
 
 
+def test_every_body_of_a_host_loop_is_requested_of_tensorrt(tmp_path: Path, fp8: Path) -> None:
+    build(harness.transformer_only(fp8, tmp_path / "x", target="b200", quality="report", steps=8))
+    requests = json.loads((tmp_path / "x/engines/requests.json").read_text())["engines"]
+    loop = read_bundle(tmp_path / "x").loop
+    assert loop is not None and set(loop.bodies) == {"generator", "generator_2"}
+    assert {request["graph"] for request in requests} >= {"reasoner", "generator", "generator_2"}
+
+
+def test_gates_see_the_outputs_that_there_are(tmp_path: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[-1:]))
+    build(harness.transformer_only(
+        fp8, tmp_path / "x", target="cpu", quality="report", steps=8, outputs=("action_velocity",),
+        profiles=("256p,frames=1:2:3,action_len=4:8:16",), modalities=None,
+    ))  # fmt: skip
+    seen = json.loads((tmp_path / "x/report/quantization.json").read_text())["measured_on"]
+    assert any(seen.endswith(case.name) for case in CASES if "action_velocity" in case.outputs)
+
+
 def test_engines_compute_in_fp8_on_the_bytes_of_the_checkpoint(tmp_path: Path, fp8: Path) -> None:
     request = harness.transformer_only(fp8, tmp_path / "x", target="rtx-pro-6000", quality="report", steps=8)
     result = build(request)

@@ -22,9 +22,10 @@ from cosmos_export.build import artifacts, stages
 from cosmos_export.build.cache import Cache, copy_checked, differences
 from cosmos_export.build.driver import build
 from cosmos_export.build.options import BuildOptions
-from cosmos_export.bundle import verify_bundle
+from cosmos_export.bundle import BundleWriter, verify_bundle
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.diagnostics import ToolError
+from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 
 pytest.importorskip("tensorrt_rtx")
 _CONTEXT = multiprocessing.get_context("fork")
@@ -150,6 +151,25 @@ def test_a_changed_profile_resumes_only_what_it_does_not_touch(
     assert verify_bundle(tmp_path / "bundle").ok
 
 
+def test_engines_that_are_cut_elsewhere_replace_those_that_were_kept(
+    omni: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another budget, or another amount of free memory where none is given: the pieces have other names."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BundleWriter, "commit", interrupted)
+        build(options(omni, tmp_path / "bundle"))
+    assert list(tmp_path.glob(".bundle.partial-*/engines/generator.engine"))
+    budget = f"{(compiler_bytes(3) + BUILDER_BYTES) / 1e6 + 0.15}MB"
+    build(options(omni, tmp_path / "bundle", resume=True, memory_budget=budget))
+    names = {path.name for path in (tmp_path / "bundle/engines").iterdir()}
+    assert "generator.engine" not in names and "generator_part_1.engine" in names
+    assert verify_bundle(tmp_path / "bundle").ok
+
+
 def test_engines_of_another_bundle_are_copied(checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first = build(options(checkpoint, tmp_path / "first", cache=cache))
@@ -169,6 +189,8 @@ def test_an_engine_that_was_changed_is_not_copied(checkpoint: Path, whole: tuple
         data[len(data) // 2] ^= 1
         Path(entry.path).write_bytes(data)
         assert cache.find(entry.key) is not None
+        assert not copy_checked(entry, tmp_path / "copy")
+        Path(entry.path).unlink()
         assert not copy_checked(entry, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
     build(options(checkpoint, tmp_path / "second", cache=cache.folder))

@@ -17,7 +17,7 @@ import bundle_samples
 import pytest
 
 from cosmos_export.bundle import BundleWriter, verify_bundle
-from cosmos_export.diagnostics import FindingError, ToolError
+from cosmos_export.diagnostics import FindingError, ToolError, UserError
 
 
 def write(writer: BundleWriter, name: str, key: str) -> bool:
@@ -42,7 +42,11 @@ def interrupt(output: Path, error: BaseException, count: int = 1) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), ToolError("CX424", "disk full"), OSError(28, "No space")])
+ENDS = [KeyboardInterrupt(), ToolError("CX424", "disk full"), OSError(28, "No space"), UserError("CX312", "no range"),
+        KeyError("a bug")]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ENDS, ids=repr)
 def test_what_was_finished_is_taken_over_and_the_rest_is_not(tmp_path: Path, error: BaseException) -> None:
     interrupt(tmp_path / "x", error)
     with BundleWriter(tmp_path / "x", resume=True) as writer:
@@ -64,6 +68,38 @@ def test_it_is_the_bundle_that_it_would_have_been(tmp_path: Path) -> None:
         for name in NAMES:
             write(writer, name, f"key of {name}")
         assert writer.commit(bundle_samples.manifest()).files == whole.files
+
+
+def test_what_was_kept_and_nobody_asks_for_any_more_is_dropped(tmp_path: Path) -> None:
+    """An engine that is cut in other places now, or a component that is left out: not even its directory is there."""
+    with pytest.raises(KeyboardInterrupt), BundleWriter(tmp_path / "x") as writer:
+        write(writer, NAMES[0], f"key of {NAMES[0]}")
+        writer.path("engines/parts/generator_part_3.engine", "engine").write_bytes(b"e")
+        writer.keep("engines/parts/generator_part_3.engine", "key", hashlib.sha256(b"e").hexdigest())
+        raise KeyboardInterrupt
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 2
+        made = [name for name in NAMES if write(writer, name, f"key of {name}")]
+        writer.commit(bundle_samples.manifest())
+    assert made == NAMES[1:] and verify_bundle(tmp_path / "x").ok
+    assert not (tmp_path / "x/engines/parts").exists()
+
+
+def test_a_rename_that_fails_at_the_end_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(self: BundleWriter, staging: Path) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BundleWriter, "_swap", busy)
+        with pytest.raises(ToolError, match="busy"), BundleWriter(tmp_path / "x") as writer:
+            for name in NAMES:
+                write(writer, name, f"key of {name}")
+            writer.commit(bundle_samples.manifest())
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert not [name for name in NAMES if write(writer, name, f"key of {name}")]
+        writer.commit(bundle_samples.manifest())
+    assert verify_bundle(tmp_path / "x").ok
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_finding_leaves_nothing_to_resume(tmp_path: Path) -> None:

@@ -303,6 +303,12 @@ def test_force_replaces_a_checkpoint_and_leaves_nothing_behind(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / f".new.writing-{os.getpid()}").mkdir()
+    write_demo_checkpoint(tmp_path / "new", layers=1)
+    assert open_checkpoint(tmp_path / "new").geometry.num_hidden_layers == 1
+
+
 def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = write_demo_checkpoint(tmp_path / "demo", "edge")
     before = digests(target)

@@ -76,6 +76,26 @@ def the_view_of_what_nobody_reads(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def rows_from_both_ends(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    y[2] = x[0]
+    y[-1, -3:9] = x[1, :3]
+    return y + y[-1]
+
+
+def all_through_a_slice(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    y[:, 1:3] = x[:, :2]
+    y[:] = y * 2
+    return y
+
+
+def a_copy_of_the_same_type(x: torch.Tensor) -> torch.Tensor:
+    y = x + 1
+    y.to(torch.float32, copy=True)[1:] = x[1:]
+    return y
+
+
 def in_a_block_without_autocast(x: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         y = x + 1
@@ -85,7 +105,8 @@ def in_a_block_without_autocast(x: torch.Tensor) -> torch.Tensor:
 
 WRITES = [
     a_slice, every_second, a_slice_of_a_row, rows_by_index, all_of_it, through_a_view_of_the_same_shape,
-    a_copy_keeps_what_it_was, the_view_of_what_nobody_reads, in_a_block_without_autocast,
+    a_copy_keeps_what_it_was, the_view_of_what_nobody_reads, in_a_block_without_autocast, rows_from_both_ends,
+    all_through_a_slice, a_copy_of_the_same_type,
 ]  # fmt: skip
 
 
@@ -130,6 +151,16 @@ def test_memory_that_is_read_after_a_write_elsewhere_is_refused(forward: Callabl
     with pytest.raises(InternalError, match=r"is read after `\w+` wrote into its memory") as refused:
         imported(forward)
     assert refused.value.code == "CX202"
+
+
+def test_a_write_that_returns_nothing_is_refused() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        torch._foreach_add_([y], 1.0)
+        return y
+
+    with pytest.raises(InternalError, match="writes in place and returns nothing"):
+        imported(forward)
 
 
 def test_a_block_that_chooses_types_is_refused() -> None:
