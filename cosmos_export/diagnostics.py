@@ -1,6 +1,7 @@
 """Errors a user can act on, each with a stable code and an exit status.
 
-Codes: 1xx input, 2xx graph, 3xx quantization, 4xx build, 5xx runtime, 6xx evaluation, 7xx bundle, 8xx environment.
+Codes: 1xx input, 2xx graph, 3xx quantization, 4xx build (46x sampling, 48x plan and cache), 5xx runtime, 6xx requests,
+parity (601), outputs (66x) and measurements (67x), 7xx bundle, 8xx environment.
 A message says what happened, where, and what was found against what is allowed; the hint says what to do.
 """
 

@@ -20,7 +20,7 @@ from cosmos_export.targets.gpu import Gpu, gpus
 _GIB = 1 << 30
 _LEAST_DRIVER = 580
 """CUDA 13, which every package here is built with, needs this branch of the driver."""
-_LEAST_MEMORY = 8 * _GIB
+_LEAST_MEMORY = 10 * _GIB
 _LEAST_DISK = 40 * _GIB
 """A bundle of Nano: its weights once, and again in engines."""
 _BACKENDS: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -103,10 +103,14 @@ def _machine(found: Facts) -> Iterator[Finding]:
     memory = found.memory_bytes
     if memory is not None:
         enough = memory >= _LEAST_MEMORY
-        hint = "" if enough else "a build of Nano takes 8 GiB; close programs, or build fewer layers an engine"
+        hint = (
+            ""
+            if enough
+            else "a build of Nano takes 10 GiB, in BF16 16; close programs, or bound it with `build --memory-budget`"
+        )
         yield Finding("memory", State.OK if enough else State.NOTE, f"{memory / _GIB:.1f} GiB available", hint)
     enough = found.disk_bytes >= _LEAST_DISK
-    hint = "" if enough else "a bundle of Nano takes 40 GiB; `--output` may be on another disk"
+    hint = "" if enough else "a bundle of Nano takes 41 GiB in FP8; `--output` may be on another disk"
     yield Finding("disk", State.OK if enough else State.NOTE, f"{found.disk_bytes / _GIB:.1f} GiB free", hint)
 
 

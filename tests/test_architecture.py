@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -238,3 +239,10 @@ def test_the_wheel_has_every_module_and_data_file(wheel: list[str]) -> None:
 
 def test_the_wheel_carries_its_licence(wheel: list[str]) -> None:
     assert any(name.endswith("/licenses/LICENSE") for name in wheel)
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest leaves out folders of certain names by default, and one of them is a folder of tests here."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not {folder for folder in folders if any(fnmatch(folder.name, pattern) for pattern in left_out)}

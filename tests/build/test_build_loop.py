@@ -17,9 +17,9 @@ from safetensors import safe_open
 
 from cosmos_export.build import stages
 from cosmos_export.build.driver import _required_bytes, build
-from cosmos_export.build.options import BuildOptions, resolve
+from cosmos_export.build.options import BuildOptions, Plan, resolve
+from cosmos_export.build.planned import bundle_bytes, parts
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
-from cosmos_export.checkpoint import Tower
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
@@ -188,13 +188,14 @@ def test_a_segment_that_does_not_go_on_where_the_last_one_ended_is_found(
 
 
 def test_disk_is_asked_for_each_segments_copy_of_the_weights(omni: Path, tmp_path: Path) -> None:
-    def required(loop: Any) -> int:
-        return _required_bytes(resolve(BuildOptions(omni, tmp_path / "x", "rtx-pro-6000", mode="t2i", loop=loop)))
+    def resolved(loop: Any) -> Plan:
+        return resolve(BuildOptions(omni, tmp_path / "x", "rtx-pro-6000", mode="t2i", loop=loop))
 
-    checkpoint = resolve(BuildOptions(omni, tmp_path / "x")).checkpoint
-    generator = [n for n, tensor in checkpoint.expected.items() if tensor.tower is Tower.GENERATOR]
-    weights = sum(checkpoint.tensors[n].size_bytes for n in generator)
-    assert weights <= required("device") - required("host") <= 1.1 * weights
+    device, host = resolved("device"), resolved("host")
+    assert (device.generator_engines, host.generator_engines) == (2, 1)
+    (generator,) = (part for part in parts(host) if part.name == "generator")
+    assert bundle_bytes(device) - bundle_bytes(host) == generator.engine_bytes
+    assert _required_bytes(device) > bundle_bytes(device)
 
 
 def test_the_manifest_says_how_to_run_it(tmp_path: Path, omni: Path) -> None:
