@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cosmos_export.kernels import gemm_w4a16, gemm_w8a8, joint_attention
+from cosmos_export.kernels.launch import FP8
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def sdpa(backend: Any = None) -> Callable[..., torch.Tensor]:
 
 
 _graphs: dict[Any, Any] = {}
+_CUDNN_OUT_SCALE = 128.0
 
 
 def cudnn_fp8(query: torch.Tensor, *parts: Any) -> torch.Tensor:
@@ -92,20 +94,24 @@ def cudnn_fp8(query: torch.Tensor, *parts: Any) -> torch.Tensor:
             descale_s=scales[3], scale_s=scales[4], scale_o=scales[5], attn_scale=scale, is_inference=True,
             use_causal_mask=False, name="attention",
         )  # fmt: skip
-        result = torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
+        # Before Blackwell cuDNN writes E4M3 alone: scaled, or small results are lost in its subnormal numbers.
+        wide = torch.cuda.get_device_capability(query.device)[0] >= 10
+        out_scale = 1.0 if wide else _CUDNN_OUT_SCALE
+        result = torch.empty(query.shape, dtype=torch.bfloat16 if wide else FP8, device=query.device)
         seen = result.unsqueeze(0).transpose(1, 2)
         out.set_output(True).set_dim(list(seen.shape)).set_stride(list(seen.stride()))
-        out.set_data_type(cudnn.data_type.BFLOAT16)
+        out.set_data_type(cudnn.data_type.BFLOAT16 if wide else cudnn.data_type.FP8_E4M3)
         for amax in (amax_s, amax_o):
             amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(cudnn.data_type.FLOAT)
         graph.build([cudnn.heur_mode.A])
         one = torch.ones(1, 1, 1, 1, device=query.device)
         workspace = torch.empty(graph.get_workspace_size(), dtype=torch.uint8, device=query.device)
         bound = dict.fromkeys(scales, one) | {out: seen, amax_s: one.clone(), amax_o: one.clone()}
-        _graphs[key] = (graph, tensors, bound, workspace, result)
-    graph, tensors, bound, workspace, result = _graphs[key]
+        bound[scales[5]] = one * out_scale
+        _graphs[key] = (graph, tensors, bound, workspace, result, out_scale)
+    graph, tensors, bound, workspace, result, out_scale = _graphs[key]
     graph.execute({**bound, **dict(zip(tensors, (q, k, v), strict=True))}, workspace)
-    answer: torch.Tensor = result
+    answer: torch.Tensor = result if result.dtype == torch.bfloat16 else result.to(torch.bfloat16) / out_scale
     return answer
 
 

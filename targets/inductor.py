@@ -28,6 +28,8 @@ from cosmos_export.targets.inductor_fusions import fuse
 GROUP = 128
 """Columns that a scale of the INT4 kernel covers."""
 _WARM_UP = 2
+_CAPTURES = 2
+"""Captured graphs that an executable keeps, one for each set of sizes: a prompt and its negative one have two."""
 Function = Callable[..., dict[str, torch.Tensor]]
 Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -102,7 +104,7 @@ def scaled_linear(
     """
     if any(side % 16 for side in weight.shape) or dtype != torch.bfloat16 or x.dim() != 2:
         return F.linear(dequantize(x, x_scale, dtype), dequantize(weight, w_scale, dtype), bias)
-    fast = x.device.type == "cuda"
+    fast, x = x.device.type == "cuda", x.contiguous()
     if w_scale.dim():  # the library scales rows of both operands, or neither's
         x_scale, w_scale = x_scale.expand(x.shape[0], 1).contiguous(), w_scale.unsqueeze(0)
     result: torch.Tensor = torch._scaled_mm(
@@ -121,6 +123,14 @@ def packed_linear(
     return result if bias is None else result + bias
 
 
+def along_rows(x: torch.Tensor, narrow: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """``narrow(x)`` of [N, heads, d] with neighbouring rows side by side, every head from a multiple of 16 on: what FP8
+    matrix units want of values, and what lets a kernel load more than a byte at a time."""
+    rows = x.shape[0]
+    padded = F.pad(x.permute(1, 2, 0), (0, -rows % 16)).contiguous()
+    return narrow(padded)[..., :rows].permute(2, 0, 1)
+
+
 def quantized_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -134,7 +144,7 @@ def quantized_attention(
     from cosmos_export.kernels import operators
 
     def transposed(x: torch.Tensor) -> torch.Tensor:
-        return quantize(x, scales[2]).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        return along_rows(x, lambda wide: quantize(wide, scales[2]))
 
     result: torch.Tensor = operators.joint_attention_fp8(
         quantize(query * scale, scales[0]), quantize(key, scales[1]), transposed(value),
@@ -156,7 +166,7 @@ def joint_fp8(*operands: Any) -> torch.Tensor:
         return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
     def transposed(x: torch.Tensor) -> torch.Tensor:
-        return narrow(x).permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        return along_rows(x, narrow)
 
     query, key, value, prefix_key, prefix_value, scale = operands
     result: torch.Tensor = operators.joint_attention_fp8(
@@ -416,6 +426,7 @@ class Executable:
             if sizes not in self._functions:
                 example = {name: inputs[name] for name in self.graph.inputs}
                 plain = self._plain(sizes)
+                self._make_room(self._functions)
                 self._functions[sizes] = Captured(plain, example) if self._captures else plain
             return _call(self._functions[sizes], inputs, tokens or {})
 
@@ -439,8 +450,14 @@ class Executable:
                 whole = unrolled(body, steps)
                 once = unrolled(body, replace(steps, count=1))
                 example = {name: inputs[name] for name in self.graph.inputs}
+                self._make_room(self._loops)
                 self._loops[key] = Captured(whole, example, warm=once) if self._captures else whole
             return _call(self._loops[key], inputs, tokens or {})
+
+    def _make_room(self, made: dict[Any, Function]) -> None:
+        """Forget the oldest captured graphs: each holds the memory of its own activations, gigabytes at 720p."""
+        while self._captures and len(made) >= _CAPTURES:
+            del made[next(iter(made))]
 
     @property
     def _captures(self) -> bool:

@@ -94,6 +94,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     try:
         with Watch(_index(loaded.backend.device)) as watch:
             for number in range(request.warm_up + request.runs):
+                watch.keeps = number >= request.warm_up
                 found = run(number)
                 for part, seconds in found.items() if number >= request.warm_up else ():
                     samples.setdefault(part, []).append(seconds)

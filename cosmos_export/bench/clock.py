@@ -13,12 +13,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def timed(function: Callable[[], Any], device: torch.device, runs: int, warm_up: int) -> list[float]:
-    """Seconds of each of ``runs`` calls, each to its end on the device; the first call, which compiles, is no run."""
+def timed(
+    function: Callable[[], Any], device: torch.device, runs: int, warm_up: int, watch: Watch | None = None
+) -> list[float]:
+    """Seconds of each of ``runs`` calls, each to its end on the device; the first call, which compiles, is no run.
+
+    ``watch`` keeps what it reads during the runs alone.
+    """
     import torch
 
     found = []
     for number in range(1 + warm_up + runs):
+        if watch is not None:
+            watch.keeps = number > warm_up
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -27,6 +34,8 @@ def timed(function: Callable[[], Any], device: torch.device, runs: int, warm_up:
             torch.cuda.synchronize()
         if number > warm_up:
             found.append(time.perf_counter() - start)
+    if watch is not None:
+        watch.keeps = False
     return found
 
 
@@ -56,6 +65,8 @@ class Watch:
         if read is None and index is not None:
             self._read, self.source = _reader(index)
         self._samples: list[Sample] = []
+        self.keeps = True
+        """Whether what is read now is kept: while a GPU waits for the host it says nothing of the work."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -73,7 +84,7 @@ class Watch:
         assert self._read is not None
         while True:
             found = self._read()
-            if found is not None:
+            if found is not None and self.keeps:
                 self._samples.append(found)
             if self._ended.wait(self._period):
                 return

@@ -98,6 +98,10 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         require_diffusers()
     device = _device(request.device)
     modalities = geometries.modalities_of(workload, subject.geometry)
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
     progress.begin("graphs")
     if request.graphs is not None:
         found = geometries.read_graphs(request.graphs)
@@ -113,6 +117,7 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     graphs = {name: g for name, g in found.graphs.items() if _measured(name, request)}
     progress.begin("measure", len(graphs))
     with Watch(device.index or 0 if device.type == "cuda" else None) as watch:
+        watch.keeps = False
         for number, (name, graph) in enumerate(graphs.items()):
             lengths = {REASONER: dims["und_len"], "reasoner-negative": dims["negative_und_len"]}
             if name != REASONER:
@@ -120,12 +125,14 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
             elif not guided or request.workload == REASONER:
                 lengths.pop("reasoner-negative")
             run = _Graph(name, graph, device, request)
-            for label, length in lengths.items():
-                count = calls.get(label, 1)
-                if count:
-                    samples = run.samples({**dims, "und_len": length})
-                    components.append(Component(label, tuple(samples), count))
-            run.close()
+            try:
+                for label, length in lengths.items():
+                    count = calls.get(label, 1)
+                    if count:
+                        samples = run.samples({**dims, "und_len": length}, watch)
+                        components.append(Component(label, tuple(samples), count))
+            finally:
+                run.close()
             progress.update("measure", number + 1)
     progress.end("measure")
     memory = _peak_bytes(device)
@@ -184,12 +191,13 @@ class _Graph:
         self._executable = Executable(graph, weights, device, settings)
         self._graph, self._device, self._request = graph, device, request
 
-    def samples(self, dims: Mapping[str, int]) -> list[float]:
+    def samples(self, dims: Mapping[str, int], watch: Watch) -> list[float]:
         from cosmos_export.bench import geometry as geometries
 
         inputs = geometries.random_inputs(self._graph, dims, self._device)
         tokens = {name: object() for name in inputs}
-        return timed(lambda: self._executable(inputs, tokens), self._device, self._request.runs, self._request.warm_up)
+        runs, warm_up = self._request.runs, self._request.warm_up
+        return timed(lambda: self._executable(inputs, tokens), self._device, runs, warm_up, watch)
 
     def close(self) -> None:
         import torch
