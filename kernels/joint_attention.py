@@ -177,13 +177,13 @@ def check(
     """ValueError where operands break the contract."""
     size = query.shape[-1]
     require(query.dim() in (3, 4), f"query has {query.dim()} axes, expected [N, heads, d] or [branches, N, heads, d]")
+    require_reach("query", query)
     for name, t in (("key", key), ("value", value), ("prefix_key", prefix_key), ("prefix_value", prefix_value)):
+        require_reach(name, t)
         require(t.dim() == query.dim() and t.shape[-1] == size, f"{name} {tuple(t.shape)} over {tuple(query.shape)}")
         require(t.dtype == query.dtype, f"{name} is {t.dtype}, the query {query.dtype}")
         require(t.shape[:-3] == query.shape[:-3], f"{name} has other branches than the query")
         require(t.shape[-2] == key.shape[-2], f"{name} has {t.shape[-2]} heads, key {key.shape[-2]}")
-    for name, t in (("query", query), ("key", key), ("value", value), ("prefix_key", prefix_key)):
-        require_reach(name, t)
     require(key.shape == value.shape and prefix_key.shape == prefix_value.shape, "keys and values differ in shape")
     require(key.shape[-3] > 0, "attention over no key of its own")
     require(size >= 16 and size & (size - 1) == 0, f"head size {size} is no power of two of at least 16")

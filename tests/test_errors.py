@@ -15,8 +15,9 @@ STATUS = {"FindingError": 1, "UserError": 2, "UnsupportedError": 3, "ToolError":
 HEAD = """# Errors
 
 Each line is a code, the exit status of the command, and what it says; `…` stands for what it fills in. A hint follows
-where there is something to do. Codes keep their meaning; one that stands in several lines has one meaning in several
-places. This page is made from the code (`UPDATE_ERRORS=1 pytest tests/test_errors.py`), and a test compares them.
+where there is something to do. A code that stands in several lines is raised in several places, a few of them for
+mistakes that are only akin, or with another status. This page is made from the code
+(`UPDATE_ERRORS=1 pytest tests/test_errors.py`), and a test compares them.
 
 Status 1: a check found something. 2: usage or input. 3: not supported. 4: another tool failed, or it is a bug.
 

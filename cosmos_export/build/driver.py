@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.allocator import keep_freed_memory
@@ -27,14 +28,18 @@ _log = logging.getLogger("cosmos_export")
 
 
 def build(
-    options: BuildOptions, progress: Progress | None = None, begins: Callable[[Plan], None] = lambda plan: None
+    options: BuildOptions,
+    progress: Progress | None = None,
+    begins: Callable[[Plan], None] = lambda plan: None,
+    fails: Callable[[Path | None], None] = lambda left: None,
 ) -> BuildResult:
     """Compile ``options.checkpoint``; returns what was done. The bundle appears under its name when all of it is right.
-    ``begins`` is told what the request was resolved to, before any work.
+    ``begins`` is told what the request was resolved to, before any work; ``fails``, where an error ends it, where
+    finished files were kept, or None.
 
     Raises UserError and UnsupportedError before any work for what cannot be built; FindingError where the results are
     not what the published implementation computes (CX601) or the engines not what was planned (CX450): then no bundle
-    is left. After an interruption, or where a tool or the disk failed, what was finished stays for ``options.resume``.
+    is left. However else it ends, what was finished stays for ``options.resume``.
     """
     progress = progress or Silent()
     keep_freed_memory()
@@ -51,10 +56,12 @@ def build(
                 _log.info("%s", _resumed(writer))
             with _full_disk(writer, plan), Overall(progress, expected_seconds(plan)) as overall:
                 return build_bundle(plan, writer, overall)
-    except BaseException:
+    except BaseException as error:
         if writer.left is not None:
             finished = writer.all_kept()
             _log.info("finished so far: %s, in %s", ", ".join(kept.name for kept in finished), writer.left)
+        if isinstance(error, Exception):  # an interruption may be repeated in any case
+            fails(writer.left)
         raise
 
 

@@ -1,7 +1,7 @@
 """From an exported program to the IR: named dims for the exporter's symbols, one spelling for each operation.
 
 What the model writes in place becomes a new value of everything that shares the memory. The exporter can take such
-writes apart itself (`run_decompositions`), by tracing the whole program again: that takes longer than the export.
+writes apart itself (`run_decompositions`), but traces the whole program again for it.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class Importer:
             if _writes_anything(node.target):
                 raise InternalError("CX202", f"`{node.name}` writes in place and returns nothing")
             return  # integer arithmetic, assertions, tuples: sizes are expressions here, parts are taken by `getitem`
-        parts = node.args[0] if node.target is operator.getitem else None
-        operands = node.args if parts is None else (*parts.args, node.args[1])  # type: ignore[union-attr]
+        parts: Any = node.args[0] if node.target is operator.getitem else None
+        operands = node.args if parts is None else (*parts.args, node.args[1])
         args = [self._argument(a) for a in operands]
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
         stack = node.meta.get("nn_module_stack") or {}
@@ -160,7 +160,7 @@ class Importer:
 
         written = parts is None and _writes(node.target)
         target = _out_of_place(node.target) if written else node.target
-        rewrite = _SPELLINGS.get(target) if parts is None else _PARTS.get(parts.target)  # type: ignore[union-attr]
+        rewrite = _SPELLINGS.get(target) if parts is None else _PARTS.get(parts.target)
         spec = self._spec(value)
         try:
             result = rewrite(call, spec, *args, **kwargs) if rewrite else call(target, *args, **kwargs)
@@ -171,7 +171,7 @@ class Importer:
             raise InternalError("CX203", f"`{node.name}` is {spec} in the exported program, {known} by the IR's rules")
         self._values[node] = result
         owner = operands[0] if operands and isinstance(operands[0], fx.Node) else None
-        shares = _shares_memory(node.target if parts is None else parts.target)  # type: ignore[union-attr]
+        shares = _shares_memory(node.target if parts is None else parts.target)
         if owner is not None and shares and not _copies(node):
             self._memory.share(node, owner)
         if written:

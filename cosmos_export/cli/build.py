@@ -163,12 +163,11 @@ def register(app: typer.Typer) -> None:
             if output is not None:
                 console.set_resume_command(_resume_command(plan))
 
-        try:
-            result = run(options, console.progress(), begins)
-        except Exception:
-            if output is not None and not any(output.parent.glob(f".{output.name}.partial-*")):
-                console.set_resume_command(None)  # nothing was kept
-            raise
+        def fails(left: Path | None) -> None:
+            if left is None:
+                console.set_resume_command(None)
+
+        result = run(options, console.progress(), begins, fails)
         document = _document(result, output)
         if output is not None:
             _write_report(output, document)
