@@ -15,7 +15,8 @@ Contract
     d             a power of two of at least 16; heads a multiple of kv_heads
     result        the query's shape, contiguous; its type, bf16 where the query is E4M3
 Statistics and sums are fp32; probabilities are rounded to the value's type before the second product, in FP8 after a
-factor of 256 that the normalization takes out again. Without FP8 it is the operation `cosmos_export::joint_attention`.
+factor of 256 that the normalization takes out again; sums of blocks of keys are added in fp32. Without FP8 it is the
+operation `cosmos_export::joint_attention`.
 
 ONNX: `Concat` of both parts, then `Attention` with `nonpad_kv_seqlen`; TensorRT: the same as `IAttention`, with Q/DQ on
 query, key, value and the softmax for FP8. As a plugin the prompt is an input of its own and the copy is saved.
@@ -32,7 +33,7 @@ from cosmos_export.kernels.launch import FP8, Tile, Variant, require, require_re
 LOG2E = 1.4426950408889634
 
 TILES = {90: Tile((128, 128), 8, 3), 100: Tile((128, 128), 8, 3), 120: Tile((128, 64), 8, 2)}
-FP8_TILES = {90: Tile((128, 128), 8, 3), 100: Tile((128, 128), 8, 3), 120: Tile((128, 64), 8, 2)}
+FP8_TILES = {90: Tile((128, 64), 8, 3), 100: Tile((128, 128), 8, 3), 120: Tile((128, 64), 8, 2)}
 CANDIDATE_TILES = (
     Tile((128, 128), 8, 2), Tile((128, 128), 8, 3), Tile((128, 64), 8, 3), Tile((128, 64), 4, 3),
     Tile((64, 128), 4, 3), Tile((128, 176), 8, 2), Tile((128, 256), 8, 2),
@@ -64,7 +65,12 @@ def _attend(
         total = total * fade + tl.sum(p, 1)
         peak = higher
         v = tl.load(v_at, mask=n[:, None] < rows, other=0.0) if MASKED else tl.load(v_at)
-        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        if FP8:
+            # Hopper's FP8 units keep 13 bits of what they add to: over thousands of keys small terms would be lost
+            # (github.com/vllm-project/flash-attention/pull/104), so a block's sum starts at zero and is added in fp32.
+            acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
     return acc, total, peak
 
 

@@ -15,7 +15,7 @@ from cosmos_export.kernels.description import CAPABILITIES
 
 # In a process of its own: here the kernels may be interpreted.
 _SCRIPT = """
-import json, sys
+import json, re, sys
 from cosmos_export.kernels.ahead import compile_variant, variants
 capability = int(sys.argv[1])
 for variant in variants(capability):
@@ -23,6 +23,7 @@ for variant in variants(capability):
     found = [i for i in ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "e4m3", "kind::f8f6f4") if i in b.ptx]
     record = {"name": b.variant, "entry": b.entry in b.ptx, "cubin": len(b.cubin), "elf": b.cubin[:4] == b"\\x7fELF",
               "shared": b.shared_bytes, "registers": b.registers, "spilled": b.spilled_bytes, "found": found,
+              "restarts": len(re.findall(r"wgmma\\.mma_async[^;]*, 0, 1, 1(?:, [01], [01])?;", b.ptx)),
               "sm": f".target sm_{capability}" in b.ptx}
     print(json.dumps(record))
 """
@@ -56,6 +57,16 @@ def test_matrix_kernels_use_the_matrix_units(compiled: tuple[int, dict[str, dict
             assert MATRIX[capability] in record["found"], record
         if "fp8" in name or "w8a8" in name or "quantize" in name:
             assert {"e4m3", "kind::f8f6f4"} & set(record["found"]), record
+
+
+def test_hopper_adds_blocks_of_fp8_products_in_fp32(compiled: tuple[int, dict[str, dict[str, Any]]]) -> None:
+    """Its FP8 units keep 13 bits of a running sum: none runs over more than a block."""
+    capability, records = compiled
+    if capability != 90:
+        pytest.skip("the matrix units of this capability keep fp32 sums")
+    passes = 4  # whole and last blocks of the own rows and of the prompt
+    assert records["joint_attention_bf16"]["restarts"] == passes, "q·k alone starts at zero"
+    assert records["joint_attention_fp8"]["restarts"] == 2 * passes, "q·k and p·v start at zero in every block"
 
 
 def test_memory_bound_kernels_keep_everything_in_registers(
