@@ -31,7 +31,7 @@ CANDIDATE_TILES = (
 """(rows, outputs)"""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one code for every prompt
 def gemm_w4a16_kernel(
     a, packed, scales, y, rows, outputs, depth, stride_a, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,

@@ -74,7 +74,7 @@ def _attend(
     return acc, total, peak
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "keys", "prefix_rows"])  # one code for every prompt
 def joint_attention_kernel(
     query, key, value, prefix_key, prefix_value, out, lengths, q_scales, k_scales, v_scales,
     rows, keys, prefix_rows, scale,

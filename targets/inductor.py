@@ -9,18 +9,20 @@ Kernels of ours take the place of what they compute where `Settings` names them 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, spec_of
+from cosmos_export.ir.dims import Shape, Size, bind, simplify
+from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.kernels.description import W4A16
 from cosmos_export.targets.inductor_fusions import fuse
@@ -131,26 +133,9 @@ def along_rows(x: torch.Tensor, narrow: Callable[[torch.Tensor], torch.Tensor]) 
     return narrow(padded)[..., :rows].permute(2, 0, 1)
 
 
-def quantized_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    prefix_key: torch.Tensor,
-    prefix_value: torch.Tensor,
-    scales: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """`ops.joint_attention_fp8` by our kernel; values are transposed as its matrix products want them."""
-    from cosmos_export.kernels import operators
-
-    def transposed(x: torch.Tensor) -> torch.Tensor:
-        return along_rows(x, lambda wide: quantize(wide, scales[2]))
-
-    result: torch.Tensor = operators.joint_attention_fp8(
-        quantize(query * scale, scales[0]), quantize(key, scales[1]), transposed(value),
-        quantize(prefix_key, scales[1]), transposed(prefix_value), 1.0, scales,
-    )  # fmt: skip
-    return result.to(query.dtype)
+def narrow_values(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Values in E4M3 as our attention's second product wants them."""
+    return along_rows(x, lambda wide: quantize(wide, scale))
 
 
 def unit_scale(device: torch.device) -> torch.Tensor:
@@ -158,22 +143,9 @@ def unit_scale(device: torch.device) -> torch.Tensor:
     return torch.ones((), device=device)
 
 
-def joint_fp8(*operands: Any) -> torch.Tensor:
-    """Our FP8 attention with scales of one; values are transposed as its matrix products want them."""
-    from cosmos_export.kernels import operators
-
-    def narrow(x: torch.Tensor) -> torch.Tensor:
-        return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
-
-    def transposed(x: torch.Tensor) -> torch.Tensor:
-        return along_rows(x, narrow)
-
-    query, key, value, prefix_key, prefix_value, scale = operands
-    result: torch.Tensor = operators.joint_attention_fp8(
-        narrow(query), narrow(key), transposed(value), narrow(prefix_key), transposed(prefix_value), scale,
-        torch.ones(3, device=query.device),
-    )  # fmt: skip
-    return result.to(query.dtype)
+def unit_scales(device: torch.device) -> torch.Tensor:
+    """The same of attention: of its query, its keys and its values."""
+    return torch.ones(3, device=device)
 
 
 ATTENTIONS = ("sdpa", "triton", "triton-fp8")
@@ -184,30 +156,15 @@ ATTENTIONS = ("sdpa", "triton", "triton-fp8")
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
     if kind == "sdpa":
         return concatenated
-    if kind == "triton":
+    if kind in ("triton", "triton-fp8"):
         from cosmos_export.kernels import operators
 
         return operators.joint_attention
-    if kind == "triton-fp8":
-        return joint_fp8
     raise ValueError(f"attention {kind!r} is none of {', '.join(ATTENTIONS)}")
-
-
-def _recipe_attention(kind: str) -> Callable[..., torch.Tensor]:
-    """FP8 attention that a recipe asks for: our kernel, as PyTorch has none; on a CPU, where no kernel runs, the
-    operation's own reference unless the kernel is asked for."""
-
-    def choose(query: torch.Tensor, *operands: Any) -> torch.Tensor:
-        own = query.device.type == "cuda" or kind != "sdpa"
-        result: torch.Tensor = (quantized_attention if own else ops.JOINT_ATTENTION_FP8)(query, *operands)
-        return result
-
-    return choose
 
 
 def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
     return {
-        ops.JOINT_ATTENTION_FP8: _recipe_attention(kind),
         ops.RMS_NORM: rms_norm,
         ops.ROTARY: rotary,
         ops.SWIGLU: swiglu,
@@ -222,121 +179,309 @@ def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
     }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How graphs are compiled and run."""
+
+    attention: str = "sdpa"
+    compiled: bool = True
+    """False: the graph's operations one after another, for comparison."""
+    narrow: frozenset[str] = frozenset()
+    """Weights that are given in E4M3: the linears that read them are W8A8 with scales of one. For benchmarks."""
+    captured: bool = True
+    """Replay CUDA graphs, on a GPU."""
+    whole_loop: bool = True
+    """All steps of a closed loop are one CUDA graph; otherwise one step is, replayed as often."""
+    kernels: frozenset[str] = frozenset()
+    """Which of `KERNELS` compute, where a graph has what they do. None has been measured to win: none by default."""
+    open_dims: frozenset[str] = frozenset()
+    """Dims that differ from call to call, as the length of a prompt does: compiled code takes every value of them."""
+
+
 # -- specialising ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of operations that is compiled as one function of its operands."""
+    """A run of operations that is one function of its operands."""
 
     module: fx.GraphModule
     key: tuple[Any, ...]
     """Equal for chunks that are the same function of operands of the same types and shapes."""
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    open: tuple[tuple[int, int], ...]
+    """(operand, axis) of every size that may differ from call to call."""
+    compiled: bool
+    """False: attention, a kernel of its own that a compiler makes nothing of."""
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A graph as functions that run one after another."""
+
+    chunks: tuple[Chunk, ...]
+    outputs: Mapping[str, str]
+    """Output of the graph → the value that it is."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """An operation whose sizes are known but for those of open dims; operands are calls and placeholders."""
+
+    name: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+    shape: Shape
+    attends: bool = False
+
+
+_Operand: TypeAlias = "_Call | Node"
+_DEVICE = object()
+"""Stands for the device among the arguments of a call."""
 
 
 def specialise(
     graph: Graph,
     sizes: Mapping[str, tuple[int, ...]],
-    attention_kind: str = "sdpa",
-    narrow: Collection[str] = (),
-    kernels: Collection[str] = (),
-) -> list[Chunk]:
-    """``graph`` for inputs of ``sizes``, cut in front of every attention: it is a kernel of its own anyway.
+    settings: Settings | None = None,
+    device: torch.device | None = None,
+) -> Specialised:
+    """``graph`` for inputs of ``sizes``, cut before and after every attention: it is a kernel of its own anyway.
 
     The layers of a model are then the same few chunks over and over, and compiling takes as long as for one layer.
-    ValueError where sizes contradict each other or the graph.
+    Chunks are right for every value of ``settings.open_dims``; those between the attentions of a generator do not
+    depend on its prompt at all. ValueError where sizes contradict each other or the graph.
     """
+    settings = settings or Settings()
     binding = bind((name, spec_of(node).shape, sizes[name]) for name, node in graph.inputs.items())
-    implementations = _implementations(attention_kind)
-    parts: list[list[Node]] = [[]]
-    for node in graph.calls():
-        if node.target in (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8) and parts[-1]:
+    closed = {name: value for name, value in binding.items() if name not in settings.open_dims}
+    lowering = _Lowering(graph, closed, settings, device or torch.device("cpu"))
+    calls, made = lowering.calls, lowering.made
+    parts: list[list[_Call]] = [[]]
+    for call in calls:
+        if parts[-1] and (call.attends or parts[-1][-1].attends):
             parts.append([])
-        parts[-1].append(node)
-    read_by = {node: set(node.users) for node in graph.nodes}
-    kept = set(graph.outputs.values())
+        parts[-1].append(call)
+    kept = {made.get(node, node) for node in graph.outputs.values()}
+    read_in: dict[_Operand, set[int]] = {}
+    for number, part in enumerate(parts):
+        for call in part:
+            for operand in _operands(call):
+                read_in.setdefault(operand, set()).add(number)
+    implementations = _implementations(settings.attention)
     chunks = []
-    names = frozenset(narrow)
-    for part in parts:
-        inside = set(part)
-        results = [node for node in part if node in kept or read_by[node] - inside]
+    for number, part in enumerate(parts):
+        results = [call for call in part if call in kept or read_in.get(call, set()) - {number}]
         if results:
-            chunks.append(_chunk(part, results, binding, implementations, names, kernels))
-    return chunks
+            chunks.append(_chunk(part, results, lowering, implementations, settings.kernels))
+    return Specialised(tuple(chunks), {name: made.get(n, n).name for name, n in graph.outputs.items()})
+
+
+def _mapped(value: Any, function: Callable[[_Operand], Any]) -> Any:
+    """``value`` with ``function`` applied to every operand in it."""
+    if isinstance(value, (_Call, Node)):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(v, function) for v in value)
+    if isinstance(value, dict):
+        return {k: _mapped(v, function) for k, v in value.items()}
+    return value
+
+
+def _operands(call: _Call) -> list[_Operand]:
+    found: list[_Operand] = []
+    _mapped((call.args, call.kwargs), found.append)
+    return found
+
+
+class _Lowering:
+    """The operations of a graph as calls: products on operands as they are stored, FP8 attention as its quantizations,
+    which fuse with what is before them, and its kernel."""
+
+    def __init__(self, graph: Graph, closed: Mapping[str, int], settings: Settings, device: torch.device) -> None:
+        self.graph, self.settings = graph, settings
+        self._closed = closed
+        self._own_fp8 = device.type == "cuda" or settings.attention != "sdpa"
+        self.calls: list[_Call] = []
+        self.made: dict[Node, _Operand] = {}
+        for node in graph.calls():
+            self.made[node] = self._lowered(node)
+
+    def size(self, value: Size) -> Size:
+        """``value`` as a number, or as an expression over open dims."""
+        if isinstance(value, int):
+            return value
+        parts = value.atoms(sympy.Symbol, FloorDiv)
+        known = {p: sympy.Integer(self._closed[str(p)]) for p in parts if str(p) in self._closed}
+        found = simplify(value.xreplace(known))
+        if not isinstance(found, int) and not {s.name for s in found.free_symbols} <= self.settings.open_dims:
+            raise ValueError(f"{value} is not an integer under {dict(self._closed)}")
+        return found
+
+    def shape(self, operand: _Operand) -> Shape:
+        if isinstance(operand, _Call):
+            return operand.shape
+        return tuple(self.size(s) for s in spec_of(operand).shape)
+
+    def _add(
+        self, name: str, target: Any, args: Sequence[Any], dtype: torch.dtype, shape: Shape,
+        kwargs: Mapping[str, Any] | None = None, *, attends: bool = False,
+    ) -> _Call:  # fmt: skip
+        call = _Call(name, target, tuple(args), dict(kwargs or {}), dtype, shape, attends)
+        self.calls.append(call)
+        return call
+
+    def _concrete(self, value: Any) -> Any:
+        if isinstance(value, sympy.Expr):
+            return self.size(value)
+        if isinstance(value, Node):
+            return self.made.get(value, value)
+        if isinstance(value, (tuple, list)):
+            return [self._concrete(v) for v in value]
+        return value
+
+    def _lowered(self, node: Node) -> _Call:
+        spec = spec_of(node)
+        dtype, shape = spec.dtype, tuple(self.size(s) for s in spec.shape)
+        product = _narrow_product(node, self.settings.kernels)
+        if product is not None:
+            function, operands = product
+            return self._add(node.name, function, self._concrete(operands), dtype, shape)
+        args = self._concrete(node.args)
+        kwargs = {k: self._concrete(v) for k, v in node.kwargs.items()}
+        if node.target in (aten.full.default, aten.arange.start):
+            kwargs["device"] = _DEVICE  # new values appear where the others are
+        if node.target is aten.linear.default and node.args[1].name in self.settings.narrow:
+            return self._narrowed(node.name, args, dtype, shape)
+        if node.target is ops.JOINT_ATTENTION_FP8 and self._own_fp8:
+            *operands, scales, scale = args
+            return self._fp8_attention(node.name, operands, scales, scale)
+        if node.target is ops.JOINT_ATTENTION and self.settings.attention == "triton-fp8":
+            scales = self._add(f"{node.name}_scales", unit_scales, [_DEVICE], torch.float32, (3,))
+            *operands, scale = args
+            return self._fp8_attention(node.name, operands, scales, scale)
+        attends = node.target in (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
+        return self._add(node.name, node.target, args, dtype, shape, kwargs, attends=attends)
+
+    def _narrowed(self, name: str, args: Sequence[Any], dtype: torch.dtype, shape: Shape) -> _Call:
+        """A linear of a weight that is given in E4M3, with scales of one, as a recipe would have it."""
+        x, weight, *bias = args
+        one = self._add(f"{name}_scale", unit_scale, [_DEVICE], torch.float32, ())
+        quantized = self._add(f"{name}_x", ops.QUANTIZE, (x, one), torch.float8_e4m3fn, self.shape(x))
+        return self._add(name, scaled_linear, [quantized, one, weight, one, dtype, *bias], dtype, shape)
+
+    def _fp8_attention(self, name: str, wide: Sequence[_Operand], scales: _Operand, scale: float) -> _Call:
+        """`ops.joint_attention_fp8` of query, keys and values by our kernel: PyTorch has none."""
+        from cosmos_export.kernels import operators
+
+        query, key, value, prefix_key, prefix_value = wide
+        narrow, dtype = torch.float8_e4m3fn, _dtype(query)
+        own = [self._add(f"{name}_s{i}", aten.select.int, (scales, 0, i), torch.float32, ()) for i in range(3)]
+        smaller = self._add(f"{name}_qs", aten.mul.Tensor, (query, scale), dtype, self.shape(query))
+        operands = []
+        for part, given, of, function in (
+            ("q", smaller, own[0], ops.QUANTIZE), ("k", key, own[1], ops.QUANTIZE), ("v", value, own[2], narrow_values),
+            ("pk", prefix_key, own[1], ops.QUANTIZE), ("pv", prefix_value, own[2], narrow_values),
+        ):  # fmt: skip
+            operands.append(self._add(f"{name}_{part}", function, (given, of), narrow, self.shape(given)))
+        out = self._add(
+            f"{name}_out", operators.joint_attention_fp8, (*operands, 1.0, scales), torch.bfloat16, self.shape(query),
+            attends=True,
+        )  # fmt: skip
+        return self._add(name, aten._to_copy.default, (out,), dtype, self.shape(query), {"dtype": dtype})
+
+
+def _dtype(operand: _Operand) -> Any:
+    return operand.dtype if isinstance(operand, _Call) else spec_of(operand).dtype
 
 
 def _chunk(
-    part: list[Node],
-    results: list[Node],
-    binding: Mapping[str, int],
+    part: list[_Call],
+    results: list[_Call],
+    lowering: _Lowering,
     implementations: Mapping[Any, Callable[..., Any]],
-    narrow: frozenset[str],
     kernels: Collection[str],
 ) -> Chunk:
     result = fx.Graph()
     device = result.placeholder("device")
-    made: dict[Node, fx.Node] = {}
-    operands: list[Node] = []
+    made: dict[_Operand, fx.Node] = {}
+    operands: list[_Operand] = []
     key: list[Any] = []
+    sizes: dict[sympy.Expr, fx.Node] = {}
+    inside = set(part)
 
-    def concrete(value: Any) -> Any:
+    def operand(value: _Operand) -> fx.Node:
+        if value not in made:
+            node = made[value] = result.placeholder(f"operand_{len(operands)}")
+            node.meta |= {"type": _dtype(value), "shape": lowering.shape(value)}
+            operands.append(value)
+            key.append((node.meta["type"], *node.meta["shape"]))
+        return made[value]
+
+    def sized(value: Any) -> Any:
+        """``value`` with every expression over open dims computed from the shapes of operands."""
         if isinstance(value, sympy.Expr):
-            return evaluate(value, binding)
+            if value not in sizes:
+                sizes[value] = _computed(value)
+            return sizes[value]
         if isinstance(value, (tuple, list)):
-            return [concrete(v) for v in value]
-        return value
+            return [sized(v) for v in value]
+        return device if value is _DEVICE else value
 
-    def describe(node: Node) -> None:
-        spec = spec_of(node)
-        made[node].meta |= {"type": spec.dtype, "shape": tuple(evaluate(s, binding) for s in spec.shape)}
+    def _computed(expr: sympy.Expr) -> Any:
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            return _measured(expr)
+        for kind, function in ((sympy.Add, operator.add), (sympy.Mul, operator.mul), (FloorDiv, operator.floordiv)):
+            if isinstance(expr, kind):
+                first, *rest = (sized(part) if not part.is_Integer else int(part) for part in expr.args)
+                for other in rest:
+                    first = result.call_function(function, (first, other))
+                return first
+        raise ValueError(f"size {expr} is no sum, product or quotient of dims")
 
-    def operand(node: Node) -> fx.Node:
-        if node not in made:
-            made[node] = result.placeholder(f"operand_{len(operands)}")
-            describe(node)
-            operands.append(node)
-            key.append((spec_of(node).dtype, *(evaluate(s, binding) for s in spec_of(node).shape)))
-        return made[node]
+    def _measured(dim: sympy.Symbol) -> fx.Node:
+        candidates = [*operands, *lowering.graph.inputs.values()]
+        for value in candidates:
+            for axis, size in enumerate(lowering.shape(value)):
+                factor, of = (1, None) if isinstance(size, int) else size.as_coeff_Mul()
+                if of == dim:
+                    return result.call_function(extent, (operand(value), axis, int(factor)))
+        raise ValueError(f"no operand has {dim} on an axis")
 
-    for node in part:
-        product = _narrow_product(node, kernels)
-        if product is not None:
-            function, operands_of = product
-            made[node] = result.call_function(function, tuple(concrete(map_operands(operands_of, operand))))
-            describe(node)
-            continue
-        args = concrete(map_operands(node.args, operand))
-        kwargs = {k: concrete(v) for k, v in map_operands(node.kwargs, operand).items()}
-        if node.target in (aten.full.default, aten.arange.start):
-            kwargs["device"] = device  # new values appear where the others are
-        target = node.target
-        if target is aten.linear.default and node.args[1].name in narrow:
-            target, args = _narrowed(result, device, spec_of(node).dtype, args)
-        made[node] = result.call_function(target, tuple(args), kwargs)
-        describe(node)
-    result.output(tuple(made[node] for node in results))
+    for call in part:
+        for value in _operands(call):
+            if value not in inside:
+                operand(value)
+    for call in part:
+        args, kwargs = _mapped((call.args, call.kwargs), made.__getitem__)
+        made[call] = result.call_function(call.target, tuple(sized(args)), {k: sized(v) for k, v in kwargs.items()})
+        made[call].meta |= {"type": call.dtype, "shape": call.shape}
+    result.output(tuple(made[call] for call in results))
     result.eliminate_dead_code()  # widened operands of products that take them narrow
     fuse(result, kernels)
-    for call in result.nodes:
-        if call.op == "call_function":
-            call.target = implementations.get(call.target, call.target)
+    for node in result.nodes:
+        if node.op == "call_function":
+            node.target = implementations.get(node.target, node.target)
     key.append(_text(result))
     module = fx.GraphModule(torch.nn.Module(), result)
-    return Chunk(module, tuple(key), tuple(n.name for n in operands), tuple(n.name for n in results))
+    varying = tuple(
+        (i, axis)
+        for i, value in enumerate(operands)
+        for axis, size in enumerate(lowering.shape(value))
+        if not isinstance(size, int)
+    )
+    names = tuple(value.name for value in operands), tuple(value.name for value in results)
+    return Chunk(module, tuple(key), *names, varying, compiled=not part[0].attends)
 
 
-def _narrowed(
-    graph: fx.Graph, device: fx.Node, dtype: torch.dtype, args: Sequence[Any]
-) -> tuple[Callable[..., Any], list[Any]]:
-    """A linear of a weight that is given in E4M3, with scales of one, as a recipe would have it."""
-    x, weight, *bias = args
-    one = graph.call_function(unit_scale, (device,))
-    one.meta |= {"type": torch.float32, "shape": ()}
-    quantized = graph.call_function(ops.QUANTIZE, (x, one))
-    quantized.meta |= {"type": torch.float8_e4m3fn, "shape": x.meta["shape"]}
-    return scaled_linear, [quantized, one, weight, one, dtype, *bias]
+def extent(x: torch.Tensor, axis: int, factor: int) -> int:
+    """The dim of which axis ``axis`` of ``x`` has ``factor`` times as many elements."""
+    return x.shape[axis] // factor
 
 
 def _text(graph: fx.Graph) -> str:
@@ -368,23 +513,6 @@ def _narrow_product(node: Node, kernels: Collection[str]) -> tuple[Callable[...,
     return None
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How graphs are compiled and run."""
-
-    attention: str = "sdpa"
-    compiled: bool = True
-    """False: the graph's operations one after another, for comparison."""
-    narrow: frozenset[str] = frozenset()
-    """Weights that are given in E4M3: the linears that read them are W8A8 with scales of one. For benchmarks."""
-    captured: bool = True
-    """Replay CUDA graphs, on a GPU."""
-    whole_loop: bool = True
-    """All steps of a closed loop are one CUDA graph; otherwise one step is, replayed as often."""
-    kernels: frozenset[str] = frozenset()
-    """Which of `KERNELS` compute, where a graph has what they do. None has been measured to win: none by default."""
-
-
 class Executable:
     """A graph with its weights on one device, compiled for each set of sizes it is called with."""
 
@@ -401,8 +529,9 @@ class Executable:
         self._fixed = {name: weights[name] for name in graph.weights}
         self._fixed |= {name: node.meta["constant"].to(device) for name, node in graph.constants.items()}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        self._functions: dict[Sizes, Function] = {}
-        self._loops: dict[tuple[Any, Sizes], Function] = {}
+        self._plains: dict[Any, Function] = {}
+        self._captured: dict[tuple[Any, Sizes], Captured] = {}
+        self._seen: list[tuple[Any, Sizes]] = []
 
     @property
     def inputs(self) -> dict[str, torch.dtype]:
@@ -423,12 +552,7 @@ class Executable:
         """
         sizes: Sizes = tuple((name, tuple(inputs[name].shape)) for name in self.graph.inputs)
         with torch.no_grad():
-            if sizes not in self._functions:
-                example = {name: inputs[name] for name in self.graph.inputs}
-                plain = self._plain(sizes)
-                self._make_room(self._functions)
-                self._functions[sizes] = Captured(plain, example) if self._captures else plain
-            return _call(self._functions[sizes], inputs, tokens or {})
+            return self._run((None, sizes), self._plain(sizes), inputs, tokens or {})
 
     def loop(
         self, steps: Steps, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object] | None = None
@@ -444,31 +568,59 @@ class Executable:
             steady = {n: t for n, t in (tokens or {}).items() if n not in steps.rows and n not in steps.carried}
             return unrolled(lambda now: self(now, steady), steps)(inputs)
         with torch.no_grad():
-            key = (steps.key, sizes)
-            if key not in self._loops:
-                body = self._plain(sizes)
-                whole = unrolled(body, steps)
-                once = unrolled(body, replace(steps, count=1))
-                example = {name: inputs[name] for name in self.graph.inputs}
-                self._make_room(self._loops)
-                self._loops[key] = Captured(whole, example, warm=once) if self._captures else whole
-            return _call(self._loops[key], inputs, tokens or {})
+            body = self._plain(sizes)
+            once = unrolled(body, replace(steps, count=1))
+            return self._run((steps.key, sizes), unrolled(body, steps), inputs, tokens or {}, once)
 
-    def _make_room(self, made: dict[Any, Function]) -> None:
+    def _run(
+        self,
+        key: tuple[Any, Sizes],
+        function: Function,
+        inputs: Mapping[str, torch.Tensor],
+        tokens: Mapping[str, object],
+        warm: Function | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Sizes that come again are captured: those of a prompt whose length no other has are not worth it."""
+        if not self._captures:
+            return function(inputs)
+        if key not in self._captured:
+            if key not in self._seen:
+                self._seen = [*self._seen, key][-_CAPTURES:]
+                return function(inputs)
+            self._make_room()
+            example = {name: inputs[name] for name in self.graph.inputs}
+            self._captured[key] = Captured(function, example, warm)
+        return self._captured[key](inputs, tokens)
+
+    def _make_room(self) -> None:
         """Forget the oldest captured graphs: each holds the memory of its own activations, gigabytes at 720p."""
-        while self._captures and len(made) >= _CAPTURES:
-            del made[next(iter(made))]
+        while len(self._captured) >= _CAPTURES:
+            del self._captured[next(iter(self._captured))]
 
     @property
     def _captures(self) -> bool:
         return self.device.type == "cuda" and self.settings.captured
 
     def _plain(self, sizes: Sizes) -> Function:
-        settings = self.settings
-        chunks = specialise(self.graph, dict(sizes), settings.attention, settings.narrow, settings.kernels)
-        steps = [(self._code(chunk), chunk.operands, chunk.results) for chunk in chunks]
+        """The graph for ``sizes`` and every other value of the open dims."""
+        key = tuple(
+            (name, tuple(None if self._is_open(axis) else n for n, axis in zip(shape, spec.shape, strict=False)))
+            for (name, shape), spec in zip(sizes, map(spec_of, self.graph.inputs.values()), strict=True)
+        )
+        if key not in self._plains:
+            self._plains[key] = self._specialised(sizes)
+        return self._plains[key]
+
+    def _is_open(self, size: Size) -> bool:
+        """Code that is right for every value of ``size``; any other size in which an open dim occurs is fixed."""
+        dim = None if isinstance(size, int) else size.as_coeff_Mul()[1]
+        return dim is not None and dim.is_Symbol and dim.name in self.settings.open_dims
+
+    def _specialised(self, sizes: Sizes) -> Function:
+        found = specialise(self.graph, dict(sizes), self.settings, self.device)
+        steps = [(self._code(chunk), chunk.operands, chunk.results) for chunk in found.chunks]
         last = {name: i for i, (_, operands, _) in enumerate(steps) for name in operands}
-        outputs = {name: node.name for name, node in self.graph.outputs.items()}
+        outputs = found.outputs
         dead = [
             [n for n in operands if last[n] == i and n not in self._fixed and n not in outputs.values()]
             for i, (_, operands, _) in enumerate(steps)
@@ -486,17 +638,24 @@ class Executable:
         return plain
 
     def _code(self, chunk: Chunk) -> Callable[..., Any]:
-        if not self.settings.compiled:
+        if not self.settings.compiled or not chunk.compiled:
             return chunk.module
         if chunk.key not in self._compiled:
-            self._compiled[chunk.key] = torch.compile(chunk.module, dynamic=False, fullgraph=True)
+            self._compiled[chunk.key] = _compile(chunk)
         return self._compiled[chunk.key]
 
 
-def _call(
-    function: Function, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object]
-) -> dict[str, torch.Tensor]:
-    return function(inputs, tokens) if isinstance(function, Captured) else function(inputs)
+def _compile(chunk: Chunk) -> Callable[..., Any]:
+    compiled = torch.compile(chunk.module, dynamic=False, fullgraph=True)
+    if not chunk.open:
+        return compiled
+
+    def marked(device: torch.device, *operands: torch.Tensor) -> Any:
+        for index, axis in chunk.open:
+            torch._dynamo.maybe_mark_dynamic(operands[index], axis)
+        return compiled(device, *operands)
+
+    return marked
 
 
 @dataclass(frozen=True)

@@ -90,13 +90,14 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
         return _whole(generator, requests(number))
 
     samples: dict[str, list[float]] = {}
-    progress.begin("measure", request.warm_up + request.runs)
+    before = 1 + request.warm_up  # the first run compiles
+    progress.begin("measure", before + request.runs)
     try:
         with Watch(_index(loaded.backend.device)) as watch:
-            for number in range(request.warm_up + request.runs):
-                watch.keeps = number >= request.warm_up
+            for number in range(before + request.runs):
+                watch.keeps = number >= before
                 found = run(number)
-                for part, seconds in found.items() if number >= request.warm_up else ():
+                for part, seconds in found.items() if number >= before else ():
                     samples.setdefault(part, []).append(seconds)
                 progress.update("measure", number + 1)
     finally:

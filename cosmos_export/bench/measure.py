@@ -180,13 +180,17 @@ class _Graph:
 
     def __init__(self, name: str, graph: Any, device: torch.device, request: GeometryRequest) -> None:
         from cosmos_export.bench import geometry as geometries
+        from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
         from cosmos_export.targets.inductor import Executable, Settings
 
         step = name in (geometries.GUIDED, geometries.PLAIN)
         narrow = geometries.linear_weights(graph) if step and request.recipe != "bf16" else frozenset()
         kind = request.attention or ("triton-fp8" if step and request.recipe == "fp8-attention" else "sdpa")
         kernels = request.kernels if step else frozenset()
-        settings = Settings(attention=kind, compiled=request.compiled, narrow=narrow, kernels=kernels)
+        settings = Settings(
+            attention=kind, compiled=request.compiled, narrow=narrow, kernels=kernels,
+            open_dims=frozenset({"und_len", NEGATIVE_LEN}),  # as the runtime has them: one code for all prompts
+        )  # fmt: skip
         weights = geometries.random_weights(graph, device, narrow)
         self._executable = Executable(graph, weights, device, settings)
         self._graph, self._device, self._request = graph, device, request

@@ -162,7 +162,9 @@ def run_compiled(
         specs = {n: spec_of(node).dtype for n, node in graph.inputs.items()}
         given = {n: inputs[n].to(device, specs[n]) for n in program.free_inputs(name)}
         given |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
-        made = Executable(graph, values, device, settings)({n: given[n] for n in graph.inputs})
+        executable, feeds = Executable(graph, values, device, settings), {n: given[n] for n in graph.inputs}
+        executable(feeds)
+        made = executable(feeds)  # on a GPU captured, and replayed
         results[name] = {n: t.clone() for n, t in made.items()}
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -24,11 +24,9 @@ from cosmos_export.runtime.asked import DECODER, ENCODER, SOUND_DECODER, request
 from cosmos_export.runtime.inputs import Noise, initial_latents, noisy, request_inputs, sizes
 from cosmos_export.runtime.loading import LoadedBundle
 from cosmos_export.runtime.request import Request
-from cosmos_export.runtime.sessions import Array, Session, Value
+from cosmos_export.runtime.sessions import PROMPT, STEP, Array, Session, Value
 from cosmos_export.sampling import State, coefficient_table, distilled_step, guide, unipc_step
 
-PROMPT, STEP = "input_ids", "timestep"
-"""Inputs of the caller that make a graph one of the prompt, or one of the step."""
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
 SCHEDULE_TABLE = "tables/schedule.safetensors"

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+PROMPT, STEP = "input_ids", "timestep"
+"""Inputs of the caller that make a graph one of the prompt, or one of the step."""
 
 
 class Value(Protocol):

@@ -9,6 +9,7 @@ same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,12 @@ import numpy as np
 from cosmos_export.bundle import Manifest
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
-from cosmos_export.runtime.sessions import Array, Value
+from cosmos_export.runtime.sessions import PROMPT, Array, Value
 
 if TYPE_CHECKING:
     import torch
 
+    from cosmos_export.ir.graph import Graph
     from cosmos_export.targets.inductor import Executable, Settings
 
 NAME = "inductor"
@@ -188,10 +190,13 @@ def _forget(session: TorchSession | LoopSession) -> None:
 
 
 class TorchBackend:
-    """The graphs of the bundle at ``root`` on one device."""
+    """The graphs of the bundle at ``root`` on one device.
 
-    def __init__(self, root: Path, device: torch.device, settings: Settings | None = None) -> None:
-        self._root, self._device, self._settings = root, device, settings
+    They are compiled for the sizes of a request, but for any length of its prompts: a new prompt compiles nothing.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, device: torch.device, settings: Settings | None = None) -> None:
+        self._root, self._manifest, self._device, self._settings = root, manifest, device, settings
         self._weights: dict[tuple[Path, int], torch.Tensor] = {}
 
     @property
@@ -204,7 +209,7 @@ class TorchBackend:
 
     def open(self, graph: str) -> TorchSession | LoopSession:
         from cosmos_export.ir.serialize import read_graph
-        from cosmos_export.targets.inductor import Executable
+        from cosmos_export.targets.inductor import Executable, Settings
 
         try:
             document = read_object(self._root / "graphs" / f"{graph}.json")
@@ -212,7 +217,8 @@ class TorchBackend:
             weights = {name: self._weight(node.meta["weight"]) for name, node in own.weights.items()}
         except (UserError, OSError, KeyError) as error:
             raise ToolError("CX502", f"graph `{graph}` of {self._root} cannot be loaded: {error}") from error
-        executable = Executable(own, weights, self._device, self._settings)
+        settings = replace(self._settings or Settings(), open_dims=prompt_dims(graph, own, self._manifest))
+        executable = Executable(own, weights, self._device, settings)
         loop = document.get("loop")
         if loop is None:
             return TorchSession(graph, executable)
@@ -233,6 +239,17 @@ class TorchBackend:
 
     def close(self) -> None:
         self._weights.clear()
+
+
+def prompt_dims(name: str, graph: Graph, manifest: Manifest) -> frozenset[str]:
+    """Dims of graph ``name`` that differ from prompt to prompt: of token ids, and of what is made of them."""
+    from cosmos_export.ir.graph import spec_of
+
+    readers = {source for source, record in manifest.graphs.items() if any(t.name == PROMPT for t in record.inputs)}
+    given = {edge.input for edge in manifest.edges if edge.target == name and edge.source in readers}
+    inputs = [node for own, node in graph.inputs.items() if own == PROMPT or own in given]
+    sizes = [size for node in inputs for size in spec_of(node).shape if not isinstance(size, int)]
+    return frozenset(dim.name for size in sizes for dim in size.free_symbols)
 
 
 _PIECE_BYTES = 64 << 20
@@ -282,4 +299,5 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBac
             "CX505", f"no CUDA device {index or 0} that PyTorch {torch.__version__} can use",
             "`--device cpu` runs the same graphs, slowly",
         )  # fmt: skip
-    return TorchBackend(root, torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu"))
+    chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
+    return TorchBackend(root, manifest, chosen)

@@ -276,7 +276,7 @@ def test_through_pytorch(tmp_path: Path, fp8: Path, recipe: str | None) -> None:
     values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
     tokens = np.arange(12, dtype=np.int64)
     asked = Request("t2v", tokens, tokens[:5], Schedule(**values), 5, 4, 4, 24.0, seed=3)
-    backend = TorchBackend(tmp_path / "x", torch.device("cpu"), Settings(compiled=False))
+    backend = TorchBackend(tmp_path / "x", manifest, torch.device("cpu"), Settings(compiled=False))
     mine = Generator(LoadedBundle(tmp_path / "x", manifest, backend)).generate(asked).latents["vision"]
     theirs = Generator(load_bundle(tmp_path / "x", backend="onnxruntime")).generate(asked).latents["vision"]
     cosine = float((mine * theirs).sum() / np.linalg.norm(mine) / np.linalg.norm(theirs))

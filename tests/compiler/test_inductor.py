@@ -37,10 +37,10 @@ def written(graph: Graph, folder: Path = Path()) -> tuple[Graph, dict[str, Weigh
     return again, {name: node.meta["weight"] for name, node in graph.weights.items()}
 
 
-def inputs_of(graph: Graph, compiled: Compiled, known: Tensors) -> Tensors:
+def inputs_of(graph: Graph, compiled: Compiled, known: Tensors, prompts: tuple[int, int] = (7, 5)) -> Tensors:
     """Random values for what the request does not say: keys, values, sampler state."""
     generator = torch.Generator().manual_seed(3)
-    binding = {"und_len": 7, NEGATIVE_LEN: 5}
+    binding = dict(zip(("und_len", NEGATIVE_LEN), prompts, strict=True))
     binding |= bind((n, spec_of(node).shape, tuple(known[n].shape)) for n, node in graph.inputs.items() if n in known)
     for name, node in compiled.final.graphs["generator"].inputs.items():
         if name in known:
@@ -108,6 +108,47 @@ def test_compiled_graphs_equal_the_reference(compiled: Compiled) -> None:
     assert_close(own(inputs), run_graph(body, inputs, compiled.weights), 5e-6)
 
 
+@needs_compiler
+@pytest.mark.parametrize("graph", ["reasoner", "denoise"])
+def test_a_prompt_of_another_length_compiles_nothing(compile_tiny: Any, graph: str) -> None:
+    model = compile_tiny("omni")
+    program = closed(model, schedule()) if graph == "denoise" else model.final
+    own = program.graphs["generator" if graph == "denoise" else graph]
+    run = executable(own, model, open_dims=frozenset({"und_len", NEGATIVE_LEN}))
+    counted = torch._dynamo.utils.counters["stats"]
+    before, graphs = counted["unique_graphs"], []
+    for lengths in ((7, 5), (12, 9), (31, 2)):
+        known = requested(model, program)
+        if graph == "reasoner":
+            known = {"input_ids": torch.arange(lengths[0]) % 50}
+        inputs = inputs_of(own, model, known, lengths)
+        assert_close(run(inputs), run_graph(own, inputs, model.weights), 5e-6, str(lengths))
+        graphs.append(counted["unique_graphs"])
+    assert before < graphs[0] == graphs[1] == graphs[2]
+
+
+def test_sizes_that_come_again_are_captured(compile_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And at most two at a time: each has memory of its own."""
+    model, made = compile_tiny("omni"), list[int]()
+
+    class Counted(Emulated):
+        def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], Tensors]:
+            made.append(self._inputs["input_ids"].numel())
+            return super()._capture(function, warm)
+
+    monkeypatch.setattr("cosmos_export.targets.inductor.Captured", Counted)
+    monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
+    own = model.final.graphs["reasoner"]
+    run = executable(own, model, compiled=False)
+    captured = []
+    for length in (7, 5, 7, 9, 7, 9, 5, 9, 5):
+        inputs = {"input_ids": (torch.arange(length) * 3) % 50}
+        assert_close(run(inputs), run_graph(own, inputs, model.weights), 2e-6, str(length))
+        captured.append(list(made))
+    assert captured == [[], [], [7], [7], [7], [7, 9], *[[7, 9, 5]] * 3]
+    assert [dict(key[1])["input_ids"] for key in run._captured] == [(9,), (5,)]
+
+
 class Emulated(Captured):
     """Replayed on the CPU as a CUDA graph is: reads the memory of its inputs, writes that of its first results."""
 
@@ -165,7 +206,7 @@ def test_layers_are_the_same_few_functions(compile_tiny: Any) -> None:
         compiled = compile_tiny("omni", layers=layers)
         body = compiled.final.graphs["generator"]
         inputs = inputs_of(body, compiled, requested(compiled, compiled.final))
-        chunks = specialise(body, {name: tuple(t.shape) for name, t in inputs.items()})
-        assert len(chunks) == layers + 1
+        chunks = specialise(body, {name: tuple(t.shape) for name, t in inputs.items()}).chunks
+        assert [chunk.compiled for chunk in chunks] == [True, *[False, True] * layers]
         different.append(len({chunk.key for chunk in chunks}))
     assert different[0] == different[1]

@@ -15,10 +15,12 @@ from test_inductor_quantized import inputs_of as quantized_inputs
 from test_inductor_quantized import loaded
 from tiny_cosmos import Compiled, assert_close, distance
 
+from cosmos_export.ir import ops
+from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.kernels import operators
 from cosmos_export.kernels.description import KERNELS
 from cosmos_export.kernels.interpret import device_rounding
-from cosmos_export.targets.inductor import Executable, Settings, packed_linear, specialise
+from cosmos_export.targets.inductor import Executable, Settings, narrow_values, packed_linear, quantize, specialise
 from cosmos_export.targets.inductor_fusions import fuse
 
 CPU = torch.device("cpu")
@@ -31,8 +33,9 @@ def _rounding() -> Iterator[None]:
 
 
 def calls(graph: Any, inputs: dict[str, torch.Tensor], *kernels: str) -> list[Any]:
-    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, kernels=kernels)
-    return [node.target for chunk in chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
+    settings = Settings(kernels=frozenset(kernels))
+    found = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, settings)
+    return [node.target for chunk in found.chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
 
 
 def stepped(body: Any, compiled: Compiled) -> dict[str, torch.Tensor]:
@@ -93,6 +96,31 @@ def test_quantization_behind_norms_and_activations(tiny: Tiny, tmp_path: Path) -
             if value.numel():
                 # A sum of squares in another order moves some values by a step of E4M3.
                 assert distance(fused[name], value) < 0.5 * distance(value, exact[name]), (kernel, name)
+
+
+def test_fp8_attention_is_quantized_by_what_is_before_it(tiny: Tiny) -> None:
+    """Our kernel alone between chunks that the compiler fuses, for any length of the prompt."""
+    wide, graph = tiny.program.graphs["generator"], tiny.program.graphs["generator"].copy()
+    for node in graph.calls(ops.JOINT_ATTENTION):
+        *operands, scale = node.args
+        scales = graph.add_constant(f"scales_{node.name}", torch.tensor([0.02, 0.02, 0.02]))
+        graph.replace(node, graph.call(ops.JOINT_ATTENTION_FP8, *operands, scales, scale, before=node, like=node))
+    graph.eliminate_dead_code()
+    settings = Settings(attention="triton", compiled=False, open_dims=frozenset({"und_len"}))
+    inputs = quantized_inputs(graph, tiny)
+    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, settings).chunks
+    targets = [[n.target for n in chunk.module.graph.nodes if n.op == "call_function"] for chunk in chunks]
+    assert all(target == [operators.joint_attention_fp8] for target in targets[1::2])
+    assert [chunk.compiled for chunk in chunks] == [n % 2 == 0 for n in range(len(chunks))]
+    assert all(t.count(quantize) == 3 and t.count(narrow_values) == 2 for t in targets[:-1:2])
+    found = Executable(graph, _weights(tiny), CPU, settings)(inputs)
+    plain = run_graph(graph, inputs, tiny.weights)
+    exact = run_graph(wide, inputs, tiny.weights)
+    for name, value in plain.items():
+        if value.numel():
+            moved = distance(value, exact[name])
+            assert distance(found[name], exact[name]) < 1.2 * moved, name
+            assert distance(found[name], value) < 2 * moved, name  # both round to E4M3, in another order
 
 
 def _weights(tiny: Tiny) -> dict[str, torch.Tensor]:

@@ -105,8 +105,8 @@ def test_what_the_compiler_makes_of_quantized_products() -> None:
 def test_w8a8_is_one_product(tiny: Tiny) -> None:
     """Every linear of two quantized operands, and no widened weight beside it."""
     graph = tiny.quantized("fp8").graphs["generator"]
-    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs_of(graph, tiny).items()})
-    calls = [node.target for chunk in chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
+    found = specialise(graph, {name: tuple(t.shape) for name, t in inputs_of(graph, tiny).items()})
+    calls = [node.target for chunk in found.chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
     both = [n for n in graph.calls(aten.linear.default) if all(a.target is ops.DEQUANTIZE for a in n.args[:2])]
     assert len(both) > 5 and calls.count(scaled_linear) == len(both)
 

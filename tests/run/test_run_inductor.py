@@ -56,7 +56,7 @@ def test_the_bundle_is_for_pytorch(built: Path, manifest: Manifest) -> None:
 
 def test_requests_are_those_of_onnx_runtime(built: Path, manifest: Manifest) -> None:
     """Both segments of the loop, and the decoder's stream."""
-    mine = Generator(LoadedBundle(built, manifest, TorchBackend(built, CPU, EAGER)))
+    mine = Generator(LoadedBundle(built, manifest, TorchBackend(built, manifest, CPU, EAGER)))
     theirs = Generator(load_bundle(built, backend="onnxruntime"))
     for frames in (9, 1):
         found, wanted = (g.generate(request(manifest, frames)) for g in (mine, theirs))
@@ -68,13 +68,21 @@ def test_requests_are_those_of_onnx_runtime(built: Path, manifest: Manifest) -> 
     mine.close()
 
 
-def test_graphs_share_their_weights(built: Path) -> None:
-    backend = TorchBackend(built, CPU, EAGER)
+def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:
+    backend = TorchBackend(built, manifest, CPU, EAGER)
     first, second = backend.open("denoise_1"), backend.open("denoise_2")
     shared = {t.data_ptr() for t in first._executable._fixed.values()}
     own = {t.data_ptr() for t in second._executable._fixed.values()}
     weights = set(second._executable.graph.weights)
     assert len(weights) > 10 and len(shared & own) >= len(weights)
+
+
+def test_the_lengths_of_prompts_are_open(built: Path, manifest: Manifest) -> None:
+    """In every graph that reads a prompt or what was made of it, by the manifest's edges; sizes of a video are not."""
+    backend = TorchBackend(built, manifest, CPU, EAGER)
+    found = {name: backend.open(name)._executable.settings.open_dims for name in manifest.graphs}
+    assert found["reasoner"] == {"und_len"} and found["denoise_1"] == {"und_len", "negative_und_len"}
+    assert found["denoise_2"] == {"und_len"} and found["conditioning"] == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool])
@@ -91,7 +99,7 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
     with pytest.raises(CosmosExportError, match="no CUDA device") as caught:
         load_bundle(built)
     assert caught.value.code == "CX505" and "--device cpu" in caught.value.hint
-    backend = TorchBackend(built, CPU, EAGER)
+    backend = TorchBackend(built, manifest, CPU, EAGER)
     session = backend.open("generator")
     with pytest.raises(CosmosExportError) as caught:
         session.run({name: np.zeros((2, 3)) for name in session.inputs})
@@ -112,10 +120,10 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
         (lambda g: g["operations"].pop(), "lacks"),
     ],
 )
-def test_a_damaged_graph_is_refused(built: Path, tmp_path: Path, change: object, said: str) -> None:
+def test_a_damaged_graph_is_refused(built: Path, manifest: Manifest, tmp_path: Path, change: object, said: str) -> None:
     document = json.loads((built / "graphs/generator.json").read_text())
     change(document["graph"])  # type: ignore[operator]
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs/generator.json").write_text(json.dumps(document))
     with pytest.raises(CosmosExportError, match=said):
-        TorchBackend(tmp_path, CPU, EAGER).open("generator")
+        TorchBackend(tmp_path, manifest, CPU, EAGER).open("generator")
