@@ -215,8 +215,9 @@ def _device(name: str) -> torch.device:
     import torch
 
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnsupportedError("CX505", f"no CUDA device that PyTorch {torch.__version__} can use", "`--device cpu`")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        said = f"no CUDA device {device.index or 0} that PyTorch {torch.__version__} can use"
+        raise UnsupportedError("CX505", said, "`--device cpu`")
     return device
 
 

@@ -127,7 +127,7 @@ def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
     ("options", "code"),
     [
         ({"runs": 0}, "CX672"), ({"recipe": "int8"}, "CX672"), ({"workload": "t9v-480p"}, "CX481"),
-        ({"device": "cuda"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
+        ({"device": "cuda:63"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: str) -> None:

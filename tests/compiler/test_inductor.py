@@ -84,9 +84,13 @@ def print_of(graph: Graph) -> str:
 _NO_LOOP = Loop("", {})
 
 
-def executable(graph: Graph, model: Compiled, **settings: Any) -> Executable:
-    weights = {name: model.weights(node.meta["weight"]) for name, node in graph.weights.items()}
-    return Executable(graph, weights, CPU, Settings(**settings))
+def executable(graph: Graph, model: Compiled, device: torch.device = CPU, **settings: Any) -> Executable:
+    weights = {name: model.weights(node.meta["weight"]).to(device) for name, node in graph.weights.items()}
+    return Executable(graph, weights, device, Settings(**settings))
+
+
+def on(device: torch.device, tensors: Tensors) -> Tensors:
+    return {name: t.to(device) for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("graph", ["reasoner", "conditioning", "generator", "denoise"])
@@ -147,6 +151,25 @@ def test_sizes_that_come_again_are_captured(compile_tiny: Any, monkeypatch: pyte
         captured.append(list(made))
     assert captured == [[], [], [7], [7], [7], [7, 9], *[[7, 9, 5]] * 3]
     assert [dict(key[1])["input_ids"] for key in run._captured] == [(9,), (5,)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+@pytest.mark.parametrize("graph", ["reasoner", "denoise"])
+def test_on_the_gpu_graphs_equal_the_reference(compile_tiny: Any, graph: str, attention: str) -> None:
+    """Compiled, captured and replayed, for prompts of several lengths in turn."""
+    model, gpu = compile_tiny("omni"), torch.device("cuda")
+    program = closed(model, schedule()) if graph == "denoise" else model.final
+    own = program.graphs["generator" if graph == "denoise" else graph]
+    run = executable(own, model, gpu, open_dims=frozenset({"und_len", NEGATIVE_LEN}), attention=attention)
+    for lengths in ((7, 5), (12, 9), (7, 5), (7, 5), (12, 9), (31, 2), (7, 5)):
+        known = requested(model, program)
+        if graph == "reasoner":
+            known = {"input_ids": torch.arange(lengths[0]) % 50}
+        inputs = inputs_of(own, model, known, lengths)
+        assert_close(on(CPU, run(on(gpu, inputs))), run_graph(own, inputs, model.weights), 1e-4, str(lengths))
+    assert len(run._captured) == 2
 
 
 class Emulated(Captured):

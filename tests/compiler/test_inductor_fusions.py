@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from quantized import Tiny
 from test_denoise_loop import closed, schedule
-from test_inductor import executable, inputs_of, requested
+from test_inductor import inputs_of, on, requested
 from test_inductor_quantized import inputs_of as quantized_inputs
 from test_inductor_quantized import loaded
 from tiny_cosmos import Compiled, assert_close, distance
@@ -23,13 +24,20 @@ from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.targets.inductor import Executable, Settings, narrow_values, packed_linear, quantize, specialise
 from cosmos_export.targets.inductor_fusions import fuse
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Kernels run on the GPU if there is one, else in Triton's interpreter with the device's rounding."""
 
 
 @pytest.fixture(autouse=True)
 def _rounding() -> Iterator[None]:
-    with device_rounding():
+    with device_rounding() if DEVICE.type == "cpu" else nullcontext():
         yield
+
+
+def run(graph: Any, weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
+    """Results on the host, of operations one after another."""
+    executable = Executable(graph, on(DEVICE, weights), DEVICE, Settings(compiled=False, **settings))
+    return on(torch.device("cpu"), executable(on(DEVICE, inputs)))
 
 
 def calls(graph: Any, inputs: dict[str, torch.Tensor], *kernels: str) -> list[Any]:
@@ -52,8 +60,9 @@ def test_the_sampler_and_the_projections_of_a_closed_loop(compiled: Compiled) ->
     layers, latents = compiled.config["num_hidden_layers"], 3 if compiled.config["sound_gen"] else 2
     found = calls(body, inputs, "qkv-pack", "sampler-step")
     assert found.count(operators.qkv_pack) == layers and found.count(operators.unipc_step) == latents
-    plain = executable(body, compiled, compiled=False)(inputs)
-    fused = executable(body, compiled, compiled=False, kernels=frozenset({"qkv-pack", "sampler-step"}))(inputs)
+    weights = {name: compiled.weights(node.meta["weight"]) for name, node in body.weights.items()}
+    plain = run(body, weights, inputs)
+    fused = run(body, weights, inputs, kernels=frozenset({"qkv-pack", "sampler-step"}))
     assert_close(fused, plain, 2e-6)
     held = inputs["vision_mask"] == 0
     same = fused["vision_sample_next"][:, :, held] == inputs["vision_sample"][:, :, held]
@@ -64,8 +73,9 @@ def test_an_unguided_step(compiled: Compiled) -> None:
     body = closed(compiled, schedule(guidance=1.0)).graphs["generator"]
     inputs = stepped(body, compiled)
     assert operators.unipc_step in calls(body, inputs, "sampler-step")
-    plain = executable(body, compiled, compiled=False)(inputs)
-    fused = executable(body, compiled, compiled=False, kernels=frozenset({"sampler-step"}))(inputs)
+    weights = {name: compiled.weights(node.meta["weight"]) for name, node in body.weights.items()}
+    plain = run(body, weights, inputs)
+    fused = run(body, weights, inputs, kernels=frozenset({"sampler-step"}))
     assert_close(fused, plain, 2e-6)
 
 
@@ -78,8 +88,8 @@ def test_quantization_behind_norms_and_activations(tiny: Tiny, tmp_path: Path) -
     graph = tiny.quantized("fp8").graphs["generator"]
     inputs, layers = quantized_inputs(graph, tiny), tiny.config["num_hidden_layers"]
     again, weights = loaded(graph, tmp_path)
-    plain = Executable(again, weights, CPU, Settings(compiled=False))(inputs)
-    exact = Executable(tiny.program.graphs["generator"], _weights(tiny), CPU, Settings(compiled=False))(inputs)
+    plain = run(again, weights, inputs)
+    exact = run(tiny.program.graphs["generator"], _weights(tiny), inputs)
     # The first norm of the first layer reads no sum that a kernel could make; every other one does.
     expected = {
         "norm-quantize": {operators.add_norm_quantize: 2 * layers - 1, operators.norm_quantize: 1},
@@ -91,7 +101,7 @@ def test_quantization_behind_norms_and_activations(tiny: Tiny, tmp_path: Path) -
             assert {target: found.count(target) for target in counts} == counts
         else:
             assert sum(found.count(target) for target in counts) == sum(counts.values())
-        fused = Executable(again, weights, CPU, Settings(compiled=False, kernels=frozenset({kernel})))(inputs)
+        fused = run(again, weights, inputs, kernels=frozenset({kernel}))
         for name, value in plain.items():
             if value.numel():
                 # A sum of squares in another order moves some values by a step of E4M3.
@@ -106,14 +116,14 @@ def test_fp8_attention_is_quantized_by_what_is_before_it(tiny: Tiny) -> None:
         scales = graph.add_constant(f"scales_{node.name}", torch.tensor([0.02, 0.02, 0.02]))
         graph.replace(node, graph.call(ops.JOINT_ATTENTION_FP8, *operands, scales, scale, before=node, like=node))
     graph.eliminate_dead_code()
-    settings = Settings(attention="triton", compiled=False, open_dims=frozenset({"und_len"}))
+    chosen: dict[str, Any] = {"attention": "triton", "open_dims": frozenset({"und_len"})}
     inputs = quantized_inputs(graph, tiny)
-    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, settings).chunks
+    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, Settings(**chosen)).chunks
     targets = [[n.target for n in chunk.module.graph.nodes if n.op == "call_function"] for chunk in chunks]
     assert all(target == [operators.joint_attention_fp8] for target in targets[1::2])
     assert [chunk.compiled for chunk in chunks] == [n % 2 == 0 for n in range(len(chunks))]
     assert all(t.count(quantize) == 3 and t.count(narrow_values) == 2 for t in targets[:-1:2])
-    found = Executable(graph, _weights(tiny), CPU, settings)(inputs)
+    found = run(graph, _weights(tiny), inputs, **chosen)
     plain = run_graph(graph, inputs, tiny.weights)
     exact = run_graph(wide, inputs, tiny.weights)
     for name, value in plain.items():
@@ -135,7 +145,7 @@ def test_a_product_of_packed_weights() -> None:
     values = torch.randint(-8, 8, (24, 256), generator=torch.Generator().manual_seed(0))
     x, scales = torch.randn(9, 256).bfloat16(), (torch.rand(24, 2) * 0.1).bfloat16()
     bias = torch.randn(24).bfloat16()
-    found = packed_linear(x, w4.pack(values), scales, bias)
+    found = packed_linear(*(t.to(DEVICE) for t in (x, w4.pack(values), scales, bias))).cpu()
     wide = dequantize_groups(w4.pack(values), scales.float())
     assert distance(found, torch.nn.functional.linear(x.float(), wide, bias.float())) < 5e-3
 

@@ -300,6 +300,9 @@ def real(built: Path) -> Iterator[Generator]:
     status, count = cudart.cudaGetDeviceCount()
     if status != cudart.cudaError_t.cudaSuccess or not count:
         pytest.skip(f"no CUDA device: {status.name}")
+    properties, wanted = cudart.cudaGetDeviceProperties(0)[1], read_bundle(built).target.compute_capability
+    if f"{properties.major}.{properties.minor}" != wanted:
+        pytest.skip(f"the engines are for {wanted}, this GPU is {properties.major}.{properties.minor}")
     generator = Generator(load_bundle(built))
     yield generator
     generator.close()
