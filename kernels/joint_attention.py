@@ -67,7 +67,7 @@ def _attend(
         v = tl.load(v_at, mask=n[:, None] < rows, other=0.0) if MASKED else tl.load(v_at)
         if FP8:
             # Hopper's FP8 units keep 13 bits of what they add to: over thousands of keys small terms would be lost
-            # (github.com/vllm-project/flash-attention/pull/104), so a block's sum starts at zero and is added in fp32.
+            # (benchmarks/fp8_sums.py), so a block's sum starts at zero and is added in fp32.
             acc = acc * fade[:, None] + tl.dot(p.to(v.dtype), v)
         else:
             acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
