@@ -2,9 +2,9 @@
 
     python benchmarks/fp8_sums.py [-o FILE.json]
 
-Hopper's FP8 units align 32 products and what they are added to at the largest exponent among them and keep 13 bits behind
-its point (SageAttention 2, arXiv:2411.10958; DeepSeek-V3, arXiv:2412.19437). Here this is done in fp64 for
-E4M3 operands: a linear's, and the probabilities and values of attention over as many keys as a video has. "promoted" starts
+Hopper's FP8 units align 32 products and what they are added to at the largest exponent among them and keep 13 bits
+behind its point (SageAttention 2, arXiv:2411.10958; DeepSeek-V3, arXiv:2412.19437). Here this is done in fp64 for E4M3
+operands: a linear's, and the probabilities and values of attention over as many keys as a video has. "promoted" starts
 at zero again for every block and adds blocks exactly.
 """
 

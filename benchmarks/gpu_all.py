@@ -132,10 +132,10 @@ def _numerics(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
 
 
 def _fusions(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A guided step at 480p in FP8 with each kernel in the graph, beside the compiler's code alone."""
+    """A guided step at 480p in FP8 with each kernel in the graph, beside the compiler's code alone before and after."""
     dry, rows = arguments.dry_run, []
     folder = arguments.graphs / ("tiny-vision" if dry else f"{arguments.size}-vision")
-    for chosen in ((), *((name,) for name in KERNELS if name != W4A16)):
+    for chosen in ((), *((name,) for name in KERNELS if name != W4A16), ()):
         with device_rounding() if dry else nullcontext():
             found = measure_geometry(
                 GeometryRequest(
@@ -144,20 +144,16 @@ def _fusions(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
                 ),
                 Silent(),
             )  # fmt: skip
-        median = found.components[0].median_s
-        ratio = median / rows[0]["seconds"] if rows else 1.0
-        rows.append({"kernels": list(chosen), "seconds": median, "over_none": ratio, "wins": ratio < 1 - _NOISE})
+        rows.append({"kernels": list(chosen), "seconds": found.components[0].median_s})
         print(
-            f"guided step with {', '.join(chosen) or 'no kernel of ours'}: {1e3 * median:.2f} ms, {ratio:.3f}",
+            f"guided step with {', '.join(chosen) or 'no kernel of ours'}: {1e3 * rows[-1]['seconds']:.2f} ms",
             flush=True,
         )
-    wins = [row["kernels"][0] for row in rows if row["wins"]]
-    print(f"kernels that win: {', '.join(wins) or 'none'}", flush=True)
-    return {"fusions": rows, "wins": wins}
-
-
-_NOISE = 0.005
-"""Share of a step below which a difference says nothing."""
+    without = [row["seconds"] for row in rows if not row["kernels"]]
+    drift = max(without) / min(without) - 1
+    wins = [row["kernels"][0] for row in rows if row["kernels"] and row["seconds"] < min(without) / (1 + drift)]
+    print(f"drift without any {drift:.2%}; kernels that win by more: {', '.join(wins) or 'none'}", flush=True)
+    return {"fusions": rows, "drift": drift, "wins": wins}
 
 
 def _bench(asked: GeometryRequest) -> dict[str, Any]:
