@@ -112,8 +112,8 @@ def test_rows_beyond_a_32_bit_offset_are_refused() -> None:
         return torch.empty_strided((300_000, heads, 16), (8192, 16, 1), dtype=torch.bfloat16, device="meta")
 
     with pytest.raises(ValueError, match="beyond 2³¹"):
-        check(rows(4), rows(2), rows(2), rows(2)[:7], rows(2)[:7], None, None)
-    check(rows(4)[:200_000], rows(2)[:9], rows(2)[:9], rows(2)[:7], rows(2)[:7], None, None)
+        check(rows(4), rows(2), rows(2), rows(2)[:7], rows(2)[:7], 0.25, None, None)
+    check(rows(4)[:200_000], rows(2)[:9], rows(2)[:9], rows(2)[:7], rows(2)[:7], 0.25, None, None)
 
 
 def test_scales_and_lengths_are_checked() -> None:
