@@ -68,12 +68,16 @@ EXTERNAL_BYTES = 1 << 20
 
 
 def external_weights(graph: Graph) -> dict[str, WeightBinding]:
-    """Name of the input → weight, for each that a model with external weights takes as an input.
+    """Name of the input → weight, for each that a model with external weights takes as an input."""
+    given = external_nodes(graph)
+    return {weight_name(node): node.meta["weight"] for node in graph.weights.values() if node in given}
 
-    Those that are large. Not those that a product widens in its own kernel: as inputs they would be widened whole.
-    """
+
+def external_nodes(graph: Graph) -> frozenset[Node]:
+    """Weights that can be inputs: those that are large. Not those that a product widens in its own kernel: as inputs
+    they would be widened whole."""
     large = [node for node in graph.weights.values() if size_bytes(node.meta["weight"]) >= EXTERNAL_BYTES]
-    return {weight_name(node): node.meta["weight"] for node in large if not _widened_in_product(node)}
+    return frozenset(node for node in large if not _widened_in_product(node))
 
 
 def _widened_in_product(weight: Node) -> bool:

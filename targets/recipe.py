@@ -45,6 +45,8 @@ STORAGE: Mapping[str, str] = MappingProxyType({"fp8": "fp8", "fp8-w8a16": "fp8",
 """What a linear's weight is stored as; schemes with one storage share the weight."""
 ACTIVATIONS = frozenset({"fp8", "nvfp4", "fp8-attention"})
 """Schemes that need the range of activations, that is calibration."""
+WEIGHT_ONLY = frozenset(STORAGE.keys() - ACTIVATIONS)
+"""Schemes that multiply narrow weights by wide activations: their products widen the weights themselves."""
 _SCHEMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)),
@@ -338,9 +340,10 @@ class Assignment:
 
     def weight_only_steps(self) -> tuple[int, ...]:
         """Steps in which the generator multiplies narrow weights by wide activations."""
-        narrow = STORAGE.keys() - ACTIVATIONS
         sites = [site for site in self.sites() if site[0] == "gen"]
-        return tuple(step for step in range(self.steps) if any(self.scheme(*site, step) in narrow for site in sites))
+        return tuple(
+            step for step in range(self.steps) if any(self.scheme(*site, step) in WEIGHT_ONLY for site in sites)
+        )
 
     def segment_keys(self, backend: str) -> tuple[int, ...]:
         """One number a step: of neighbours in a loop on the device, those with equal ones share an engine."""

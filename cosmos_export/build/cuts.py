@@ -11,6 +11,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.spec import Format
 from cosmos_export.passes.cut_graph import cut_graph, narrow_places
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
+from cosmos_export.targets.onnx_lowering import external_nodes
 from cosmos_export.targets.partition import partition
 from cosmos_export.targets.weights import size_bytes
 
@@ -27,11 +28,16 @@ def cut_graphs(graphs: Mapping[str, Graph], plan: Plan) -> Pieces:
 
 def _cut(name: str, graph: Graph, plan: Plan) -> tuple[Graph, ...]:
     limit = None if plan.memory_budget is None else largest_part(plan.memory_budget, plan.layers)
-    whole = sum(builder_share_bytes(node) for node in graph.weights.values())
+    given = external_nodes(graph) if plan.options.weights == "external" else frozenset[Node]()
+
+    def held(weight: Node) -> float:
+        return 0.0 if weight in given else builder_share_bytes(weight)
+
+    whole = sum(held(node) for node in graph.weights.values())
     if limit is None or whole <= limit:
         return (graph,)
     sizes = {dim: max(profile.dims[dim].max for profile in plan.profiles) for dim in plan.profiles[0].dims}
-    first, places = narrow_places(graph, sizes, builder_share_bytes)
+    first, places = narrow_places(graph, sizes, held)
     pieces = [first, *(place.weight_size for place in places)]
     cuts = partition(pieces, [0.0, *(float(place.crossing_bytes) for place in places)], limit)
     names = [f"{name}_part_{index + 1}" for index in range(len(cuts) + 1)]

@@ -47,22 +47,18 @@ def parse_size(text: str) -> int:
 
 
 def memory_budget(options: BuildOptions, target: Target) -> int | None:
-    """The budget in bytes of a build for ``target``; None where it builds no engines with weights inside.
+    """The budget in bytes of a build for ``target``; None where it builds no engines.
 
     Without one it is what the machine has free, in whole GiB, so that it is the same again tomorrow. CX456 where one is
     given and nothing would come of it.
     """
     asked = None if options.memory_budget is None else parse_size(options.memory_budget)
-    why = ""
     if target.backend != "tensorrt-rtx":
-        why = f"and for target `{target.name}` with {target.backend} none are built here"
-    elif options.weights == "external":
-        why = "and engines whose weights are inputs take little"
-    if why and asked is not None:
-        what = f"a memory budget bounds the builder of engines, {why}"
+        if asked is None:
+            return None
+        what = "a memory budget bounds the builder of engines, and for target"
+        what += f" `{target.name}` with {target.backend} none are built here"
         raise UserError("CX456", what, "leave `--memory-budget` out")
-    if why:
-        return None
     return asked or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)
 
 

@@ -195,15 +195,29 @@ def _require_kernels(options: BuildOptions, target: Target) -> None:
 def _recipe(
     options: BuildOptions, target: Target, checkpoint: Checkpoint, schedule: Schedule, profiles: Sequence[Profile]
 ) -> Recipe:
-    """The recipe that is asked for, or chosen for the profiles at their optimum."""
+    """The recipe that is asked for, or chosen at the optimum of the profiles among those that this build can have."""
     if options.recipe != AUTO:
         return recipe_for(checkpoint, options.recipe)
+
+    def refusal(recipe: Recipe) -> str:
+        try:
+            found = _precision(options, recipe, target, checkpoint, schedule, profiles)
+        except UnsupportedError as error:
+            return error.message
+        if checkpoint.quantization is not None and options.calibration is None:
+            try:
+                _require_stored_scales(options, found, checkpoint)
+            except UserError as error:
+                return error.message
+        return ""
+
     workloads = [
         Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
         for p in profiles
     ]
     schedules = [schedule] * len(workloads)
-    return choose(from_checkpoint(checkpoint), target, workloads, schedules, offered_bytes(target), options.loop)[0]
+    subject, offered = from_checkpoint(checkpoint), offered_bytes(target)
+    return choose(subject, target, workloads, schedules, offered, options.loop, refusal)[0]
 
 
 def _precision(
@@ -271,6 +285,8 @@ def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint
             )
         return None
     if not precision.needs_calibration and "int4" not in precision.schemes:
+        if options.recipe == AUTO:
+            return None  # the choice was not the caller's
         raise UserError(
             "CX356", f"recipe `{precision.recipe}` uses no calibration", "leave `--calibration` out, or choose a recipe"
         )

@@ -86,4 +86,5 @@ def parts(plan: Plan) -> list[Component]:
     distilled = subject.sampling.distilled_sigmas is not None
     chosen = precision(plan.recipe, plan.precision.overrides, plan.target, subject.geometry, steps, distilled=distilled)
     guided = plan.options.loop == "device" and any(plan.schedule.guided)
-    return components(subject, workloads, chosen, 2 if guided else 1, plan.memory_budget)
+    external = plan.options.weights == "external"
+    return components(subject, workloads, chosen, 2 if guided else 1, plan.memory_budget, external=external)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from cosmos_export.diagnostics import UnsupportedError
@@ -14,7 +14,7 @@ from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.description import Efficiency
-from cosmos_export.targets.recipe import Recipe, load_recipe, recipe_names
+from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe, recipe_names
 
 AUTO = "auto"
 """What asks for the choice in the place of a recipe's name."""
@@ -48,14 +48,19 @@ def choose(
     schedules: Sequence[Schedule],
     offered: int | None,
     loop: str = "host",
+    refusal: Callable[[Recipe], str] = lambda recipe: "",
 ) -> tuple[Recipe, list[Tried]]:
     """The recipe to take, and what was tried. ``offered``: device memory; None for as much as there is. ``loop``: who
-    runs it, the host or the device.
+    runs it, the host or the device. ``refusal``: why whoever asks cannot have a recipe; empty where it can.
 
     Experimental recipes are left to those who ask for them by name. Of recipes that fit (resident before in phases) the
-    fastest is taken, and of those as fast as it the one with the most bits. Where nothing fits, the smallest.
+    fastest is taken, and of those as fast as it the one with the most bits. Where nothing fits, the smallest; where all
+    are refused, the default.
     """
-    tried = [_try(load_recipe(name), subject, target, workloads, schedules, offered, loop) for name in recipe_names()]
+    tried = [
+        _try(load_recipe(name), subject, target, workloads, schedules, offered, loop, refusal)
+        for name in recipe_names()
+    ]
     possible = [one for one in tried if not one.refusal]
     for fit in ("resident", "phases"):
         fitting = [one for one in possible if one.fit == fit]
@@ -63,6 +68,8 @@ def choose(
             fastest = min(_time(one) for one in fitting)
             equal = [one for one in fitting if _time(one) <= NEAR * fastest]
             return max(equal, key=lambda one: one.weights_bytes or 0).recipe, tried
+    if not possible:
+        return load_recipe(DEFAULT), tried
     return min(possible, key=lambda one: one.weights_bytes or 0).recipe, tried
 
 
@@ -78,6 +85,7 @@ def _try(
     schedules: Sequence[Schedule],
     offered: int | None,
     loop: str,
+    refusal: Callable[[Recipe], str],
 ) -> Tried:
     if recipe.experimental:
         return Tried(recipe, "experimental")
@@ -89,6 +97,8 @@ def _try(
         chosen = [precision(recipe, (), target, subject.geometry, s.steps, distilled=distilled) for s in schedules]
     except UnsupportedError as error:
         return Tried(recipe, error.message)
+    if refused := refusal(recipe):
+        return Tried(recipe, refused)
     branches = 2 if loop == "device" and any(any(schedule.guided) for schedule in schedules) else 1
     parts = components(subject, workloads, chosen[0], branches)
     pairs = list(zip(workloads, schedules, strict=True))

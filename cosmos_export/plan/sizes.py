@@ -7,7 +7,7 @@ size (`benchmarks/compile.py --builds`); each stands below with what it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from math import inf
@@ -21,6 +21,7 @@ from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
 from cosmos_export.targets import Target
 from cosmos_export.targets.partition import partition
+from cosmos_export.targets.recipe import WEIGHT_ONLY
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
 """Of an engine besides its weights: kernels and plan."""
@@ -95,12 +96,18 @@ def components(
     chosen: Precision,
     branches: int,
     memory_budget: int | None = None,
+    *,
+    external: bool = False,
 ) -> list[Component]:
     """Every engine of a bundle that serves ``workloads``, in the order of a request.
 
     ``branches``: guidance branches that one call computes; 1 where the host runs the loop. ``memory_budget``: of the
-    build, in bytes; None: nothing is cut.
+    build, in bytes; None: nothing is cut. ``external``: the builder has no weights but those that a product widens.
     """
+
+    def weigh(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> float:
+        return _builder_weights(tensors, mix, external)
+
     geometry, profiles = subject.geometry, len({workload.profile.name for workload in workloads})
     graphs = subject.graphs()
     mixes = {"reasoner": chosen.reasoner, "conditioning": None, "generator": chosen.generator}
@@ -122,8 +129,10 @@ def components(
         if name == "generator" and branches > 1:
             activations = int(activations * LOOP_SHARE)
         # What some steps compute in may take more to build than what most of them do, and be cut finer.
-        forms = [(form, _runs_of(graphs[name], form, memory_budget, geometry)) for form in _forms(name, mix, chosen)]
-        largest = max(sum(_builder_weights(unit, form) for unit in run) for form, runs in forms for run in runs)
+        forms = [
+            (form, _runs_of(graphs[name], form, memory_budget, geometry, weigh)) for form in _forms(name, mix, chosen)
+        ]
+        largest = max(sum(weigh(unit, form) for unit in run) for form, runs in forms for run in runs)
         engines = tuple(tuple(sum(stored_bytes(u, mix) for u in run) + code for run in runs) for _, runs in forms)
         scheme = "bf16" if mix is None else mix.label
         found.append(Component(name, parameters, weights, weights + code, activations, scheme, int(largest), engines))
@@ -138,13 +147,14 @@ def _forms(name: str, mix: Mix | None, chosen: Precision) -> list[Mix | None]:
     return [step for step, _ in by_count] if name == "generator" else [mix]
 
 
-def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> float:
-    """Anonymous memory of the builder for ``tensors``."""
-    wide = BUILDER_SHARE["bf16"]
+def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None, external: bool) -> float:
+    """Anonymous memory of the builder for ``tensors``; ``external``: for those that cannot be inputs of the engine."""
+    wide = 0.0 if external else BUILDER_SHARE["bf16"]
     if mix is None:
         return wide * stored_bytes(tensors, None)
     linear = sum(tensor.elements for tensor in tensors if tensor.linear)
-    narrow = sum(share * SCHEMES[name].bits / 8 * BUILDER_SHARE[name] for name, share in mix.linears.items())
+    shares = {name: share for name, share in mix.linears.items() if not external or name in WEIGHT_ONLY}
+    narrow = sum(share * SCHEMES[name].bits / 8 * BUILDER_SHARE[name] for name, share in shares.items())
     return narrow * linear + wide * 2 * sum(tensor.elements for tensor in tensors if not tensor.linear)
 
 
@@ -168,16 +178,19 @@ def _units(tensors: Sequence[ExpectedTensor]) -> list[_Unit]:
 
 
 def _runs_of(
-    tensors: Sequence[ExpectedTensor], mix: Mix | None, memory_budget: int | None, geometry: Geometry
+    tensors: Sequence[ExpectedTensor],
+    mix: Mix | None,
+    memory_budget: int | None,
+    geometry: Geometry,
+    weigh: Callable[[Sequence[ExpectedTensor], Mix | None], float],
 ) -> list[list[_Unit]]:
     """``tensors`` as they are distributed over engines under ``memory_budget``: by the rule of the compiler."""
-    if memory_budget is None or _builder_weights(tensors, mix) <= largest_part(
-        memory_budget, geometry.num_hidden_layers
-    ):
+    limit = None if memory_budget is None else largest_part(memory_budget, geometry.num_hidden_layers)
+    if limit is None or weigh(tensors, mix) <= limit:
         return [[tuple(tensors)]]
     units = _units(tensors)
-    sizes = [_builder_weights(unit, mix) for unit in units]
-    cuts = partition(sizes, [1.0] * len(units), largest_part(memory_budget, geometry.num_hidden_layers))
+    sizes = [weigh(unit, mix) for unit in units]
+    cuts = partition(sizes, [1.0] * len(units), limit)
     return [units[start:end] for start, end in pairwise([0, *cuts, len(units)])]
 
 

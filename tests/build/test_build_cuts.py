@@ -43,8 +43,7 @@ def test_a_budget_that_is_not_a_size(checkpoint: Path, tmp_path: Path, size: str
 @pytest.mark.parametrize(
     ("options", "why"),
     [({"target": "cpu"}, "for target `cpu` with onnxruntime none are built here"),
-     ({"target": "h100", "backend": "tensorrt"}, "for target `h100` with tensorrt none are built here"),
-     ({"weights": "external"}, "engines whose weights are inputs take little")],
+     ({"target": "h100", "backend": "tensorrt"}, "for target `h100` with tensorrt none are built here")],
 )  # fmt: skip
 def test_a_budget_that_bounds_nothing(checkpoint: Path, tmp_path: Path, options: dict[str, Any], why: str) -> None:
     code, status, message, _ = refused(checkpoint, tmp_path, memory_budget="16GiB", **options)

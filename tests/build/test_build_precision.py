@@ -145,6 +145,26 @@ def test_weights_as_inputs_keep_the_kernels(
     assert verify_bundle(tmp_path / "x").ok
 
 
+def test_weights_that_cannot_be_inputs_are_cut(
+    tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a product widens stays in the engine, and in the builder's memory; what is an input does not."""
+    from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
+    from cosmos_export.targets import onnx_lowering
+
+    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    layers = resolve(harness.transformer_only(edge, Path("x"))).layers
+    options = {"target": "rtx-pro-6000", "calibration": edge_scales, "weights": "external"}
+    budget = f"{(compiler_bytes(layers) + BUILDER_BYTES) / 1e6 + 0.2}MB"
+    result = quantized(edge, tmp_path / "x", "fp8", **options, memory_budget=budget)
+    parts = {name: len(chain) for name, chain in read_bundle(tmp_path / "x").chains.items()}
+    assert set(parts) == {"generator"} and parts["generator"] > 1  # generator_2 multiplies FP8 by FP8
+    for engine in result.engines:
+        if engine.graph.startswith("generator_part"):
+            assert engine.check.passed and "float8_e4m3fn" not in {weight.dtype for weight in engine.weights}
+    assert verify_bundle(tmp_path / "x").ok
+
+
 def test_weights_in_a_loop_on_the_device(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cosmos_export.targets import onnx_lowering
 

@@ -310,3 +310,18 @@ def test_a_recipe_that_is_chosen(tmp_path: Path, edge: Path, monkeypatch: pytest
     with pytest.raises(CosmosExportError) as caught:
         resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="rtx-pro-6000"))
     assert caught.value.code == "CX356" and "recipe `fp8`" in caught.value.message
+
+
+def test_a_recipe_that_the_build_could_not_have_is_not_chosen(
+    tmp_path: Path, shared: Path, edge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp32 is not quantized for these engines; a table that the choice does not need is no mistake of the caller's."""
+    wide, scales = harness.checkpoint(shared, "omni", "float32"), harness.scale_table(edge, tmp_path / "scales")
+    options: dict[str, Any] = {"recipe": "auto", "target": "rtx-pro-6000", "modalities": ("vision",)}
+    plan = resolve(harness.transformer_only(edge, tmp_path / "x", calibration=scales, **options))
+    assert plan.recipe.name == "bf16" and plan.scales is None
+    monkeypatch.setattr(build_options, "from_checkpoint", lambda _: published_subject("nano"))
+    assert resolve(harness.transformer_only(wide, tmp_path / "x", **options)).recipe.name == "bf16"
+    with pytest.raises(CosmosExportError) as caught:
+        resolve(harness.transformer_only(wide, tmp_path / "x", overrides=("gen.mlp=fp8",), **options))
+    assert caught.value.code == "CX358"
