@@ -24,7 +24,8 @@ from cosmos_export.progress import Progress
 
 ALIGNMENT = 4096
 """Offsets are multiples of a page, so that every tensor can be mapped by itself."""
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 2 << 20
+"""Of a tensor at a time: it stays in a core's cache while it is computed, hashed and written."""
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),

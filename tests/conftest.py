@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
+
+import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Processes the tests start inherit what is ignored, and not what is handled.
@@ -20,3 +23,10 @@ os.environ["COSMOS_EXPORT_CACHE"] = "off"
 # Without a GPU kernels run in Triton's interpreter. It is chosen when a kernel is defined, so before any import.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Every test draws the same random numbers, whatever ran before it."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
