@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from cosmos_export.progress import Progress
 
@@ -34,6 +34,7 @@ class Builders:
         self._turn, self._next = 0, 0
         self._changed = threading.Condition()
         self._stop = threading.Event()
+        self._submitted: list[Future[Any]] = []
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="builder")
         self.progress: Progress = Locked(progress)
         """For everything that reports while builders run."""
@@ -53,7 +54,20 @@ class Builders:
     def submit(self, work: Callable[[Progress], T], memory_bytes: int) -> Future[T]:
         """Run ``work``, which is expected to take ``memory_bytes``, with a progress that ends it when it is stopped."""
         number, self._next = self._next, self._next + 1
-        return self._pool.submit(self._run, number, work, memory_bytes)
+        future = self._pool.submit(self._run, number, work, memory_bytes)
+        self._submitted.append(future)
+        return future
+
+    def require_none_failed(self) -> None:
+        """Raise what the first work that failed raised."""
+        for future in self._submitted:
+            if future.done() and (error := future.exception()) is not None:
+                raise error
+
+    def wait(self) -> None:
+        """Until all work is done, or until some has failed: that is raised then, whatever else still runs."""
+        wait(self._submitted, return_when=FIRST_EXCEPTION)
+        self.require_none_failed()
 
     def hold(self, memory_bytes: int) -> None:
         """From now on so much is taken by other work of the build."""

@@ -37,6 +37,11 @@ class InputHashes:
         self._stop = True
         self._thread.join()
 
+    def require_readable(self) -> None:
+        """Raise what a file that could not be read raised."""
+        if self._error is not None:
+            raise self._error
+
     def result(self, task: str, progress: Progress) -> tuple[InputFile, ...]:
         """A record for each file, in the checkpoint's order; shows as ``task`` what there is to wait for."""
         progress.begin(task, sum(path.stat().st_size for path in self._files))
@@ -46,8 +51,7 @@ class InputHashes:
                 progress.update(task, self._done)
         finally:
             progress.end(task)
-        if self._error is not None:
-            raise self._error
+        self.require_readable()
         return tuple(self._records)
 
     def _run(self) -> None:

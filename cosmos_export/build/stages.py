@@ -136,7 +136,12 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
     result = BuildResult(plan)
     memory = None if plan.memory_budget is None else plan.memory_budget - compiler_bytes(plan.layers)
     with result.meter, InputHashes(plan.checkpoint) as hashes, Builders(memory, progress) as builders:
-        _build(plan, writer, result, _Stages(result, builders.progress), hashes, builders)
+
+        def nothing_failed() -> None:
+            builders.require_none_failed()
+            hashes.require_readable()
+
+        _build(plan, writer, result, _Stages(result, builders.progress, nothing_failed), hashes, builders)
     return result
 
 
@@ -233,6 +238,7 @@ def _build(
         builders.hold(0)
     if plan.target.backend == "tensorrt-rtx":
         with stages("engines", shown=False):
+            builders.wait()
             result.engines += [build.result() for build in engines.builds]
             result.engines += [build.result() for builds in codec_builds for build in builds.values()]
             result.notes += _left_out(result)
@@ -253,14 +259,18 @@ def _build(
 
 
 class _Stages:
-    """Times stages and shows them."""
+    """Times stages and shows them. None begins once ``nothing_failed`` raises what happened beside them."""
 
-    def __init__(self, result: BuildResult, progress: Progress) -> None:
+    def __init__(
+        self, result: BuildResult, progress: Progress, nothing_failed: Callable[[], None] = lambda: None
+    ) -> None:
         self._result = result
+        self._nothing_failed = nothing_failed
         self.progress = progress
 
     @contextmanager
     def __call__(self, name: str, detail: str = "", *, shown: bool = True) -> Iterator[None]:
+        self._nothing_failed()
         with self._result.meter.stage(name), self._task(f"{name} {detail}".strip()) if shown else nullcontext():
             yield
 

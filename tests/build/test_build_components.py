@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -353,6 +354,27 @@ def test_an_fp32_codec_of_a_bf16_checkpoint(tmp_path: Path, omni: Path, omni_fp3
         assert codec_parity(codec.name, codec.program, root / "sound_tokenizer", folder, codec.suffix).passed
         (build_engine,) = components.codec_engines(codec, plan, writer).values()
         assert build_engine(Silent()).check.passed
+
+
+@pytest.mark.parametrize("what", ["builder", "input"])
+def test_what_fails_beside_a_build_ends_it_at_the_next_stage(
+    tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Not after everything else has been done."""
+
+    def fails(*_: Any) -> Any:
+        raise OSError("a disk that does not answer")
+
+    if what == "builder":
+        monkeypatch.setattr(stages, "codec_engines", lambda *_: {"vae_decoder_first": fails})
+    else:
+        monkeypatch.setattr("cosmos_export.build.inputs.hash_file", fails)
+    sources = stages.weight_sources
+    monkeypatch.setattr(stages, "weight_sources", lambda tensors: time.sleep(0.3) or sources(tensors))
+    monkeypatch.setattr(stages, "capture", lambda *_, **__: pytest.fail("the transformer was captured"))
+    options = BuildOptions(omni, tmp_path / "x", target="rtx-pro-6000", components=("vae-decoder",), parity="never")
+    with pytest.raises((OSError, CosmosExportError), match="does not answer"):
+        build(options)
 
 
 @pytest.mark.usefixtures("captured_once")

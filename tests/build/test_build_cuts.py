@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from cosmos_export.build.memory import _group_free_bytes
 from cosmos_export.build.options import resolve
 from cosmos_export.build.planned import parts
 from cosmos_export.cli.build import _resume_command
-from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.plan.sizes import BUILDER_BYTES, builder_bytes, compiler_bytes
-from cosmos_export.progress import Silent
+from cosmos_export.progress import Progress, Silent
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -96,6 +97,27 @@ def test_what_is_held_is_not_given_to_builders() -> None:
         builders.hold(0)
         large.result(timeout=10)
     assert started == ["small", "large"]
+
+
+def test_a_failure_does_not_wait_for_what_still_runs() -> None:
+    ended = threading.Event()
+
+    def fails(progress: Progress) -> None:
+        raise ToolError("CX440", "no space")
+
+    with pytest.raises(ToolError, match="no space"), Builders(None, Silent()) as builders:
+        builders.submit(lambda _: ended.wait(30), 1)
+        first = builders.submit(fails, 1)
+        with pytest.raises(ToolError):
+            first.result(timeout=10)
+        with pytest.raises(ToolError):
+            builders.require_none_failed()
+        try:
+            builders.wait()
+        finally:
+            waited = not ended.is_set()
+            ended.set()
+    assert waited
 
 
 def test_a_containers_limit_bounds_what_is_free(tmp_path: Path) -> None:
