@@ -129,7 +129,7 @@ def along_rows(x: torch.Tensor, narrow: Callable[[torch.Tensor], torch.Tensor]) 
     """``narrow(x)`` of [N, heads, d] with neighbouring rows side by side, every head from a multiple of 16 on: what FP8
     matrix units want of values, and what lets a kernel load more than a byte at a time."""
     rows = x.shape[0]
-    padded = F.pad(x.permute(1, 2, 0), (0, -rows % 16)).contiguous()
+    padded = F.pad(x.permute(1, 2, 0), (0, 16 - rows % 16)).contiguous()  # never by none: that is other code
     return narrow(padded)[..., :rows].permute(2, 0, 1)
 
 

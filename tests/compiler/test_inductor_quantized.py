@@ -24,6 +24,7 @@ from cosmos_export.targets.inductor import (
     Settings,
     dequantize,
     dequantize_groups,
+    narrow_values,
     quantize,
     rms_norm,
     scaled_linear,
@@ -100,6 +101,28 @@ def test_what_the_compiler_makes_of_quantized_products() -> None:
     numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(torch.int16)
     wide = ops.dequantize_groups(torch.where(numbers > 7, numbers - 16, numbers).float(), groups.float())
     assert distance(found, y @ wide.T) < 0.02
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@pytest.mark.parametrize("per_output", [False, True])
+def test_what_is_quantized_of_a_prompt_compiles_once(per_output: bool) -> None:
+    """A W8A8 product and values of FP8 attention, for prompts whose lengths are and are not multiples of 16."""
+    weight, scale = torch.randn(48, 32).to(torch.float8_e4m3fn), torch.tensor(0.02)
+    w_scale = torch.rand(48) + 0.1 if per_output else torch.tensor(0.5)
+
+    def layer(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = scaled_linear(quantize(x, scale), scale, weight, w_scale, torch.bfloat16)
+        return y, narrow_values(y.unflatten(1, (3, 16)), scale)
+
+    compiled, counted, graphs = torch.compile(layer, dynamic=False, fullgraph=True), [], torch._dynamo.utils.counters
+    for rows in (37, 48, 5, 16, 33):
+        x = torch.randn(rows, 32).bfloat16()
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        (y, narrow), (wanted, narrow_wanted) = compiled(x), layer(x)
+        assert distance(y, wanted) < 4e-3 and narrow.stride() == narrow_wanted.stride()
+        assert narrow.stride(0) == 1 and narrow.stride(2) % 16 == 0 and distance(narrow.float(), narrow_wanted) < 0.01
+        counted.append(graphs["stats"]["unique_graphs"])
+    assert len(set(counted)) == 1
 
 
 def test_w8a8_is_one_product(tiny: Tiny) -> None:
