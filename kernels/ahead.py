@@ -13,11 +13,13 @@ from typing import Any
 
 from cosmos_export.kernels.description import CAPABILITIES
 from cosmos_export.kernels.launch import Variant
+from cosmos_export.kernels.loops import loops
 
 MODULES = (
     "joint_attention", "qkv_pack", "norm_quantize", "activation_quantize", "sampler_step", "gemm_w8a8", "gemm_w4a16",
 )  # fmt: skip
 """Every kernel module, in the order of a generator layer."""
+HOPPER = 90
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def main() -> int:
-    """``python -m cosmos_export.kernels.ahead``: every variant for every capability, as a table."""
+    """``python -m cosmos_export.kernels.ahead``: every variant for every capability, and the loops of those for Hopper
+    in clocks of a multiprocessor, as tables."""
     print("| kernel | sm | registers | spilled | shared | code | threads |\n|---|---|---|---|---|---|---|")
     for capability in CAPABILITIES:
         for variant in variants(capability):
@@ -108,6 +111,15 @@ def main() -> int:
             sizes = (f"{b.spilled_bytes} B", f"{b.shared_bytes // 1024} KiB", f"{len(b.cubin) // 1024} KiB")
             row = (b.variant, capability, b.registers, *sizes, b.threads)
             print(f"| {' | '.join(str(cell) for cell in row)} |", flush=True)
+    print(
+        "\n| loop on 90 | instructions | matrix units | schedulers | exponentials | at most |",
+        "|---" * 6 + "|",
+        sep="\n",
+    )
+    for variant in variants(HOPPER):
+        for loop in loops(compile_variant(variant, HOPPER).cubin, variant.warps):
+            clocks = [f"{c:.0f}" for c in (loop.matrix_clocks, loop.issue_clocks, loop.exponential_clocks)]
+            print(f"| {' | '.join([variant.name, str(loop.instructions), *clocks, f'{loop.bound:.0%}'])} |", flush=True)
     return 0
 
 
