@@ -12,7 +12,8 @@ Contract
     prefix_*      [S, kv_heads, d] or with branches; S ≥ 0
     prefix_lengths  int32 [branches] on the same device, 0 ≤ length ≤ S; None: S. Rows beyond it are never read
     scale         positive
-    scales        float32 [heads], [kv_heads], [kv_heads]: value = scale · E4M3. Shared by own and prompt rows
+    scales        float32 [heads], [kv_heads], [kv_heads], positive (not checked: they are on the device): value =
+                  scale · E4M3. Shared by own and prompt rows
     d             a power of two of at least 16; heads a multiple of kv_heads
     result        the query's shape, contiguous; its type, bf16 where the query is E4M3
 Statistics and sums are fp32; probabilities are rounded to the value's type before the second product, in FP8 after a
@@ -163,10 +164,12 @@ def joint_attention(
     block_m, block_n = tile.sizes
     lengths = prefix_lengths if prefix_lengths is not None else q
     of_query, of_key, of_value = scales if scales is not None else (q, q, q)
+    # Without branches none is stepped over; a view's stride there may be a prompt's length, and would be compiled in.
+    strides = [(0, *t.stride()[1:]) if flat else t.stride() for t in (q, k, v, pk, pv, o)]
     joint_attention_kernel[(triton.cdiv(rows, block_m), heads, branches)](
         q, k, v, pk, pv, o, lengths, of_query, of_key, of_value,
         rows, k.shape[1], pk.shape[1], scale * LOG2E,
-        *q.stride(), *k.stride(), *v.stride(), *pk.stride(), *pv.stride(), *o.stride()[:3],
+        *(n for stride in strides[:5] for n in stride), *strides[5][:3],
         GROUP=heads // k.shape[2], D=size, BLOCK_M=block_m, BLOCK_N=block_n, FP8=narrow,
         LENGTHS=prefix_lengths is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=tile.warps, num_stages=tile.stages,

@@ -2,7 +2,7 @@
 
 A graph is specialised to the sizes of one call. What the compiler can fuse (norms, rotation, gates, the sampler) is
 written as plain tensor code, attention stays whole; `torch.compile` makes fused kernels of the rest. On a GPU the
-compiled function is captured once for its sizes and replayed: a replay has no work on the host; a closed loop is
+compiled function is captured when sizes come again, and replayed: a replay has no work on the host; a closed loop is
 captured with all its steps. Weights are arguments, not constants of the code: one copy on the device serves every size.
 Kernels of ours take the place of what they compute where `Settings` names them (`inductor_fusions`).
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -32,6 +33,8 @@ GROUP = 128
 _WARM_UP = 2
 _CAPTURES = 2
 """Captured graphs that an executable keeps, one for each set of sizes: a prompt and its negative one have two."""
+_SIZES = 256
+"""Sizes that an executable remembers to have checked."""
 Function = Callable[..., dict[str, torch.Tensor]]
 Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -150,7 +153,8 @@ def unit_scales(device: torch.device) -> torch.Tensor:
 
 ATTENTIONS = ("sdpa", "triton", "triton-fp8")
 """``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V;
-``triton-fp8``: the same on E4M3 operands with scales of one, for benchmarks of random weights."""
+``triton-fp8``: what a recipe makes of it, with scales of one, for benchmarks of random weights: its speed is right, and
+its results are not."""
 
 
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
@@ -252,8 +256,8 @@ def specialise(
     """``graph`` for inputs of ``sizes``, cut before and after every attention: it is a kernel of its own anyway.
 
     The layers of a model are then the same few chunks over and over, and compiling takes as long as for one layer.
-    Chunks are right for every value of ``settings.open_dims``; those between the attentions of a generator do not
-    depend on its prompt at all. ValueError where sizes contradict each other or the graph.
+    Chunks are right for every value of ``settings.open_dims``; those between the attentions of a generator depend on
+    its prompt only where they quantize its keys and values. ValueError where sizes contradict each other or the graph.
     """
     settings = settings or Settings()
     binding = bind((name, spec_of(node).shape, sizes[name]) for name, node in graph.inputs.items())
@@ -514,7 +518,7 @@ def _narrow_product(node: Node, kernels: Collection[str]) -> tuple[Callable[...,
 
 
 class Executable:
-    """A graph with its weights on one device, compiled for each set of sizes it is called with."""
+    """A graph with its weights on one device, compiled for the sizes it is called with, but for those of open dims."""
 
     def __init__(
         self,
@@ -530,7 +534,9 @@ class Executable:
         self._fixed |= {name: node.meta["constant"].to(device) for name, node in graph.constants.items()}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._plains: dict[Any, Function] = {}
+        self._plain_of: dict[Sizes, Function] = {}
         self._captured: dict[tuple[Any, Sizes], Captured] = {}
+        self._too_large: set[tuple[Any, Sizes]] = set()
         self._seen: list[tuple[Any, Sizes]] = []
 
     @property
@@ -551,7 +557,7 @@ class Executable:
         call is not read again. What a captured graph returns is overwritten by its next call.
         """
         sizes: Sizes = tuple((name, tuple(inputs[name].shape)) for name in self.graph.inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self._current():
             return self._run((None, sizes), self._plain(sizes), inputs, tokens or {})
 
     def loop(
@@ -567,7 +573,7 @@ class Executable:
         if self._captures and not self.settings.whole_loop:
             steady = {n: t for n, t in (tokens or {}).items() if n not in steps.rows and n not in steps.carried}
             return unrolled(lambda now: self(now, steady), steps)(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self._current():
             body = self._plain(sizes)
             once = unrolled(body, replace(steps, count=1))
             return self._run((steps.key, sizes), unrolled(body, steps), inputs, tokens or {}, once)
@@ -581,55 +587,68 @@ class Executable:
         warm: Function | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sizes that come again are captured: those of a prompt whose length no other has are not worth it."""
-        if not self._captures:
-            return function(inputs)
-        if key not in self._captured:
-            if key not in self._seen:
-                self._seen = [*self._seen, key][-_CAPTURES:]
-                return function(inputs)
-            self._make_room()
+        if key in self._captured:
+            return self._captured[key](inputs, tokens)
+        if self._captures and key in self._seen and key not in self._too_large:
+            self._make_room(_CAPTURES - 1)
             example = {name: inputs[name] for name in self.graph.inputs}
-            self._captured[key] = Captured(function, example, warm)
-        return self._captured[key](inputs, tokens)
+            try:
+                self._captured[key] = Captured(function, example, warm)
+                return self._captured[key](inputs, tokens)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                self._too_large.add(key)  # what is captured has memory of its own beside the rest
+        self._seen = [*self._seen, key][-_CAPTURES:]
+        try:
+            return function(inputs)
+        except torch.OutOfMemoryError:
+            if not self._captured:
+                raise
+            self._make_room(0)
+        return function(inputs)
 
-    def _make_room(self) -> None:
-        """Forget the oldest captured graphs: each holds the memory of its own activations, gigabytes at 720p."""
-        while len(self._captured) >= _CAPTURES:
+    def _make_room(self, most: int) -> None:
+        """Keep ``most`` captured graphs, the newest: each holds its own activations, gigabytes at 720p."""
+        while len(self._captured) > most:
             del self._captured[next(iter(self._captured))]
+        if not most and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _current(self) -> AbstractContextManager[Any]:
+        """Streams, graphs and Triton's launches are those of the current device."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     @property
     def _captures(self) -> bool:
         return self.device.type == "cuda" and self.settings.captured
 
     def _plain(self, sizes: Sizes) -> Function:
-        """The graph for ``sizes`` and every other value of the open dims."""
-        key = tuple(
-            (name, tuple(None if self._is_open(axis) else n for n, axis in zip(shape, spec.shape, strict=False)))
-            for (name, shape), spec in zip(sizes, map(spec_of, self.graph.inputs.values()), strict=True)
-        )
-        if key not in self._plains:
-            self._plains[key] = self._specialised(sizes)
-        return self._plains[key]
-
-    def _is_open(self, size: Size) -> bool:
-        """Code that is right for every value of ``size``; any other size in which an open dim occurs is fixed."""
-        dim = None if isinstance(size, int) else size.as_coeff_Mul()[1]
-        return dim is not None and dim.is_Symbol and dim.name in self.settings.open_dims
+        """The graph for ``sizes`` and every other value of the open dims. ValueError as from `specialise`."""
+        if sizes not in self._plain_of:
+            binding = bind((name, spec_of(self.graph.inputs[name]).shape, shape) for name, shape in sizes)
+            key = tuple((name, value) for name, value in binding.items() if name not in self.settings.open_dims)
+            if key not in self._plains:
+                self._plains[key] = self._specialised(sizes)
+            if len(self._plain_of) >= _SIZES:
+                self._plain_of.clear()
+            self._plain_of[sizes] = self._plains[key]
+        return self._plain_of[sizes]
 
     def _specialised(self, sizes: Sizes) -> Function:
         found = specialise(self.graph, dict(sizes), self.settings, self.device)
         steps = [(self._code(chunk), chunk.operands, chunk.results) for chunk in found.chunks]
         last = {name: i for i, (_, operands, _) in enumerate(steps) for name in operands}
-        outputs = found.outputs
+        fixed, device, outputs = self._fixed, self.device, found.outputs  # not self: nothing is to be held in a cycle
         dead = [
-            [n for n in operands if last[n] == i and n not in self._fixed and n not in outputs.values()]
+            [n for n in operands if last[n] == i and n not in fixed and n not in outputs.values()]
             for i, (_, operands, _) in enumerate(steps)
         ]
 
         def plain(given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-            values = {**self._fixed, **given}
+            values = {**fixed, **given}
             for (code, operands, results), gone in zip(steps, dead, strict=True):
-                made = code(self.device, *(values[name] for name in operands))
+                made = code(device, *(values[name] for name in operands))
                 values.update(zip(results, made, strict=True))
                 for name in gone:
                     del values[name]
@@ -643,6 +662,11 @@ class Executable:
         if chunk.key not in self._compiled:
             self._compiled[chunk.key] = _compile(chunk)
         return self._compiled[chunk.key]
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also where the end of a capture has hidden it."""
+    return error is not None and (isinstance(error, torch.OutOfMemoryError) or _out_of_memory(error.__context__))
 
 
 def _compile(chunk: Chunk) -> Callable[..., Any]:

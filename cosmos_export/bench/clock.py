@@ -27,11 +27,11 @@ def timed(
         if watch is not None:
             watch.keeps = number > warm_up
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         function()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         if number > warm_up:
             found.append(time.perf_counter() - start)
     if watch is not None:

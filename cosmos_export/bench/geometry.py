@@ -35,6 +35,8 @@ TINY: Mapping[str, Any] = {
     "rope_axes_dim": (6, 5, 5),
 }  # fmt: skip
 """What a dry run changes of a geometry: everything that takes time."""
+PROMPT_DIMS = frozenset({"und_len", NEGATIVE_LEN})
+"""Dims that differ from prompt to prompt: measured is the code that a bundle runs, which takes every value of them."""
 GUIDED, PLAIN = "step-guided", "step-plain"
 """Bodies of the loop: both branches in one run, and one branch."""
 
@@ -175,6 +177,6 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -
 
 
 __all__ = [
-    "GUIDED", "PLAIN", "GeometryGraphs", "capture_graphs", "dims_of", "linear_weights", "modalities_of",
+    "GUIDED", "PLAIN", "PROMPT_DIMS", "GeometryGraphs", "capture_graphs", "dims_of", "linear_weights", "modalities_of",
     "random_inputs", "random_weight", "random_weights", "read_graphs", "tiny_geometry", "write_graphs",
 ]  # fmt: skip

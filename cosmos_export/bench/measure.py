@@ -53,9 +53,10 @@ class GeometryRequest:
 
 
 def check_runs(runs: int, warm_up: int, dry_run: bool) -> None:
-    """UserError CX672 for too few runs to say anything of."""
-    if runs < (1 if dry_run else FEWEST_RUNS) or warm_up < 0:
-        raise UserError("CX672", f"{runs} runs after {warm_up}, allowed from {FEWEST_RUNS}", "a median needs some")
+    """UserError CX672 for too few runs to say anything of, or where one of them would capture a graph."""
+    if runs < (1 if dry_run else FEWEST_RUNS) or warm_up < (0 if dry_run else 1):
+        said = f"{runs} runs after {warm_up}, allowed from {FEWEST_RUNS} after 1"
+        raise UserError("CX672", said, "a median needs some, and the first two compile and capture")
 
 
 def geometry_schedule(request: GeometryRequest) -> tuple[Workload, Schedule]:
@@ -180,7 +181,6 @@ class _Graph:
 
     def __init__(self, name: str, graph: Any, device: torch.device, request: GeometryRequest) -> None:
         from cosmos_export.bench import geometry as geometries
-        from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
         from cosmos_export.targets.inductor import Executable, Settings
 
         step = name in (geometries.GUIDED, geometries.PLAIN)
@@ -189,7 +189,7 @@ class _Graph:
         kernels = request.kernels if step else frozenset()
         settings = Settings(
             attention=kind, compiled=request.compiled, narrow=narrow, kernels=kernels,
-            open_dims=frozenset({"und_len", NEGATIVE_LEN}),  # as the runtime has them: one code for all prompts
+            open_dims=geometries.PROMPT_DIMS,
         )  # fmt: skip
         weights = geometries.random_weights(graph, device, narrow)
         self._executable = Executable(graph, weights, device, settings)

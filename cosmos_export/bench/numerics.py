@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosmos_export.bench.geometry import DEVIATION
+from cosmos_export.bench.geometry import DEVIATION, PROMPT_DIMS
 from cosmos_export.evaluation.cases import Case
 from cosmos_export.evaluation.parity import PRECISION_LIMIT
 from cosmos_export.evaluation.reference import Reference, relative_error
@@ -155,7 +155,7 @@ def run_compiled(
     program: Program, inputs: Tensors, weights: Weights, device: torch.device, *, compiled: bool
 ) -> Tensors:
     """Every graph of ``program`` by the inductor backend, one feeding the next; the body's results on the host."""
-    settings = Settings(compiled=compiled)
+    settings = Settings(compiled=compiled, open_dims=PROMPT_DIMS)
     results: dict[str, Tensors] = {}
     for name, graph in program.graphs.items():
         values = {n: weights(node.meta["weight"]).to(device) for n, node in graph.weights.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -206,6 +207,21 @@ def test_the_verb_writes_what_it_shows(graphs: Path, app: typer.Typer, tmp_path:
         assert getattr(CliRunner().invoke(app, wrong).exception, "code", None) == "CX672"
 
 
+def test_what_fails_a_run_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong result of ours, a kernel of ours that does not run; no library, and no tile that does not fit."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.spec_from_file_location("benchmark_of_kernels", ROOT / "benchmarks/kernels.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, benchmark)
+    spec.loader.exec_module(benchmark)
+    is_wrong = benchmark.is_wrong
+    wrong = [{"candidate": name, "right": False} for name in ("triton", "triton-fast", "triton 128×128 w8 s2", "sdpa")]
+    assert [is_wrong(row) for row in wrong] == [True, True, True, False]
+    failed = [{"candidate": name, "failed": "shared memory"} for name in ("triton", "triton 128×128 w8 s2", "cudnn")]
+    assert [is_wrong(row) for row in failed] == [True, False, False] and not is_wrong({"right": True})
+
+
 def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     script = ROOT / "benchmarks/gpu_all.py"
     (graphs / "tiny-action").exists() or (graphs / "tiny-action").symlink_to(graphs / "tiny-vision")
@@ -226,7 +242,7 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     assert [check["recipe"] for check in numerics] == ["bf16", "fp8-w8a16", "fp8"]
     fusions = json.loads((tmp_path / "fusions-dry-run.json").read_text())["fusions"]
     names = [row["kernels"] for row in fusions]
-    assert names == [[], ["norm-quantize"], ["activation-quantize"], ["qkv-pack"], ["sampler-step"], []]
+    assert names == [[], ["norm-quantize"], ["activation-quantize"], [], ["qkv-pack"], ["sampler-step"], []]
     beside = json.loads((tmp_path / "bench-t2v-480p-189f-bf16-dry-run.json").read_text())["baselines"]
     assert [row["name"].split(",")[0] for row in beside] == ["diffusers"] * 2
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +172,110 @@ def test_on_the_gpu_graphs_equal_the_reference(compile_tiny: Any, graph: str, at
         inputs = inputs_of(own, model, known, lengths)
         assert_close(on(CPU, run(on(gpu, inputs))), run_graph(own, inputs, model.weights), 1e-4, str(lengths))
     assert len(run._captured) == 2
+
+
+def repeated(compile_tiny: Any) -> tuple[Compiled, Graph]:
+    model = compile_tiny("omni")
+    return model, model.final.graphs["generator"]
+
+
+def test_sizes_are_checked_in_every_call(compile_tiny: Any) -> None:
+    """Also once there is code that takes any number of the prompt's rows."""
+    model, own = repeated(compile_tiny)
+    run = executable(own, model, compiled=False, open_dims=frozenset({"und_len"}))
+    inputs = inputs_of(own, model, requested(model, model.final))
+    run(inputs)
+    (longer, *_) = [name for name in inputs if name.startswith("key_")]
+    wrong = torch.cat((inputs[longer], inputs[longer]))
+    with pytest.raises(ValueError, match="und_len"):
+        run({**inputs, longer: wrong})
+    with pytest.raises(ValueError, match="rank"):
+        run({**inputs, longer: wrong[None]})
+
+
+def test_an_executable_goes_with_its_last_name(compile_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights take most of a GPU, and the next graph's must fit: no collector is waited for."""
+
+    class Held(Captured):
+        def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], Tensors]:
+            return (lambda: None), function(self._inputs)
+
+    monkeypatch.setattr("cosmos_export.targets.inductor.Captured", Held)
+    monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
+    model = compile_tiny("omni")
+    own = model.final.graphs["reasoner"]
+    weights = {name: model.weights(node.meta["weight"]).clone() for name, node in own.weights.items()}
+    run = Executable(own, weights, CPU, Settings(compiled=False))
+    for _ in range(3):
+        run({"input_ids": torch.arange(7)})
+    assert run._captured
+    gone = [weakref.ref(run), weakref.ref(next(iter(weights.values())))]
+    gc.collect()
+    gc.disable()
+    try:
+        del run, weights
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_without_memory_for_a_captured_graph(compile_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that cannot be captured run as they are; what is captured makes room for what cannot run beside it."""
+    tried = list[int]()
+
+    class Large(Emulated):
+        def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], Tensors]:
+            tried.append(self._inputs["input_ids"].numel())
+            if tried[-1] > 8:
+                try:
+                    raise torch.OutOfMemoryError("captured")
+                finally:
+                    raise RuntimeError("the end of the capture failed")  # as PyTorch's does
+            return super()._capture(function, warm)
+
+    monkeypatch.setattr("cosmos_export.targets.inductor.Captured", Large)
+    monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
+    model = compile_tiny("omni")
+    own = model.final.graphs["reasoner"]
+    run = executable(own, model, compiled=False)
+    for length in (7, 7, 9, 9, 9, 9):
+        inputs = {"input_ids": torch.arange(length)}
+        assert_close(run(inputs), run_graph(own, inputs, model.weights), 2e-6)
+    assert tried == [7, 9] and len(run._captured) == 1
+
+    def needs_room(inputs: Mapping[str, torch.Tensor]) -> Tensors:
+        if run._captured:
+            raise torch.OutOfMemoryError("beside what is captured")
+        return {"found": inputs["input_ids"]}
+
+    found = run._run((None, (("input_ids", (11,)),)), needs_room, {"input_ids": torch.arange(11)}, {})
+    assert found["found"].numel() == 11 and not run._captured
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_captured_loop_is_the_loop(compile_tiny: Any, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """As a whole, or its step again and again: other states and rows in every call, what is steady read once."""
+    model = compile_tiny("omni")
+    program = closed(model, schedule())
+    own = program.graphs["generator"]
+    inputs = inputs_of(own, model, requested(model, program))
+    carried, rows = program.loop.carried, program.loop.rows
+    steps = Steps(3, carried, rows, program.loop.returned)
+    assert carried and rows and steps.returned
+    plain = executable(own, model, compiled=False)
+    monkeypatch.setattr("cosmos_export.targets.inductor.Captured", Emulated)
+    run = executable(own, model, compiled=False, whole_loop=whole)
+    tokens = {name: object() for name in inputs if name not in carried and name not in rows}
+    for seed in (1, 2, 3, 1):
+        generator = torch.Generator().manual_seed(seed)
+        now = dict(inputs)
+        now |= {n: torch.stack([inputs[n] * (1 + 0.05 * torch.rand((), generator=generator))] * 3) for n in rows}
+        now |= {n: torch.randn(inputs[n].shape, generator=generator) for n in carried}
+        with monkeypatch.context() as patched:
+            patched.setattr(Executable, "_captures", property(lambda self: self is run))
+            found = {name: t.clone() for name, t in run.loop(steps, now, tokens).items()}
+            assert_close(found, plain.loop(steps, now), 0.0, f"seed {seed}")
+    assert run._captured
 
 
 class Emulated(Captured):

@@ -7,6 +7,7 @@ import torch
 from kernel_device import DEVICE
 
 from cosmos_export.ir import ops
+from cosmos_export.kernels import joint_attention as kernel
 from cosmos_export.kernels.joint_attention import check, joint_attention, reference
 from cosmos_export.kernels.launch import FP8, Tile
 
@@ -114,6 +115,26 @@ def test_rows_beyond_a_32_bit_offset_are_refused() -> None:
     with pytest.raises(ValueError, match="beyond 2³¹"):
         check(rows(4), rows(2), rows(2), rows(2)[:7], rows(2)[:7], 0.25, None, None)
     check(rows(4)[:200_000], rows(2)[:9], rows(2)[:9], rows(2)[:7], rows(2)[:7], 0.25, None, None)
+
+
+def test_nothing_of_a_prompts_length_is_compiled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers that Triton compiles for are those of another prompt, also where values lie transposed."""
+    launched = list[dict[str, object]]()
+    names = kernel.joint_attention_kernel.arg_names
+
+    class Recorded:
+        def __getitem__(self, grid: object) -> object:
+            return lambda *given, **constants: launched.append(dict(zip(names, given, strict=False)) | constants)
+
+    monkeypatch.setattr(kernel, "joint_attention_kernel", Recorded())
+    for prompt in (37, 48):
+        query, key, value, prefix, _ = (t.to(FP8) for t in operands(64, 64, prompt, 4, 2, 16))
+        padded = torch.zeros(2, 16, 64, dtype=FP8)[:, :, :prompt].permute(2, 0, 1)
+        ones = tuple(torch.ones(n) for n in (4, 2, 2))
+        joint_attention(query, key, value, prefix, padded, 0.25, scales=ones)
+    free = {"rows", "keys", "prefix_rows"}
+    first, second = ({n: v for n, v in one.items() if isinstance(v, int) and n not in free} for one in launched)
+    assert first == second and first["stride_pvn"] == 1
 
 
 def test_scales_and_lengths_are_checked() -> None:
