@@ -108,5 +108,5 @@ def require_provider(algorithm: Algorithm) -> None:
         raise UnsupportedError(
             "CX326",
             f"algorithm `{algorithm.name}` is NVIDIA ModelOpt's, which is not installed",
-            'pip install "cosmos-export[modelopt]", or `--algorithm awq`, which needs nothing',
+            'pip install ".[modelopt]" in the checkout, or `--algorithm awq`, which needs nothing',
         )

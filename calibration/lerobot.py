@@ -240,7 +240,7 @@ def _table(root: Path, path: Path) -> pyarrow.Table:
         raise UnsupportedError(
             "CX802",
             "LeRobot data needs pyarrow, which is not installed",
-            "pip install 'cosmos-export[calibrate]'",
+            "pip install '.[calibrate]' in the checkout",
         ) from error
     if not path.is_file():
         _refuse(root, f"{path.relative_to(root)} is missing")

@@ -153,7 +153,7 @@ def _compile(found: Facts) -> Finding:
             "compiler",
             State.NOTE,
             f"{', '.join(missing)} not installed",
-            'to build: pip install "cosmos-export[compile]"',
+            'to build: pip install ".[compile]" in the checkout',
         )
     return Finding("compiler", State.OK, ", ".join(f"{name} {found.versions[name]}" for name in ("torch", "diffusers")))
 
@@ -180,7 +180,7 @@ def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
             # What finishes elsewhere is not missing here.
             needed = asked and backend == target.backend and (backend in _ANYWHERE or bool(here))
             state = State.OK if version else State.BLOCKER if needed else State.NOTE
-            hint = "" if version else f'pip install "cosmos-export[{extra}]"'
+            hint = "" if version else f'pip install ".[{extra}]" in the checkout'
             yield Finding(name, state, f"{backend}: {package} {version or 'not installed'}", hint)
     for gpu in here:
         if gpu.free_bytes is not None and gpu.memory_bytes and gpu.free_bytes < 0.5 * gpu.memory_bytes:

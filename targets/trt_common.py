@@ -102,7 +102,7 @@ def require_module(flavor: TrtFlavor) -> None:
         raise UnsupportedError(
             "CX404",
             f"building for this target needs the `{flavor.module}` Python module, which is not installed",
-            f'pip install "cosmos-export[{flavor.extra}]"',
+            f'pip install ".[{flavor.extra}]" in the checkout',
         )
 
 

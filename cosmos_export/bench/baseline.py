@@ -53,7 +53,7 @@ def require_diffusers() -> None:
     """UnsupportedError CX802 where it is not installed."""
     if find_spec("diffusers") is None:
         raise UnsupportedError(
-            "CX802", "baselines are diffusers', which is not installed here", 'pip install "cosmos-export[compile]"'
+            "CX802", "baselines are diffusers', which is not installed here", 'pip install ".[compile]" in the checkout'
         )
 
 

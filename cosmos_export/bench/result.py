@@ -200,6 +200,13 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[R
     return ratios, unlike
 
 
+def incomparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Why ratios of the two would say nothing; a difference of recipe, backend or card is what one compares."""
+    keys = ("model", "workload", "covers", "dry_run")
+    found = [f"{key} is {before.get(key)} and {after.get(key)}" for key in keys if before.get(key) != after.get(key)]
+    return found or (["both are dry runs"] if before.get("dry_run") else [])
+
+
 def regressions(ratios: Sequence[Ratio], allowed: float) -> list[Ratio]:
     """Those of the request and the forward that are slower by more than the share ``allowed``."""
     return [r for r in ratios if r.name in ("request", "forward") and r.ratio > 1 + allowed]

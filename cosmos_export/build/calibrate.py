@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 DEFAULT_PROFILE = "frames=1:5:48,height=3:12:24,width=3:20:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
 """Every shape that calibration itself would choose: 320 × 192 pixels unless an action's picture says otherwise."""
 DEFAULT_SAMPLES = 128
-DEFAULT_FRAMES = 17
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class CalibrateOptions:
     modalities: tuple[str, ...] | None = None
     """Those that must be covered; None: all that the checkpoint generates."""
     samples: int = DEFAULT_SAMPLES
-    frames: int = DEFAULT_FRAMES
+    frames: int | None = None
+    """Pixel frames of a clip, at most; None: the profile's optimum."""
     latents: Literal["auto", "rollout", "noise"] = "auto"
     negative: str = ""
     overrides: Overrides = field(default_factory=Overrides)
@@ -119,7 +119,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         modalities=modalities,
         height=dims["height"].opt * record.video.spatial,
         width=dims["width"].opt * record.video.spatial,
-        frames=options.frames,
+        frames=options.frames or (profile.dims["frames"].opt - 1) * record.video.temporal + 1,
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
         hears=hears(checkpoint),

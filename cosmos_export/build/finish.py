@@ -67,8 +67,13 @@ def script_text(version: str) -> str:
 # Builds the engines of this bundle on the GPU they are for, and completes its manifest.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
-python -m pip install --quiet "cosmos-export[tensorrt]=={version}"
-exec python -m cosmos_export.build.finish "$here"
+python=${{PYTHON:-python3}}
+if ! "$python" -c 'import cosmos_export; raise SystemExit(cosmos_export.__version__ != "{version}")' 2>/dev/null; then
+    echo "finish.sh: $python does not have cosmos-export {version}: pip install '.[tensorrt]' in its checkout," >&2
+    echo "or name the Python that has it: PYTHON=/path/to/python sh $0" >&2
+    exit 3
+fi
+exec "$python" -m cosmos_export.build.finish "$here"
 """
 
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UserError
 from cosmos_export.targets import Target
 
 if TYPE_CHECKING:
@@ -67,23 +67,6 @@ def require_memory(plan: Plan) -> None:
     if plan.memory_budget is None or plan.checkpoint.dtype != "bf16":
         return
     from cosmos_export.build.planned import parts
-    from cosmos_export.plan.sizes import builder_bytes, compiler_bytes
+    from cosmos_export.plan.sizes import require_budget
 
-    compiler = compiler_bytes(plan.layers)
-    for part in parts(plan):
-        needed = compiler + builder_bytes(part)
-        if needed > plan.memory_budget:
-            gigabytes = needed / 2**30
-            raise UnsupportedError(
-                "CX457",
-                f"building the engine of {part.name} takes {gigabytes:.1f} GiB of memory, and the budget is "
-                f"{plan.memory_budget / 2**30:.1f} GiB",
-                f"`--memory-budget {int(gigabytes) + 1}GiB`, on a machine that has it",
-            )
-        if part.cut and part.name == "generator" and plan.options.loop == "device":
-            raise UnsupportedError(
-                "CX457",
-                f"a loop on the device is one engine, and building it passes the budget of "
-                f"{plan.memory_budget / 2**30:.1f} GiB: the generator would be cut into {max(map(len, part.forms))}",
-                "`--loop host` cuts it; or a larger `--memory-budget`, or a recipe with smaller weights",
-            )
+    require_budget(parts(plan), plan.layers, plan.memory_budget, loop=plan.options.loop)

@@ -188,7 +188,7 @@ def _require_kernels(options: BuildOptions, target: Target) -> None:
         )
     if find_spec("triton") is None:
         raise UnsupportedError(
-            "CX802", "compiling kernels needs Triton, not installed here", 'pip install "cosmos-export[kernels]"'
+            "CX802", "compiling kernels needs Triton, not installed here", 'pip install ".[kernels]" in the checkout'
         )
 
 
@@ -320,7 +320,9 @@ def require_compiler() -> None:
     missing = [name for name in _COMPILE_MODULES if find_spec(name) is None]
     if missing:
         raise UnsupportedError(
-            "CX802", f"compiling needs {', '.join(missing)}, not installed here", 'pip install "cosmos-export[compile]"'
+            "CX802",
+            f"compiling needs {', '.join(missing)}, not installed here",
+            'pip install ".[compile]" in the checkout',
         )
 
 
@@ -405,8 +407,9 @@ def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) ->
     if set(asked) - set(available) or "vision" not in asked:
         raise UserError(
             "CX210",
-            f"modalities {', '.join(asked) or 'none'} asked for; this checkpoint generates {', '.join(available)}",
-            "`vision` is part of every step; leave --modalities out for all the checkpoint has",
+            f"modalities {', '.join(asked) or 'none'} asked for; allowed is `vision`, which is part of every step, "
+            f"with {', '.join(available[1:]) or 'nothing else'}",
+            "leave --modalities out for all the checkpoint has",
         )
     return tuple(name for name in available if name in asked)
 

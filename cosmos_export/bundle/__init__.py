@@ -35,7 +35,7 @@ from cosmos_export.bundle.manifest import (
     WeightInput,
     parse_manifest,
 )
-from cosmos_export.bundle.verify import Check, Status, VerifyReport, read_bundle, verify_bundle
+from cosmos_export.bundle.verify import Check, Status, VerifyReport, read_bundle, read_manifest, verify_bundle
 from cosmos_export.bundle.writer import BundleWriter
 
 __all__ = [
@@ -74,5 +74,6 @@ __all__ = [
     "WeightInput",
     "parse_manifest",
     "read_bundle",
+    "read_manifest",
     "verify_bundle",
 ]

@@ -106,6 +106,16 @@ def read_bundle(path: Path, progress: Progress | None = None) -> Manifest:
     return report.manifest
 
 
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the bundle at ``path``, for looking at: no other file is read. CX711 where it is none."""
+    with _directory(path) as root:
+        try:
+            return parse_manifest(_read_manifest(root))
+        except StrictError as error:
+            hint = f"`cosmos-export bundle verify {path}` lists everything"
+            raise FindingError("CX711", f"{path} fails verification: {MANIFEST_NAME}: {error}", hint) from error
+
+
 def hash_file(descriptor: int, advance: Callable[[int], None] = lambda read: None) -> tuple[int, str]:
     """Bytes read from ``descriptor`` to its end, and their SHA-256."""
     digest = hashlib.sha256()

@@ -236,7 +236,7 @@ def _require_libraries() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
-            "CX802", f"a demo checkpoint needs {error.name}", "pip install 'cosmos-export[compile]'"
+            "CX802", f"a demo checkpoint needs {error.name}", "pip install '.[compile]' in the checkout"
         ) from error
 
 

@@ -129,7 +129,7 @@ def _require_checkpoint(root: Path) -> None:
     elif (root / "config.json").is_file() and any(root.glob("diffusion_pytorch_model*")):
         hint = f"this is one component: give its parent, {root.absolute().parent}"
     elif (root / "manifest.json").is_file():
-        hint = "this looks like a bundle, which is what a checkpoint compiles to"
+        hint = "this looks like a bundle, which is what a checkpoint compiles to: `cosmos-export bundle show` reads it"
     else:
         hint = "give the directory that contains model_index.json and transformer/"
     _not_a_checkpoint(f"{root} is not a Cosmos 3 checkpoint: it has no transformer/ folder", hint)

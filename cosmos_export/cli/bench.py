@@ -33,8 +33,12 @@ def register(app: typer.Typer) -> None:
             ),
         ] = None,
         recipe: Annotated[
-            str, typer.Option(help="Of a geometry: bf16, fp8 (W8A8 linears), or fp8-attention (these and attention).")
-        ] = "bf16",
+            str | None,
+            typer.Option(
+                help="Of a geometry: bf16, fp8 (W8A8 linears), or fp8-attention (these and attention).",
+                show_default="bf16",
+            ),
+        ] = None,
         profile: Annotated[
             str | None, typer.Option(help="Of a bundle: one of its profiles; default: the first.")
         ] = None,
@@ -67,6 +71,9 @@ def register(app: typer.Typer) -> None:
         ] = False,
         runs: Annotated[int, typer.Option(help="Measured runs; a median is taken.")] = 5,
         warm_up: Annotated[int, typer.Option(help="Runs before them, after the one that compiles.")] = 1,
+        allow_unlike: Annotated[
+            bool, typer.Option("--allow-unlike", help="compare: also of different models, workloads or dry runs.")
+        ] = False,
         max_regression: Annotated[float, typer.Option(help="compare: share by which B may be slower than A.")] = 0.05,
         dry_run: Annotated[
             bool,
@@ -83,7 +90,7 @@ def register(app: typer.Typer) -> None:
 
         arguments = what or []
         if arguments[:1] == ["compare"]:
-            _compare(arguments[1:], max_regression, as_json)
+            _compare(arguments[1:], max_regression, allow_unlike, as_json)
             return
         if len(arguments) != (0 if geometry is not None else 1):
             raise UserError("CX672", "bench takes one bundle, or --geometry, or `compare A B`", "give one of them")
@@ -91,11 +98,20 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.bench.measure import GeometryRequest, measure_geometry
         from cosmos_export.bench.result import write
 
+        of_geometry = {
+            "--recipe": recipe, "--attention": attention, "--kernels": kernels, "--graphs": graphs, "--eager": eager,
+            "--baselines": baselines,
+        }  # fmt: skip
+        of_bundle = {"--profile": profile, "--prompt-tokens": prompt_tokens, "--backend": backend}
+        others, whose = (of_bundle, "a bundle") if geometry is not None else (of_geometry, "a geometry")
+        unread = [option for option, value in others.items() if value]
+        if unread:
+            raise UserError("CX672", f"{', '.join(unread)} is of {whose}", "leave it out")
         command = " ".join(["cosmos-export", *sys.argv[1:]])
         if geometry is not None:
             where = device or ("cpu" if dry_run else "cuda")
             asked = GeometryRequest(
-                geometry, workload or "t2v-480p-189f", recipe, where, runs, warm_up,
+                geometry, workload or "t2v-480p-189f", recipe or "bf16", where, runs, warm_up,
                 graphs=graphs, attention=attention, kernels=frozenset(filter(None, (kernels or "").split(","))),
                 compiled=not (eager or dry_run), baselines=baselines,
                 dry_run=dry_run,
@@ -117,7 +133,8 @@ def register(app: typer.Typer) -> None:
         forward = f", {found.forward_s:.4g} s a forward" if found.forward_s is not None else ""
         extrapolated = f" ({found.extrapolated})" if found.extrapolated else ""
         where = found.card or found.device
-        console.verdict(f"{found.workload} on {where}: {found.request_s:.4g} s{forward}{extrapolated}", True)
+        dry = "dry run, no measurement: " if found.dry_run else ""
+        console.verdict(f"{dry}{found.workload} on {where}: {found.request_s:.4g} s{forward}{extrapolated}", True)
 
 
 def _tokens(text: str | None) -> tuple[int, int] | None:
@@ -176,16 +193,21 @@ def _baselines(rows: list[dict[str, Any]]) -> Any:
     return table
 
 
-def _compare(paths: list[str], allowed: float, as_json: bool) -> None:
+def _compare(paths: list[str], allowed: float, allow_unlike: bool, as_json: bool) -> None:
     from rich.table import Table
 
-    from cosmos_export.bench.result import compare, read_measurement, regressions
+    from cosmos_export.bench.result import compare, incomparable, read_measurement, regressions
     from cosmos_export.cli import console
     from cosmos_export.diagnostics import FindingError, UserError
 
     if len(paths) != 2:
         raise UserError("CX672", f"compare takes two measurements, {len(paths)} given", "`bench compare A.json B.json`")
     before, after = (read_measurement(Path(path)) for path in paths)
+    apart = incomparable(before, after)
+    if apart and not allow_unlike:
+        raise UserError(
+            "CX674", f"these say nothing of each other: {'; '.join(apart)}", "`--allow-unlike` compares them"
+        )
     ratios, unlike = compare(before, after)
     slower = regressions(ratios, allowed)
     if as_json:

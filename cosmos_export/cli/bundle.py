@@ -1,4 +1,4 @@
-"""``cosmos-export bundle verify``: is a bundle what its build wrote?"""
+"""``cosmos-export bundle verify``: is a bundle what its build wrote? ``bundle show``: what it is and takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from cosmos_export.cli.verbs import Verbs, require_verb
 
 if TYPE_CHECKING:
-    from cosmos_export.bundle import VerifyReport
+    from cosmos_export.bundle import Manifest, ProfileRecord, VerifyReport
 
 
 def register(app: typer.Typer) -> None:
@@ -46,14 +46,70 @@ def register(app: typer.Typer) -> None:
         if not report.ok:
             raise typer.Exit(int(ExitCode.FINDING))
 
+    @group.command("show")
+    def show(
+        directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    ) -> None:
+        """What a bundle was built from and for, the requests it takes, and what was measured. Reads its manifest."""
+        from cosmos_export.bundle import read_manifest
+        from cosmos_export.cli import console
+
+        facts = _facts(read_manifest(directory))
+        if as_json:
+            console.emit_json(facts)
+            return
+        for name, value in facts.items():
+            first, *rest = value if isinstance(value, list) else [value]
+            typer.echo(f"{name:<12}{_printable(str(first))}")
+            for line in rest:
+                typer.echo(f"{'':<12}{_printable(str(line))}")
+
+
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    options, target = manifest.options, manifest.target
+    loop = "on the device" if manifest.loop is not None and manifest.loop.segments else "on the host"
+    guidance = options.get("schedule.guidance")
+    sizes = {record.path: record.size_bytes for record in manifest.files}
+    engines = [f"{e.name}: {sizes.get(e.path, 0) / 1e6:,.1f} MB" for e in manifest.engines] or ["none"]
+    codecs = [*manifest.streams, *(name for name in manifest.graphs if name == "sound_decoder")]
+    return {
+        "model": f"{manifest.model.id} ({manifest.model.variant})",
+        "target": ", ".join(filter(None, (target.name, target.backend, target.compute_capability))),
+        "recipe": manifest.recipe,
+        "generates": ", ".join(str(name) for name in _listed(options.get("modalities"))),
+        "mode": f"{options.get('mode')}, {options.get('schedule.steps')} steps, guidance {guidance}, loop {loop}",
+        "profiles": [f"{p.name}: {_takes(p, manifest)}" for p in manifest.profiles],
+        "codecs": ", ".join(codecs) or "none",
+        "engines": engines,
+        "checked": [
+            f"{v.stage} of {v.subject}: {v.verdict}" + (f" ({v.note})" if v.note else "") for v in manifest.evaluation
+        ] or ["nothing was compared"],
+        "bytes": f"{sum(sizes.values()):,} in {_files(len(sizes))}",
+        "built": f"{manifest.volatile.created} by cosmos-export {manifest.tools.get('cosmos-export', 'unknown')}",
+    }  # fmt: skip
+
+
+def _listed(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
+def _takes(profile: ProfileRecord, manifest: Manifest) -> str:
+    """The requests of ``profile`` in the user's terms."""
+    from cosmos_export.runtime.fitting import allowed
+
+    shown = [name for name, span in profile.dims.items() if span.max or name not in ("sound_len", "action_len")]
+    return ", ".join(allowed(name, profile.dims[name], manifest.request) for name in shown)
+
 
 _LABELS = {"pass": "PASS", "fail": "FAIL", "skipped": "SKIP"}
 
 
 def _lines(report: VerifyReport) -> list[str]:
+    last = sorted(report.checks, key=lambda check: check.status.value == "fail")  # where it is seen
     return [
         f"{_LABELS[check.status.value]}  {_printable(check.path)}" + (f": {check.detail}" if check.detail else "")
-        for check in report.checks
+        for check in last
     ]
 
 
@@ -61,8 +117,9 @@ def _verdict(report: VerifyReport) -> str:
     if report.ok and report.manifest is not None:
         size = sum(record.size_bytes for record in report.manifest.files)
         return f"PASS: {report.bundle}: {_files(len(report.manifest.files))}, {size:,} bytes, as the manifest says"
-    failed = f"{len(report.failures)} of {len(report.checks)} checks failed"
-    return f"FAIL: {report.bundle}: {failed}; do not use this bundle"
+    first, count = _printable(report.failures[0].path), len(report.failures)
+    failed = first if count == 1 else f"{first} and {count - 1} more"
+    return f"FAIL: {report.bundle}: {failed} of {len(report.checks)} checks; do not use this bundle"
 
 
 def _document(report: VerifyReport) -> dict[str, Any]:

@@ -28,7 +28,10 @@ def register(app: typer.Typer) -> None:
         ],
         output: Annotated[Path, typer.Option("--output", "-o", help="Directory to create.", show_default=False)],
         samples: Annotated[int, typer.Option(help="Forward passes, spread over items, steps and branches.")] = 128,
-        frames: Annotated[int, typer.Option(help="Pixel frames of a clip, at most.")] = 17,
+        frames: Annotated[
+            int | None,
+            typer.Option(help="Pixel frames of a clip, at most.", show_default="the profile's optimum, 17"),
+        ] = None,
         profile: Annotated[
             str | None, typer.Option(help="Shape profile the requests must fit, as in build; its optimum is the size.")
         ] = None,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import Latency, latency, missing_rates
 from cosmos_export.plan.precision import Precision, precision
-from cosmos_export.plan.sizes import Component, Device, Host, components, device, host, weight_copies
+from cosmos_export.plan.sizes import Component, Device, Host, components, device, host, require_budget, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import Work, passes, request_work
 from cosmos_export.plan.workload import Workload
@@ -110,12 +110,14 @@ def estimate(subject: Subject, request: Request, limits: ModelLimits | None = No
     """Plan ``subject``.
 
     Raises what a build would raise: UserError for shapes, schedules and recipes that there are not, and where no target
-    runs the recipe the UnsupportedError that says why.
+    runs the recipe, or an engine cannot be built within the memory budget, the UnsupportedError that says why.
     """
     for workload in request.workloads:
         check_limits(workload.profile, limits or _limits(subject))
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
+    if request.memory_budget is not None and any(t.backend == "tensorrt-rtx" for t in planner.runs):
+        require_budget(parts, subject.geometry.num_hidden_layers, request.memory_budget, loop=request.loop)
     loads = tuple(planner.load(workload) for workload in request.workloads)
     segments = max(planner.engines(workload, planner.runs[0]) for workload in request.workloads)
     return Estimate(

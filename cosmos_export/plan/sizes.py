@@ -15,6 +15,7 @@ from math import inf
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor
+from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.precision import SCHEMES, Mix, Precision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
@@ -424,6 +425,29 @@ def gates_bytes(geometry: Geometry) -> int:
 def builder_bytes(part: Component) -> int:
     """Anonymous memory of the process that builds ``part``, or the largest of what it is cut into."""
     return part.builder_weights + BUILDER_BYTES
+
+
+def require_budget(parts: Sequence[Component], layers: int, memory_budget: int, *, loop: str) -> None:
+    """UnsupportedError CX457: an engine needs more than the budget and cannot be cut, or not small enough. ``loop``: on
+    the ``device`` it is one engine."""
+    compiler = compiler_bytes(layers)
+    for part in parts:
+        needed = compiler + builder_bytes(part)
+        if needed > memory_budget:
+            gigabytes = needed / 2**30
+            raise UnsupportedError(
+                "CX457",
+                f"building the engine of {part.name} takes {gigabytes:.1f} GiB of memory, and the budget is "
+                f"{memory_budget / 2**30:.1f} GiB",
+                f"`--memory-budget {int(gigabytes) + 1}GiB`, on a machine that has it",
+            )
+        if part.cut and part.name == "generator" and loop == "device":
+            raise UnsupportedError(
+                "CX457",
+                f"a loop on the device is one engine, and building it passes the budget of "
+                f"{memory_budget / 2**30:.1f} GiB: the generator would be cut into {max(map(len, part.forms))}",
+                "`--loop host` cuts it; or a larger `--memory-budget`, or a recipe with smaller weights",
+            )
 
 
 def engine_bytes(parts: Sequence[Component], segments: int) -> int:

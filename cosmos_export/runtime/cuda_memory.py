@@ -106,7 +106,7 @@ def open_device(index: int, capability: str | None) -> Device:
         from cuda.bindings import runtime as cudart
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"cuda-python is not installed: {error}", 'pip install "cosmos-export[rtx]"'
+            "CX503", f"cuda-python is not installed: {error}", 'pip install ".[rtx]" in the checkout'
         ) from error
     return connect(cudart, index, capability)
 

@@ -126,6 +126,23 @@ def read_actions(path: Path) -> Actions:
     return values
 
 
+def require_origin(path: Path, robot: Embodiment, scaled: bool) -> None:
+    """That the actions in ``path`` are of ``robot`` and in the units that are read, where the file says it: what `run`
+    writes does. ``scaled``: statistics are given. CX611 where they are not."""
+    if path.suffix == ".safetensors":
+        facts: Mapping[str, Any] = read_header(path).metadata
+    else:
+        document = _read_json(path)
+        facts = document if isinstance(document, dict) else {}
+    name, units = facts.get("embodiment"), facts.get("units")
+    if isinstance(name, str) and name in EMBODIMENTS and EMBODIMENTS[name].domain != robot.domain:
+        _refuse(path, f"they are of `{name}`, and the request is of `{robot.name}`", f"--embodiment {name}")
+    if units == "raw" and not scaled:
+        _refuse(path, "they are in the units of the data", "--action-stats with the statistics that made them so")
+    if units == "model" and scaled:
+        _refuse(path, "they are in the model's units, and would be normalised again", "leave --action-stats out")
+
+
 def _read_tensor(path: Path) -> Actions:
     tensors = read_header(path).tensors
     names = [name for name in ("actions", "action") if name in tensors] or list(tensors)

@@ -23,17 +23,18 @@ def fit_profile(
     reached = least or {}
     misfits: list[str] = []
     concerned: dict[str, int] = {}
-    hint = ""
+    hints: list[tuple[int, str]] = []
+    silent = values.get("frames") == [1] or any(values.get("action_len", ()))
     for profile in profiles:
         wrong = [name for name, found in values.items() if not all(_within(profile.dims[name], v) for v in found)]
         wrong += [name for name, value in reached.items() if name not in wrong and profile.dims[name].max < value]
         if not wrong:
             return profile
-        misfits.append(f"`{profile.name}` takes " + ", ".join(_allowed(n, profile.dims[n], record) for n in wrong))
+        misfits.append(f"`{profile.name}` takes " + ", ".join(allowed(n, profile.dims[n], record) for n in wrong))
         concerned |= {name: max(values.get(name, [reached.get(name, 0)])) for name in wrong}
-        hint = hint or _hint(wrong[0], concerned[wrong[0]], profile.dims[wrong[0]])
+        hints.append((len(wrong), _hint(wrong[0], concerned[wrong[0]], profile.dims[wrong[0]], silent)))
     wanted = ", ".join(_said(name, str(_size(name, value, record))) for name, value in concerned.items())
-    raise UserError("CX607", f"{refusal} {wanted}: {'; '.join(misfits)}", hint)
+    raise UserError("CX607", f"{refusal} {wanted}: {'; '.join(misfits)}", min(hints)[1])
 
 
 def _within(span: DimRecord, value: int) -> bool:
@@ -54,13 +55,17 @@ def _said(name: str, value: str) -> str:
     return f"{value} {_UNITS[name]}" if name in _UNITS else f"{name} {value}"
 
 
-def _allowed(name: str, span: DimRecord, record: RequestRecord) -> str:
+def allowed(name: str, span: DimRecord, record: RequestRecord) -> str:
+    """What a profile's dim ``name`` may be, in the user's terms."""
     low, high = (_size(name, value, record) for value in (span.min, span.max))
     return _said(name, str(low) if low == high else f"{low} to {high}")
 
 
-def _hint(name: str, found: int, span: DimRecord) -> str:
+def _hint(name: str, found: int, span: DimRecord, silent: bool) -> str:
+    """``silent``: a picture or an action, which has no sound."""
     if name == "sound_len":
+        if not found and silent:
+            return "build a profile without sound, as `480p`"
         if not found:
             return "this profile has sound: add --sound"
         return "fewer --frames" if span.max else "build a profile with sound, as 480p-121f+sound"
@@ -68,4 +73,6 @@ def _hint(name: str, found: int, span: DimRecord) -> str:
         return "this profile is for actions: --mode policy, forward-dynamics or inverse-dynamics"
     if name == "und_len":
         return f"shorten the prompt, or build with a longer range, as `480p,und_len=1:512:{2 * span.max}`"
+    if name == "frames":
+        return "leave --frames to the profile, or build one that takes it: `480p` takes 1 to 189"
     return "leave the size to the profile, or build one for this size"

@@ -387,5 +387,5 @@ def _av() -> Any:
 
 def _missing(package: str) -> UnsupportedError:
     return UnsupportedError(
-        "CX802", f"this needs {package}, which is not installed", "pip install 'cosmos-export[run]'"
+        "CX802", f"this needs {package}, which is not installed", "pip install '.[run]' in the checkout"
     )

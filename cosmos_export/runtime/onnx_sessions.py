@@ -162,13 +162,13 @@ def require_provider(kind: str) -> None:
         import onnxruntime
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"ONNX Runtime is not installed or does not load: {error}", 'pip install "cosmos-export[run]"'
+            "CX503", f"ONNX Runtime is not installed or does not load: {error}", 'pip install ".[run]" in the checkout'
         ) from error
     if _PROVIDERS[kind] not in onnxruntime.get_available_providers():
         raise UnsupportedError(
             "CX503",
             f"this ONNX Runtime has no {_PROVIDERS[kind]}",
-            'pip uninstall onnxruntime, then pip install "cosmos-export[gpu]"; or --device cpu',
+            'pip uninstall onnxruntime, then pip install ".[gpu]" in the checkout; or --device cpu',
         )
 
 

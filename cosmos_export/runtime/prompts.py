@@ -32,6 +32,8 @@ VIEWPOINTS: Mapping[str, str] = {
 DEFAULT_VIEWPOINT = "ego_view"
 
 _ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
+_LISTS = (".txt", ".jsonl")
+"""Files of many prompts, which `calibrate` reads."""
 MAX_PROMPT_BYTES = 1 << 20
 """The longest official caption has 15 kB, and the model 262,144 positions."""
 
@@ -50,6 +52,12 @@ def read_prompt(value: str, what: str = "prompt") -> Prompt:
     Text that is itself a JSON object is a caption as it stands.
     """
     if "\n" in value or not value.endswith(".json"):
+        if "\n" not in value and value.endswith(_LISTS):
+            raise UserError(
+                "CX600",
+                f"the {what} is the name of a list, {value[-80:]!r}, and a request has one {what}",
+                "give its text, or FILE.json with one caption",
+            )
         return text_prompt(value, what)
     path = Path(value)
     try:

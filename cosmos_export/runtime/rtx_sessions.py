@@ -268,7 +268,7 @@ def _open(name: str, root: Path, manifest: Manifest, device: str | None) -> RtxB
         trt = importlib.import_module(module)
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"{title} is not installed: {error}", f'pip install "cosmos-export[{extra}]"'
+            "CX503", f"{title} is not installed: {error}", f'pip install ".[{extra}]" in the checkout'
         ) from error
     built = manifest.tools.get(module)
     if built is not None and built != trt.__version__:

@@ -47,7 +47,7 @@ def _load(path: Path) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise UnsupportedError(
-            "CX802", "reading a prompt needs tokenizers, which is not installed", "pip install 'cosmos-export[run]'"
+            "CX802", "reading a prompt needs tokenizers, which is not installed", "pip install '.[run]' in the checkout"
         ) from error
     try:
         loaded: Tokenizer = Tokenizer.from_file(str(path))

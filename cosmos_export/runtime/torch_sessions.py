@@ -291,7 +291,7 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBac
         import torch
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"PyTorch is not installed: {error}", 'pip install "cosmos-export[compile]"'
+            "CX503", f"PyTorch is not installed: {error}", 'pip install ".[compile]" in the checkout'
         ) from error
     kind, _, index = (device or "cuda").partition(":")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):

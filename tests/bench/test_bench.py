@@ -171,6 +171,14 @@ def test_two_measurements_are_compared(tmp_path: Path, app: typer.Typer) -> None
     assert isinstance(result.exception, CosmosExportError) and result.exception.code == "CX673"
     result = CliRunner().invoke(app, ["bench", "compare", *map(str, reversed(paths)), "--json"])
     assert result.exit_code == 0 and json.loads(result.stdout)["regressions"] == []
+    write(measurement(1.0, workload="t2i-720p").document(), paths[0])
+    result = CliRunner().invoke(app, ["bench", "compare", *map(str, paths)])
+    assert isinstance(result.exception, CosmosExportError) and result.exception.code == "CX674"
+    assert "workload is t2i-720p and t2v-480p-189f" in result.exception.message
+    assert CliRunner().invoke(app, ["bench", "compare", "--allow-unlike", *map(str, reversed(paths))]).exit_code in (
+        0,
+        1,
+    )
     paths[0].write_text("{}")
     with pytest.raises(CosmosExportError, match="no measurement"):
         read_measurement(paths[0])
@@ -203,7 +211,11 @@ def test_the_verb_writes_what_it_shows(graphs: Path, app: typer.Typer, tmp_path:
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads(output.read_text())
-    for wrong in (["bench"], ["bench", "x", "y"], ["bench", "x", "--geometry", "nano"], ["bench", "compare", "x"]):
+    others = [["bench", "x", "--baselines"], ["bench", "x", "--recipe", "fp8"], ["bench", "x", "--kernels", "qkv-pack"]]
+    others += [["bench", "--geometry", "nano", "--profile", "480p"], ["bench", "--geometry", "nano", "--backend", "x"]]
+    for wrong in (
+        ["bench"], ["bench", "x", "y"], ["bench", "x", "--geometry", "nano"], ["bench", "compare", "x"], *others,
+    ):  # fmt: skip
         assert getattr(CliRunner().invoke(app, wrong).exception, "code", None) == "CX672"
 
 
@@ -311,9 +323,9 @@ def test_a_good_machine_has_no_blocker() -> None:
         (replace(GOOD, gpus=()), None, "gpu", State.NOTE, "none"),
         (replace(GOOD, gpus=(replace(H100, mig=True),)), None, "gpu", State.NOTE, "MIG"),
         (replace(GOOD, gpus=(replace(H100, free_bytes=9 << 30),)), None, "target h100", State.NOTE, "9 of 80 GiB free"),
-        (replace(GOOD, versions={}), "rtx-pro-6000", "target rtx-pro-6000", State.BLOCKER, "cosmos-export[rtx]"),
-        (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, "cosmos-export[compile]"),
-        (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, "cosmos-export[tensorrt]"),
+        (replace(GOOD, versions={}), "rtx-pro-6000", "target rtx-pro-6000", State.BLOCKER, ".[rtx]"),
+        (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, ".[compile]"),
+        (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, ".[tensorrt]"),
         (replace(GOOD, versions={}), None, "compiler", State.NOTE, "diffusers"),
         (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", State.NOTE, "unset it"),
         (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", State.NOTE, "interpreted"),

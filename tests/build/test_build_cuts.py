@@ -8,6 +8,8 @@ from typing import Any
 
 import build_harness as harness
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from cosmos_export.build.builders import Builders
 from cosmos_export.build.memory import _group_free_bytes
@@ -68,6 +70,21 @@ def test_a_loop_on_the_device_is_not_cut(checkpoint: Path, tmp_path: Path) -> No
     ))  # fmt: skip
     assert {part.name: part.cut for part in parts(host)}["generator"]
     assert all(compiler_bytes(3) + builder_bytes(part) <= (host.memory_budget or 0) for part in parts(host))
+
+
+def test_a_plan_says_what_a_build_refuses() -> None:
+    from cosmos_export.cli.plan import register
+
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    for options, said in (
+        (["--memory-budget", "1GiB"], "building the engine of"),
+        (["--memory-budget", "12GiB", "--loop", "device"], "a loop on the device is one engine"),
+    ):
+        command = ["plan", "--like", "nano", "--target", "rtx-pro-6000", *options]
+        error = CliRunner().invoke(app, command).exception
+        assert isinstance(error, CosmosExportError) and error.code == "CX457" and said in error.message
 
 
 def test_the_command_to_resume_names_the_budget_that_was_found(

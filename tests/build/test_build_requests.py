@@ -275,7 +275,7 @@ def test_without_the_builder(tmp_path: Path, omni: Path, monkeypatch: pytest.Mon
         resolve(BuildOptions(omni, tmp_path / "x", target="rtx-pro-6000"))
     assert caught.value.code == "CX404"
     assert "`tensorrt_rtx` Python module, which is not installed" in caught.value.message
-    assert 'pip install "cosmos-export[rtx]"' in caught.value.hint
+    assert 'pip install ".[rtx]" in the checkout' in caught.value.hint
     resolve(BuildOptions(omni, tmp_path / "x"))  # the CPU needs none
 
 
@@ -290,7 +290,7 @@ def test_without_the_compiler(tmp_path: Path, omni: Path, monkeypatch: pytest.Mo
         resolve(BuildOptions(omni, tmp_path / "x"))
     assert (caught.value.code, caught.value.exit_code) == ("CX802", 3)
     assert "needs diffusers" in caught.value.message
-    assert 'pip install "cosmos-export[compile]"' in caught.value.hint
+    assert 'pip install ".[compile]" in the checkout' in caught.value.hint
 
 
 def test_without_space(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:

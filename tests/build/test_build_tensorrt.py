@@ -57,7 +57,7 @@ def test_everything_but_the_engines_is_there(waiting: Path, omni: Path) -> None:
         assert all(len(span) == 3 for span in shapes.values())
     script = (root / "finish.sh").read_text()
     assert subprocess.run(["sh", "-n", root / "finish.sh"]).returncode == 0
-    assert "cosmos-export[tensorrt]==" in script and "cosmos_export.build.finish" in script
+    assert "pip install '.[tensorrt]'" in script and "cosmos_export.build.finish" in script
     with pytest.raises(CosmosExportError, match="has no engines") as caught:
         load_bundle(root)
     assert "finish.sh" in caught.value.hint

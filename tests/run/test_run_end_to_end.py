@@ -160,7 +160,7 @@ def test_backends_and_devices(subjects: Subjects) -> None:
     import onnxruntime
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert "cosmos-export[gpu]" in refused(bundle, "CX503", "--device", "cuda:0")
+        assert ".[gpu]" in refused(bundle, "CX503", "--device", "cuda:0")
     with pytest.raises(CosmosExportError, match="this bundle has no engines") as caught:
         load_bundle(bundle, backend="tensorrt-rtx")
     assert caught.value.code == "CX505"

@@ -126,6 +126,14 @@ def test_bad_captions(tmp_path: Path, content: bytes | None, message: str) -> No
     assert caught.value.code == "CX600"
 
 
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_list_of_prompts_is_no_prompt(name: str) -> None:
+    with pytest.raises(UserError, match="name of a list") as caught:
+        prompts.read_prompt(name)
+    assert caught.value.code == "CX600" and "FILE.json" in caught.value.hint
+    assert prompts.read_prompt("write .txt\nfiles.txt").text.endswith("files.txt")
+
+
 def test_bad_text() -> None:
     for text in ("x" * (prompts.MAX_PROMPT_BYTES + 1), "\udc80"):
         with pytest.raises(UserError) as caught:

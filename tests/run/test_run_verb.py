@@ -169,6 +169,13 @@ def test_actions(run: Run, tmp_path: Path) -> None:
     code, _, err = run(*common, "--actions", tmp_path / "b.json", "--action-stats", tmp_path / "stats.json",
                        "-o", tmp_path / "fd.mp4")  # fmt: skip
     assert code == 0, err
+    # But not in other units than it was made in, nor for another robot.
+    stats, other = ("--action-stats", tmp_path / "stats.json"), (*common[:3], "droid_lerobot", *common[4:])
+    wrong = [(common, "b.json", (), "units of the data"), (common, "a.json", stats, "normalised again"),
+             (common, "a.safetensors", stats, "normalised again"), (other, "a.json", (), "of `umi`")]  # fmt: skip
+    for asked, file, options, said in wrong:
+        code, _, err = run(*asked, "--actions", tmp_path / file, *options, "-o", tmp_path / "no.mp4")
+        assert code == 2 and "CX611" in err and said in " ".join(err.split()), err
 
 
 def test_json(run: Run, tmp_path: Path) -> None:

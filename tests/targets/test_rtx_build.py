@@ -142,7 +142,7 @@ def test_missing_builder_module(graph: Path, engine: Path) -> None:
     flavor = TrtFlavor("no_such_builder", "rtx", FLAVOR.capabilities)
     with pytest.raises(UnsupportedError) as caught:
         run_build(flavor, graph, engine, target=RTX, profiles=[generator_profile()])
-    assert caught.value.code == "CX404" and 'pip install "cosmos-export[rtx]"' in caught.value.hint
+    assert caught.value.code == "CX404" and 'pip install ".[rtx]" in the checkout' in caught.value.hint
 
 
 def failing(onnx_path: Path, engine: Path, **options: object) -> CosmosExportError:
