@@ -152,9 +152,7 @@ def _counted(values: Sequence[str]) -> dict[str, int]:
 
 
 def _schedule(work: Work) -> str:
-    s = work.request.schedule
-    shift = "" if s.shift is None else f", shift {s.shift:g}"
-    return f"{work.request.mode}: {s.sampler} on {s.grid}, {s.steps} steps{shift}, guidance {s.guidance:g}"
+    return work.request.schedule.text(work.request.mode)
 
 
 def _rows(work: Work, record: RequestRecord) -> int:

@@ -94,6 +94,8 @@ class EngineReport:
     """Layers that the engine inspector lists; None where the builder has no inspector."""
     layers_in: Mapping[str, int] = field(default_factory=dict)
     """How many of them name each type of operand or kind of kernel, by token of their description."""
+    reused: str = ""
+    """Where it was taken from instead of being built: ``resumed``, ``cache``; its seconds and memory are of then."""
 
 
 def require_module(flavor: TrtFlavor) -> None:

@@ -206,7 +206,7 @@ def write_engine(
     key = key_of(components)
     kept = writer.kept(file, key)
     if kept is not None:
-        return report_from(path, kept.facts)
+        return report_from(path, kept.facts, "resumed")
     report = _copied(name, key, components, path, plan, progress) or _build(
         model, path, target=plan.target, profiles=shapes, progress=progress, **settings
     )
@@ -235,7 +235,7 @@ def _copied(
     entry = cache.find(key)
     if entry is not None and copy_checked(entry, path, progress):
         _log.debug("engine %s: copied from %s", name, entry.path)
-        return report_from(path, entry.facts)
+        return report_from(path, entry.facts, "cache")
     if cache.folder is not None and _log.isEnabledFor(logging.DEBUG):
         _log.debug("engine %s: built: %s", name, cache.why(name, components))
     return None

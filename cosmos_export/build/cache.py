@@ -70,11 +70,15 @@ class Cache:
         return entry if entry is not None and entry.present else None
 
     def add(self, entries: Iterator[Entry] | list[Entry]) -> None:
-        """Record ``entries``. A cache that cannot be written is left as it is: it is a convenience."""
+        """Record ``entries``, but for those of which another copy is known and still there. A cache that cannot be
+        written is left as it is: it is a convenience."""
         if self.folder is None:
             return
         with contextlib.suppress(OSError), self._locked() as folder:
             for entry in entries:
+                known = self.find(entry.key)
+                if known is not None and known.sha256 == entry.sha256:
+                    continue  # the copy may go with its bundle while the first one stays
                 partial = folder / f".{entry.key}.partial"
                 partial.write_text(json.dumps(asdict(entry), indent=1), encoding="utf-8")
                 partial.replace(folder / f"{entry.key}.json")

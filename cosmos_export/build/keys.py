@@ -112,19 +112,20 @@ def _graphs(graph: Any) -> list[Any]:
 
 
 def report_facts(report: EngineReport) -> dict[str, Any]:
-    """An engine's report as plain values, without its path."""
+    """An engine's report as plain values, without its path and where it was taken from."""
     facts = asdict(report)
-    del facts["path"]
+    del facts["path"], facts["reused"]
     return facts
 
 
-def report_from(path: Path, facts: Mapping[str, Any]) -> EngineReport:
-    """The report of the engine that lies at ``path`` now."""
-    values = {field.name: facts[field.name] for field in fields(EngineReport) if field.name != "path"}
+def report_from(path: Path, facts: Mapping[str, Any], reused: str) -> EngineReport:
+    """The report of the engine that lies at ``path`` now, taken over from ``reused``."""
+    names = [field.name for field in fields(EngineReport) if field.name not in ("path", "reused")]
+    values = {name: facts[name] for name in names}
     for name in ("inputs", "outputs"):
         values[name] = tuple(EngineTensor(t["name"], t["dtype"], tuple(t["shape"])) for t in facts[name])
     values["warnings"] = tuple(facts["warnings"])
-    return EngineReport(path=path, **values)
+    return EngineReport(path=path, reused=reused, **values)
 
 
 def _file_identity(path: Path) -> list[Any]:

@@ -241,7 +241,7 @@ def _precision(
         raise UnsupportedError(
             "CX358",
             f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
-            "convert the checkpoint to bf16, or build it for the target `cpu`",
+            "a bf16 checkpoint (`demo-checkpoint --dtype bfloat16` makes one), or the target `cpu`",
         )
     alone = found.weight_only_steps()
     if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:

@@ -148,6 +148,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
 def _build(
     plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes, builders: Builders
 ) -> None:
+    result.notes += _mismatches(plan)
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     codec_builds: list[dict[str, Future[Engine]]] = []
@@ -256,6 +257,24 @@ def _build(
     with stages("commit", shown=False):
         result.manifest = writer.commit(record)
     Cache(plan.options.cache).add(cache_entries(writer, created))
+
+
+def _mismatches(plan: Plan) -> list[str]:
+    """What of the request does not go together, and is allowed."""
+    found = []
+    for modality, dim, profile in (("sound", "sound_len", "480p-121f+sound"), ("action", "action_len", "policy-droid")):
+        if modality in plan.modalities and not any(p.dims[dim].max for p in plan.profiles):
+            found.append(
+                f"no profile has {modality}, so no request can: add one that does, as `--profile {profile}`, or leave "
+                f"{modality} out of `--modalities`"
+            )
+    mode, asked = plan.options.mode, plan.schedule.text(plan.options.mode)
+    made = plan.scales.lineage.get("schedules", ()) if plan.scales is not None else ()
+    if any(text.startswith(f"{mode}:") for text in made) and asked not in made:
+        found.append(
+            f"the scale table was made on `{'`, `'.join(made)}`, and this build is for `{asked}`: ranges differ"
+        )
+    return found
 
 
 class _Stages:

@@ -239,8 +239,8 @@ def _print(result: BuildResult) -> None:
                 f"{engine.fused_attention} fused of {engine.attention}" if engine.attention else "–",
                 _gemms(engine),
                 _size(engine.activation_bytes),
-                f"{engine.report.build_s:.1f} s",
-                _size(engine.report.peak_memory_bytes),
+                engine.report.reused or f"{engine.report.build_s:.1f} s",
+                "–" if engine.report.reused else _size(engine.report.peak_memory_bytes),
                 "as planned" if engine.check.passed else engine.check.found,
             )
         out.print(table)
@@ -397,6 +397,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "dequantize_kernels": sorted({name for g in e.plan.graphs for name in g.dequantize}),
                 "activation_bytes": e.activation_bytes,
                 "profiles": list(e.profiles),
+                "reused": e.report.reused,
                 "build_s": round(e.report.build_s, 3),
                 "peak_memory_bytes": e.report.peak_memory_bytes,
                 "peak_anonymous_bytes": e.report.peak_anonymous_bytes,

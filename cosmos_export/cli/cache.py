@@ -117,7 +117,7 @@ def _table(entries: list[Entry]) -> Any:
     table = Table("key", "engine", "target", "size", "built", "in", box=None)
     for entry in entries:
         place = entry.path if entry.present else f"{entry.path} (gone)"
-        size = f"{entry.size_bytes / 1e9:.2f} GB"
+        size = f"{entry.size_bytes / 1e6:,.1f} MB"
         table.add_row(entry.key[:12], entry.name, entry.components.get("target", ""), size, entry.created, place)
     return table
 

@@ -22,7 +22,7 @@ MEMORY_SHARE = 0.95
 """Of a GPU's memory that a request may take; the rest is the driver's and the allocator's."""
 UNIFIED_SHARE = 0.85
 """Of memory that is shared with the CPU."""
-ADVISED = ("fp8", "memory")
+ADVISED, LAST = ("fp8", "memory"), "int4"
 """Recipes that are tried where one does not fit."""
 
 
@@ -251,8 +251,10 @@ class _Planner:
         found = []
         if verdict == "fits in phases":
             found.append("drop the reasoner after prefill, and load the codecs when the loop is done")
-        for recipe in ADVISED:
-            if recipe == self.request.recipe.name:
+        for recipe in (*ADVISED, LAST):
+            if recipe == LAST and any(line.startswith("--recipe") for line in found):
+                continue  # it loses the most
+            if recipe == self.request.recipe.name or workload.mode in load_recipe(recipe).not_for:
                 continue
             try:
                 tried = self.device(workload, target, load_recipe(recipe))

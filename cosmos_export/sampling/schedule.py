@@ -73,6 +73,11 @@ class Schedule:
         if (self.sampler == "distilled-sde") != (self.grid == "distilled"):
             _inconsistent(f"sampler {self.sampler} on grid {self.grid}")
 
+    def text(self, mode: str) -> str:
+        """In words, of requests of ``mode``."""
+        shift = "" if self.shift is None else f", shift {self.shift:g}"
+        return f"{mode}: {self.sampler} on {self.grid}, {self.steps} steps{shift}, guidance {self.guidance:g}"
+
     @property
     def guided(self) -> tuple[bool, ...]:
         """For each step: whether it needs the unconditional branch."""

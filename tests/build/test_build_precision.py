@@ -145,6 +145,17 @@ def test_weights_as_inputs_keep_the_kernels(
     assert verify_bundle(tmp_path / "x").ok
 
 
+def test_a_table_made_on_another_schedule_is_said(edge: Path, edge_scales: Path) -> None:
+    for steps, differs in ((35, True), (None, False)):
+        options = {"recipe": "fp8", "calibration": edge_scales, "mode": "t2v"}
+        made = read_scale_table(edge_scales).lineage.get("schedules", ())
+        plan = resolve(harness.transformer_only(edge, Path("x"), **options, steps=steps))
+        table = replace(plan.scales, lineage={"schedules": [plan.schedule.text("t2v").replace(" 35 ", " 4 ")]})
+        plan = replace(plan, scales=table if differs else plan.scales)
+        found = [note for note in stages._mismatches(plan) if "scale table" in note]
+        assert bool(found) is differs, (found, made)
+
+
 def test_weights_that_cannot_be_inputs_are_cut(
     tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

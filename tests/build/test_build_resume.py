@@ -178,7 +178,10 @@ def test_engines_of_another_bundle_are_copied(checkpoint: Path, whole: tuple[Pat
     assert all(entry.present and entry.components["target"] == "12.0" for entry in entries)
     second = build(options(checkpoint, tmp_path / "second", cache=cache))
     assert [e.report.build_s for e in second.engines] == [e.report.build_s for e in first.engines]
+    assert {e.report.reused for e in first.engines} == {""} and {e.report.reused for e in second.engines} == {"cache"}
     assert contents(tmp_path / "second") == contents(tmp_path / "first") == contents(whole[0])
+    # The first copy stays known: the second may go.
+    assert {Path(entry.path).parents[1].name for entry in Cache(cache).entries()} == {"first"}
 
 
 def test_an_engine_that_was_changed_is_not_copied(checkpoint: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
