@@ -105,11 +105,14 @@ def read_source(text: str) -> Source:
     """The source that ``text`` names. CX340: no such thing, or nothing in it; CX341: an option; CX6xx: its files."""
     path, options = parse_source(text)
     if not path.exists():
-        raise UserError("CX340", f"{path} does not exist", "is it the right path?")
+        hint = f"options of --data: {', '.join(_OPTIONS)}" if "," in path.name else "is it the right path?"
+        raise UserError("CX340", f"{path} does not exist", hint)
     found = _reader(path)(path, options)
     items = found.items[: options.limit]
     if not items:
-        raise UserError("CX340", f"{path} holds nothing to calibrate on ({found.kind})", "see docs/calibration.md")
+        raise UserError(
+            "CX340", f"{path} holds nothing to calibrate on ({found.kind})", "name each caption (.json) by itself"
+        )
     items = tuple(_with(item, options) for item in items)
     used = [path for item in items for path in _files(item)]
     return Source(

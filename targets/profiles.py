@@ -244,7 +244,9 @@ def check_limits(profile: Profile, limits: ModelLimits) -> None:
         raise UserError(
             "CX411",
             f"profile `{profile.name}` is outside the model's limits: {'; '.join(problems)}",
-            "give another range with an item such as `und_len=1:512:4096`",
+            "leave it out of the profile"
+            if problems[0].endswith("is generated)")
+            else "give another range with an item such as `und_len=1:512:4096`",
         )
 
 

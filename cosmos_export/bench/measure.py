@@ -217,7 +217,7 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         said = f"no CUDA device {device.index or 0} that PyTorch {torch.__version__} can use"
-        raise UnsupportedError("CX505", said, "`--device cpu`")
+        raise UnsupportedError("CX505", said, "`--dry-run` tries everything on the CPU, at a tiny size")
     return device
 
 

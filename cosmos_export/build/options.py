@@ -407,9 +407,9 @@ def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) ->
     if set(asked) - set(available) or "vision" not in asked:
         raise UserError(
             "CX210",
-            f"modalities {', '.join(asked) or 'none'} asked for; allowed is `vision`, which is part of every step, "
-            f"with {', '.join(available[1:]) or 'nothing else'}",
-            "leave --modalities out for all the checkpoint has",
+            f"modalities {', '.join(asked) or 'none'} asked for; this checkpoint generates {', '.join(available)}",
+            ("" if "vision" in asked else "add vision, which is part of every step; ")
+            + "leave --modalities out for all the checkpoint has",
         )
     return tuple(name for name in available if name in asked)
 

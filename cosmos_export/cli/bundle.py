@@ -119,7 +119,7 @@ def _verdict(report: VerifyReport) -> str:
         return f"PASS: {report.bundle}: {_files(len(report.manifest.files))}, {size:,} bytes, as the manifest says"
     first, count = _printable(report.failures[0].path), len(report.failures)
     failed = first if count == 1 else f"{first} and {count - 1} more"
-    return f"FAIL: {report.bundle}: {failed} of {len(report.checks)} checks; do not use this bundle"
+    return f"FAIL: {report.bundle}: {failed}, of {len(report.checks)} checks; do not use this bundle"
 
 
 def _document(report: VerifyReport) -> dict[str, Any]:

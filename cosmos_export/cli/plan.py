@@ -65,6 +65,7 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.cli.build import interval
         from cosmos_export.diagnostics import UserError
         from cosmos_export.plan import Request, estimate, parse_workload
+        from cosmos_export.plan.choose import AUTO
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
         from cosmos_export.targets.recipe import DEFAULT, load_recipe
@@ -74,6 +75,10 @@ def register(app: typer.Typer) -> None:
             raise UserError("CX451", f"loop `{loop}` is none of host, device", "pass one of host, device")
         tokens = _tokens(prompt_tokens)
         subject, limits, opened = subject_of(checkpoint, like)
+        if recipe == AUTO:
+            raise UserError(
+                "CX350", "a plan is of one recipe", "`cosmos-export recipes choose` says which one `auto` is"
+            )
         chosen = load_recipe(recipe or DEFAULT) if opened is None else recipe_for(opened, recipe)
         request = Request(
             targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),

@@ -176,6 +176,8 @@ def _require_results(outputs: Outputs, prepared: Prepared, manifest: Manifest) -
 def _result_hint(kind: str, made: str) -> str:
     if kind == "sound":
         return "add --sound"
+    if kind == "image":
+        return "for a picture: --mode t2i"
     suffixes = [suffix for suffix, meant in _KINDS.items() if meant in made.split(" and ")]
     return f"names that end in {', '.join(suffixes)}" if suffixes else ""
 
