@@ -82,12 +82,23 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "profiles": [f"{p.name}: {_takes(p, manifest)}" for p in manifest.profiles],
         "codecs": ", ".join(codecs) or "none",
         "engines": engines,
-        "checked": [
-            f"{v.stage} of {v.subject}: {v.verdict}" + (f" ({v.note})" if v.note else "") for v in manifest.evaluation
-        ] or ["nothing was compared"],
+        "checked": _checked(manifest) or ["nothing was compared"],
         "bytes": f"{sum(sizes.values()):,} in {_files(len(sizes))}",
         "built": f"{manifest.volatile.created} by cosmos-export {manifest.tools.get('cosmos-export', 'unknown')}",
     }  # fmt: skip
+
+
+def _checked(manifest: Manifest) -> list[str]:
+    """What passed, by what was looked at; of the others why not, those with one reason together."""
+    passed: dict[str, list[str]] = {}
+    others: dict[str, list[str]] = {}
+    for v in manifest.evaluation:
+        if v.verdict == "pass":
+            passed.setdefault(v.subject, []).append(v.stage)
+        else:
+            others.setdefault(f"{v.verdict}{f' ({v.note})' * bool(v.note)}", []).append(f"{v.stage} of {v.subject}")
+    lines = [f"{subject}: pass ({', '.join(stages)})" for subject, stages in passed.items()]
+    return lines + [f"{reason}: {', '.join(what)}" for reason, what in others.items()]
 
 
 def _listed(value: object) -> tuple[object, ...]:

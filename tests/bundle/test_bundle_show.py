@@ -45,7 +45,7 @@ def test_what_a_bundle_takes(bundle: Path) -> None:
     for said in (
         "rtx-pro-6000, tensorrt-rtx, 12.0", "vision, sound", "t2v, 35 steps, guidance 6.0, loop on the host",
         "480p: frames 1 to 121, height 480, 1 to 4096 prompt tokens, width 832\n", "generator: 0.0 MB",
-        "split_towers of velocity: pass (fp32)",
+        "velocity: pass (split_towers)",
     ):  # fmt: skip
         assert said in text, text
     assert json.loads(shown(bundle, "--json"))["recipe"] == "bf16"
