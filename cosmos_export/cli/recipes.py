@@ -112,6 +112,8 @@ def _tried(chosen: Recipe, tried: list[Tried]) -> Any:
             time = f"{one.relative_s:.2f} s" if one.measured else f"{one.relative_s / fastest:.2f} ×"
         mark = "→" if one.recipe.name == chosen.name else ""
         table.add_row(mark, one.recipe.name, size, _FITS[one.fit], time, one.refusal)
+    if fastest is None:
+        table.caption = "no times: the target's rates are not published; of what fits, the one with the most bits"
     return table
 
 
