@@ -35,7 +35,7 @@ CANDIDATE_TILES = (
 def _widened(nibble, dtype: tl.constexpr):
     """A signed 4-bit number, int16 0 … 15, as bf16 or fp16, without a conversion: bits of 128 + n + 8, or 1024 + n + 8.
 
-    Two thirds of the instructions of a conversion from int8, which are most of the kernel's.
+    A conversion from int8 takes more instructions, and they are most of the kernel's.
     """
     offset: tl.constexpr = 0x4308 if dtype == tl.bfloat16 else 0x6408
     zero = tl.full(nibble.shape, offset, tl.int16)

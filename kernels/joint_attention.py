@@ -35,7 +35,7 @@ from cosmos_export.kernels.launch import FP8, Tile, Variant, require, require_re
 LOG2E = 1.4426950408889634
 
 TILES = {90: Tile((128, 128), 8, 3), 100: Tile((128, 128), 8, 3), 120: Tile((128, 64), 8, 2)}
-# On 90 with 64 keys nothing is spilled, but the loop issues a fifth more instructions for as many keys.
+# On 90 with 64 keys nothing is spilled, but the loop issues more instructions for as many keys (`kernels/loops.py`).
 FP8_TILES = {90: Tile((128, 128), 8, 3), 100: Tile((128, 128), 8, 3), 120: Tile((128, 64), 8, 2)}
 CANDIDATE_TILES = (
     Tile((128, 128), 8, 2), Tile((128, 128), 8, 3), Tile((128, 64), 8, 3), Tile((128, 64), 4, 3),

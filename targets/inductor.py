@@ -543,11 +543,6 @@ class Executable:
     def inputs(self) -> dict[str, torch.dtype]:
         return {name: spec_of(node).dtype for name, node in self.graph.inputs.items()}
 
-    @property
-    def kinds(self) -> int:
-        """Different functions that have been compiled."""
-        return len(self._compiled)
-
     def __call__(
         self, inputs: Mapping[str, torch.Tensor], tokens: Mapping[str, object] | None = None
     ) -> dict[str, torch.Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from quantized import Tiny
+from test_inductor import needs_compiler
 from tiny_cosmos import distance
 
 from cosmos_export.ir import ops
@@ -80,7 +80,7 @@ def test_quantized_graphs_are_the_graphs(tiny: Tiny, tmp_path: Path, scheme: str
         assert distance(found[name], exact[name]) < 1.25 * moved, name
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_what_the_compiler_makes_of_quantized_products() -> None:
     """A norm, its quantization, a product with a scale a row, and one of INT4 weights: as the operations say."""
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def test_what_the_compiler_makes_of_quantized_products() -> None:
     assert distance(found, y @ wide.T) < 0.02
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 @pytest.mark.parametrize("per_output", [False, True])
 def test_what_is_quantized_of_a_prompt_compiles_once(per_output: bool) -> None:
     """A W8A8 product and values of FP8 attention, for prompts whose lengths are and are not multiples of 16."""
