@@ -67,12 +67,14 @@ def register(app: typer.Typer) -> None:
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
+    from cosmos_export.runtime.asked import SOUND_DECODER
+
     options, target = manifest.options, manifest.target
     loop = "on the device" if manifest.loop is not None and manifest.loop.segments else "on the host"
     guidance = options.get("schedule.guidance")
     sizes = {record.path: record.size_bytes for record in manifest.files}
     engines = [f"{e.name}: {sizes.get(e.path, 0) / 1e6:,.1f} MB" for e in manifest.engines] or ["none"]
-    codecs = [*manifest.streams, *(name for name in manifest.graphs if name == "sound_decoder")]
+    codecs = [*manifest.streams, *(name for name in manifest.graphs if name == SOUND_DECODER)]
     return {
         "model": f"{manifest.model.id} ({manifest.model.variant})",
         "target": ", ".join(filter(None, (target.name, target.backend, target.compute_capability))),

@@ -176,6 +176,7 @@ def test_two_measurements_are_compared(tmp_path: Path, app: typer.Typer) -> None
     assert isinstance(result.exception, CosmosExportError) and result.exception.code == "CX674"
     assert "workload is t2i-720p and t2v-480p-189f" in result.exception.message
     faster = ["bench", "compare", "--allow-unlike", "--json", *map(str, reversed(paths))]
+    console.configure()  # as a process of its own
     result = CliRunner().invoke(app, faster)
     assert result.exit_code == 0 and "workload: t2v-480p-189f and t2i-720p" in json.loads(result.stdout)["unlike"]
     paths[0].write_text("{}")
