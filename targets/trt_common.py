@@ -5,7 +5,8 @@ can crash; this module never imports it. The engine is streamed to a temporary f
 when it is complete. `cosmos_export.targets._trt_worker` is the other side of the pipe.
 
 The builder orders some things by their addresses, so equal engines need equal memory: the worker gets the same
-environment and the same relative paths wherever it builds, one heap, and (where the system allows) fixed addresses.
+environment and the same relative paths wherever it builds, a heap of its own for each of the builder's threads (in one
+heap what they take beside each other comes in another order each time), and (where the system allows) fixed addresses.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _POLL_S = 0.1
 _GRACE_S = 5.0
 _LOG_LINES = 20
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "SYSTEMROOT")
-_FIXED = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
+_FIXED = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "128", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from cosmos_export.bundle import verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.reference import Reference, relative_error
+from cosmos_export.targets import load_target
 from cosmos_export.targets.plan_inspector import inspect_plan
+from cosmos_export.targets.profiles import input_shapes, parse_profile
+from cosmos_export.targets.tensorrt_rtx import build_engine
 
 pytestmark = pytest.mark.xdist_group("bundles")
 
@@ -251,6 +255,22 @@ def test_the_generator_takes_rows_of_the_table(omni_fp32: Path, captured_once: N
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The same again
+
+
+def test_an_engine_is_the_same_bytes_on_a_busy_machine(omni_bundle: Built, tmp_path: Path) -> None:
+    """The builder's threads come in another order each time; that must not move what the engine is ordered by."""
+    manifest = omni_bundle.manifest
+    dims = {tensor.name: list(tensor.dims) for tensor in manifest.graphs["generator"].inputs}
+    profiles = [input_shapes(parse_profile(name), dims) for name in ("256p-17f", "256p-17f+sound")]
+    model = omni_bundle.path / "onnx/generator.onnx"
+
+    def built_again(number: int) -> bytes:
+        path = tmp_path / f"{number:02}.engine"
+        build_engine(model, path, target=load_target("rtx-pro-6000"), profiles=profiles)
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(built_again, range(16)))) == 1
 
 
 def test_two_builds_are_the_same_bytes_but_for_what_is_volatile(

@@ -145,5 +145,5 @@ def test_a_disk_that_fills_up_at_any_stage(tmp_path: Path, monkeypatch: pytest.M
     found = in_a_child(everything, disk)
     # A small file, weights, and engines, which their builder writes.
     assert {code for code, _ in found} >= {"CX704", "CX440", "CX424"}, found
-    kept = [files for _, files in found]
-    assert kept == sorted(kept) and kept[0] == 0 and len(set(kept)) > 3, found
+    # Files are written beside each other, so which of them are finished in between is not the same each time.
+    assert found[0][1] == 0 < found[1][1] < found[-1][1], found
