@@ -6,8 +6,8 @@
 
 Stages, in order of what they are worth: the machine and its ceilings; every kernel against its reference, then timed;
 the graphs on the device against the interpreter; two layers of true width against diffusers, where it is installed; the
-geometry's workloads in bf16, FP8 and FP8 attention; a step with each kernel of ours in the compiled graph. A stage that
-would not end within the budget is left out and said to be. Each writes its own JSON as soon as it is done.
+geometry's workloads in the recipes bf16, fp8 and fp8-attention; a step with each kernel of ours in the compiled graph.
+A stage that would not end within the budget is left out and said to be. Each writes its own JSON as soon as it is done.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ WORKLOADS = [
 BASELINES = ("t2v-480p-189f",)
 """Workloads of which diffusers is measured too, in the stage of bf16, where it is installed."""
 RECIPES = ("fp8-attention", "fp8", "bf16")
+PLACES = {("policy-droid", "fp8"): ("gen=fp8",)}
+"""Changes to a recipe: the published policy keeps the first and last three steps W8A16, so all of four."""
+FUSIONS = {"fp8": tuple(name for name in KERNELS if name != W4A16), "int4": (W4A16,)}
+"""Recipe → kernels to try in its guided step."""
 LIMITS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative error of a graph on the device against the interpreter in fp32 on the same (rounded) weights."""
 
@@ -120,15 +124,17 @@ def stages(arguments: argparse.Namespace, device: torch.device) -> Iterator[Stag
         yield Stage("numerics", 100, lambda: _numerics(arguments, device))
     for workload, kind, needs_s in WORKLOADS[:2] if dry else WORKLOADS:
         for recipe in RECIPES[1:] if dry else RECIPES:
+            if recipe == "fp8-attention" and workload == "policy-droid":
+                continue  # none of its four steps has it
             folder = arguments.graphs / (f"tiny-{kind}" if dry else f"{arguments.size}-{kind}")
             beside = recipe == "bf16" and workload in BASELINES and find_spec("diffusers") is not None
             asked = GeometryRequest(
                 arguments.size, workload, recipe, str(device), runs=1 if dry else 5, graphs=folder,
-                compiled=not dry, baselines=beside, dry_run=dry,
+                places=PLACES.get((workload, recipe), ()), compiled=not dry, baselines=beside, dry_run=dry,
             )  # fmt: skip
             yield Stage(f"bench-{workload}-{recipe}", needs_s + beside * 90, lambda asked=asked: _bench(asked))
 
-    yield Stage("fusions", 200, lambda: _fusions(arguments, device))
+    yield Stage("fusions", 260, lambda: _fusions(arguments, device))
 
 
 def _numerics(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -144,30 +150,32 @@ def _numerics(arguments: argparse.Namespace, device: torch.device) -> dict[str, 
 
 
 def _fusions(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """A guided step at 480p in FP8 with each kernel in the graph, among three without any."""
-    dry, rows = arguments.dry_run, []
+    """A guided step at 480p with each kernel in the graph, among several without any; in the recipe it is for."""
+    dry, rows, found = arguments.dry_run, [], {}
     folder = arguments.graphs / ("tiny-vision" if dry else f"{arguments.size}-vision")
-    names = [(name,) for name in KERNELS if name != W4A16]
-    half = len(names) // 2
-    for chosen in ((), *names[:half], (), *names[half:], ()):
-        with device_rounding() if dry else nullcontext():
-            found = measure_geometry(
-                GeometryRequest(
-                    arguments.size, "t2v-480p-189f", "fp8", str(device), runs=1 if dry else 5, warm_up=0 if dry else 1,
-                    graphs=folder, kernels=frozenset(chosen), only=frozenset({GUIDED}), compiled=not dry, dry_run=dry,
-                ),
-                Silent(),
-            )  # fmt: skip
-        rows.append({"kernels": list(chosen), "seconds": found.components[0].median_s})
-        print(
-            f"guided step with {', '.join(chosen) or 'no kernel of ours'}: {1e3 * rows[-1]['seconds']:.2f} ms",
-            flush=True,
-        )
-    without = [row["seconds"] for row in rows if not row["kernels"]]
-    drift = max(max(without) / min(without) - 1, _NOISE)
-    wins = [row["kernels"][0] for row in rows if row["kernels"] and row["seconds"] < min(without) / (1 + drift)]
-    print(f"drift without any within {drift:.2%}; kernels that win by more: {', '.join(wins) or 'none'}", flush=True)
-    return {"fusions": rows, "drift": drift, "wins": wins}
+    for recipe, names in FUSIONS.items():
+        half = (len(names) + 1) // 2  # without any: at both ends and in the middle
+        singles = [(name,) for name in names]
+        for chosen in ((), *singles[:half], (), *singles[half:], ()):
+            with device_rounding() if dry else nullcontext():
+                measured = measure_geometry(
+                    GeometryRequest(
+                        arguments.size, "t2v-480p-189f", recipe, str(device), runs=1 if dry else 5,
+                        warm_up=0 if dry else 1, graphs=folder, kernels=frozenset(chosen), only=frozenset({GUIDED}),
+                        compiled=not dry, dry_run=dry,
+                    ),
+                    Silent(),
+                )  # fmt: skip
+            rows.append({"recipe": recipe, "kernels": list(chosen), "seconds": measured.components[0].median_s})
+            what = ", ".join(chosen) or "no kernel of ours"
+            print(f"guided step in {recipe} with {what}: {1e3 * rows[-1]['seconds']:.2f} ms", flush=True)
+        own = [row for row in rows if row["recipe"] == recipe]
+        without = [row["seconds"] for row in own if not row["kernels"]]
+        drift = max(max(without) / min(without) - 1, _NOISE)
+        wins = [row["kernels"][0] for row in own if row["kernels"] and row["seconds"] < min(without) / (1 + drift)]
+        print(f"{recipe}: drift without any {drift:.2%}; kernels that win by more: {', '.join(wins) or 'none'}")
+        found[recipe] = {"drift": drift, "wins": wins}
+    return {"fusions": rows, **found}
 
 
 _NOISE = 0.005

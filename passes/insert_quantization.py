@@ -116,25 +116,29 @@ class InsertQuantization(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         for graph in towers_of(program).values():
-            groups: dict[tuple[Node, str, WeightSource | None], list[Node]] = defaultdict(list)
-            for node, precision in _sites(graph):
-                scheme = precision.at(self._step)
-                if scheme != BF16:
-                    pre = self._ranges.pre_scale(node.args[1].meta["weight"]) if scheme == INT4 else None
-                    groups[node.args[0], scheme, pre].append(node)
-            for (value, scheme, pre), linears in groups.items():
-                read = self._input(graph, value, scheme, pre, linears, result)
-                for node in linears:
-                    weight = self._weight(graph, node, scheme, pre)
-                    operands = (read, weight, *node.args[2:])
-                    new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
-                    if scheme == INT4:
-                        new = self._with_low_rank(graph, node, read, new, result)
-                    graph.replace(node, new)
-                    result.changes[f"{scheme} linears"] += 1
-            self._attentions(graph, result)
-            graph.eliminate_dead_code()
+            self.rewrite(graph, result)
         return result
+
+    def rewrite(self, graph: Graph, result: PassResult) -> None:
+        """Quantize the labelled sites of one ``graph``, and count them in ``result``."""
+        groups: dict[tuple[Node, str, WeightSource | None], list[Node]] = defaultdict(list)
+        for node, precision in _sites(graph):
+            scheme = precision.at(self._step)
+            if scheme != BF16:
+                pre = self._ranges.pre_scale(node.args[1].meta["weight"]) if scheme == INT4 else None
+                groups[node.args[0], scheme, pre].append(node)
+        for (value, scheme, pre), linears in groups.items():
+            read = self._input(graph, value, scheme, pre, linears, result)
+            for node in linears:
+                weight = self._weight(graph, node, scheme, pre)
+                operands = (read, weight, *node.args[2:])
+                new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
+                if scheme == INT4:
+                    new = self._with_low_rank(graph, node, read, new, result)
+                graph.replace(node, new)
+                result.changes[f"{scheme} linears"] += 1
+        self._attentions(graph, result)
+        graph.eliminate_dead_code()
 
     def _attentions(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(ops.JOINT_ATTENTION):

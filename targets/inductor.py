@@ -141,26 +141,14 @@ def narrow_values(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return along_rows(x, lambda wide: quantize(wide, scale))
 
 
-def unit_scale(device: torch.device) -> torch.Tensor:
-    """The scale of what is quantized without one."""
-    return torch.ones((), device=device)
-
-
-def unit_scales(device: torch.device) -> torch.Tensor:
-    """The same of attention: of its query, its keys and its values."""
-    return torch.ones(3, device=device)
-
-
-ATTENTIONS = ("sdpa", "triton", "triton-fp8")
-"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V;
-``triton-fp8``: what a recipe makes of it, with scales of one, for benchmarks of random weights: its speed is right, and
-its results are not."""
+ATTENTIONS = ("sdpa", "triton")
+"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V."""
 
 
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
     if kind == "sdpa":
         return concatenated
-    if kind in ("triton", "triton-fp8"):
+    if kind == "triton":
         from cosmos_export.kernels import operators
 
         return operators.joint_attention
@@ -190,8 +178,6 @@ class Settings:
     attention: str = "sdpa"
     compiled: bool = True
     """False: the graph's operations one after another, for comparison."""
-    narrow: frozenset[str] = frozenset()
-    """Weights that are given in E4M3: the linears that read them are W8A8 with scales of one. For benchmarks."""
     captured: bool = True
     """Replay CUDA graphs, on a GPU."""
     whole_loop: bool = True
@@ -358,24 +344,11 @@ class _Lowering:
         kwargs = {k: self._concrete(v) for k, v in node.kwargs.items()}
         if node.target in (aten.full.default, aten.arange.start):
             kwargs["device"] = _DEVICE  # new values appear where the others are
-        if node.target is aten.linear.default and node.args[1].name in self.settings.narrow:
-            return self._narrowed(node.name, args, dtype, shape)
         if node.target is ops.JOINT_ATTENTION_FP8 and self._own_fp8:
             *operands, scales, scale = args
             return self._fp8_attention(node.name, operands, scales, scale)
-        if node.target is ops.JOINT_ATTENTION and self.settings.attention == "triton-fp8":
-            scales = self._add(f"{node.name}_scales", unit_scales, [_DEVICE], torch.float32, (3,))
-            *operands, scale = args
-            return self._fp8_attention(node.name, operands, scales, scale)
         attends = node.target in (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
         return self._add(node.name, node.target, args, dtype, shape, kwargs, attends=attends)
-
-    def _narrowed(self, name: str, args: Sequence[Any], dtype: torch.dtype, shape: Shape) -> _Call:
-        """A linear of a weight that is given in E4M3, with scales of one, as a recipe would have it."""
-        x, weight, *bias = args
-        one = self._add(f"{name}_scale", unit_scale, [_DEVICE], torch.float32, ())
-        quantized = self._add(f"{name}_x", ops.QUANTIZE, (x, one), torch.float8_e4m3fn, self.shape(x))
-        return self._add(name, scaled_linear, [quantized, one, weight, one, dtype, *bias], dtype, shape)
 
     def _fp8_attention(self, name: str, wide: Sequence[_Operand], scales: _Operand, scale: float) -> _Call:
         """`ops.joint_attention_fp8` of query, keys and values by our kernel: PyTorch has none."""

@@ -1,7 +1,8 @@
 """A published geometry with random weights: the graphs that a build would make, without a checkpoint.
 
 Speed does not depend on the values of weights, so this says how fast, and nothing of how well. The graphs are captured
-where diffusers is, and can be carried to a machine that has a GPU and torch alone (`write_graphs`).
+where diffusers is, and can be carried to a machine that has a GPU and torch alone (`write_graphs`); a recipe quantizes
+them there, by the pass that a build runs.
 """
 
 from __future__ import annotations
@@ -19,16 +20,27 @@ from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.graph import Graph, is_op, is_weight, spec_of
 from cosmos_export.ir.serialize import graph_document, read_graph
-from cosmos_export.ir.spec import TensorSpec, WeightSource
+from cosmos_export.ir.spec import INT4, Part, TensorSpec, WeightBinding, WeightSource
+from cosmos_export.passes.assign_precision import UNQUANTIZED, AssignPrecision, Precision
+from cosmos_export.passes.base import PassResult
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
+from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges, linears_of
 from cosmos_export.plan import Workload
 from cosmos_export.sampling import Schedule
+from cosmos_export.targets.recipe import Assignment
 
 DEVIATION = 0.02
 """Of random weights; zeros would let a card clock higher than it does at work."""
+_FP8_DEVIATION = 100.0
+"""Of E4M3 values, so that they use its range: weights of a few deviations come near its 448."""
+_INT4_DEVIATION = 4.0
+_AMAX = 5.0
+"""Range of activations, which norms keep near one."""
+_SITES = "sites"
 TINY: Mapping[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "latent_channel": 16, "patch_latent_dim": 64,
@@ -40,6 +52,9 @@ PROMPT_DIMS = frozenset({"und_len", NEGATIVE_LEN})
 GUIDED, PLAIN = "step-guided", "step-plain"
 """Bodies of the loop: both branches in one run, and one branch."""
 
+Site = tuple[str, str, int]
+"""Tower, kind and layer, as recipes name places."""
+
 
 @dataclass(frozen=True)
 class GeometryGraphs:
@@ -47,6 +62,8 @@ class GeometryGraphs:
 
     graphs: Mapping[str, Graph]
     """``reasoner``, ``conditioning`` where the model has actions, and the bodies `GUIDED` and `PLAIN`."""
+    sites: Mapping[str, Mapping[str, Site]]
+    """By graph: the site that each weight of a layer, and each of the generator's attentions, is."""
 
 
 def modalities_of(workload: Workload, geometry: Geometry) -> tuple[str, ...]:
@@ -79,16 +96,41 @@ def capture_graphs(
     }
     program = capture(geometry.config, sources, modalities=modalities)
     run_passes(program, default_passes())
+    AssignPrecision(lambda tower, kind, layer: (UNQUANTIZED,)).run(program)
     graphs = {name: graph for name, graph in program.graphs.items() if name not in ("schedule", program.loop.body)}
     for closed in close_loop(program, schedule).values():
         body = closed.graphs[closed.loop.body]
         guided = any(name.startswith("negative_") for name in body.inputs)
         graphs.setdefault(GUIDED if guided else PLAIN, body)
-    return GeometryGraphs(graphs)
+    return GeometryGraphs(graphs, {name: _sites(graph) for name, graph in graphs.items()})
+
+
+def _sites(graph: Graph) -> dict[str, Site]:
+    owners = [n for n in graph.nodes if "precision" in n.meta and (is_weight(n) or is_op(n, ops.JOINT_ATTENTION))]
+    labels: dict[str, Precision] = {node.name: node.meta["precision"] for node in owners}
+    return {name: (label.tower, label.kind, label.layer) for name, label in labels.items()}
+
+
+def quantized(graph: Graph, sites: Mapping[str, Site], assignment: Assignment, step: int) -> Graph:
+    """``graph`` as a build with the recipe of ``assignment`` has it at ``step``."""
+    result = graph.copy()
+    amax: dict[str, float] = {}
+    attention: dict[tuple[int, str], float] = {}
+    for node in result.nodes:
+        if node.name not in sites:
+            continue
+        tower, kind, layer = sites[node.name]
+        node.meta["precision"] = Precision(tower, kind, layer, assignment.over_steps(tower, kind, layer))
+        if is_weight(node):
+            amax |= {f"{linear}.input_amax": _AMAX for linear in linears_of(node.meta["weight"])}
+        else:
+            attention |= {(layer, operand): _AMAX for operand in "qkv"}
+    InsertQuantization(Ranges(amax, attention=attention), step).rewrite(result, PassResult())
+    return result
 
 
 def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
-    """A document a graph, weights as shapes alone."""
+    """A document a graph, weights as shapes alone, and one of their sites."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, graph in found.graphs.items():
@@ -96,15 +138,22 @@ def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
         path = folder / f"{name}.json"
         path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
         paths.append(path)
+    paths.append(folder / f"{_SITES}.json")
+    paths[-1].write_text(json.dumps(found.sites, separators=(",", ":")), encoding="utf-8")
     return paths
 
 
 def read_graphs(folder: Path) -> GeometryGraphs:
     """What `write_graphs` wrote; UserError CX671 where there is nothing."""
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    if not paths:
+    paths = {path.stem: path for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
+    if _SITES not in paths:
         raise UserError("CX671", f"{folder} has no graphs", "write them with `python benchmarks/geometry.py -o DIR`")
-    return GeometryGraphs({path.stem: read_graph(read_object(path), folder) for path in paths})
+    places = read_object(paths.pop(_SITES))
+    sites = {
+        str(graph): {str(name): (str(tower), str(kind), int(layer)) for name, (tower, kind, layer) in named.items()}
+        for graph, named in places.items()
+    }
+    return GeometryGraphs({name: read_graph(read_object(path), folder) for name, path in paths.items()}, sites)
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -124,15 +173,25 @@ def dims_of(workload: Workload, *, tiny: bool) -> dict[str, int]:
     return dims
 
 
-def random_weights(graph: Graph, device: torch.device, narrow: frozenset[str] = frozenset()) -> dict[str, torch.Tensor]:
-    """Values for every weight of ``graph``; those named ``narrow`` in E4M3. Norms are about one."""
+def random_weights(graph: Graph, device: torch.device) -> dict[str, torch.Tensor]:
+    """Values for every weight of ``graph``, in the form in which it is stored. Norms are about one."""
     generator = torch.Generator(device).manual_seed(0)
-    found = {}
-    for name, node in graph.weights.items():
-        spec = spec_of(node)
-        shape = tuple(int(n) for n in spec.shape)
-        found[name] = random_weight(shape, torch.float8_e4m3fn if name in narrow else spec.dtype, generator)
-    return found
+    return {name: _random_form(node.meta["weight"], generator) for name, node in graph.weights.items()}
+
+
+def _random_form(binding: WeightBinding, generator: torch.Generator) -> torch.Tensor:
+    """A weight, or what is stored of one that is packed: together about as large as the weight would be."""
+    shape, device = tuple(binding.shape), generator.device
+    packing = binding.packing
+    if packing is None:
+        return random_weight(shape, binding.dtype, generator)
+    if packing.part is Part.SCALE:
+        values = _INT4_DEVIATION if packing.group else _FP8_DEVIATION
+        return torch.full(shape, DEVIATION / values, dtype=binding.dtype, device=device)
+    if binding.dtype is INT4:
+        return torch.randint(256, (shape[0], shape[1] // 2), generator=generator, dtype=torch.uint8, device=device)
+    wide = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+    return (_FP8_DEVIATION * wide).clamp(-448, 448).to(binding.dtype)
 
 
 def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -141,21 +200,6 @@ def random_weight(shape: Sequence[int], dtype: torch.dtype, generator: torch.Gen
     if len(shape) == 1:
         return (1 + 0.1 * torch.randn(shape, generator=generator, device=device)).to(dtype)
     return (DEVIATION * torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)).to(dtype)
-
-
-def linear_weights(graph: Graph, least: int = 64) -> frozenset[str]:
-    """Names of the weights of ``graph`` that W8A8 takes: read by a linear over rows, both sides multiples of 16."""
-    from cosmos_export.ir.ops import aten
-
-    found = set()
-    for node in graph.calls(aten.linear.default):
-        weight = node.args[1]
-        outputs, depth = (int(n) for n in spec_of(weight).shape)
-        rows = spec_of(node.args[0]).shape[0]
-        wide = spec_of(weight).dtype == torch.bfloat16 and not isinstance(rows, int)
-        if wide and outputs % 16 == 0 and depth % 16 == 0 and min(outputs, depth) >= least and "weight" in weight.meta:
-            found.add(weight.name)
-    return frozenset(found)
 
 
 def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -> dict[str, torch.Tensor]:
@@ -177,6 +221,6 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -
 
 
 __all__ = [
-    "GUIDED", "PLAIN", "PROMPT_DIMS", "GeometryGraphs", "capture_graphs", "dims_of", "linear_weights", "modalities_of",
+    "GUIDED", "PLAIN", "PROMPT_DIMS", "GeometryGraphs", "capture_graphs", "dims_of", "modalities_of", "quantized",
     "random_inputs", "random_weight", "random_weights", "read_graphs", "tiny_geometry", "write_graphs",
 ]  # fmt: skip

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baselines, require_diffusers
 from cosmos_export.bench.clock import Watch, timed
@@ -14,12 +14,17 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import Workload, parse_workload, published_subject
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
+from cosmos_export.targets import load_target
+from cosmos_export.targets.recipe import HANDED_ON, UNQUANTIZED, Assignment, load_recipe, resolve_recipe
 
 if TYPE_CHECKING:
     import torch
 
-RECIPES = ("bf16", "fp8", "fp8-attention")
-"""Of a geometry: ``fp8`` has W8A8 linears in the generator; ``fp8-attention`` FP8 attention as well."""
+    from cosmos_export.bench.geometry import GeometryGraphs
+    from cosmos_export.ir.graph import Graph
+
+TARGET = "h100"
+"""Whose schemes a recipe of a geometry may use: those of the inductor backend, on whatever card it runs."""
 FEWEST_RUNS = 5
 REASONER = "reasoner"
 """The workload of one prompt alone: the official caption of a video."""
@@ -34,6 +39,7 @@ class GeometryRequest:
     size: str
     workload: str
     recipe: str = "bf16"
+    """A recipe of builds."""
     device: str = "cuda"
     runs: int = FEWEST_RUNS
     warm_up: int = 1
@@ -41,11 +47,13 @@ class GeometryRequest:
     graphs: Path | None = None
     """Graphs that were captured elsewhere; None: captured here."""
     attention: str | None = None
-    """Implementation of attention; None: the recipe's."""
+    """Implementation of attention, where it is not in FP8; None: the library's."""
+    places: tuple[str, ...] = ()
+    """``PLACE=SCHEME``: changes to the recipe, as `build --set` takes them."""
     kernels: frozenset[str] = frozenset()
-    """Kernels of `targets.inductor_fusions` that compute in the generator; none: the compiler's code."""
+    """Kernels of ours that compute in the generator; none: the compiler's code."""
     only: frozenset[str] = frozenset()
-    """Graphs to measure; none: all that the request has."""
+    """Components to measure; none: all that the request has."""
     compiled: bool = True
     baselines: bool = False
     """Also diffusers' own transformer, eager and with its repeated blocks compiled, in the same run."""
@@ -84,13 +92,14 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     """
     from cosmos_export.bench import geometry as geometries
     from cosmos_export.kernels.description import KERNELS
+    from cosmos_export.targets.inductor import ATTENTIONS
 
     check_runs(request.runs, request.warm_up, request.dry_run)
-    if request.recipe not in RECIPES:
-        raise UserError("CX672", f"recipe `{request.recipe}` is none of {', '.join(RECIPES)}")
     unknown = request.kernels - set(KERNELS)
     if unknown:
         raise UserError("CX672", f"kernels {', '.join(sorted(unknown))} are none of {', '.join(KERNELS)}")
+    if request.attention is not None and request.attention not in ATTENTIONS:
+        raise UserError("CX672", f"attention `{request.attention}` is none of {', '.join(ATTENTIONS)}")
     subject = published_subject(request.size)
     workload, schedule = geometry_schedule(request)
     if request.baselines:
@@ -99,6 +108,14 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         require_diffusers()
     device = _device(request.device)
     modalities = geometries.modalities_of(workload, subject.geometry)
+    geometry = geometries.tiny_geometry(subject.geometry) if request.dry_run else subject.geometry
+    assignment = resolve_recipe(
+        load_recipe(request.recipe), request.places, load_target(TARGET), layers=geometry.num_hidden_layers,
+        steps=schedule.steps, distilled=schedule.sampler == "distilled-sde",
+    )  # fmt: skip
+    if any(assignment.scheme("und", HANDED_ON, layer) != UNQUANTIZED for layer in range(assignment.layers)):
+        place = f"und.{HANDED_ON}"
+        raise UserError("CX672", f"keys and values of a geometry's prompt are in {UNQUANTIZED}", f"leave {place} out")
     if device.type == "cuda":
         import torch
 
@@ -106,32 +123,22 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     progress.begin("graphs")
     if request.graphs is not None:
         found = geometries.read_graphs(request.graphs)
+        _require_graphs(found, request.graphs, assignment, schedule)
     else:
         found = geometries.capture_graphs(subject.geometry, modalities, schedule, tiny=request.dry_run)
     progress.end("graphs")
     dims = geometries.dims_of(workload, tiny=request.dry_run)
-    guided = 0 if request.workload == REASONER else sum(schedule.guided)
-    steps = 0 if request.workload == REASONER else schedule.steps
-    plain = steps - guided
-    calls = {geometries.GUIDED: guided, geometries.PLAIN: plain, "conditioning": 1}
+    parts = list(_parts(found, assignment, schedule, dims, request))
     components: list[Component] = []
-    graphs = {name: g for name, g in found.graphs.items() if _measured(name, request)}
-    progress.begin("measure", len(graphs))
+    progress.begin("measure", len(parts))
     with Watch(device.index or 0 if device.type == "cuda" else None) as watch:
         watch.keeps = False
-        for number, (name, graph) in enumerate(graphs.items()):
-            lengths = {REASONER: dims["und_len"], "reasoner-negative": dims["negative_und_len"]}
-            if name != REASONER:
-                lengths = {name: dims["und_len"]}
-            elif not guided or request.workload == REASONER:
-                lengths.pop("reasoner-negative")
-            run = _Graph(name, graph, device, request)
+        for number, part in enumerate(parts):
+            run = _Graph(part.graph, device, request, kernels=request.kernels if part.in_loop else frozenset())
             try:
-                for label, length in lengths.items():
-                    count = calls.get(label, 1)
-                    if count:
-                        samples = run.samples({**dims, "und_len": length}, watch)
-                        components.append(Component(label, tuple(samples), count))
+                for name, (length, count) in part.runs.items():
+                    samples = run.samples({**dims, "und_len": length}, watch)
+                    components.append(Component(name, tuple(samples), count))
             finally:
                 run.close()
             progress.update("measure", number + 1)
@@ -140,24 +147,27 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     baselines: tuple[Baseline, ...] = ()
     if request.baselines:
         beside = BaselineRequest(
-            geometry=geometries.tiny_geometry(subject.geometry) if request.dry_run else subject.geometry,
-            modalities=modalities, dims=dims, schedule=schedule, scheduler=subject.sampling.scheduler, device=device,
-            runs=request.runs, warm_up=request.warm_up, compiler="eager" if request.dry_run else "inductor",
+            geometry=geometry, modalities=modalities, dims=dims, schedule=schedule,
+            scheduler=subject.sampling.scheduler, device=device, runs=request.runs, warm_up=request.warm_up,
+            compiler="eager" if request.dry_run else "inductor",
         )  # fmt: skip
         baselines = measure_baselines(beside, progress)
     size = "tiny" if request.dry_run else request.size
+    guided = 0 if request.workload == REASONER else sum(schedule.guided)
+    steps = 0 if request.workload == REASONER else schedule.steps
+    kinds = sum(part.in_loop for part in parts)
     return Measurement(
         subject=f"geometry:{size}, random weights",
         model=request.size,
         workload=request.workload,
-        recipe=request.recipe,
+        recipe=" ".join([request.recipe, *(f"--set {place}" for place in request.places)]),
         backend="inductor",
         device=str(device),
         card=_card(device),
         components=tuple(components),
         steps=steps,
-        forwards=2 * guided + plain,
-        extrapolated=f"one step of each kind measured, times {guided} guided and {plain} others" if steps else "",
+        forwards=steps + guided,
+        extrapolated=f"one step of {kinds} kinds measured, times their number of the {steps}" if steps else "",
         covers="reasoner, conditioning and every step; no codec" if steps else "keys and values of one prompt",
         kernels=tuple(sorted(request.kernels)),
         dry_run=request.dry_run,
@@ -166,33 +176,86 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         during=watch.summary(),
         command=command,
         baselines=baselines,
-        baselines_left_out=(NO_FP8,) if request.baselines and request.recipe != "bf16" else (),
+        baselines_left_out=(NO_FP8,) if request.baselines and assignment.schemes & _IN_FP8 else (),
     )
 
 
-def _measured(name: str, request: GeometryRequest) -> bool:
-    if request.workload == REASONER:
-        return name == REASONER
-    return not request.only or name in request.only
+def _require_graphs(found: GeometryGraphs, folder: Path, assignment: Assignment, schedule: Schedule) -> None:
+    """UserError CX671 where graphs that were captured elsewhere are not those of the request."""
+    from cosmos_export.bench.geometry import GUIDED, PLAIN
+
+    layers = max((layer for named in found.sites.values() for _, _, layer in named.values()), default=-1) + 1
+    bodies = {GUIDED if guided else PLAIN for guided in schedule.guided}
+    missing = sorted({REASONER, *bodies} - found.graphs.keys())
+    hint = "write them for this size with `python benchmarks/geometry.py -o DIR`"
+    if layers != assignment.layers:
+        raise UserError("CX671", f"{folder} has graphs of {layers} layers, the size has {assignment.layers}", hint)
+    if missing:
+        raise UserError("CX671", f"{folder} has no {' and no '.join(missing)}, which the workload runs", hint)
+
+
+_IN_FP8 = frozenset({"fp8", "fp8-w8a16", "fp8-attention"})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A graph of the request, and what is measured of it."""
+
+    graph: Graph
+    runs: Mapping[str, tuple[int, int]]
+    """Component → length of the prompt, and how often the request runs it."""
+    in_loop: bool = False
+
+
+def _parts(
+    found: GeometryGraphs, assignment: Assignment, schedule: Schedule, dims: Mapping[str, int], request: GeometryRequest
+) -> Iterator[_Part]:
+    """Everything that a request runs, quantized by its recipe; a body of the loop for each way in which steps compute.
+
+    The body of most of the guided (plain) steps has the plain name, others also that of their schemes.
+    """
+    from cosmos_export.bench import geometry as geometries
+
+    alone, length = request.workload == REASONER, dims["und_len"]
+    for name, graph in found.graphs.items():
+        if name in (geometries.GUIDED, geometries.PLAIN):
+            continue
+        runs = {name: (length, 1)}
+        if name == REASONER and any(schedule.guided) and not alone:
+            runs["reasoner-negative"] = (dims["negative_und_len"], 1)
+        runs = {label: run for label, run in runs.items() if not request.only or label in request.only}
+        if runs and (name == REASONER or not alone):
+            yield _Part(geometries.quantized(graph, found.sites[name], assignment, 0), runs)
+    steps: dict[str, dict[int, list[int]]] = {}
+    for step, (guided, key) in enumerate(zip(schedule.guided, assignment.step_keys(), strict=True)):
+        name = geometries.GUIDED if guided else geometries.PLAIN
+        steps.setdefault(name, {}).setdefault(key, []).append(step)
+    for name, by_key in {} if alone else steps.items():
+        usual = max(by_key.values(), key=len)
+        for same in by_key.values():
+            label = name if same is usual else f"{name}/{_schemes_at(assignment, same[0])}"
+            if not request.only or label in request.only:
+                graph = geometries.quantized(found.graphs[name], found.sites[name], assignment, same[0])
+                yield _Part(graph, {label: (length, len(same))}, in_loop=True)
+
+
+def _schemes_at(assignment: Assignment, step: int) -> str:
+    used = {assignment.scheme(*site, step) for site in assignment.sites() if site[0] == "gen"} - {UNQUANTIZED}
+    return "+".join(sorted(used)) or UNQUANTIZED
 
 
 class _Graph:
     """A graph with random weights on a device."""
 
-    def __init__(self, name: str, graph: Any, device: torch.device, request: GeometryRequest) -> None:
+    def __init__(self, graph: Graph, device: torch.device, request: GeometryRequest, kernels: frozenset[str]) -> None:
         from cosmos_export.bench import geometry as geometries
         from cosmos_export.targets.inductor import Executable, Settings
 
-        step = name in (geometries.GUIDED, geometries.PLAIN)
-        narrow = geometries.linear_weights(graph) if step and request.recipe != "bf16" else frozenset()
-        kind = request.attention or ("triton-fp8" if step and request.recipe == "fp8-attention" else "sdpa")
-        kernels = request.kernels if step else frozenset()
         settings = Settings(
-            attention=kind, compiled=request.compiled, narrow=narrow, kernels=kernels,
+            attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels,
             open_dims=geometries.PROMPT_DIMS,
         )  # fmt: skip
-        weights = geometries.random_weights(graph, device, narrow)
-        self._executable = Executable(graph, weights, device, settings)
+        self._executable = Executable(graph, geometries.random_weights(graph, device), device, settings)
         self._graph, self._device, self._request = graph, device, request
 
     def samples(self, dims: Mapping[str, int], watch: Watch) -> list[float]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosmos_export.kernels.description import KERNELS
+
 if TYPE_CHECKING:
     from cosmos_export.bench.result import Measurement
 
@@ -35,9 +37,12 @@ def register(app: typer.Typer) -> None:
         recipe: Annotated[
             str | None,
             typer.Option(
-                help="Of a geometry: bf16, fp8 (W8A8 linears), or fp8-attention (these and attention).",
-                show_default="bf16",
+                help="Of a geometry: a recipe as `build` takes it (`cosmos-export recipes ls`).", show_default="bf16"
             ),
+        ] = None,
+        places: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="Of a geometry: PLACE=SCHEME, a change to the recipe as in `build`; repeat it."),
         ] = None,
         profile: Annotated[
             str | None, typer.Option(help="Of a bundle: one of its profiles; default: the first.")
@@ -48,13 +53,13 @@ def register(app: typer.Typer) -> None:
         backend: Annotated[str | None, typer.Option(help="Of a bundle: another backend than it was built for.")] = None,
         device: Annotated[str | None, typer.Option(help="cuda, cuda:N or cpu.")] = None,
         attention: Annotated[
-            str | None, typer.Option(help="Of a geometry: sdpa, triton or triton-fp8; default: the recipe's.")
+            str | None, typer.Option(help="Of a geometry: sdpa or triton, where the recipe has it not in FP8.")
         ] = None,
         kernels: Annotated[
             str | None,
             typer.Option(
-                help="Of a geometry: kernels of ours in place of the compiler's code, of norm-quantize, "
-                "activation-quantize, qkv-pack and sampler-step; several with commas."
+                help="Of a geometry: kernels of ours in place of the compiler's code, of "
+                f"{', '.join(KERNELS)}; several with commas."
             ),
         ] = None,
         graphs: Annotated[
@@ -99,8 +104,8 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.bench.result import write
 
         of_geometry = {
-            "--recipe": recipe, "--attention": attention, "--kernels": kernels, "--graphs": graphs, "--eager": eager,
-            "--baselines": baselines,
+            "--recipe": recipe, "--set": places, "--attention": attention, "--kernels": kernels, "--graphs": graphs,
+            "--eager": eager, "--baselines": baselines,
         }  # fmt: skip
         of_bundle = {"--profile": profile, "--prompt-tokens": prompt_tokens, "--backend": backend}
         others, whose = (of_bundle, "a bundle") if geometry is not None else (of_geometry, "a geometry")
@@ -112,9 +117,9 @@ def register(app: typer.Typer) -> None:
             where = device or ("cpu" if dry_run else "cuda")
             asked = GeometryRequest(
                 geometry, workload or "t2v-480p-189f", recipe or "bf16", where, runs, warm_up,
-                graphs=graphs, attention=attention, kernels=frozenset(filter(None, (kernels or "").split(","))),
-                compiled=not (eager or dry_run), baselines=baselines,
-                dry_run=dry_run,
+                graphs=graphs, attention=attention, places=tuple(places or ()),
+                kernels=frozenset(filter(None, (kernels or "").split(","))), compiled=not (eager or dry_run),
+                baselines=baselines, dry_run=dry_run,
             )  # fmt: skip
             found = measure_geometry(asked, console.progress(), command)
         else:

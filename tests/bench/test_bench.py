@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,23 @@ import typer
 from typer.testing import CliRunner
 
 from cosmos_export.bench.clock import Sample, Watch
-from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, linear_weights, read_graphs, write_graphs
+from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, quantized, read_graphs, write_graphs
 from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
 from cosmos_export.bench.published import published_cells, target_of
 from cosmos_export.bench.result import Component, Measurement, compare, read_measurement, regressions, write
+from cosmos_export.build.precision import planned_types
 from cosmos_export.cli import console
 from cosmos_export.cli.bench import register as register_bench
 from cosmos_export.cli.doctor import register as register_doctor
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.doctor import Facts, State, examine
+from cosmos_export.ir import ops
+from cosmos_export.ir.ops import aten
 from cosmos_export.plan import published_subject
 from cosmos_export.progress import Silent
 from cosmos_export.targets import load_target
 from cosmos_export.targets.gpu import Gpu
+from cosmos_export.targets.recipe import load_recipe, resolve_recipe
 
 pytestmark = pytest.mark.xdist_group("bench")
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,13 +56,20 @@ def asked(graphs: Path, folder: Path | None = None, **options: Any) -> GeometryR
     return GeometryRequest("nano", **{"workload": "t2i-720p", "device": "cpu", **given, **options})
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8-attention"])
+def guided_steps(graphs: Path, **options: Any) -> int:
+    return sum(geometry_schedule(asked(graphs, **options))[1].guided)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "fp8", "fp8-attention", "int4", "memory"])
 def test_a_geometry_is_measured(graphs: Path, recipe: str) -> None:
-    attention = "sdpa" if recipe == "fp8-attention" else None  # the kernel is interpreted here, for minutes
-    found = measure_geometry(asked(graphs, recipe=recipe, attention=attention), Silent(), "a command")
+    """As a build of the recipe would run it: steps that compute alike are one component."""
+    found = measure_geometry(asked(graphs, recipe=recipe), Silent(), "a command")
     calls = {c.name: c.calls for c in found.components}
-    guided = sum(geometry_schedule(asked(graphs))[1].guided)
-    assert calls == {"reasoner": 1, "reasoner-negative": 1, "conditioning": 1, GUIDED: guided, PLAIN: 50 - guided}
+    guided = guided_steps(graphs)
+    wanted = {"reasoner": 1, "reasoner-negative": 1, "conditioning": 1, GUIDED: guided, PLAIN: 50 - guided}
+    if recipe not in ("bf16", "int4"):  # the first three steps, which are guided, and the last three, which are not
+        wanted |= {GUIDED: guided - 3, PLAIN: 47 - guided, f"{GUIDED}/fp8-w8a16": 3, f"{PLAIN}/fp8-w8a16": 3}
+    assert calls == wanted
     assert found.forwards == 50 + guided and found.request_s > 0 and found.forward_s is not None
     document = json.loads(json.dumps(found.document()))
     assert document["subject"].startswith("geometry:tiny, random weights") and document["dry_run"]
@@ -117,18 +129,40 @@ def test_the_reasoner_alone(graphs: Path) -> None:
         measure_geometry(asked(graphs, workload="reasoner", baselines=True), Silent())
 
 
-def test_what_is_w8a8_is_every_product_of_rows(graphs: Path) -> None:
-    found = read_graphs(graphs / "tiny-vision").graphs[GUIDED]
-    names = linear_weights(found)
-    # Two layers of merged QKV (query apart in the last), output, merged gate and up, down; patches in and out.
-    assert len(names) >= 8 and names <= set(found.weights)
+def test_a_recipe_is_changed_as_in_a_build(graphs: Path) -> None:
+    found = measure_geometry(asked(graphs, recipe="fp8", places=("gen=fp8",)), Silent())
+    assert {c.name for c in found.components if c.name.startswith("step")} == {GUIDED, PLAIN}
+    assert found.recipe == "fp8 --set gen=fp8"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "products", "attentions"),
+    [
+        ("bf16", 9, {}, 0), ("fp8", 9, {"fp8": 8}, 0), ("fp8", 0, {"fp8-weight": 8}, 0),
+        ("fp8-attention", 9, {"fp8": 8}, 2), ("int4", 9, {"int4-weight": 8}, 0),
+    ],
+)  # fmt: skip
+def test_the_products_of_a_geometry_are_those_of_its_recipe(
+    graphs: Path, recipe: str, step: int, products: dict[str, int], attentions: int
+) -> None:
+    """Read from the carried documents: two layers of QKV, output, gate and up, down; no projection of patches."""
+    found, workload = read_graphs(graphs / "tiny-vision"), geometry_schedule(asked(graphs))[1]
+    assignment = resolve_recipe(load_recipe(recipe), (), load_target("h100"), layers=2, steps=workload.steps)
+    graph = quantized(found.graphs[PLAIN], found.sites[PLAIN], assignment, step)
+    assert Counter(planned_types(graph).values()) == products
+    assert len(graph.calls(ops.JOINT_ATTENTION_FP8)) == attentions
+    assert len(graph.calls(aten.linear.default)) > 8  # what no recipe is for
 
 
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"runs": 0}, "CX672"), ({"recipe": "int8"}, "CX672"), ({"workload": "t9v-480p"}, "CX481"),
-        ({"device": "cuda:63"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"), ({"dry_run": False}, "CX672"),
+        ({"runs": 0}, "CX672"), ({"dry_run": False}, "CX672"),
+        ({"recipe": "int8"}, "CX350"), ({"recipe": "fp4"}, "CX352"),
+        ({"workload": "t9v-480p"}, "CX481"), ({"device": "cuda:63"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"),
+        ({"dry_run": False, "runs": 5, "warm_up": 1}, "CX671"),
+        ({"places": ("und.attention.kv=fp8",)}, "CX672"), ({"places": ("gen.mlp=int9",)}, "CX353"),
+        ({"kernels": frozenset({"fast"})}, "CX672"), ({"attention": "magic"}, "CX672"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: str) -> None:
@@ -254,7 +288,8 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
     assert [check["recipe"] for check in numerics] == ["bf16", "fp8-w8a16", "fp8"]
     fusions = json.loads((tmp_path / "fusions-dry-run.json").read_text())["fusions"]
     names = [row["kernels"] for row in fusions]
-    assert names == [[], ["norm-quantize"], ["activation-quantize"], [], ["qkv-pack"], ["sampler-step"], []]
+    in_fp8 = [[], ["norm-quantize"], ["activation-quantize"], [], ["qkv-pack"], ["sampler-step"], []]
+    assert names == [*in_fp8, [], ["w4a16"], [], []]
     beside = json.loads((tmp_path / "bench-t2v-480p-189f-bf16-dry-run.json").read_text())["baselines"]
     assert [row["name"].split(",")[0] for row in beside] == ["diffusers"] * 2
 
