@@ -212,6 +212,16 @@ def regressions(ratios: Sequence[Ratio], allowed: float) -> list[Ratio]:
     return [r for r in ratios if r.name in ("request", "forward") and r.ratio > 1 + allowed]
 
 
+def require_output(path: Path, force: bool) -> None:
+    """UserError CX675 where a measurement cannot be written to ``path``, before one is made."""
+    if not path.absolute().parent.is_dir():
+        raise UserError("CX675", f"there is no directory {path.absolute().parent}", "create it first")
+    if path.is_dir():
+        raise UserError("CX675", f"{path} is a directory", "name a file in it")
+    if path.exists() and not force:
+        raise UserError("CX675", f"{path} exists", "choose another name, or add --force")
+
+
 def write(document: Mapping[str, Any], path: Path) -> None:
     """Whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")

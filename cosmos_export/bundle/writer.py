@@ -94,6 +94,7 @@ class BundleWriter:
         if self._resume:
             self._adopt()
         self._remove_leftovers()
+        self._check_alone()
         self._check_space()
         self._stage()
         return self
@@ -231,6 +232,21 @@ class BundleWriter:
                 lock = _lock(entry)
                 shutil.rmtree(entry, ignore_errors=True)
                 os.close(lock)
+
+    def _check_alone(self) -> None:
+        """Nobody else makes this output: the later of two would find it there at its end. `--force` replaces it."""
+        if self._force or self._staging is not None:
+            return
+        for entry in self.output.parent.glob(f"{_escaped(f'.{self.output.name}.partial-')}*"):
+            if entry.is_symlink() or not entry.is_dir():
+                continue
+            try:
+                os.close(_lock(entry))
+            except BlockingIOError:
+                hint = "wait for it, choose another output, or pass `--force` to replace what it makes"
+                raise UserError("CX708", f"another build of {self.output} is running", hint) from None
+            except OSError:
+                continue  # gone, or there are no locks here
 
     def _adopt(self) -> None:
         """Take over what an interrupted writer of this output left; of several, the one with the most in kept files."""

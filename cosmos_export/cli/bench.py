@@ -87,6 +87,7 @@ def register(app: typer.Typer) -> None:
             ),
         ] = False,
         output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the measurement as JSON.")] = None,
+        force: Annotated[bool, typer.Option("--force", help="Replace an existing measurement.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Measure requests: every component, the median and percentiles, what card and versions, published times."""
@@ -101,8 +102,10 @@ def register(app: typer.Typer) -> None:
             raise UserError("CX672", "bench takes one bundle, or --geometry, or `compare A B`", "give one of them")
         from cosmos_export.bench.bundle import BundleRequest, measure_bundle
         from cosmos_export.bench.measure import GeometryRequest, measure_geometry
-        from cosmos_export.bench.result import write
+        from cosmos_export.bench.result import require_output, write
 
+        if output is not None:
+            require_output(output, force)
         of_geometry = {
             "--recipe": recipe, "--set": places, "--attention": attention, "--kernels": kernels, "--graphs": graphs,
             "--eager": eager, "--baselines": baselines,

@@ -245,6 +245,10 @@ def test_the_verb_writes_what_it_shows(graphs: Path, app: typer.Typer, tmp_path:
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == json.loads(output.read_text())
+    for taken in (output, tmp_path, tmp_path / "none/m.json"):  # before any work: there is no such bundle either
+        assert getattr(CliRunner().invoke(app, ["bench", "x", "-o", str(taken)]).exception, "code", None) == "CX675"
+    replaced = CliRunner().invoke(app, ["bench", "x", "-o", str(output), "--force"])
+    assert getattr(replaced.exception, "code", "CX675") != "CX675"
     others = [["bench", "x", "--baselines"], ["bench", "x", "--recipe", "fp8"], ["bench", "x", "--kernels", "qkv-pack"]]
     others += [["bench", "--geometry", "nano", "--profile", "480p"], ["bench", "--geometry", "nano", "--backend", "x"]]
     for wrong in (

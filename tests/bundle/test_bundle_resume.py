@@ -168,7 +168,7 @@ def test_a_record_cannot_name_a_file_outside(tmp_path: Path) -> None:
 def test_a_living_build_is_left_alone(tmp_path: Path) -> None:
     with BundleWriter(tmp_path / "x") as living:
         write(living, NAMES[0], "key")
-        with BundleWriter(tmp_path / "x", resume=True) as writer:
+        with BundleWriter(tmp_path / "x", force=True, resume=True) as writer:
             assert writer.resumed == 0
         assert living.kept(NAMES[0], "key") is not None
 

@@ -283,6 +283,20 @@ def test_sigkill_leaves_no_half_bundle_and_the_next_build_cleans_up(tmp_path: Pa
     assert names(tmp_path) == ["x"]
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_build_of_one_output_says_so_before_any_work(tmp_path: Path, resume: bool) -> None:
+    """At its end it would find the bundle there. With `force` it replaces it, as it would any other."""
+    with BundleWriter(tmp_path / "x") as writer:
+        with pytest.raises(UserError, match="CX708: another build of .*x is running"):
+            BundleWriter(tmp_path / "x", resume=resume).__enter__()
+        with BundleWriter(tmp_path / "xy"), BundleWriter(tmp_path / "x", force=True):
+            pass
+        for name, (role, content) in bundle_samples.FILES.items():
+            writer.path(name, role).write_bytes(content)
+        writer.commit(bundle_samples.manifest())
+    assert names(tmp_path) == ["x"]
+
+
 def test_a_bundle_moved_aside_by_a_build_that_died_is_kept_while_it_is_the_only_one(tmp_path: Path) -> None:
     bundle_samples.write(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / ".x.replaced-1")
