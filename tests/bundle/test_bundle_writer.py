@@ -287,7 +287,7 @@ def test_sigkill_leaves_no_half_bundle_and_the_next_build_cleans_up(tmp_path: Pa
 def test_a_second_build_of_one_output_says_so_before_any_work(tmp_path: Path, resume: bool) -> None:
     """At its end it would find the bundle there. With `force` it replaces it, as it would any other."""
     with BundleWriter(tmp_path / "x") as writer:
-        with pytest.raises(UserError, match="CX708: another build of .*x is running"):
+        with pytest.raises(UserError, match=r"CX708: another build of .*x is running"):
             BundleWriter(tmp_path / "x", resume=resume).__enter__()
         with BundleWriter(tmp_path / "xy"), BundleWriter(tmp_path / "x", force=True):
             pass
