@@ -14,6 +14,7 @@ from enum import Enum
 from importlib import metadata
 from pathlib import Path
 
+from cosmos_export.requirements import other_releases
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.gpu import Gpu, gpus
 
@@ -155,6 +156,10 @@ def _compile(found: Facts) -> Finding:
             f"{', '.join(missing)} not installed",
             'to build: pip install ".[compile]" in the checkout',
         )
+    others = other_releases("compile", found.versions)
+    if others:
+        said = f"{', '.join(others)}: capture is made for what is in brackets"
+        return Finding("compiler", State.NOTE, said, 'to build: pip install ".[compile]" in the checkout')
     return Finding("compiler", State.OK, ", ".join(f"{name} {found.versions[name]}" for name in ("torch", "diffusers")))
 
 

@@ -28,7 +28,7 @@ LEVELS = {
     **dict.fromkeys(["runtime", "plan", "doctor"], 3),
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
-    **dict.fromkeys(["diagnostics", "progress"], 0),
+    **dict.fromkeys(["diagnostics", "progress", "requirements"], 0),
 }
 # Where the level alone would allow more than there should be.
 ONLY = {

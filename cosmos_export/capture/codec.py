@@ -20,6 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from cosmos_export.capture.export import exported
 from cosmos_export.capture.importer import Importer
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
 from cosmos_export.ir.dims import Dim, Shape, Size, symbol
@@ -367,9 +368,8 @@ class _Capture:
         if caches:
             example["cache"] = {k.removeprefix("cache_"): value for k, value in state.items()}
             dynamic["cache"] = {k.removeprefix("cache_"): _dynamic(shape, declared) for k, shape in caches.items()}
-        with torch.no_grad(), _quiet():
-            exported = torch.export.export(self._adapter, (), kwargs=example, dynamic_shapes=dynamic, strict=False)
-        graph = Importer(exported, name, {**inputs, **caches}, self._bindings, self._constants).run()
+        program = exported(self._adapter, example, dynamic)
+        graph = Importer(program, name, {**inputs, **caches}, self._bindings, self._constants).run()
         graph.eliminate_dead_code()
         return graph
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cosmos_export.capture.adapter import JointStep
+from cosmos_export.capture.export import exported
 from cosmos_export.capture.importer import Importer
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
 from cosmos_export.ir.dims import Dim, Size, floor_div, symbol
@@ -218,14 +218,10 @@ def _export(
         return composite.setdefault(str(size), torch.export.Dim(f"grid_{len(composite)}", min=2, max=512))
 
     dynamic_shapes = {name: {i: dynamic(s) for i, s in enumerate(shape)} for name, shape in shapes.items()}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of what it deprecates
-        return torch.export.export(
-            step,
-            (),
-            kwargs=example,
-            dynamic_shapes=dynamic_shapes,
-            strict=False,
-            # Equalities between inputs (every `frames` is the same number) become checks, not constraints to solve.
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+    return exported(
+        step,
+        example,
+        dynamic_shapes,
+        # Equalities between inputs (every `frames` is the same number) become checks, not constraints to solve.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )

@@ -32,6 +32,7 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.ops import aten
 from cosmos_export.plan import published_subject
 from cosmos_export.progress import Silent
+from cosmos_export.requirements import pins
 from cosmos_export.targets import load_target
 from cosmos_export.targets.gpu import Gpu
 from cosmos_export.targets.recipe import load_recipe, resolve_recipe
@@ -332,7 +333,7 @@ H100 = Gpu(
 EVERYTHING = dict.fromkeys(
     ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors", "tensorrt-cu13", "tensorrt-rtx-cu13"),
     "1",
-)
+) | pins("compile")
 GOOD = Facts("3.12", "Linux x86_64", (H100,), EVERYTHING, 64 << 30, 400 << 30, {}, "/usr/bin/g++")
 
 
@@ -366,6 +367,7 @@ def test_a_good_machine_has_no_blocker() -> None:
         (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, ".[compile]"),
         (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, ".[tensorrt]"),
         (replace(GOOD, versions={}), None, "compiler", State.NOTE, "diffusers"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.9.0+cu130"}), None, "compiler", State.NOTE, "2.9.0+cu130 (2"),
         (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", State.NOTE, "unset it"),
         (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", State.NOTE, "interpreted"),
         (replace(GOOD, compiler=None), None, "environment", State.NOTE, "g++"),

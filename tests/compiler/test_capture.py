@@ -21,7 +21,8 @@ from tiny_cosmos import (
     weights_of_model,
 )
 
-from cosmos_export.capture import adapter
+from cosmos_export.capture import adapter, export
+from cosmos_export.capture.export import exported
 from cosmos_export.capture.model import (
     available_modalities,
     build_empty_model,
@@ -30,11 +31,12 @@ from cosmos_export.capture.model import (
     input_dtype,
     program_dims,
 )
-from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.diagnostics import CosmosExportError, InternalError, UserError
 from cosmos_export.ir.interpreter import run_program
 from cosmos_export.ir.spec import Rate
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.pipeline import default_passes, run_passes
+from cosmos_export.requirements import other_releases, pins
 
 CONFIG = tiny_config("omni")
 MASKS = [[1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 1.0], [0.0] * 5]
@@ -219,6 +221,31 @@ def test_the_time_embedder_computes_in_fp32() -> None:
     stored = {n: torch.bfloat16 for n, _ in model.named_parameters()}
     dtypes = compute_dtypes(model, stored)
     assert {n for n, d in dtypes.items() if d is torch.float32} == {n for n in stored if "time_embedder" in n}
+
+
+def test_another_release_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exporter's own error is no bug of ours there; with the releases that capture is made for it is."""
+
+    class Branch(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(Exception, match="data-dependent") as own:
+        exported(Branch(), {"x": torch.ones(3)}, {"x": {}})
+    assert not isinstance(own.value, CosmosExportError)
+    monkeypatch.setattr(export, "other_releases", lambda extra: ["torch 2.11.0 (2.13.0)"])
+    with pytest.raises(CosmosExportError, match=r"captured with torch 2\.11\.0 \(2\.13\.0\)") as found:
+        exported(Branch(), {"x": torch.ones(3)}, {"x": {}})
+    assert found.value.code == "CX206" and "[compile]" in found.value.hint
+
+
+def test_releases_are_those_of_the_extra() -> None:
+    pinned = pins("compile")
+    assert pinned["torch"].startswith("2.") and {"diffusers", "transformers"} <= set(pinned) and "onnx" not in pinned
+    exact = {**pinned, "torch": f"{pinned['torch']}+cpu", "onnx": "0.1"}
+    assert other_releases("compile", exact) == [] == other_releases("compile", {})
+    assert other_releases("compile", {**exact, "diffusers": "0.1"}) == [f"diffusers 0.1 ({pinned['diffusers']})"]
+    assert pins("none") == {}
 
 
 def test_operations_keep_the_module_they_come_from(omni: Any) -> None:
