@@ -367,7 +367,7 @@ def test_a_good_machine_has_no_blocker() -> None:
         (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, ".[compile]"),
         (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, ".[tensorrt]"),
         (replace(GOOD, versions={}), None, "compiler", State.NOTE, "diffusers"),
-        (replace(GOOD, versions={**EVERYTHING, "torch": "2.9.0+cu130"}), None, "compiler", State.NOTE, "2.9.0+cu130 (2"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.9.0"}), None, "compiler", State.NOTE, "2.9.0 (2"),
         (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", State.NOTE, "unset it"),
         (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", State.NOTE, "interpreted"),
         (replace(GOOD, compiler=None), None, "environment", State.NOTE, "g++"),
