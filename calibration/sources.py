@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import Actions, embodiment, read_actions
+from cosmos_export.runtime.embodiments import ActionFile, Actions, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 from cosmos_export.sampling import MODES, Mode
 
@@ -264,9 +264,10 @@ def _read_json(path: Path, options: Options) -> Found:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError("CX340", f"{path} is not JSON: {error}") from error
-    rows = document.get("actions") if isinstance(document, dict) and set(document) <= {"actions"} else document
+    rows = document.get("actions") if isinstance(document, dict) else document
     if isinstance(rows, list) and rows and isinstance(rows[0], list):
-        item = Item(path.name, Prompt(""), actions=read_actions(path))
+        file = _model_actions(path)
+        item = Item(path.name, Prompt(""), actions=file.values, embodiment=file.embodiment)
         return Found("actions", (item,), (path,))
     if isinstance(document, list):
         entries = [_checked(path, number, entry) for number, entry in enumerate(document, 1)]
@@ -276,6 +277,18 @@ def _read_json(path: Path, options: Options) -> Found:
     if _PROMPT_KEYS & entry.keys():
         return Found("json", (_item(path.name, entry, path.parent),), (path,))
     return Found("caption", (Item(path.name, read_prompt(str(path))),), (path,))
+
+
+def _model_actions(path: Path) -> ActionFile:
+    """Actions in the model's units: a file that says it has those of the data is refused (CX611)."""
+    file = read_actions(path)
+    if file.units == "raw":
+        raise UserError(
+            "CX611",
+            f"actions in {path}: they are in the units of the data",
+            "calibrate with the data set itself, or with what `run` writes without --action-stats",
+        )
+    return file
 
 
 def _read_latents(path: Path, options: Options) -> Found:
@@ -351,9 +364,10 @@ def _item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
             item = replace(item, image=medium.image, clip=medium.clip)
     if isinstance(action := entry.get("action_path"), str):
         path = folder / action
-        item = replace(item, actions=read_actions(path), beside=(path,))
+        file = _model_actions(path)
+        item = replace(item, actions=file.values, embodiment=file.embodiment, beside=(path,))
     if isinstance(domain := entry.get("domain_name"), str) and domain:
-        item = replace(item, embodiment=embodiment(domain, None).name)
+        item = replace(item, embodiment=_same_robot(name, item.embodiment, domain))
     for key in _MODE_KEYS:
         if entry.get(key) in _MODES:
             item = replace(item, mode=_MODES[entry[key]])
@@ -363,6 +377,14 @@ def _item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
     if type(frames) is int:
         item = replace(item, frames=_whole("frames", str(frames)))
     return item
+
+
+def _same_robot(name: str, found: str | None, said: str) -> str:
+    """The embodiment that is ``said`` of an item, whose file of actions may say its own; CX611 where they differ."""
+    robot = embodiment(said, None)
+    if found is not None and embodiment(found, None).domain != robot.domain:
+        raise UserError("CX611", f"{name}: its actions are of `{found}`, not of `{said}`", "correct one of them")
+    return robot.name
 
 
 def entry_name(name: str, entry: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
 from cosmos_export.diagnostics import UserError
 
@@ -106,16 +106,45 @@ def _known(name: str) -> Embodiment:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_actions(path: Path) -> Actions:
+@dataclass(frozen=True)
+class ActionFile:
+    """Actions as a file has them, and what it says of itself, as those that `run` writes do."""
+
+    path: Path
+    values: Actions
+    embodiment: str | None = None
+    """Whose they are."""
+    units: str | None = None
+    """``model``, or ``raw``: those of the data."""
+
+    def require(self, robot: Embodiment, scaled: bool) -> None:
+        """CX611 where they are of another robot than ``robot``, or in other units than are read. ``scaled``: statistics
+        of the data are given, and make them the model's."""
+        name = self.embodiment
+        if name is not None and EMBODIMENTS[name].domain != robot.domain:
+            _refuse(self.path, f"they are of `{name}`, and the request is of `{robot.name}`", f"--embodiment {name}")
+        if self.units == "raw" and not scaled:
+            hint = "--action-stats with the statistics that made them so"
+            _refuse(self.path, "they are in the units of the data", hint)
+        if self.units == "model" and scaled:
+            hint = "leave --action-stats out"
+            _refuse(self.path, "they are in the model's units, and would be normalised again", hint)
+
+
+def read_actions(path: Path) -> ActionFile:
     """float32 [rows, width] from a ``.json`` (rows of numbers, or an object with them under ``actions``) or a
     ``.safetensors`` file (``actions`` or ``action``, or its only tensor).
 
     CX611: unreadable, empty, rows of different width, or not finite.
     """
+    facts: Mapping[str, Any] = {}
     if path.suffix == ".safetensors":
-        values = _read_tensor(path)
+        header = read_header(path)
+        values, facts = _read_tensor(path, header.tensors), header.metadata
     elif path.suffix == ".json":
-        values = _read_rows(path)
+        document = _read_json(path)
+        values = _read_rows(path, document)
+        facts = document if isinstance(document, dict) else facts
     else:
         _refuse(path, f"the name ends in {path.suffix or 'nothing'}", "allowed: .json, .safetensors")
     if values.ndim != 2 or 0 in values.shape:
@@ -123,28 +152,12 @@ def read_actions(path: Path) -> Actions:
     if not np.isfinite(values).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
         _refuse(path, f"row {row}, column {column} is {values[row, column]}", "actions are finite numbers in float32")
-    return values
-
-
-def require_origin(path: Path, robot: Embodiment, scaled: bool) -> None:
-    """That the actions in ``path`` are of ``robot`` and in the units that are read, where the file says it: what `run`
-    writes does. ``scaled``: statistics are given. CX611 where they are not."""
-    if path.suffix == ".safetensors":
-        facts: Mapping[str, Any] = read_header(path).metadata
-    else:
-        document = _read_json(path)
-        facts = document if isinstance(document, dict) else {}
     name, units = facts.get("embodiment"), facts.get("units")
-    if isinstance(name, str) and name in EMBODIMENTS and EMBODIMENTS[name].domain != robot.domain:
-        _refuse(path, f"they are of `{name}`, and the request is of `{robot.name}`", f"--embodiment {name}")
-    if units == "raw" and not scaled:
-        _refuse(path, "they are in the units of the data", "--action-stats with the statistics that made them so")
-    if units == "model" and scaled:
-        _refuse(path, "they are in the model's units, and would be normalised again", "leave --action-stats out")
+    known = name if isinstance(name, str) and name in EMBODIMENTS else None
+    return ActionFile(path, values, known, units if units in ("model", "raw") else None)
 
 
-def _read_tensor(path: Path) -> Actions:
-    tensors = read_header(path).tensors
+def _read_tensor(path: Path, tensors: Mapping[str, TensorEntry]) -> Actions:
     names = [name for name in ("actions", "action") if name in tensors] or list(tensors)
     if len(names) != 1:
         _refuse(path, f"tensors {', '.join(names[:8]) or 'none'}", "name one of them `actions`")
@@ -154,8 +167,7 @@ def _read_tensor(path: Path) -> Actions:
     return np.asarray(entry.array(), dtype=np.float32)
 
 
-def _read_rows(path: Path) -> Actions:
-    document = _read_json(path)
+def _read_rows(path: Path, document: Any) -> Actions:
     rows = document.get("actions") if isinstance(document, dict) else document
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         _refuse(path, "it holds no list of rows", 'actions are [[…], …] or {"actions": [[…], …]}')

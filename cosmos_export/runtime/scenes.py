@@ -94,9 +94,11 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     latent_frames = chunk // video.temporal + 1
     lengths = {"frames": latent_frames, "sound_len": 0, "action_len": chunk}
     fit_profile(manifest.profiles, lengths, record)  # before so many rows or frames are made
-    raw = None if asked.actions is None else embodiments.read_actions(asked.actions)
+    raw = None
     if asked.actions is not None:
-        embodiments.require_origin(asked.actions, robot, asked.action_stats is not None)
+        file = embodiments.read_actions(asked.actions)
+        file.require(robot, asked.action_stats is not None)
+        raw = file.values
     width = _action_width(asked, robot, raw, record.action.dim)
     scale = None
     if asked.action_stats is not None:

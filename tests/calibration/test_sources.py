@@ -11,6 +11,7 @@ import data_samples
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from cosmos_export.calibration.sources import Source, parse_source, read_source
 from cosmos_export.diagnostics import UserError
@@ -147,6 +148,29 @@ def test_the_hash_is_of_the_contents(tmp_path: Path) -> None:
 def test_options_are_checked(option: str, code: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A prompt.")
     refused(code, lambda: parse_source(f"{tmp_path / 'a.txt'},{option}"))
+
+
+def test_actions_say_whose_they_are_and_in_which_units(tmp_path: Path) -> None:
+    """As `run` writes them, in both of its formats: another robot's, or in the units of the data, would pass unseen."""
+    rows = np.zeros((4, 10), np.float32)
+
+    def write(name: str, **facts: str) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps({**facts, "actions": rows.tolist()}))
+        save_file({"actions": rows}, tmp_path / f"{name}.safetensors", metadata=facts)
+
+    write("model", units="model", embodiment="umi")
+    write("raw", units="raw", embodiment="umi")
+    (item,) = read_source(str(tmp_path / "model.json")).items
+    assert item.embodiment == "umi" and item.actions is not None and item.actions.shape == (4, 10)
+    assert "units of the data" in refused("CX611", lambda: read_source(str(tmp_path / "raw.json")))
+    listed = tmp_path / "items.jsonl"
+    for suffix in ("json", "safetensors"):
+        for file, domain, said in (("raw", "umi", "units of the data"), ("model", "libero", "of `umi`, not of")):
+            entry = {"prompt": "Fold.", "action_path": f"{file}.{suffix}", "domain_name": domain}
+            listed.write_text(json.dumps(entry))
+            assert said in refused("CX611", lambda: read_source(str(listed)))
+        listed.write_text(json.dumps({"prompt": "Fold.", "action_path": f"model.{suffix}"}))
+        assert read_source(str(listed)).items[0].embodiment == "umi"
 
 
 def test_what_is_no_source_is_said(tmp_path: Path) -> None:
