@@ -264,7 +264,9 @@ def _read_json(path: Path, options: Options) -> Found:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError("CX340", f"{path} is not JSON: {error}") from error
-    rows = document.get("actions") if isinstance(document, dict) else document
+    rows = document
+    if isinstance(document, dict) and not _PROMPT_KEYS & document.keys():
+        rows = document.get("actions")
     if isinstance(rows, list) and rows and isinstance(rows[0], list):
         file = _model_actions(path)
         item = Item(path.name, Prompt(""), actions=file.values, embodiment=file.embodiment)

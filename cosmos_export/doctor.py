@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 
-from cosmos_export.requirements import other_releases
+from cosmos_export.requirements import installed_release, other_releases
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.gpu import Gpu, gpus
 
@@ -221,13 +220,7 @@ def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
 
 def _versions() -> dict[str, str | None]:
     names = {*_COMPILER, *_CUDA_RUNTIMES, "triton", *(package for needs in _BACKENDS.values() for package, _ in needs)}
-    found: dict[str, str | None] = {}
-    for name in sorted(names):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: installed_release(name) for name in sorted(names)}
 
 
 def _available_bytes() -> int | None:

@@ -25,13 +25,14 @@ def other_releases(extra: str, installed: Mapping[str, str | None] | None = None
     """``torch 2.11.0 (2.13.0)``: what is ``installed``, by default here, of another release than ``extra`` names."""
     found = []
     for name, wanted in pins(extra).items():
-        version = _installed(name) if installed is None else installed.get(name)
+        version = installed_release(name) if installed is None else installed.get(name)
         if version is not None and version.partition("+")[0] != wanted:
             found.append(f"{name} {version} ({wanted})")
     return found
 
 
-def _installed(name: str) -> str | None:
+def installed_release(name: str) -> str | None:
+    """Of the package ``name``; None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

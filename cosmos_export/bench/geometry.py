@@ -38,6 +38,7 @@ DEVIATION = 0.02
 _FP8_DEVIATION = 100.0
 """Of E4M3 values, so that they use its range: weights of a few deviations come near its 448."""
 _INT4_DEVIATION = 4.0
+"""Of integers from −8 to 7, all as likely, about."""
 _AMAX = 5.0
 """Range of activations, which norms keep near one."""
 _SITES = "sites"

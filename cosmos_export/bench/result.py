@@ -9,13 +9,13 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cosmos_export.bench.published import published_cells, target_of
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import UserError
+from cosmos_export.requirements import installed_release
 from cosmos_export.targets.gpu import gpus
 
 SCHEMA = 1
@@ -152,12 +152,7 @@ def _row(c: Component) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Cores, cards with their clocks and power as they are now, and versions."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+    versions = {"python": platform.python_version(), **{name: installed_release(name) for name in _PACKAGES}}
     cards = [dataclasses.asdict(gpu) for gpu in gpus()]
     return {"cores": os.cpu_count(), "processor": platform.machine(), "gpus": cards, "versions": versions}
 

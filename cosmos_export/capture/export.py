@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosmos_export.diagnostics import ToolError
+from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.requirements import other_releases
 
 
@@ -24,7 +24,9 @@ def exported(
             return torch.export.export(
                 module, (), kwargs=dict(example), dynamic_shapes=dict(dynamic_shapes), strict=False, **settings
             )
-    except Exception as error:
+    except (CosmosExportError, MemoryError):
+        raise
+    except Exception as error:  # another release may fail in any way
         others = other_releases("compile")
         if not others:
             raise

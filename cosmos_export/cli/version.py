@@ -44,14 +44,9 @@ def register(app: typer.Typer) -> None:
 def installed() -> dict[str, str | None]:
     """Version of each package, from its metadata; None where it is not installed."""
     import platform
-    from importlib import metadata
 
     import cosmos_export
+    from cosmos_export.requirements import installed_release
 
-    found: dict[str, str | None] = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
-    for name in OPTIONAL:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    own: dict[str, str | None] = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
+    return own | {name: installed_release(name) for name in OPTIONAL}

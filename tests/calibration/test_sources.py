@@ -163,6 +163,8 @@ def test_actions_say_whose_they_are_and_in_which_units(tmp_path: Path) -> None:
     (item,) = read_source(str(tmp_path / "model.json")).items
     assert item.embodiment == "umi" and item.actions is not None and item.actions.shape == (4, 10)
     assert "units of the data" in refused("CX611", lambda: read_source(str(tmp_path / "raw.json")))
+    (tmp_path / "both.json").write_text(json.dumps({"prompt": "Fold.", "actions": rows.tolist()}))
+    assert read_source(str(tmp_path / "both.json")).items[0].prompt.text == "Fold."  # an item, as ever
     listed = tmp_path / "items.jsonl"
     for suffix in ("json", "safetensors"):
         for file, domain, said in (("raw", "umi", "units of the data"), ("model", "libero", "of `umi`, not of")):
