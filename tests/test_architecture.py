@@ -28,15 +28,15 @@ LEVELS = {
     **dict.fromkeys(["runtime", "plan", "doctor"], 3),
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
-    **dict.fromkeys(["diagnostics", "progress", "requirements"], 0),
+    **dict.fromkeys(["diagnostics", "files", "progress", "requirements"], 0),
 }
 # Where the level alone would allow more than there should be.
 ONLY = {
     "ir": {"diagnostics"},
-    "bundle": {"diagnostics", "progress"},
-    "checkpoint": {"diagnostics", "progress"},
+    "bundle": {"diagnostics", "files", "progress"},
+    "checkpoint": {"diagnostics", "files", "progress"},
     "sampling": {"diagnostics"},
-    "plan": {"targets", "sampling", "checkpoint", "diagnostics"},
+    "plan": {"targets", "sampling", "checkpoint", "diagnostics", "files"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}
@@ -129,7 +129,8 @@ def test_the_middle_knows_no_backend(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", sorted(name for name in MODULES if part_of(name) in ("", "diagnostics", "progress", "bundle", "cli"))
+    "name",
+    sorted(name for name in MODULES if part_of(name) in ("", "diagnostics", "files", "progress", "bundle", "cli")),
 )
 def test_light_parts_import_nothing_heavy_at_the_top(name: str) -> None:
     assert not outside_imported(name, top_level_only=True) & {*HEAVY, "numpy", "rich"}
@@ -158,7 +159,8 @@ def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "part", ["cli", "checkpoint", "sampling", "bundle", "runtime", "plan", "targets", "diagnostics", "progress"]
+    "part",
+    ["cli", "checkpoint", "sampling", "bundle", "runtime", "plan", "targets", "diagnostics", "files", "progress"],
 )
 def test_importing_loads_nothing_heavy(part: str) -> None:
     code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"

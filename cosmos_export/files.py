@@ -1,0 +1,86 @@
+"""The one way to open a file that a user names: a regular file, of limited size, without ever waiting.
+
+A name on a command line or in a data set may lead to a pipe nobody writes to, to a device without end, to a directory
+or to a file larger than the memory. `opened` finds out before a byte is read. Every failure is an ``OSError`` whose
+``strerror`` is a phrase for a message, so that each reader refuses under its own code.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+MAX_TEXT_BYTES = 64 * MIB
+"""The largest document (JSON, TOML, text) that is read whole unless its reader allows less."""
+
+# Neither a pipe without a writer nor a terminal may stop the program, and no child inherits the descriptor.
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_KINDS = {
+    stat.S_IFDIR: "a directory, not a file",
+    stat.S_IFIFO: "a pipe, not a file: write its contents to a file first",
+    stat.S_IFCHR: "a device, not a file",
+    stat.S_IFBLK: "a device, not a file",
+    stat.S_IFSOCK: "a socket, not a file",
+}
+
+
+class FileRefusedError(OSError):
+    """A file that can be opened, but is not one to read: of another kind, or larger than allowed."""
+
+
+@contextmanager
+def opened(path: Path, limit_bytes: int | None = None) -> Iterator[io.FileIO]:
+    """``path`` open for reading, unbuffered. OSError where it cannot be opened, is no regular file (through symbolic
+    links), or has more than ``limit_bytes``."""
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except ValueError as error:  # a NUL in the name
+        raise FileRefusedError(errno.EINVAL, f"not a name of a file ({error})") from error
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "not a regular file")
+            raise FileRefusedError(errno.EINVAL, kind)
+        if limit_bytes is not None and status.st_size > limit_bytes:
+            raise FileRefusedError(errno.EFBIG, _too_large(f"{status.st_size:,}", limit_bytes))
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            yield file
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
+    """All of ``path``, at most ``limit_bytes`` of it; OSError as `opened`, also where it grows while it is read."""
+    parts: list[bytes] = []
+    left = limit_bytes + 1
+    with opened(path, limit_bytes) as file:
+        while left and (part := file.read(min(left, MIB))):
+            parts.append(part)
+            left -= len(part)
+    if not left:
+        raise FileRefusedError(errno.EFBIG, _too_large(f"more than {limit_bytes:,}", limit_bytes))
+    return b"".join(parts)
+
+
+def problem(path: Path, limit_bytes: int | None = None) -> str | None:
+    """Why `opened` refuses ``path``, as a phrase; None where it does not. For libraries that open a path themselves."""
+    try:
+        with opened(path, limit_bytes):
+            return None
+    except OSError as error:
+        return reason(error)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, as a phrase without the number and the path."""
+    return error.strerror or str(error)
+
+
+def _too_large(found: str, limit_bytes: int) -> str:
+    return f"{found} bytes; allowed: {limit_bytes:,}"
