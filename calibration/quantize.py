@@ -94,6 +94,7 @@ def write_quantized_checkpoint(
     """
     require_output(output, force)
     chosen = _chosen(checkpoint, options)
+    _require_room_for_table(table, chosen, options.kind)
     inputs = {name: _inputs(table, name.removesuffix(".weight"), options.kind) for name in chosen}
     specs = list(_specs(checkpoint, chosen, inputs, options.kind))
     size = sum(spec.size_bytes for spec in specs)
@@ -144,6 +145,19 @@ def _chosen(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Expec
         if problem := require_shape(tensor.shape, options.kind):
             raise UnsupportedError("CX330", f"{name} cannot be {options.kind}: {problem}", "another --format")
     return chosen
+
+
+def _require_room_for_table(table: ScaleTable, chosen: Mapping[str, ExpectedTensor], kind: Format) -> None:
+    """CX330: INT4 would take the pre-scales of SVDQuant, which are for what is left beside its low-rank parts."""
+    parts = [name for name in chosen if name.removesuffix(".weight") in table.low_rank]
+    if kind == "int4" and parts:
+        raise UnsupportedError(
+            "CX330",
+            f"the scale table has low-rank parts of {len(parts)} linears ({parts[0]}, …), and the layout of a "
+            "quantized checkpoint has no place for them",
+            "`build --recipe int4 --calibration` with this table keeps them; for a checkpoint, calibrate with "
+            "`--algorithm awq`",
+        )
 
 
 def _inputs(table: ScaleTable, linear: str, kind: Format) -> Inputs:

@@ -233,11 +233,13 @@ def zero_ranges(results: Sequence[LayerResult]) -> Iterator[str]:
 def _save(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     from safetensors.torch import save_file
 
-    # The file format has no tensor twice: of those that are one in memory each gets its own.
+    # The file format has neither a tensor twice nor strides: tensors that share memory get copies of their own, and a
+    # plain copy would keep the strides.
     seen: set[int] = set()
     contiguous: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        contiguous[name] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        shared = tensor.data_ptr() in seen
+        contiguous[name] = tensor.clone(memory_format=torch.contiguous_format) if shared else tensor.contiguous()
         seen.add(tensor.data_ptr())
     _replace(path, lambda partial: save_file(contiguous, partial, metadata=dict(metadata)))
 
