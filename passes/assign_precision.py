@@ -10,7 +10,6 @@ from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
-from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import CannotApply, Pass, PassResult
 
 UND, GEN = "und", "gen"
@@ -111,7 +110,7 @@ def towers_of(program: Program) -> dict[str, Graph]:
     """The graphs of the two towers, where they have been split."""
     body = program.graphs[program.loop.body]
     rates = rates_of(program, body)
-    found = {e.source: UND for e in program.edges_into(body.name) if rates[body.inputs[e.input]] is Rate.PROMPT}
+    found = {e.source: UND for e in program.edges_into(body.name) if rates[body.inputs[e.input]].follows_prompt}
     return {tower: program.graphs[name] for name, tower in (*found.items(), (body.name, GEN))}
 
 

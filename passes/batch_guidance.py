@@ -16,7 +16,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate, TensorSpec
-from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.base import CannotApply, Pass, PassResult
 from cosmos_export.passes.rewriting import BINARY, UNARY
 
 NEGATIVE = "negative"
@@ -55,9 +55,13 @@ class BatchGuidance(Pass):
         if any(edge.instance == NEGATIVE for edge in program.edges):
             return result
         rates = rates_of(program, body)
-        prompt = [e.input for e in program.edges_into(body.name) if rates[body.inputs[e.input]] is Rate.PROMPT]
+        prompt = [e.input for e in program.edges_into(body.name) if rates[body.inputs[e.input]].follows_prompt]
         if not prompt:
             return result  # not split: there is no value of the prompt to have a second of
+        for name in prompt:
+            if rates[body.inputs[name]] is Rate.BRANCH:
+                reason = "follows from the prompt and from the rest of the request: the graph it comes from runs once"
+                raise CannotApply(self.name, body.inputs[name], reason)
         rewrite = _Batch(body, prompt, self.name)
         program.graphs[program.loop.body] = rewrite.run()
         length = program.dims["und_len"]

@@ -25,8 +25,9 @@ class SplitTowers(Pass):
         joint(ids, latents, t)  =  generator(latents, t, reasoner(ids), conditioning(request))
 
     The generator may read the prompt as keys and values of attention and in no other way. A program in which an
-    operation on carried values reads a prompt value otherwise, or in which a reasoner reads the generator, is refused
-    with the first such operation (CX220).
+    operation on carried values or on values of the request reads a prompt value otherwise, or in which a reasoner reads
+    the generator, is refused with the first such operation (CX220): a guided request has two prompts, and what follows
+    from one of them cannot be a table that both share.
     Numerical effect: none, the same operations run.
     """
 
@@ -53,16 +54,19 @@ class SplitTowers(Pass):
     def _refuse_crossing(self, program: Program, body: Graph) -> None:
         rates = rates_of(program, body)
         for node in body.calls():
-            if rates[node] < Rate.STEP or _feeds_attention_memory(node):
+            if rates[node] is Rate.PROMPT or _feeds_attention_memory(node):
                 continue
+            as_memory = node.args[1:] if is_op(node, ops.ATTENTION) and rates[node] >= Rate.STEP else ()
             for operand in node.all_input_nodes:
-                if rates[operand] is Rate.PROMPT and not (is_op(node, ops.ATTENTION) and operand is not node.args[0]):
-                    raise CannotApply(
-                        self.name,
-                        node,
-                        f"reads the prompt's value `{operand.name}` together with what changes in every step, and not "
-                        "as key or value of attention: the reasoner cannot leave the loop",
-                    )
+                if not rates[operand].follows_prompt or (operand in as_memory and operand is not node.args[0]):
+                    continue
+                often = "in every step" if rates[node] >= Rate.STEP else "with every request"
+                raise CannotApply(
+                    self.name,
+                    node,
+                    f"reads the prompt's value `{operand.name}` together with what changes {often}, and not as key or "
+                    "value of attention: the reasoner cannot leave the loop",
+                )
 
 
 def _feeds_attention_memory(node: Node) -> bool:

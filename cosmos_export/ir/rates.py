@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import reduce
+from typing import Any
 
-from cosmos_export.ir.graph import Graph, Node, is_input
+import sympy
+
+from cosmos_export.ir.graph import Graph, Node, is_input, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Rate
 
@@ -12,12 +16,14 @@ from cosmos_export.ir.spec import Rate
 def rates_of(program: Program, graph: Graph) -> dict[Node, Rate]:
     """Rate of every node: an input's own, or the join of what an operation reads.
 
-    An input that an edge supplies is as fast as the graph it comes from makes it.
+    An input that an edge supplies is as fast as the graph it comes from makes it. A number that is computed from the
+    length of the prompt follows from the prompt, as its values do.
     """
     supplied: dict[str, Rate] = {}
     for edge in program.edges_into(graph.name):
         source = program.graphs[edge.source]
         supplied[edge.input] = rates_of(program, source)[source.outputs[edge.output]]
+    lengths = _prompt_lengths(program)
     rates: dict[Node, Rate] = {}
     for node in graph.nodes:
         if is_input(node):
@@ -25,8 +31,31 @@ def rates_of(program: Program, graph: Graph) -> dict[Node, Rate]:
         elif node.op == "placeholder":
             rates[node] = Rate.CONSTANT
         else:
-            rates[node] = reduce(Rate.join, (rates[n] for n in node.all_input_nodes), Rate.CONSTANT)
+            own = Rate.PROMPT if any(lengths & size.free_symbols for size in _sizes(node)) else Rate.CONSTANT
+            rates[node] = reduce(Rate.join, (rates[n] for n in node.all_input_nodes), own)
     return rates
+
+
+def _prompt_lengths(program: Program) -> set[sympy.Symbol]:
+    """The dims that only the inputs of the prompt show."""
+    shown: dict[bool, set[sympy.Symbol]] = {True: set(), False: set()}
+    for graph in program.graphs.values():
+        for name, node in graph.inputs.items():
+            if name in program.rates:
+                shape = [size for size in spec_of(node).shape if isinstance(size, sympy.Expr)]
+                shown[program.rates[name] is Rate.PROMPT].update(*(size.free_symbols for size in shape))
+    return shown[True] - shown[False]
+
+
+def _sizes(value: Any) -> Iterator[sympy.Expr]:
+    """The symbolic sizes among the arguments of a node."""
+    if isinstance(value, Node):
+        value = (value.args, *value.kwargs.values())
+    for item in value:
+        if isinstance(item, sympy.Expr):
+            yield item
+        elif isinstance(item, (tuple, list)):
+            yield from _sizes(item)
 
 
 def sources_of(node: Node) -> set[Node]:

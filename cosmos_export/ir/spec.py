@@ -53,16 +53,25 @@ class Rate(IntEnum):
     PROMPT = 1
     """Follows from the token ids."""
     REQUEST = 2
-    """Follows from the request: positions, masks, embodiment (and the prompt)."""
-    STEP = 3
+    """Follows from the request without its prompts: positions, masks, embodiment."""
+    BRANCH = 3
+    """Follows from the token ids and the rest of the request: a guided request has two, one for each prompt."""
+    STEP = 4
     """Follows from the position in the denoising schedule alone."""
-    CARRIED = 4
+    CARRIED = 5
     """Changes in every step of every request: follows from the latents, or from step and request together."""
+
+    @property
+    def follows_prompt(self) -> bool:
+        """Known before the loop, and different for the prompt and the negative prompt."""
+        return self in (Rate.PROMPT, Rate.BRANCH)
 
     def join(self, other: Rate) -> Rate:
         """Rate of a value computed from values of both rates."""
         low, high = sorted((self, other))
-        return Rate.CARRIED if high is Rate.STEP and low in (Rate.PROMPT, Rate.REQUEST) else high
+        if (low, high) == (Rate.PROMPT, Rate.REQUEST):
+            return Rate.BRANCH
+        return Rate.CARRIED if high is Rate.STEP and low not in (Rate.CONSTANT, Rate.STEP) else high
 
 
 class Transform(Enum):

@@ -1,7 +1,7 @@
 """The generation driver: a request through the graphs of a bundle. It knows the manifest, numpy and a backend.
 
-What runs when follows from the manifest: a graph that reads token ids runs once a prompt, one that reads a timestep
-once a step, and every other one before the loop once a request.
+What runs when follows from the manifest: a graph that reads token ids, or what follows from them, runs once per prompt,
+one that reads a timestep once per step, and every other one before the loop once per request.
 """
 
 from __future__ import annotations
@@ -115,17 +115,20 @@ class Generator:
         manifest = self.bundle.manifest
         targets = [segment.graph for segment in self._loop.segments] or [self._loop.body]
         found: dict[tuple[str, str], Mapping[str, Value]] = {}
+        prompts = {"": request.input_ids}
+        if request.negative_ids is not None:
+            prompts[NEGATIVE] = request.negative_ids
+        of_prompt: set[str] = set()
         for name in self._order(targets):
             given = {tensor.name for tensor in manifest.graphs[name].inputs}
             if STEP in given:
                 continue
+            if PROMPT in given or any(edge.source in of_prompt for edge in self._edges(name)):
+                of_prompt.add(name)
             with _timed(timings, name):
-                if PROMPT not in given:
-                    found[name, ""] = self._remembered(name, inputs, self._fed(name, found))
-                else:
-                    found[name, ""] = self._remembered(name, {PROMPT: request.input_ids}, {})
-                    if request.negative_ids is not None:
-                        found[name, NEGATIVE] = self._remembered(name, {PROMPT: request.negative_ids}, {})
+                for branch, ids in prompts.items() if name in of_prompt else [("", request.input_ids)]:
+                    fed = self._fed(name, found, branch)
+                    found[name, branch] = self._remembered(name, {**inputs, PROMPT: ids}, fed)
             self._done_with(name)
         return found
 

@@ -7,13 +7,15 @@ import torch
 from tiny_cosmos import Case, Compiled, request
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.graph import is_op
+from cosmos_export.ir.graph import is_op, spec_of
 from cosmos_export.ir.interpreter import run_program
+from cosmos_export.ir.program import Edge
 from cosmos_export.ir.text import print_program
 from cosmos_export.ir.verifier import verify
+from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.batch_guidance import NEGATIVE, BatchGuidance
 from cosmos_export.passes.pipeline import default_passes
-from cosmos_export.passes.split_towers import GENERATOR
+from cosmos_export.passes.split_towers import CONDITIONING, GENERATOR
 
 
 @pytest.mark.parametrize("lengths", [(7, 7), (1, 300), (40, 2)])
@@ -60,6 +62,21 @@ def test_twice_is_once(compiled: Compiled) -> None:
     text = print_program(program)
     assert not BatchGuidance().run(program).modified
     assert print_program(program) == text
+
+
+def test_a_graph_of_the_request_that_reads_the_prompt_is_refused(compiled: Compiled) -> None:
+    """It would run once for both branches."""
+    program = compiled.final.copy()
+    table = next(e for e in program.edges_into(GENERATOR) if e.source == CONDITIONING)
+    conditioning = program.graphs[CONDITIONING]
+    spec = spec_of(program.graphs["reasoner"].outputs["key_0"])
+    key = conditioning.add_input("key_0", spec)
+    made = conditioning.outputs[table.output]
+    row = conditioning.call(ops.aten.mean.dim, key, [0, 1, 2], False)
+    conditioning.set_outputs({**conditioning.outputs, table.output: conditioning.call(ops.aten.mul.Tensor, made, row)})
+    program.edges.append(Edge("reasoner", "key_0", CONDITIONING, "key_0"))
+    with pytest.raises(CannotApply, match="the graph it comes from runs once"):
+        BatchGuidance().run(program)
 
 
 def test_a_program_that_is_not_split_is_left_alone(compiled: Compiled) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from sketch import N, P, Sketch, apply, aten, ops, targets
 
+from cosmos_export.ir.graph import spec_of
+from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.fold_schedule import FoldSchedule
@@ -110,19 +112,74 @@ def test_a_planted_crossing_in_the_real_model_is_named(compiled: Any) -> None:
         SplitTowers().run(program)
 
 
-def test_request_tables_may_follow_from_the_prompt() -> None:
-    """A table that joins prompt and request becomes an output of `conditioning`, fed by the reasoner."""
+def pooled(rate: Rate, read: Any) -> Any:
+    """Rows that ``read`` mixes with an embedded prompt and an input of ``rate``."""
+    s = Sketch()
+    ids = s.input("ids", (P,), Rate.PROMPT, torch.int64)
+    row = s.call(aten.slice.Tensor, s.call(aten.embedding.default, s.weight("w", (4, 8)), ids), 0, 0, 1)
+    mixed = read(s, s.call(aten.exp.default, row), s.input("scale", (8,), rate))
+    return s.program(y=s.call(aten.add.Tensor, s.input("x", (N, 8)), mixed))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda s, row, scale: s.call(aten.exp.default, s.call(aten.mul.Tensor, row, scale)),
+        lambda s, row, scale: s.call(aten.mul.Tensor, scale, s.call(aten.sin.default, row)),
+        lambda s, row, scale: s.call(aten.neg.default, s.call(aten.mul.Tensor, s.call(aten.exp.default, scale), row)),
+    ],
+    ids=["prompt and request", "request and prompt", "table of the request"],
+)
+def test_a_table_of_the_request_that_reads_the_prompt_is_refused(read: Any) -> None:
+    """It would run once for both prompts of a guided request: the negative branch would read the positive prompt."""
+    with pytest.raises(CannotApply, match="together with what changes with every request") as refused:
+        SplitTowers().run(pooled(Rate.REQUEST, read))
+    assert refused.value.code == "CX220"
+    SplitTowers().run(pooled(Rate.CONSTANT, lambda s, row, scale: s.call(aten.exp.default, scale)))  # no prompt in it
+
+
+def test_a_request_that_reads_the_length_of_the_prompt_is_refused() -> None:
+    """The length is another one for the negative prompt, and no operand says that it is read."""
     s = Sketch()
     ids = s.input("ids", (P,), Rate.PROMPT, torch.int64)
     text = s.call(aten.embedding.default, s.weight("w", (4, 8)), ids)
-    row = s.call(aten.exp.default, s.call(aten.slice.Tensor, text, 0, 0, 1))
-    table = s.call(aten.mul.Tensor, row, s.input("scale", (8,), Rate.REQUEST))
-    program = s.program(y=s.call(aten.add.Tensor, s.input("x", (N, 8)), s.call(aten.exp.default, table)))
-    apply(SplitTowers(), program)
-    assert {(e.source, e.target) for e in program.edges} == {
-        ("reasoner", "conditioning"),
-        ("conditioning", "generator"),
-    }
+    moved = s.call(aten.add.Tensor, s.input("scale", (8,), Rate.REQUEST), P)
+    program = s.program(y=s.call(aten.add.Tensor, s.input("x", (N, 8)), s.call(aten.exp.default, moved)), z=text)
+    rates = rates_of(program, program.graphs["body"])
+    assert rates[program.graphs["body"].calls(aten.add.Tensor)[0]] is Rate.BRANCH
+    with pytest.raises(CannotApply, match="`exp_default`: reads the prompt's value `add_tensor`"):
+        SplitTowers().run(program)
+
+
+@pytest.mark.parametrize("first", Rate)
+@pytest.mark.parametrize("second", Rate)
+def test_a_rate_keeps_the_prompt_and_the_order_does_not_matter(first: Rate, second: Rate) -> None:
+    joined = first.join(second)
+    assert joined is second.join(first)
+    assert joined >= max(first, second)
+    if joined < Rate.STEP:
+        assert joined.follows_prompt == (first.follows_prompt or second.follows_prompt)
+    for third in Rate:
+        assert joined.join(third) is first.join(second.join(third))
+
+
+def test_a_pooled_prompt_in_the_real_model_is_refused(compiled: Any) -> None:
+    """The mean of the prompt, scaled by a table of the request, is added to the rows of the first layer."""
+    program = compiled.stages["shift_rope"].copy()
+    graph = program.graphs["joint"]
+    rates = rates_of(program, graph)
+    embedded = graph.calls(aten.embedding.default)[0]
+    victim = next(n for n in graph.calls(aten.linear.default) if n.meta["module"] == "layers.0.self_attn.add_q_proj")
+    table = next(n for n in graph.calls(aten.cos.default) if rates[n] is Rate.REQUEST)
+    while spec_of(table).rank > 1:
+        table = graph.call(aten.select.int, table, 0, 0, before=victim)
+    one = graph.call(aten.slice.Tensor, table, 0, 0, 1, before=victim)
+    mean = graph.call(aten.mean.dim, embedded, [0], True, before=victim)
+    mixed = graph.call(aten.mul.Tensor, mean, one, before=victim)
+    moved = graph.call(aten.add.Tensor, victim.args[0], mixed, before=victim, like=victim)
+    victim.replace_input_with(victim.args[0], moved)
+    with pytest.raises(CannotApply, match=r"reads the prompt's value `mean_dim.*what changes with every request"):
+        SplitTowers().run(program)
 
 
 def test_an_output_that_the_loop_does_not_change_is_handed_over() -> None:
