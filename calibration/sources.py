@@ -259,12 +259,7 @@ def _read_lines(path: Path, options: Options) -> Found:
 
 def _read_json(path: Path, options: Options) -> Found:
     """A caption, an object or a list of objects as in ``.jsonl``, or actions."""
-    text = _decoded(path)
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError("CX340", f"{path} is not JSON: {error}") from error
-    rows = document
+    rows = document = _json(path)
     if isinstance(document, dict) and not _PROMPT_KEYS & document.keys():
         rows = document.get("actions")
     if isinstance(rows, list) and rows and isinstance(rows[0], list):
@@ -279,6 +274,14 @@ def _read_json(path: Path, options: Options) -> Found:
     if _PROMPT_KEYS & entry.keys():
         return Found("json", (_item(path.name, entry, path.parent),), (path,))
     return Found("caption", (Item(path.name, read_prompt(str(path))),), (path,))
+
+
+def _json(path: Path) -> Any:
+    text = _decoded(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError("CX340", f"{path} is not JSON: {error}") from error
 
 
 def _model_actions(path: Path) -> ActionFile:
@@ -306,17 +309,35 @@ def _read_folder(path: Path, options: Options) -> Found:
     """Pictures and clips, each with the text or caption beside it that has its name."""
     items: list[Item] = []
     files: list[Path] = []
-    for medium in sorted(p for p in path.rglob("*") if p.suffix.lower() in (*IMAGES, *CLIPS)):
+    notes: list[str] = []
+    present = sorted(path.rglob("*"))
+    texts = {(p.with_suffix(""), p.suffix.lower()): p for p in present if p.suffix.lower() in _BESIDE}
+    for medium in (p for p in present if p.suffix.lower() in (*IMAGES, *CLIPS)):
         item = _medium(medium)
-        for suffix in (".txt", ".json"):
-            beside = medium.with_suffix(suffix)
-            if beside.is_file():
-                prompt = read_prompt(str(beside)) if suffix == ".json" else text_prompt(_decoded(beside).strip())
-                item = replace(item, prompt=prompt)
-                files.append(beside)
-                break
+        beside = [found for suffix in _BESIDE if (found := texts.get((medium.with_suffix(""), suffix))) is not None]
+        if beside:
+            item = _told(item, beside[0])
+            files.append(beside[0])
+            notes += [f"{other.name} is not read: {beside[0].name} is beside {medium.name} too" for other in beside[1:]]
         items.append(item)
-    return Found("media", tuple(items), tuple(files))
+    return Found("media", tuple(items), tuple(files), tuple(notes))
+
+
+_BESIDE = (".txt", ".json")
+"""Endings of what is beside a picture or a clip; the first comes first."""
+
+
+def _told(item: Item, beside: Path) -> Item:
+    """``item``, a picture or a clip, with what the file beside it says: text, a caption, or an object with a prompt."""
+    if beside.suffix.lower() == ".txt":
+        return replace(item, prompt=text_prompt(_decoded(beside).strip()))
+    document = _json(beside)
+    if not isinstance(document, dict) or not _PROMPT_KEYS & document.keys():
+        return replace(item, prompt=read_prompt(str(beside)))
+    said = _item(item.name, document, beside.parent)
+    if said.image not in (None, item.image) or (said.clip is not None and said.clip != item.clip):
+        _bad_entry(str(beside), f"it names another picture or clip than {item.name}")
+    return replace(said, image=item.image, clip=item.clip)
 
 
 def _medium(path: Path) -> Item:
@@ -341,6 +362,13 @@ _MODES: Mapping[str, Mode] = {
     **{mode: mode for mode in MODES},
     "forward_dynamics": "forward-dynamics",
     "inverse_dynamics": "inverse-dynamics",
+    "text2image": "t2i",
+    "text2video": "t2v",
+    "text2world": "t2v",
+    "image2video": "i2v",
+    "image2world": "i2v",
+    "video2video": "v2v",
+    "video2world": "v2v",
 }
 _MODE_KEYS = ("mode", "model_mode")
 
@@ -351,34 +379,43 @@ def _item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
     if isinstance(prompt, dict):
         prompt = json.dumps(prompt)
     if not isinstance(prompt, str):
-        _bad_entry(name, f"prompt = {shown(prompt)} is not text")
+        _bad_entry(
+            name, f"prompt = {shown(prompt)} is not text", f"keys with a prompt: {', '.join(sorted(_PROMPT_KEYS))}"
+        )
     item = Item(entry_name(name, entry), text_prompt(prompt))
-    negative = entry.get("negative_prompt")
-    if isinstance(negative, str) and negative:
+    if negative := _said(name, entry, "negative_prompt", str):
         item = replace(item, negative=text_prompt(negative, "negative prompt"))
     for key in _MEDIA_KEYS:
-        value = entry.get(key)
-        if isinstance(value, str) and value:
+        if value := _said(name, entry, key, str):
             path = folder / value
             if not path.is_file():
                 _bad_entry(name, f"{key} = {shown(value)} is not a file beside it")
             medium = _medium(path)
             item = replace(item, image=medium.image, clip=medium.clip)
-    if isinstance(action := entry.get("action_path"), str):
+    if action := _said(name, entry, "action_path", str):
         path = folder / action
         file = _model_actions(path)
         item = replace(item, actions=file.values, embodiment=file.embodiment, beside=(path,))
-    if isinstance(domain := entry.get("domain_name"), str) and domain:
+    if domain := _said(name, entry, "domain_name", str):
         item = replace(item, embodiment=_same_robot(name, item.embodiment, domain))
     for key in _MODE_KEYS:
-        if entry.get(key) in _MODES:
-            item = replace(item, mode=_MODES[entry[key]])
-    fps, frames = entry.get("fps"), entry.get("num_frames")
-    if type(fps) in (int, float):
+        if mode := _said(name, entry, key, str):
+            if mode not in _MODES:
+                _bad_entry(name, f"{key} = {shown(mode)}", f"known: {', '.join(_MODES)}")
+            item = replace(item, mode=_MODES[mode])
+    if (fps := _said(name, entry, "fps", int, float)) is not None:
         item = replace(item, fps=_rate("fps", str(fps)))
-    if type(frames) is int:
+    if (frames := _said(name, entry, "num_frames", int)) is not None:
         item = replace(item, frames=_whole("frames", str(frames)))
     return item
+
+
+def _said(name: str, entry: Mapping[str, Any], key: str, *kinds: type) -> Any:
+    """What ``entry`` says under ``key``, of one of ``kinds``; None where it says nothing. CX340 for anything else."""
+    value = entry.get(key)
+    if value is not None and type(value) not in kinds:
+        _bad_entry(name, f"{key} = {shown(value)} is no {'text' if str in kinds else 'number'}")
+    return value
 
 
 def _same_robot(name: str, found: str | None, said: str) -> str:
@@ -408,8 +445,8 @@ def _checked(path: Path, number: int, entry: Any) -> dict[str, Any]:
     return entry
 
 
-def _bad_entry(name: str, what: str) -> NoReturn:
-    raise UserError("CX340", f"{name}: {what}")
+def _bad_entry(name: str, what: str, hint: str = "") -> NoReturn:
+    raise UserError("CX340", f"{name}: {what}", hint)
 
 
 def _decoded(path: Path) -> str:

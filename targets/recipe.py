@@ -136,7 +136,7 @@ def load_recipe(name: str) -> Recipe:
 
     CX350 names the nearest one if there is none; CX351: the file is not a recipe.
     """
-    return _read_recipe(Path(name)) if name.endswith(".toml") else _shipped(name)
+    return _read_recipe(Path(name)) if name.lower().endswith(".toml") else _shipped(name)
 
 
 def _read_recipe(path: Path) -> Recipe:

@@ -138,10 +138,11 @@ def read_actions(path: Path) -> ActionFile:
     CX611: unreadable, empty, rows of different width, or not finite.
     """
     facts: Mapping[str, Any] = {}
-    if path.suffix == ".safetensors":
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
         header = read_header(path)
         values, facts = _read_tensor(path, header.tensors), header.metadata
-    elif path.suffix == ".json":
+    elif suffix == ".json":
         document = _read_json(path)
         values = _read_rows(path, document)
         facts = document if isinstance(document, dict) else facts

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NoReturn
 
-from cosmos_export.checkpoint.strict_json import parse_object
+from cosmos_export import files
+from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import UserError
 
 # The misspelling is part of what the model knows.
@@ -34,6 +38,34 @@ DEFAULT_VIEWPOINT = "ego_view"
 _ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))
 _LISTS = (".txt", ".jsonl")
 """Files of many prompts, which `calibrate` reads."""
+_DATA = (
+    ".csv", ".tsv", ".yaml", ".yml", ".toml", ".xml", ".md", ".parquet", ".pkl", ".pt", ".npy", ".npz", ".safetensors",
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".mp4", ".mov", ".mkv", ".webm", ".avi", ".wav", ".zip", ".tar",
+    ".gz", ".mp3", ".flac",
+)  # fmt: skip
+"""Endings that make one word the name of a file, whether or not it exists."""
+REQUEST_OPTIONS: Mapping[str, str] = {
+    "prompt": "-p", "caption": "-p", "caption_json": "-p", "negative_prompt": "--negative", "mode": "--mode",
+    "model_mode": "--mode", "inference_type": "--mode", "seed": "--seed", "num_frames": "--frames",
+    "num_output_frames": "--frames", "height": "--height", "width": "--width", "num_steps": "--steps",
+    "num_inference_steps": "--steps", "guidance": "--guidance", "guidance_scale": "--guidance",
+    "guidance_interval": "--guidance-interval", "shift": "--shift", "flow_shift": "--shift", "image": "--image",
+    "image_path": "--image", "vision_path": "--image or --video", "video": "--video", "video_path": "--video",
+    "input_path": "--image or --video", "action_path": "--actions", "domain_name": "--embodiment",
+    "view_point": "--viewpoint", "action_chunk_size": "--chunk", "image_size": "--tier",
+}  # fmt: skip
+"""Keys of requests as NVIDIA's framework and cookbooks write them, and the option of `run` that says the same. Captions
+of the official recipe have none of them."""
+_OTHER_DOCUMENTS: Mapping[str, str] = {
+    **dict.fromkeys(("prompts", "captions", "requests", "inputs", "samples", "items", "messages"), "a list of prompts"),
+    **dict.fromkeys(("q01", "q99", "norm_stats", "mean", "std"), "statistics"),
+    **dict.fromkeys(("_class_name", "architectures", "model_type", "weight_map"), "part of a checkpoint"),
+    "codebase_version": "part of a data set",
+    "schema_version": "the manifest of a bundle",
+}
+"""Keys that only other documents have, and what those are."""
+_SCENE_KEYS = {"resolution", "aspect_ratio", "duration", "fps"}
+"""Keys of a caption that have numbers."""
 MAX_PROMPT_BYTES = 1 << 20
 """The longest official caption has 15 kB, and the model 262,144 positions."""
 
@@ -47,40 +79,101 @@ class Prompt:
 
 
 def read_prompt(value: str, what: str = "prompt") -> Prompt:
-    """The prompt that ``value`` is, or that the file ``value`` holds if it ends in ``.json``; CX600 if that is none.
+    """The prompt that ``value`` is, or that the file ``value`` holds if it ends in ``.json``.
 
-    Text that is itself a JSON object is a caption as it stands.
+    CX600 where ``value`` is a file and not a caption: its name is never taken for text. Text that is itself a JSON
+    object is a caption.
     """
-    if "\n" in value or not value.endswith(".json"):
-        if "\n" not in value and value.endswith(_LISTS):
-            raise UserError(
-                "CX600",
-                f"the {what} is the name of a list, {value[-80:]!r}, and a request has one {what}",
-                "give its text, or FILE.json with one caption",
-            )
-        return text_prompt(value, what)
-    path = Path(value)
+    ending = "" if "\n" in value else Path(value).suffix.lower()
+    if ending == ".json":
+        return _read_caption(Path(value), what)
+    if ending in _LISTS:
+        raise UserError(
+            "CX600",
+            f"the {what} is the name of a list, {value[-80:]!r}, and a request has one {what}",
+            "give its text, or FILE.json with one caption",
+        )
+    if os.path.lexists(value):
+        kind = "a directory" if Path(value).is_dir() else "a file"
+        raise UserError(
+            "CX600",
+            f"the {what} {shown(value[-80:])} is {kind}, not text",
+            f"a {what} is text or FILE.json with one caption; end the text with a full stop if it is meant as text",
+        )
+    if ending in _DATA and len(value.split()) == 1:
+        raise UserError(
+            "CX600",
+            f"the {what} {shown(value[-80:])} is the name of a file that does not exist",
+            f"a {what} is text or FILE.json with one caption",
+        )
+    return text_prompt(value, what)
+
+
+def _read_caption(path: Path, what: str) -> Prompt:
     try:
-        data = path.read_bytes()
+        data = files.read_bytes(path, MAX_PROMPT_BYTES)
     except OSError as error:
         raise UserError(
-            "CX600", f"cannot read the {what} file {path}: {error.strerror or error}", "a prompt is text or FILE.json"
+            "CX600", f"cannot read the {what} file {path}: {files.reason(error)}", "a prompt is text or FILE.json"
         ) from error
-    _require_size(len(data), f"{what} file {path}")
     try:
         caption = parse_object(data)
     except ValueError as error:
         raise UserError(
             "CX600", f"the {what} file {path} is not a JSON caption: {error}", "a caption is one JSON object in UTF-8"
         ) from error
+    _require_caption(caption, f"the {what} file {path}")
+    if not _has_words(caption) and not _SCENE_KEYS & caption.keys():
+        _no_caption(f"the {what} file {path}", "an object without text")
     return Prompt(json.dumps(caption), caption=True)
 
 
 def text_prompt(value: str, what: str = "prompt") -> Prompt:
-    """The prompt that ``value`` is, whatever it looks like: text of a data set opens no file."""
+    """The prompt that ``value`` is, whatever it looks like: text of a data set opens no file.
+
+    CX600 where it is a JSON object of another kind than a caption.
+    """
     _require_size(len(value.encode("utf-8", "surrogatepass")), what)
     _require_utf8(value, what)
-    return Prompt(value, _is_object(value))
+    caption = _object(value)
+    if caption is not None:
+        _require_caption(caption, f"the {what}")
+    return Prompt(value, caption is not None)
+
+
+def _require_caption(document: Mapping[str, Any], where: str) -> None:
+    """CX600 where ``document`` is a request, a list of prompts, or another document, which would be read as a caption
+    with everything in it lost."""
+    if not document:
+        _no_caption(where, "an empty object")
+    options = [key for key in document if key in REQUEST_OPTIONS]
+    if options:
+        given = " ".join(_option(key, document[key]) for key in options)
+        _no_caption(where, f"a request ({', '.join(options)})", f"give its parts as options of `run`: {given}")
+    for key, meaning in _OTHER_DOCUMENTS.items():
+        if key in document:
+            _no_caption(where, f"{meaning} (`{key}`)")
+    actions = document.get("actions")
+    if isinstance(actions, list) and actions and isinstance(actions[0], list):
+        _no_caption(where, "a file of actions", "pass it with --actions, and the task as --prompt")
+
+
+def _option(key: str, value: object) -> str:
+    """``value`` as an option of `run`; a long one is left to the reader."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{REQUEST_OPTIONS[key]} {shlex.quote(text) if len(text) <= 40 and text.isprintable() else '…'}"
+
+
+def _no_caption(where: str, found: str, hint: str = "give text, or FILE.json with one caption") -> NoReturn:
+    raise UserError("CX600", f"{where} is no caption: it is {found}", hint)
+
+
+def _has_words(value: object) -> bool:
+    if isinstance(value, str):
+        return any(character.isalpha() for character in value)
+    if isinstance(value, dict):
+        return any(map(_has_words, value.values()))
+    return isinstance(value, list) and any(map(_has_words, value))
 
 
 @dataclass(frozen=True)
@@ -160,14 +253,14 @@ def _joined(text: str, sentence: str) -> str:
     return f"{text}. {sentence}" if text else sentence
 
 
-def _is_object(text: str) -> bool:
+def _object(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is; None where it is none."""
     if not text.lstrip().startswith("{"):
-        return False
+        return None
     try:
-        parse_object(text.encode())
+        return parse_object(text.encode())
     except ValueError:
-        return False
-    return True
+        return None
 
 
 def _require_utf8(text: str, what: str) -> None:

@@ -75,6 +75,49 @@ def test_a_folder_takes_its_pictures_and_clips_with_what_is_beside_them(tmp_path
     assert second.clip is not None and second.prompt.text == ""
 
 
+def test_what_is_beside_a_picture_is_read_as_what_it_is(tmp_path: Path) -> None:
+    for name in "abcd":
+        data_samples.write_picture(tmp_path / f"{name}.png")
+    (tmp_path / "a.TXT").write_text("A picture.")
+    (tmp_path / "b.json").write_text(json.dumps({"subjects": ["a cup"]}))
+    (tmp_path / "c.JSON").write_text(json.dumps({"prompt": "A towel.", "negative_prompt": "blur", "model_mode": "t2i"}))
+    (tmp_path / "d.txt").write_text("First.")
+    (tmp_path / "d.json").write_text(json.dumps({"subjects": ["a cup"]}))
+    source = read_source(str(tmp_path))
+    a, b, c, d = source.items
+    assert (a.prompt.text, d.prompt.text) == ("A picture.", "First.")
+    assert b.prompt.caption and b.prompt.text == '{"subjects": ["a cup"]}'
+    assert c.negative is not None and (c.prompt.text, c.negative.text, c.mode) == ("A towel.", "blur", "t2i")
+    assert all(item.image is not None for item in source.items)
+    assert source.notes == ("d.json is not read: d.txt is beside d.png too",)
+    (tmp_path / "c.JSON").write_text(json.dumps({"prompt": "A towel.", "image": "a.png"}))
+    assert "another picture" in refused("CX340", lambda: read_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("entry", "word"),
+    [
+        ({"model_mode": "image2sound"}, "model_mode"), ({"mode": 3}, "mode"), ({"fps": "24"}, "fps"),
+        ({"num_frames": 9.5}, "num_frames"), ({"negative_prompt": {"a": "b"}}, "negative_prompt"),
+        ({"vision_path": ["a.png"]}, "vision_path"), ({"domain_name": 7}, "domain_name"),
+    ],
+)  # fmt: skip
+def test_what_an_entry_says_is_read_or_refused(tmp_path: Path, entry: dict[str, object], word: str) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps({"prompt": "A towel.", **entry}))
+    assert word in refused("CX340", lambda: read_source(str(path)))
+    path.write_text(json.dumps({"prompt": "A towel.", "model_mode": "image2video"}))
+    assert read_source(str(path)).items[0].mode == "i2v"
+
+
+@pytest.mark.parametrize(
+    "document", [{}, {"prompts": ["A", "B"]}, {"seed": 3, "num_frames": 5}, {"q01": [0], "q99": [1]}]
+)
+def test_a_document_that_is_no_caption_is_none(tmp_path: Path, document: dict[str, object]) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document))
+    assert "no caption" in refused("CX600", lambda: read_source(str(tmp_path / "x.json")))
+
+
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 def test_lerobot_episodes_become_windows(version: str, tmp_path: Path) -> None:
     source = read_source(str(data_samples.write_lerobot(tmp_path / "robot", version)))

@@ -134,6 +134,73 @@ def test_a_list_of_prompts_is_no_prompt(name: str) -> None:
     assert prompts.read_prompt("write .txt\nfiles.txt").text.endswith("files.txt")
 
 
+REQUEST = {
+    "name": "a",
+    "model_mode": "i2v",
+    "prompt": "A red cube.",
+    "seed": 3,
+    "negative_prompt": "blur",
+    "num_frames": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("fw.json", json.dumps(REQUEST), r"is no caption: it is a request \(model_mode, prompt, seed, negative_prompt"),
+        ("FW.JSON", json.dumps({"vision_path": "a.png", "caption_json": {"a": "b"}}), "it is a request"),
+        ("one.json", '{"caption": "A towel."}', "it is a request"),
+        ("seed.json", '{"subjects": ["a cup"], "seed": 3}', r"it is a request \(seed\)"),
+        ("many.json", '{"prompts": ["A", "B"]}', "it is a list of prompts"),
+        ("empty.json", "{}", "an empty object"),
+        ("numbers.json", '{"min": [0.0], "max": [1.0]}', "an object without text"),
+        ("actions.json", '{"actions": [[0.0, 1.0]], "embodiment": "umi"}', "a file of actions"),
+        ("stats.json", '{"q01": [0.0], "q99": [1.0], "method": "quantile"}', "statistics"),
+        ("config.json", '{"_class_name": "Cosmos3OmniTransformer"}', "part of a checkpoint"),
+        ("a.csv", "prompt\nA cube.\n", "is a file, not text"),
+        ("caption.txt", '{"subjects": ["a cup"]}', "name of a list"),
+        ("LIST.JSONL", '{"prompt": "A"}', "name of a list"),
+        ("caption", '{"subjects": ["a cup"]}', "is a file, not text"),
+        ("A red cube", "x", "is a file, not text"),
+        ("picture.PNG", "x", "is a file, not text"),
+    ],
+)
+@pytest.mark.parametrize("what", ["prompt", "negative prompt"])
+def test_a_file_that_is_no_caption_is_never_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, message: str, what: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    for value in (name, f"./{name}", str(tmp_path / name)):
+        with pytest.raises(UserError, match=message) as caught:
+            prompts.read_prompt(value, what)
+        assert caught.value.code == "CX600" and what in caught.value.message and caught.value.hint
+
+
+def test_the_parts_of_a_request_are_given_as_options(tmp_path: Path) -> None:
+    path = tmp_path / "request.json"
+    path.write_text(json.dumps({**REQUEST, "negative_prompt": "long " * 20}))
+    with pytest.raises(UserError) as caught:
+        prompts.read_prompt(str(path))
+    assert "--mode i2v -p 'A red cube.' --seed 3 --negative … --frames 5" in caught.value.hint
+    with pytest.raises(UserError, match="it is a request"):
+        prompts.read_prompt(json.dumps(REQUEST))
+
+
+def test_names_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "robot").mkdir()
+    with pytest.raises(UserError, match="is a directory, not text"):
+        prompts.read_prompt("robot")
+    for name in ("prompts.csv", "data/picture.PNG", "x.Parquet"):
+        with pytest.raises(UserError, match="a file that does not exist"):
+            prompts.read_prompt(name)
+    (tmp_path / "k.JSON").write_text('{"subjects": ["a cup"]}')
+    assert prompts.read_prompt("k.JSON") == prompts.Prompt('{"subjects": ["a cup"]}', True)
+    for text in ("robot.", "A film about three.js", "Show me an .mp4", "x" * 5000, "two\nlines.csv", "a\0b", ""):
+        assert prompts.read_prompt(text) == prompts.Prompt(text)
+
+
 def test_bad_text() -> None:
     for text in ("x" * (prompts.MAX_PROMPT_BYTES + 1), "\udc80"):
         with pytest.raises(UserError) as caught:
