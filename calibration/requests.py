@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from cosmos_export.bundle import ProfileRecord, RequestRecord
 from cosmos_export.calibration.sources import ClipPart, Item
 from cosmos_export.checkpoint.safetensors_header import read_header
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime import canvas, media
-from cosmos_export.runtime.embodiments import embodiment
+from cosmos_export.runtime.embodiments import Embodiment, embodiment, require_width
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
@@ -55,7 +55,8 @@ class Setting:
     latents: Literal["auto", "rollout", "noise"] = "auto"
     hears: bool = False
     """The checkpoint turns sound into latents."""
-    policy: str | None = None
+    policy: Embodiment | None = None
+    """That of a policy checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -255,13 +256,24 @@ def _action(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
         raise UserError(
             "CX346", f"{item.name}: mode {work.request.mode} without {what}", "…,video=CLIP.mp4 beside them"
         )
+    if work.request.mode == "policy" and record.policy is not None and record.policy.state:
+        raise UnsupportedError(
+            "CX605",
+            f"{item.name}: this checkpoint is a policy that is given the robot's state as the first row of its actions "
+            "(use_state), and this version cannot give one: its ranges would be those of other inputs",
+            "leave the robot data out, or show it with mode=forward-dynamics or mode=inverse-dynamics alone",
+        )
     robot = embodiment(item.embodiment, setting.policy)
     rows = min(len(item.actions), robot.chunk) // video.temporal * video.temporal
     if not rows:
         raise UserError("CX344", f"{item.name}: {len(item.actions)} actions; at least {video.temporal}")
     columns = item.actions.shape[1]
-    if columns > record.action.dim or robot.domain >= record.action.domains:
+    if robot.domain >= record.action.domains:
+        what = f"{item.name}: embodiment `{robot.name}` is domain {robot.domain}; the model has {record.action.domains}"
+        raise UserError("CX610", what, "leave the source out")
+    if columns > record.action.dim:
         raise UserError("CX611", f"{item.name}: actions of {columns} columns; the model has 1 to {record.action.dim}")
+    require_width(item.name, robot, columns)
     clip = media.read_clip(item.clip.path, rows + 1, skip=item.clip.skip)
     if len(clip.frames) <= rows:
         raise UserError("CX344", f"{item.name}: {len(clip.frames)} frames for {rows} actions; one more than actions")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import ActionFile, Actions, embodiment, read_actions
+from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 from cosmos_export.sampling import MODES, Mode
 
@@ -89,6 +89,10 @@ class Options:
     frames: int | None = None
     limit: int | None = None
     camera: str | None = None
+    actions: tuple[str, ...] | None = None
+    """Columns of a data set that make an action, in order."""
+    policy: Embodiment | None = None
+    """That of the checkpoint; no key says it."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,13 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def read_source(text: str) -> Source:
-    """The source that ``text`` names. CX340: no such thing, or nothing in it; CX341: an option; CX6xx: its files."""
+def read_source(text: str, policy: Embodiment | None = None) -> Source:
+    """The source that ``text`` names, for a checkpoint that is a ``policy`` of that embodiment, or for any.
+
+    CX340: no such thing, or nothing in it; CX341: an option; CX6xx: its files.
+    """
     path, options = parse_source(text)
+    options = replace(options, policy=policy)
     if not path.exists():
         hint = f"options of --data: {', '.join(_OPTIONS)}" if "," in path.name else "is it the right path?"
         raise UserError("CX340", f"{path} does not exist", hint)

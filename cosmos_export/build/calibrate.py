@@ -17,6 +17,7 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
+from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.sampling import Overrides
 from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
 
@@ -108,6 +109,7 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     modalities = available_modalities(options.modalities, checkpoint)
     prompt = _prompt_record(checkpoint)
     record = request_record(checkpoint, modalities, prompt)
+    policy = policy_of(record) if record.action is not None else None
     profile = _without_rows(parse_profile(options.profile), modalities)
     check_limits(profile, model_limits(checkpoint, modalities))
     dims = {name: DimRecord(span.min, span.opt, span.max) for name, span in profile.dims.items()}
@@ -123,9 +125,9 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
         hears=hears(checkpoint),
-        policy=sampling_of(checkpoint).policy,
+        policy=policy,
     )
-    sources = tuple(read_source(text) for text in options.data)
+    sources = tuple(read_source(text, policy) for text in options.data)
     tokenizer = PromptTokenizer(prompt, checkpoint.root / prompt.tokenizer)
     works = make_requests([source.items for source in sources], setting, tokenizer, prompt.use_system)
     samples = plan_samples(works, options.samples)

@@ -14,6 +14,7 @@ from cosmos_export.build.allocator import keep_freed_memory
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.planned import bundle_bytes
+from cosmos_export.build.request import policy_notes
 from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.diagnostics import ToolError, UserError
@@ -45,6 +46,8 @@ def build(
     keep_freed_memory()
     plan = resolve(options)
     begins(plan)
+    for note in policy_notes(plan.checkpoint):  # now, and again at the end of a long report
+        _log.warning("%s", note)
     if options.output is None:
         return _compile_only(plan, progress)
     writer = BundleWriter(options.output, options.force, _required_bytes(plan), progress, options.resume)

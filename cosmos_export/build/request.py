@@ -12,6 +12,7 @@ from typing import Any
 from cosmos_export.build.selection import codec_config
 from cosmos_export.bundle import (
     ActionRecord,
+    PolicyRecord,
     PromptRecord,
     RequestRecord,
     SamplingRecord,
@@ -20,9 +21,11 @@ from cosmos_export.bundle import (
 )
 from cosmos_export.bundle.manifest import Scalar
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.plan.subject import sampling_of
+from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment
 
 _PIPELINE_DEFAULTS = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 """What the published pipeline assumes where there is no video autoencoder."""
@@ -44,7 +47,55 @@ def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: 
         base_fps=float(geometry.base_fps),
         fps_modulation=geometry.enable_fps_modulation,
     )
-    return RequestRecord(video, sound, action, prompt, _sampling(checkpoint))
+    return RequestRecord(video, sound, action, prompt, _sampling(checkpoint), _policy(checkpoint, video.temporal))
+
+
+def _policy(checkpoint: Checkpoint, temporal: int) -> PolicyRecord | None:
+    """What checkpoint.json says of its policy; CX103 where the model cannot have such actions."""
+    found = read_policy(checkpoint.policy)
+    if found is None:
+        return None
+    most = checkpoint.geometry.action_dim
+    if found.width is not None and most is not None and found.width > most:
+        what = f"checkpoint.json: policy: actions of {found.width} columns; the model has {most}"
+        raise UserError("CX103", what, "restore the file, or correct the field")
+    if found.chunk is not None and found.chunk % temporal:
+        what = f"checkpoint.json: policy: a chunk of {found.chunk} actions is not a multiple of {temporal}"
+        raise UserError("CX103", what, "restore the file, or correct the field")
+    return PolicyRecord(found.domain, found.width, found.chunk, found.fps, found.state)
+
+
+def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What the user of a policy checkpoint should know of checkpoint.json before a robot does."""
+    found = read_policy(checkpoint.policy)
+    if found is None:
+        return ()
+    notes = []
+    if found.state:
+        notes.append(
+            "this policy is given the robot's state as the first row of its actions (use_state), and this version "
+            "cannot give one: `run` refuses mode policy (CX605)"
+        )
+    elif found.state is None:
+        notes.append("checkpoint.json does not say whether this policy is given the robot's state: `run` gives none")
+    if found.domain is None:
+        notes.append("checkpoint.json has a policy without domain_name: `run` takes any --embodiment")
+    elif found.domain in EMBODIMENTS or found.domain.startswith("droid"):
+        usual = policy_embodiment(found.domain)
+        for what, said, known in (
+            ("columns", found.width, usual.width), ("actions in a chunk", found.chunk, usual.chunk),
+            ("frames per second", found.fps, usual.fps),
+        ):  # fmt: skip
+            if said is not None and known is not None and said != known:
+                notes.append(f"checkpoint.json: {said:g} {what}; policies for {found.domain} usually have {known:g}")
+    else:
+        notes.append(
+            f"checkpoint.json: no embodiment {shown(found.domain)}: `run` refuses its actions (CX610)"
+        )
+    if found.unread:
+        unread = ", ".join(map(shown, found.unread))
+        notes.append(f"fields of the policy in checkpoint.json that are not read: {unread}")
+    return tuple(notes)
 
 
 def check_request(checkpoint: Checkpoint, modalities: tuple[str, ...]) -> None:

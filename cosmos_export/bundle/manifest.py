@@ -233,6 +233,20 @@ class SamplingRecord:
 
 
 @dataclass(frozen=True)
+class PolicyRecord:
+    """What a policy checkpoint says of its actions; null where it does not say, and its embodiment decides."""
+
+    domain: Name | None
+    width: Annotated[int, AtLeast(1)] | None
+    """Columns of an action."""
+    chunk: Annotated[int, AtLeast(1)] | None
+    """Actions in a request."""
+    fps: float | None
+    state: bool | None
+    """Whether the robot's state is the first row of its actions."""
+
+
+@dataclass(frozen=True)
 class RequestRecord:
     """What a request needs to know of the model besides its graphs."""
 
@@ -242,6 +256,8 @@ class RequestRecord:
     prompt: PromptRecord | None
     """None in a bundle without its tokenizer: requests bring token ids."""
     sampling: SamplingRecord
+    policy: PolicyRecord | None = None
+    """None: the checkpoint is no policy."""
 
 
 @dataclass(frozen=True)

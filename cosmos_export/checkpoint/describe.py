@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, Part, Tower
+from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.reader import Checkpoint
 
 
@@ -53,6 +54,10 @@ class Summary:
     distilled_sigmas: tuple[float, ...] | None
     step_policy: Mapping[str, Any] | None
     policy: Mapping[str, Any] | None
+    policy_unread: tuple[str, ...]
+    """Fields of ``policy`` that nothing here reads."""
+    wants_state: bool | None
+    """Whether the policy is given the robot's state as its first action row; None: no policy, or it does not say."""
     unused_tensors: tuple[tuple[str, str], ...]
     ignored_files: tuple[tuple[str, str], ...]
     unknown_config_keys: tuple[str, ...]
@@ -64,7 +69,8 @@ class Summary:
 def describe(checkpoint: Checkpoint) -> Summary:
     geometry, expected = checkpoint.geometry, list(checkpoint.expected.values())
     quantization = checkpoint.quantization
-    policy = quantization.step_policy if quantization is not None else None
+    steps = quantization.step_policy if quantization is not None else None
+    policy = read_policy(checkpoint.policy)
     return Summary(
         path=str(checkpoint.root),
         variant=checkpoint.variant,
@@ -90,8 +96,10 @@ def describe(checkpoint: Checkpoint) -> Summary:
         schedule=_schedule(checkpoint),
         scheduler=dict(checkpoint.scheduler),
         distilled_sigmas=checkpoint.distilled_sigmas,
-        step_policy=None if policy is None else asdict(policy),
+        step_policy=None if steps is None else asdict(steps),
         policy=None if checkpoint.policy is None else dict(checkpoint.policy),
+        policy_unread=() if policy is None else policy.unread,
+        wants_state=None if policy is None else policy.state,
         unused_tensors=checkpoint.unused,
         ignored_files=tuple((str(path.relative_to(checkpoint.root)), why) for path, why in checkpoint.ignored_files),
         unknown_config_keys=tuple(sorted(geometry.unknown_keys)),

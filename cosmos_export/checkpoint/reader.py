@@ -16,6 +16,7 @@ from cosmos_export.checkpoint import schedule, variants
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.mapping import map_tensors
+from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.published import published_size
 from cosmos_export.checkpoint.quantization import Quantization, parse_quantization
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
@@ -61,6 +62,7 @@ class Checkpoint:
     quantization: Quantization | None
     distilled_sigmas: tuple[float, ...] | None
     policy: Mapping[str, Any] | None
+    """As checkpoint.json has it; `read_policy` says what it means."""
     input_files: tuple[Path, ...]
 
     def files(self) -> tuple[Path, ...]:
@@ -154,6 +156,7 @@ def _policy(root: Path) -> Mapping[str, Any] | None:
     policy = (optional_object(root / "checkpoint.json") or {}).get("policy")
     if policy is not None and not isinstance(policy, dict):
         raise UserError("CX103", f"checkpoint.json: policy = {shown(policy)} is not an object", "restore the file")
+    read_policy(policy)
     return None if policy is None else MappingProxyType(policy)
 
 

@@ -81,6 +81,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "generates": ", ".join(str(name) for name in _listed(options.get("modalities"))),
         "mode": f"{options.get('mode')}, {options.get('schedule.steps')} steps, guidance {guidance}, loop {loop}",
+        **_policy(manifest),
         "profiles": [f"{p.name}: {_takes(p, manifest)}" for p in manifest.profiles],
         "codecs": ", ".join(codecs) or "none",
         "engines": engines,
@@ -88,6 +89,21 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "bytes": f"{sum(sizes.values()):,} in {_files(len(sizes))}",
         "built": f"{manifest.volatile.created} by cosmos-export {manifest.tools.get('cosmos-export', 'unknown')}",
     }  # fmt: skip
+
+
+def _policy(manifest: Manifest) -> dict[str, str]:
+    """What the bundle's checkpoint says of its policy, where it is one."""
+    found = None if manifest.request is None else manifest.request.policy
+    if found is None:
+        return {}
+    said = {
+        "columns": found.width, "actions in a chunk": found.chunk, "frames per second": found.fps,
+    }  # fmt: skip
+    numbers = [f"{value:g} {what}" for what, value in said.items() if value is not None]
+    parts = [found.domain or "of no domain", *numbers]
+    if found.state:
+        parts.append("is given the robot's state, which `run` cannot give yet")
+    return {"policy": ", ".join(parts)}
 
 
 def _checked(manifest: Manifest) -> list[str]:

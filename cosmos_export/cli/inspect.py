@@ -90,6 +90,12 @@ def _remarks(summary: Summary) -> list[Any]:
     for reason, names in by_reason.items():
         lines.append(f"unused: {len(names)} tensors ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
     lines += [f"not read: {name}: {reason}" for name, reason in summary.ignored_files]
+    if summary.wants_state:
+        lines.append("this policy is given the robot's state as its first action row; `run` cannot give it yet (CX605)")
+    elif summary.policy is not None and summary.wants_state is None:
+        lines.append("checkpoint.json does not say whether this policy is given the robot's state (use_state)")
+    if summary.policy_unread:
+        lines.append(f"fields of the policy in checkpoint.json that are not read: {', '.join(summary.policy_unread)}")
     if summary.unknown_config_keys:
         keys = summary.unknown_config_keys
         rest = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""

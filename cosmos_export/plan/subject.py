@@ -11,6 +11,7 @@ from cosmos_export.checkpoint import Checkpoint, Tower
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, Part, expected_tensors
+from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import CheckpointSampling
@@ -89,13 +90,13 @@ def _graph(tensor: ExpectedTensor, last: str, geometry: Geometry) -> str | None:
 
 def sampling_of(checkpoint: Checkpoint) -> CheckpointSampling:
     """What ``checkpoint`` says of its sampling."""
-    policy = (checkpoint.policy or {}).get("domain_name")
+    policy = read_policy(checkpoint.policy)
     return CheckpointSampling(
         scheduler=checkpoint.scheduler,
         native=bool(checkpoint.model_index.get("use_native_flow_schedule")),
         distilled_sigmas=checkpoint.distilled_sigmas,
         edge=not checkpoint.geometry.gated,
-        policy=None if policy is None else str(policy),
+        policy=None if policy is None else policy.domain,
     )
 
 

@@ -174,6 +174,14 @@ def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, 
                 f"it does not compute {modality}_velocity",
                 f"build it with --outputs …,{modality}_velocity",
             )
+    if mode == "policy" and record.policy is not None and record.policy.state:
+        _lacks(
+            manifest,
+            what,
+            "its checkpoint is a policy that is given the robot's state as the first row of its actions (use_state), "
+            "and this version cannot give one",
+            "without the state its actions would be wrong: run the checkpoint with NVIDIA's policy server until then",
+        )
     if _SOURCES[mode] and not has_component(manifest, ENCODER):
         _lacks(manifest, what, "it has no encoder for pictures", "build it with its components")
 

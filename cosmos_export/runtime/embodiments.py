@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -73,23 +73,40 @@ _POLICIES: Mapping[str, Embodiment] = {
 """Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
 
 
-def embodiment(name: str | None, policy: str | None) -> Embodiment:
-    """The embodiment ``name``, or that of a checkpoint trained for the domain ``policy``.
+def policy_embodiment(
+    domain: str, width: int | None = None, chunk: int | None = None, fps: float | None = None
+) -> Embodiment:
+    """The embodiment of a policy trained for ``domain``, with what its checkpoint says in place of what is usual.
+
+    CX610: no such domain.
+    """
+    usual = _POLICIES.get(domain.split("_")[0]) or _known(domain)
+    return replace(usual, width=width or usual.width, chunk=chunk or usual.chunk, fps=fps or usual.fps)
+
+
+def embodiment(name: str | None, policy: str | Embodiment | None) -> Embodiment:
+    """The embodiment ``name``, or that of a checkpoint that is a ``policy`` (its embodiment, or its domain).
 
     CX610: neither, an unknown one, or another than the policy's.
     """
     if policy is not None:
-        own = _POLICIES.get(policy.split("_")[0]) or _known(policy)
+        own = policy_embodiment(policy) if isinstance(policy, str) else policy
         if name is not None and _known(name).domain != own.domain:
             raise UserError(
                 "CX610",
-                f"embodiment `{name}`; this checkpoint is a policy for `{policy}` only",
+                f"embodiment `{name}`; this checkpoint is a policy for `{own.name}` only",
                 "leave --embodiment out",
             )
         return own
     if name is None:
         raise UserError("CX610", "an action needs an embodiment", f"--embodiment with one of {', '.join(EMBODIMENTS)}")
     return _known(name)
+
+
+def require_width(what: str, robot: Embodiment, columns: int, hint: str = "is it the right embodiment=?") -> None:
+    """CX611 where actions called ``what`` have other ``columns`` than those of ``robot``."""
+    if robot.width is not None and columns != robot.width:
+        raise UserError("CX611", f"{what} has {columns} columns; actions of `{robot.name}` have {robot.width}", hint)
 
 
 def _known(name: str) -> Embodiment:

@@ -81,10 +81,18 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
     return stage
 
 
+def policy_of(record: RequestRecord) -> Embodiment | None:
+    """The embodiment of the policy that ``record`` is of, None where it is of none. CX610: one that is unknown."""
+    domain, said = record.sampling.policy, record.policy
+    if domain is None:
+        return None
+    return embodiments.policy_embodiment(domain, *(() if said is None else (said.width, said.chunk, said.fps)))
+
+
 def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
     """An embodiment's actions, and the canvas that its picture or clip lies on."""
     assert record.action is not None
-    robot = embodiments.embodiment(asked.embodiment, record.sampling.policy)
+    robot = embodiments.embodiment(asked.embodiment, policy_of(record))
     video, fps = record.video, robot.fps if asked.fps is None else float(asked.fps)
     if robot.domain >= record.action.domains:
         raise UserError(
@@ -104,6 +112,8 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     if asked.action_stats is not None:
         scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
     notes: list[str] = []
+    if mode == "policy" and record.policy is not None and record.policy.state is None:
+        notes.append("the checkpoint does not say whether its policy is given the robot's state (use_state): none is")
     given = None
     if raw is not None:
         given = _lasting(raw if scale is None else scale.to_model(raw), chunk)[:chunk]

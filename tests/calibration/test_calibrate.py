@@ -29,7 +29,7 @@ from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scal
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
-from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
+from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.runtime import media
 from cosmos_export.runtime.inputs import sound_latents
@@ -349,6 +349,31 @@ def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, d
 def _job(checkpoint: Path, tmp_path: Path, source: str, **changes: Any) -> Job:
     fields = {"data": (source,), "modalities": ("vision",), **changes}
     return resolve(options(checkpoint, tmp_path / "scales", tmp_path, **fields))
+
+
+def test_a_policy_that_wants_the_state_is_not_calibrated_without_it(tmp_path: Path, data: Path) -> None:
+    path = write_demo_checkpoint(tmp_path / "tiny", layers=1)
+    stated = {"policy": {"domain_name": "umi", "use_state": True}}
+    (path / "checkpoint.json").write_text(json.dumps(stated))
+    small = {"modalities": ("vision", "action"), "samples": 60}
+    message = refused("CX605", lambda: _job(path, tmp_path, str(data / "robot"), **small), UnsupportedError)
+    assert "robot's state" in message
+    job = _job(path, tmp_path, f"{data / 'robot'},mode=inverse-dynamics", **small)
+    assert {work.request.mode for work in job.works} == {"inverse-dynamics"}
+    stated["policy"]["use_state"] = False
+    (path / "checkpoint.json").write_text(json.dumps(stated))
+    assert "policy" in {work.request.mode for work in _job(path, tmp_path, str(data / "robot"), **small).works}
+
+
+@pytest.mark.parametrize("width", [5, 7, 9, 11, 64])
+def test_actions_of_another_width(checkpoint: Path, tmp_path: Path, data: Path, width: int) -> None:
+    """In JSON too, as `run` refuses them."""
+    path = tmp_path / "actions.json"
+    path.write_text(json.dumps(data_samples.actions(8, width).tolist()))
+    source = f"{path},video={data / 'clips' / 'a.mp4'},embodiment=umi,fps=24"
+    assert f"has {width} columns; actions of `umi` have 10" in refused(
+        "CX611", lambda: _job(checkpoint, tmp_path, source, modalities=("vision", "action"))
+    )
 
 
 def test_empty_and_unreadable_media(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import run_samples
 from run_samples import DISTILLED, EDGE, EULER, MARK, ROBOT, SMALL, UNIPC, manifest
 from safetensors.numpy import save_file
 
-from cosmos_export.bundle import DimRecord
+from cosmos_export.bundle import DimRecord, PolicyRecord
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
 from cosmos_export.runtime import canvas, media
 from cosmos_export.runtime.frontend import Asked, open_manifest, prepare
@@ -178,6 +178,27 @@ def test_metadata_and_system_message(files: Path) -> None:
     plain = text_of(ask(files, metadata=False, system=False).request.input_ids)
     assert "resolution" not in plain
     assert "assistant who" not in plain
+
+
+def test_a_policy_that_wants_the_state_is_not_run_without_it(files: Path) -> None:
+    """Its other modes are; the width, chunk and rate of its actions are those that its checkpoint says."""
+    plain = manifest({"robot": ROBOT}, sampling=CheckpointSampling(UNIPC, policy="umi"))
+    assert plain.request is not None
+
+    def policy(state: bool | None) -> Any:
+        record = PolicyRecord("umi", 7, 16, 5.0, state)
+        return dataclasses.replace(plain, request=dataclasses.replace(plain.request, policy=record))
+
+    error = refused("CX605", files, policy(True), image="robot.png")
+    assert "robot's state" in error.message and "use_state" in error.message and error.hint
+    refused("CX605", files, policy(True), image="robot.png", embodiment="umi", mode="policy")
+    assert ask(files, policy(True), mode="inverse-dynamics", video="robot.mp4").request.mode == "inverse-dynamics"
+    for state in (False, None):
+        prepared = ask(files, policy(state), image="robot.png")
+        request = prepared.request
+        assert any("use_state" in note for note in prepared.notes) == (state is None)
+        assert (request.action.rows, request.action.raw_dim, request.fps) == (16, 7, 5.0)
+    assert ask(files, plain, image="robot.png").request.action.raw_dim == 10
 
 
 def test_captions_speak_for_themselves(files: Path) -> None:
