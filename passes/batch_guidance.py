@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import sympy
-
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Dim, equal, simplify, symbol
+from cosmos_export.ir.dims import Dim, equal, expression, simplify, symbol
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_op, map_operands, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Program
@@ -152,7 +150,7 @@ class _Batch:
 
         args = list(map_operands(node.args, operand))
         if is_op(node, aten.view.default, aten.expand.default):
-            args[1] = [simplify(2 * sympy.sympify(spec.shape[0])), *spec.shape[1:]]
+            args[1] = [simplify(2 * expression(spec.shape[0])), *spec.shape[1:]]
         return self._call(node, node.target, *args, **node.kwargs)
 
     def _double(self, node: Node) -> Node:
@@ -166,7 +164,7 @@ class _Batch:
         key = (value.first, branch)
         if key not in self._branches:
             total = spec_of(value.first).shape[0]
-            rows = simplify(sympy.sympify(total) / 2)
+            rows = simplify(expression(total) / 2)
             ends = (0, rows) if branch == 0 else (rows, total)
             self._branches[key] = self._call(value.first, aten.slice.Tensor, value.first, 0, *ends)
         return self._branches[key]

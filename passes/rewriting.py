@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
 import torch
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Size, equal, non_negative, product, simplify
+from cosmos_export.ir.dims import Size, equal, expression, non_negative, product, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 
@@ -129,16 +128,16 @@ def _cat(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | Non
         return s.call(node, aten.cat.default, [s.of(t, axis, start, end) for t in tensors], at)
     offsets: list[Size] = [0]
     for tensor in tensors:
-        offsets.append(simplify(sympy.sympify(offsets[-1]) + spec_of(tensor).shape[axis]))
+        offsets.append(simplify(expression(offsets[-1]) + spec_of(tensor).shape[axis]))
     first = next((i for i, o in enumerate(offsets[:-1]) if equal(o, start)), None)
     last = next((i for i, o in enumerate(offsets) if i > (first or 0) and equal(o, end)), None)
     if first is not None and last is not None:
         part = list(tensors[first:last])
         return part[0] if len(part) == 1 else s.call(node, aten.cat.default, part, axis)
     for i, tensor in enumerate(tensors):
-        low, high = sympy.sympify(start) - offsets[i], sympy.sympify(offsets[i + 1]) - end
+        low, high = expression(start) - offsets[i], expression(offsets[i + 1]) - end
         if non_negative(low) and non_negative(high):
-            return s.of(tensor, axis, low, sympy.sympify(end) - offsets[i])
+            return s.of(tensor, axis, low, expression(end) - offsets[i])
     return None
 
 
@@ -173,13 +172,13 @@ def _slice(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | N
         return s.call(node, node.target, inner, *node.args[1:]) if s.residual == left else None
     if step:
         return None
-    offset = sympy.sympify(first)
+    offset = expression(first)
     return s.of(source, axis, offset + start, offset + end)
 
 
 def _resized(shape: Sequence[Size], axis: int, start: Size, end: Size) -> list[Size]:
     result = list(shape)
-    result[axis] = simplify(sympy.sympify(end) - start)
+    result[axis] = simplify(expression(end) - start)
     return result
 
 
@@ -250,7 +249,7 @@ def _scatter(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node |
 
 
 def _arange(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
-    first = sympy.sympify(node.args[0])
+    first = expression(node.args[0])
     dtype: torch.dtype = node.kwargs["dtype"]
     return s.call(node, node.target, simplify(first + start), simplify(first + end), dtype=dtype)
 

@@ -9,7 +9,7 @@ import sympy
 import torch
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Size, equal, simplify
+from cosmos_export.ir.dims import Size, equal, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
@@ -119,7 +119,7 @@ class ShiftRope(Pass):
 
     def _without_prompt(self, graph: Graph, add: Node, amount: Size) -> Node:
         """p for p + c, on the grid to which the sum rounds p: (p + k) − k with the constant part k of c."""
-        margin = int(sympy.sympify(amount).as_coeff_Add()[0])
+        margin = int(expression(amount).as_coeff_Add()[0])
         position: Node = add.args[0]
         if margin == 0:
             return position

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import sympy
-
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Size, equal, non_negative, simplify
+from cosmos_export.ir.dims import Size, equal, expression, non_negative, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Loop, Program
@@ -71,8 +69,8 @@ class SliceOutputs(Pass):
             readers = list(node.users)
             narrowed = slicer.of(node, 0, start, end)
             for reader in readers:
-                first = simplify(sympy.sympify(reader.args[2]) - start)
-                last = simplify(sympy.sympify(reader.args[3]) - start)
+                first = simplify(expression(reader.args[2]) - start)
+                last = simplify(expression(reader.args[3]) - start)
                 if equal(first, 0) and equal(last, spec_of(narrowed).shape[0]):
                     graph.replace(reader, narrowed)
                 else:
@@ -114,13 +112,13 @@ def _cover(ranges: list[tuple[Size, Size]]) -> tuple[Size, Size] | None:
     """The smallest range over all of ``ranges`` whose ends can be ordered for every value of the dims."""
     start, end = ranges[0]
     for low, high in ranges[1:]:
-        if non_negative(sympy.sympify(start) - low):
+        if non_negative(expression(start) - low):
             start = low
-        elif not non_negative(sympy.sympify(low) - start):
+        elif not non_negative(expression(low) - start):
             return None
-        if non_negative(sympy.sympify(high) - end):
+        if non_negative(expression(high) - end):
             end = high
-        elif not non_negative(sympy.sympify(end) - high):
+        elif not non_negative(expression(end) - high):
             return None
     return start, end
 

@@ -17,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Size, simplify
+from cosmos_export.ir.dims import Size, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_input, is_op, spec_of
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import WeightBinding
@@ -168,11 +168,11 @@ class _LoopLowering(Lowering):
         query = node.args[0]
         rows, heads, size = spec_of(query).shape
         kv_heads = int(spec_of(node.args[1]).shape[1])
-        group = simplify(sympy.sympify(heads) / kv_heads)
+        group = simplify(expression(heads) / kv_heads)
         q = self.op("Mul", self.values[query], self.scalar(scale, spec_of(query).dtype))
         # [1, kv heads, group, rows, d] against [1, kv heads, 1, d, keys]: the grouped form that fuses without a copy.
         q = self.reshape(self.op("Transpose", q, perm=[1, 0, 2]), [1, kv_heads, group, rows, size])
-        keys = simplify(sum((sympy.sympify(spec_of(n).shape[0]) for n in _key_parts(node)), sympy.Integer(0)))
+        keys = simplify(sum((expression(spec_of(n).shape[0]) for n in _key_parts(node)), sympy.Integer(0)))
         k, v = (self.reshape(name, [keys, kv_heads, size]) for name in (key, value))
         axes = self.ints([0, 2])
         k = self.op("Unsqueeze", self.op("Transpose", k, perm=[1, 2, 0]), axes)

@@ -20,7 +20,7 @@ from torch.utils._sympy.functions import FloorDiv
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Size, equal, simplify
+from cosmos_export.ir.dims import Size, equal, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
@@ -233,7 +233,7 @@ class Lowering:
                     return self.op("Shape", name, start=axis, end=axis + 1)
         for name, node in self.graph.inputs.items():
             for axis, known in enumerate(spec_of(node).shape):
-                factor, dim = sympy.sympify(known).as_coeff_Mul()
+                factor, dim = expression(known).as_coeff_Mul()
                 if dim == value:
                     return self.op("Div", self.op("Shape", name, start=axis, end=axis + 1), self.size(int(factor)))
         if isinstance(value, sympy.Add):
@@ -292,7 +292,7 @@ class Lowering:
     def heads_last(self, node: Node) -> str:
         """[N, heads, d] as [1, N, heads · d]."""
         rows, heads, size = spec_of(node).shape
-        return self.reshape(self.values[node], [1, rows, simplify(sympy.sympify(heads) * size)])
+        return self.reshape(self.values[node], [1, rows, simplify(expression(heads) * size)])
 
     def attend(self, node: Node, key: str, value: str, scale: float, causal: bool) -> str:
         """Attention of the first operand of ``node`` over ``key`` and ``value`` [1, rows, heads · d]."""
@@ -373,7 +373,7 @@ def _joint_attention_fp8(low: Lowering, node: Node) -> str:
     query, key, value, prefix_key, prefix_value, scales, scale = node.args
     rows, heads, size = spec_of(query).shape
     kv_heads, dtype = int(spec_of(key).shape[1]), spec_of(query).dtype
-    group = simplify(sympy.sympify(heads) / kv_heads)
+    group = simplify(expression(heads) / kv_heads)
     steps = [float(s) for s in scales.meta["constant"]]
 
     def narrow(name: str, step: float) -> str:
@@ -383,7 +383,7 @@ def _joint_attention_fp8(low: Lowering, node: Node) -> str:
 
     def heads_first(own: Node, prefix: Node, step: float) -> str:
         """[1, heads, keys, d]: the heads of keys and values repeated for those of the query."""
-        keys = simplify(sympy.sympify(spec_of(own).shape[0]) + spec_of(prefix).shape[0])
+        keys = simplify(expression(spec_of(own).shape[0]) + spec_of(prefix).shape[0])
         joined = low.op("Concat", low.values[own], low.values[prefix], axis=0)
         joined = low.op("Transpose", joined, perm=[1, 0, 2])
         wide = low.op("Expand", low.op("Unsqueeze", joined, low.ints([1])), low.ints([kv_heads, group, keys, size]))

@@ -168,6 +168,49 @@ def test_importing_loads_nothing_heavy(part: str) -> None:
     assert (result.stdout, result.stderr) == ("[]\n", "")
 
 
+EVALUATORS = {
+    "eval", "exec", "__import__", "sympify", "_sympify", "parse_expr", "lambdify", "pickle", "cloudpickle", "dill",
+    "marshal", "shelve", "joblib", "runpy", "unsafe_load", "full_load",
+}  # fmt: skip
+"""Whatever makes code of text or of bytes."""
+
+
+def evaluators(path: Path) -> set[str]:
+    """What ``path`` names of `EVALUATORS`. ``model.eval()`` is a method without arguments and evaluates nothing;
+    ``sympy.S`` and the builtin ``compile`` are such names, too."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = {name.split(".")[-1] for name in imports(path, "") if set(name.split(".")) & EVALUATORS}
+    harmless = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and not node.args}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and (node.id in EVALUATORS or node.id == "compile"):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            if node.attr in EVALUATORS and not (node.attr == "eval" and id(node) in harmless):
+                found.add(node.attr)
+            if node.attr == "S" and isinstance(node.value, ast.Name) and node.value.id == "sympy":
+                found.add("sympy.S")
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_evaluates_text(name: str) -> None:
+    assert not evaluators(MODULES[name])
+
+
+def test_evaluators_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    for code, seen in (
+        ("eval('1')", "eval"), ("builtins.exec(x)", "exec"), ("sympy.sympify(x)", "sympify"), ("f = eval", "eval"),
+        ("from sympy import sympify as s", "sympify"), ("import pickle", "pickle"), ("sympy.S('x')", "sympy.S"),
+        ("from sympy.parsing.sympy_parser import parse_expr", "parse_expr"), ("compile(x, y, z)", "compile"),
+        ("frame.eval('a + b')", "eval"),
+    ):  # fmt: skip
+        path.write_text(code)
+        assert evaluators(path) == {seen}, code
+    path.write_text("model.eval()\nre.compile('x')\ntorch.compile(f)\n")
+    assert not evaluators(path)
+
+
 def test_the_checks_see_what_they_should(tmp_path: Path) -> None:
     """The reader of imports itself: late, guarded, relative and nested imports are told apart."""
     path = tmp_path / "module.py"

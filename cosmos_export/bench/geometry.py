@@ -18,7 +18,7 @@ import torch
 from cosmos_export.build.loop import close_loop
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
-from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.checkpoint.strict_json import read_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import bind, evaluate
@@ -42,6 +42,7 @@ _INT4_DEVIATION = 4.0
 _AMAX = 5.0
 """Range of activations, which norms keep near one."""
 _SITES = "sites"
+_WRITE = "write them with `python benchmarks/geometry.py -o DIR`"
 TINY: Mapping[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "latent_channel": 16, "patch_latent_dim": 64,
@@ -148,13 +149,22 @@ def read_graphs(folder: Path) -> GeometryGraphs:
     """What `write_graphs` wrote; UserError CX671 where there is nothing."""
     paths = {path.stem: path for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
     if _SITES not in paths:
-        raise UserError("CX671", f"{folder} has no graphs", "write them with `python benchmarks/geometry.py -o DIR`")
+        raise UserError("CX671", f"{folder} has no graphs", _WRITE)
     places = read_object(paths.pop(_SITES))
-    sites = {
-        str(graph): {str(name): (str(tower), str(kind), int(layer)) for name, (tower, kind, layer) in named.items()}
-        for graph, named in places.items()
-    }
+    sites = {graph: _read_sites(graph, named) for graph, named in places.items()}
     return GeometryGraphs({name: read_graph(read_object(path), folder) for name, path in paths.items()}, sites)
+
+
+def _read_sites(graph: str, named: object) -> dict[str, Site]:
+    found: dict[str, Site] = {}
+    for name, site in named.items() if isinstance(named, dict) else [("", named)]:
+        match site:
+            case [str(tower), str(kind), int(layer)] if not isinstance(layer, bool):
+                found[name] = (tower, kind, layer)
+            case _:
+                where = f"{_SITES}.json: {shown(name)} of graph {shown(graph)}"
+                raise UserError("CX671", f"{where} is {shown(site)}, expected tower, kind and layer", _WRITE)
+    return found
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

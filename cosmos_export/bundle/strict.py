@@ -64,7 +64,10 @@ class AtLeast:
 
 def shown(value: object, limit: int = 80) -> str:
     """``value`` as it may appear in a message or on a terminal: escaped to ASCII, and short."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return "a value that is nested too deeply"
     return text if len(text) <= limit else text[:limit] + "..."
 
 

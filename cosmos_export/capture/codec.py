@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import sympy
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from cosmos_export.capture.export import exported
 from cosmos_export.capture.importer import Importer
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
-from cosmos_export.ir.dims import Dim, Shape, Size, symbol
+from cosmos_export.ir.dims import Dim, Shape, Size, expression, symbol
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.spec import Rate, Transform, WeightBinding, WeightSource
@@ -376,7 +375,7 @@ class _Capture:
 
 def _sizes(shape: Shape) -> list[int]:
     known = {symbol(name): size for name, size in _EXAMPLE.items()}
-    return [int(sympy.sympify(size).subs(known)) for size in shape]
+    return [int(expression(size).subs(known)) for size in shape]
 
 
 def _dynamic(shape: Shape, declared: Mapping[str, Any]) -> dict[int, Any]:

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from cosmos_export.diagnostics import InternalError
-from cosmos_export.ir.dims import Size, equal, simplify
+from cosmos_export.ir.dims import Size, equal, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.ops import SpecError, aten
 from cosmos_export.ir.spec import TensorSpec, WeightBinding
@@ -56,7 +56,7 @@ class Importer:
             if node.op == "placeholder" and signature[node.name].kind is InputKind.USER_INPUT:
                 for size, named in zip(node.meta["val"].shape, self._sizes[node.name], strict=True):
                     if isinstance(size, torch.SymInt):
-                        self._declare(size.node.expr, sympy.sympify(named))
+                        self._declare(size.node.expr, expression(named))
         for node in self._exported.graph.nodes:
             if node.op == "placeholder":
                 self._values[node] = self._placeholder(node, signature[node.name])
@@ -309,10 +309,10 @@ def _bounds(size: Size, start: Any, end: Any) -> tuple[Any, Any]:
     """Where a slice of an axis of ``size`` begins and ends, counted from the front."""
     first = 0 if start is None else start
     if isinstance(first, int) and first < 0:
-        first = simplify(sympy.sympify(size) + first)
+        first = simplify(expression(size) + first)
     last = size if end is None or end == _END else end
     if isinstance(last, int) and last < 0:
-        last = simplify(sympy.sympify(size) + last)
+        last = simplify(expression(size) + last)
     if isinstance(size, int):  # a slice may reach over the ends
         first, last = (min(max(v, 0), size) if isinstance(v, int) else v for v in (first, last))
     return first, last
@@ -324,7 +324,7 @@ def _slice(
     axis = dim % spec.rank
     size = spec_of(x).shape[axis]
     first, last = _bounds(size, start, end)
-    if step == 1 and equal(sympy.sympify(last) - first, size):
+    if step == 1 and equal(expression(last) - first, size):
         return x
     return call(aten.slice.Tensor, x, axis, first, last, *([step] if step != 1 else []))
 
@@ -334,7 +334,7 @@ def _slice_scatter(
 ) -> Node:
     axis = dim % spec.rank
     first, last = _bounds(spec.shape[axis], start, end)
-    if step == 1 and equal(sympy.sympify(last) - first, spec.shape[axis]):
+    if step == 1 and equal(expression(last) - first, spec.shape[axis]):
         return src
     return call(aten.slice_scatter.default, x, src, axis, first, last, step)
 
@@ -375,7 +375,7 @@ def _embedding(call: Call, spec: TensorSpec, weight: Node, indices: Node, *_: An
 
 def _chunk(call: Call, spec: TensorSpec, x: Node, chunks: int, dim: int, index: int) -> Node:
     axis = dim % spec.rank
-    size = sympy.sympify(spec.shape[axis])
+    size = expression(spec.shape[axis])
     if not equal(size * chunks, spec_of(x).shape[axis]):
         raise InternalError("CX202", f"{chunks} chunks of {spec_of(x)} along {dim} are not of one size")
     return call(aten.slice.Tensor, x, axis, simplify(size * index), simplify(size * (index + 1)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +14,7 @@ from cosmos_export.capture.adapter import JointStep
 from cosmos_export.capture.export import exported
 from cosmos_export.capture.importer import Importer
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
-from cosmos_export.ir.dims import Dim, Size, floor_div, symbol
+from cosmos_export.ir.dims import Dim, Size, expression, floor_div, symbol
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.ir.spec import Rate, Transform, WeightBinding, WeightSource
 
@@ -62,7 +61,7 @@ def available_modalities(config: Mapping[str, Any]) -> tuple[str, ...]:
 def _input_shapes(config: Mapping[str, Any], modalities: Collection[str]) -> dict[str, tuple[Size, ...]]:
     frames, height, width = (symbol(n) for n in ("frames", "height", "width"))
     patch = config["latent_patch_size"]
-    rows, columns = (floor_div(sympy.sympify(s) + patch - 1, patch) for s in (height, width))
+    rows, columns = (floor_div(expression(s) + patch - 1, patch) for s in (height, width))
     shapes: dict[str, tuple[Size, ...]] = {
         "input_ids": (symbol("und_len"),),
         "vision_latent": (1, config["latent_channel"], frames, height, width),

@@ -24,7 +24,10 @@ class DuplicateKeyError(ValueError):
 
 def shown(value: object, limit: int = 80) -> str:
     """``value`` as it may appear in a message: escaped, and short whatever the file holds."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a value that is nested too deeply"
     return text if len(text) <= limit else text[:limit] + "…"
 
 

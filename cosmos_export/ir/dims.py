@@ -38,8 +38,17 @@ def symbol(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, integer=True, nonnegative=True)
 
 
+def expression(size: Size) -> sympy.Expr:
+    """``size`` as an expression. TypeError for anything else: sympy would evaluate a text as Python."""
+    if isinstance(size, sympy.Expr):
+        return size
+    if isinstance(size, int) and not isinstance(size, bool):
+        return sympy.Integer(size)
+    raise TypeError(f"a size is an integer or an expression, not {type(size).__name__}")
+
+
 def floor_div(value: Size, divisor: int) -> Size:
-    return simplify(FloorDiv(sympy.sympify(value), sympy.Integer(divisor)))
+    return simplify(FloorDiv(expression(value), sympy.Integer(divisor)))
 
 
 @lru_cache(maxsize=65536)
@@ -50,7 +59,7 @@ def _simplify(expr: sympy.Expr) -> Size:
 
 def simplify(value: Size) -> Size:
     """Canonical form: a Python int where the value is one, an expanded expression otherwise."""
-    return value if isinstance(value, int) else _simplify(sympy.sympify(value))
+    return value if isinstance(value, int) and not isinstance(value, bool) else _simplify(expression(value))
 
 
 def simplify_shape(shape: Iterable[Size]) -> Shape:
@@ -61,7 +70,7 @@ def equal(a: Size, b: Size) -> bool:
     """Provably equal for every value of the dims."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return simplify(sympy.sympify(a) - sympy.sympify(b)) == 0
+    return simplify(expression(a) - expression(b)) == 0
 
 
 def non_negative(value: Size) -> bool:

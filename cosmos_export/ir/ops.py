@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cosmos_export.ir import packing
-from cosmos_export.ir.dims import Shape, Size, equal, floor_div, product, simplify
+from cosmos_export.ir.dims import Shape, Size, equal, expression, floor_div, product, simplify
 from cosmos_export.ir.spec import E2M1, INT4, TensorSpec
 
 aten = torch.ops.aten
@@ -363,7 +363,7 @@ def _convolution(
     _require(fits and x.dtype == weight.dtype, f"convolution of {x} by {weight}")
     _require(bias is None or (bias.shape == weight.shape[:1] and bias.dtype == x.dtype), f"bias {bias} of {weight}")
     steps = zip(x.shape[2:], weight.shape[2:], *(spatial(v, axes) for v in (stride, padding, dilation)), strict=True)
-    sizes = [floor_div(sympy.sympify(n) + 2 * p - d * (k - 1) - 1, s) + 1 for n, k, s, p, d in steps]
+    sizes = [floor_div(expression(n) + 2 * p - d * (k - 1) - 1, s) + 1 for n, k, s, p, d in steps]
     return TensorSpec(x.dtype, (x.shape[0], weight.shape[0], *sizes))
 
 
@@ -381,7 +381,7 @@ def _transposed_convolution(
     fits = weight.rank == x.rank == 3 and equal(x.shape[1], weight.shape[0]) and groups == 1
     _require(fits and x.dtype == weight.dtype, f"transposed convolution of {x} by {weight}")
     span = dilation[0] * (weight.shape[2] - 1) - 2 * padding[0] + output_padding[0] + 1
-    return TensorSpec(x.dtype, (x.shape[0], weight.shape[1], (sympy.sympify(x.shape[2]) - 1) * stride[0] + span))
+    return TensorSpec(x.dtype, (x.shape[0], weight.shape[1], (expression(x.shape[2]) - 1) * stride[0] + span))
 
 
 @_rule(aten.view.default)
@@ -390,7 +390,7 @@ def _view(x: TensorSpec, shape: Sequence[Size]) -> TensorSpec:
     if -1 in sizes:
         at = sizes.index(-1)
         rest = product(s for i, s in enumerate(sizes) if i != at)
-        sizes[at] = simplify(sympy.cancel(sympy.sympify(product(x.shape)) / rest))
+        sizes[at] = simplify(sympy.cancel(expression(product(x.shape)) / rest))
     _require(equal(product(sizes), product(x.shape)), f"view of {x} as {list(shape)}")
     return TensorSpec(x.dtype, tuple(sizes))
 
@@ -437,7 +437,7 @@ def _cat(tensors: Sequence[TensorSpec], dim: int = 0) -> TensorSpec:
 @_rule(aten.slice.Tensor)
 def _slice(x: TensorSpec, dim: int, start: Size, end: Size, step: int = 1) -> TensorSpec:
     at = axis_of(dim, x.rank)
-    length = simplify(sympy.sympify(end) - start)
+    length = simplify(expression(end) - start)
     if step != 1:
         _require(isinstance(length, int), "a strided slice has a fixed length")
         length = -(-length // step)
@@ -483,7 +483,7 @@ def _embedding(weight: TensorSpec, indices: TensorSpec) -> TensorSpec:
 
 @_rule(aten.arange.start)
 def _arange(start: Size, end: Size, *, dtype: torch.dtype) -> TensorSpec:
-    return TensorSpec(dtype, (simplify(sympy.sympify(end) - start),))
+    return TensorSpec(dtype, (simplify(expression(end) - start),))
 
 
 @_rule(aten.full.default)
@@ -496,7 +496,7 @@ def _pad(x: TensorSpec, pad: Sequence[Size], value: float = 0.0) -> TensorSpec:
     shape = list(x.shape)
     for i in range(len(pad) // 2):
         axis = x.rank - 1 - i
-        shape[axis] = simplify(shape[axis] + sympy.sympify(pad[2 * i]) + pad[2 * i + 1])
+        shape[axis] = simplify(shape[axis] + expression(pad[2 * i]) + pad[2 * i + 1])
     return TensorSpec(x.dtype, tuple(shape))
 
 
@@ -508,7 +508,7 @@ def _rms_norm(x: TensorSpec, weight: TensorSpec, eps: float) -> TensorSpec:
 
 @_rule(ROTARY)
 def _rotary(x: TensorSpec, cos: TensorSpec, sin: TensorSpec) -> TensorSpec:
-    half = simplify(sympy.sympify(x.shape[-1]) / 2)
+    half = simplify(expression(x.shape[-1]) / 2)
     fits = cos == sin and cos.rank == 2 and x.rank == 3 and equal(cos.shape[0], x.shape[0]) and cos.shape[1] == half
     _require(bool(fits), f"rotary of {x} by tables {cos} and {sin}")
     return TensorSpec(torch.promote_types(x.dtype, cos.dtype), x.shape)

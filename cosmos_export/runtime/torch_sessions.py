@@ -9,15 +9,16 @@ same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import ml_dtypes
 import numpy as np
 
 from cosmos_export.bundle import Manifest
-from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.bundle.strict import AtLeast, decode
+from cosmos_export.checkpoint.strict_json import read_object, shown
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
 from cosmos_export.runtime.sessions import PROMPT, Array, Value
 
@@ -102,21 +103,48 @@ class TorchSession:
         _forget(self)
 
 
+@dataclass(frozen=True)
+class LoopDocument:
+    """The closed loop over the graph of a document: `Loop` of `cosmos_export.ir.program`."""
+
+    steps: Annotated[int, AtLeast(1)]
+    carried: Mapping[str, str]
+    rows: tuple[str, ...]
+    taken: tuple[str, ...]
+    returned: tuple[str, ...]
+
+    def check(self, graph: Graph, tables: Mapping[str, tuple[int, ...]]) -> None:
+        """ValueError where it is not a loop over ``graph`` with ``tables`` of these shapes."""
+        for what, names, allowed in (
+            ("carried", self.carried, graph.inputs), ("carried", self.carried.values(), graph.outputs),
+            ("rows", self.rows, graph.inputs), ("taken", self.taken, self.carried),
+            ("returned", self.returned, self.carried), ("the table", tables, graph.inputs),
+        ):  # fmt: skip
+            for name in names:
+                if name not in allowed:
+                    raise ValueError(f"{shown(name)} of {what} is not of this loop")
+        if not self.taken:
+            raise ValueError("the loop takes no state")
+        for name, shape in tables.items():
+            if shape[:1] != (self.steps,):
+                raise ValueError(f"the table {shown(name)} is {list(shape)} for {self.steps} steps")
+
+
 class LoopSession:
     """A closed loop."""
 
     def __init__(
-        self, name: str, executable: Executable, loop: Mapping[str, Any], tables: Mapping[str, torch.Tensor]
+        self, name: str, executable: Executable, loop: LoopDocument, tables: Mapping[str, torch.Tensor]
     ) -> None:
         self._name = name
         self._executable = executable
         from cosmos_export.targets.inductor import Steps
 
-        self._carried: dict[str, str] = dict(loop["carried"])
-        self._taken, self._returned = tuple(loop["taken"]), tuple(loop["returned"])
+        self._carried: dict[str, str] = dict(loop.carried)
+        self._taken, self._returned = loop.taken, loop.returned
         self._tables = tables
-        rows = tuple(dict.fromkeys((*loop["rows"], *tables)))
-        self._steps = Steps(loop["steps"], self._carried, rows, self._returned)
+        rows = tuple(dict.fromkeys((*loop.rows, *tables)))
+        self._steps = Steps(loop.steps, self._carried, rows, self._returned)
 
     @property
     def inputs(self) -> Mapping[str, np.dtype[Any]]:
@@ -213,22 +241,29 @@ class TorchBackend:
 
         try:
             document = read_object(self._root / "graphs" / f"{graph}.json")
+            loop = document.pop("loop", None)
+            if document.keys() != {"graph"}:
+                raise ValueError(f"its document has the fields {shown(sorted(document))}")
             own = read_graph(document["graph"], self._root / "onnx")
+            if loop is not None:
+                loop, tables = decode(LoopDocument, loop, "loop"), self._loop_tables(graph)
+                loop.check(own, {name: array.shape for name, array in tables.items()})
             weights = {name: self._weight(node.meta["weight"]) for name, node in own.weights.items()}
-        except (UserError, OSError, KeyError) as error:
+        except (UserError, OSError, ValueError) as error:  # of memmap, too, where a file is too short
             raise ToolError("CX502", f"graph `{graph}` of {self._root} cannot be loaded: {error}") from error
         settings = replace(self._settings or Settings(), open_dims=prompt_dims(graph, own, self._manifest))
         executable = Executable(own, weights, self._device, settings)
-        loop = document.get("loop")
         if loop is None:
             return TorchSession(graph, executable)
-        return LoopSession(graph, executable, loop, self._loop_tables(graph, executable))
+        types = executable.inputs
+        return LoopSession(
+            graph, executable, loop, {name: to_torch(a, types[name]).to(self._device) for name, a in tables.items()}
+        )
 
-    def _loop_tables(self, graph: str, executable: Executable) -> dict[str, torch.Tensor]:
+    def _loop_tables(self, graph: str) -> dict[str, Array]:
         from safetensors.numpy import load_file
 
-        arrays = load_file(self._root / "tables" / f"{graph}.safetensors")
-        return {name: to_torch(a, executable.inputs[name]).to(self._device) for name, a in arrays.items()}
+        return dict(load_file(self._root / "tables" / f"{graph}.safetensors"))
 
     def _weight(self, binding: Any) -> torch.Tensor:
         (source,) = binding.sources

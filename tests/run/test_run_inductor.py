@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
+from cosmos_export.bundle.strict import decode
 from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.ir.graph import Graph
+from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
-from cosmos_export.runtime.torch_sessions import TorchBackend, TorchValue, to_torch
+from cosmos_export.runtime.torch_sessions import LoopDocument, TorchBackend, TorchValue, to_torch
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor import Settings
 
@@ -136,10 +139,11 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
     [
         (lambda g: g["operations"][0].update(op="os.system"), "not in the dialect"),
         (lambda g: g.update(schema=2), "schema 2"),
-        (lambda g: g.update(weights_file="../x"), "not beside"),
-        (lambda g: g["operations"][-1]["args"].append({"eval": "1"}), "unknown kind"),
+        (lambda g: g.update(weights_file="../x"), "not a name"),
+        (lambda g: g["operations"][-1]["args"].append({"eval": "1"}), "operands, "),
+        (lambda g: g["operations"][-1]["args"].__setitem__(0, {"eval": "1"}), "not an operand"),
         (lambda g: g["weights"][0].update(size_bytes=1), "has 1 bytes"),
-        (lambda g: g["operations"].pop(), "lacks"),
+        (lambda g: g["operations"].pop(), "comes before"),
     ],
 )
 def test_a_damaged_graph_is_refused(built: Path, manifest: Manifest, tmp_path: Path, change: object, said: str) -> None:
@@ -149,3 +153,31 @@ def test_a_damaged_graph_is_refused(built: Path, manifest: Manifest, tmp_path: P
     (tmp_path / "graphs/generator.json").write_text(json.dumps(document))
     with pytest.raises(CosmosExportError, match=said):
         TorchBackend(tmp_path, manifest, CPU, EAGER).open("generator")
+
+
+LOOP = {"steps": 2, "carried": {"a": "b"}, "rows": [], "taken": ["a"], "returned": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "less than 1"),
+        ({"steps": 2.0}, "expected an integer"),
+        ({"steps": True}, "expected an integer"),
+        ({"steps": 3}, "for 3 steps"),
+        ({"carried": {"x": "b"}}, "carried is not"),
+        ({"carried": {"a": "x"}}, "carried is not"),
+        ({"rows": ["x"]}, "rows is not"),
+        ({"taken": ["table"]}, "taken is not"),
+        ({"taken": []}, "takes no state"),
+        ({"returned": ["table"]}, "returned is not"),
+        ({"more": 1}, "unknown field"),
+    ],
+)
+def test_a_damaged_loop_is_refused(change: dict[str, object], said: str) -> None:
+    graph = Graph("g")
+    a, _ = (graph.add_input(name, TensorSpec(torch.float32, (2, 3))) for name in ("a", "table"))
+    graph.set_outputs({"b": a})
+    decode(LoopDocument, LOOP).check(graph, {"table": (2, 3)})
+    with pytest.raises(ValueError, match=said):
+        decode(LoopDocument, LOOP | change).check(graph, {"table": (2, 3)})
