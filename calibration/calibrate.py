@@ -30,7 +30,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
-from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import Request
 from cosmos_export.targets.stored_recipe import recipe_text
@@ -245,7 +245,7 @@ class _Makers:
         self._sound_encoder = self._sound_encoder or SoundEncoder(self._job.checkpoint)
         samples = sound_latents(request.frames, request.fps, self._job.record) * sound.hop
         start = work.clip.skip / request.fps
-        return self._sound_encoder(media.read_sound(work.clip.path, start, samples, sound.sampling_rate))
+        return self._sound_encoder(read_media.read_sound(work.clip.path, start, samples, sound.sampling_rate))
 
     def _rolled(self, request: Request, steps: Sequence[int]) -> dict[int, Latents]:
         if self._rollout is None:
@@ -257,17 +257,24 @@ class _Makers:
 def pixels(work: Work, record: RequestRecord) -> canvas.Float:
     """float32 [3, frames, H, W] in [−1, 1]: the clip or picture of ``work`` on its canvas."""
     request, spatial = work.request, record.video.spatial
+    height, width = request.height * spatial, request.width * spatial
+
+    def shrunk(frame: read_media.Frames) -> canvas.Pixels:
+        return canvas.resize(frame, height, width)
+
+    def covered(frame: read_media.Frames) -> canvas.Float:
+        return canvas.cover(frame[0], height, width)[None]
+
+    each = None if work.canvas is not None else shrunk if request.mode == "v2v" else covered
     if work.image is not None:
-        frames = media.read_image(work.image)[None]
+        path, count, skip = work.image, 1, 0
     else:
         assert work.clip is not None
-        frames = media.read_clip(work.clip.path, request.frames, skip=work.clip.skip).frames
+        path, count, skip = work.clip.path, request.frames, work.clip.skip
+    frames = read_media.read_clip(path, count, skip=skip, each=each).frames
     if work.canvas is not None:
         return canvas.action_canvas(frames, work.canvas)
-    height, width = request.height * spatial, request.width * spatial
-    if request.mode == "v2v":
-        return canvas.stretch(frames, height, width)
-    return np.stack([canvas.cover(frame, height, width) for frame in frames], axis=1)
+    return canvas.stretch(frames, height, width) if request.mode == "v2v" else frames.swapaxes(0, 1)
 
 
 def workspace_folder(output: Path) -> Path:

@@ -18,7 +18,7 @@ from cosmos_export.bundle import ProfileRecord, RequestRecord
 from cosmos_export.calibration.sources import ClipPart, Item
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.embodiments import Embodiment, embodiment, require_width
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.inputs import sound_latents
@@ -175,14 +175,14 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
             clip = lender.clip
     frames = 1 if mode == "t2i" else item.frames or setting.frames
     if clip is not None and mode != "t2i":
-        found = media.read_clip(clip.path, min(frames, clip.count or frames), skip=clip.skip)
+        found = read_media.read_clip(clip.path, min(frames, clip.count or frames), skip=clip.skip, each=_corner)
         frames = (len(found.frames) - 1) // video.temporal * video.temporal + 1
         if latents == "encoded":
             fps = _rate(item, clip, found.fps, fps)
     elif clip is not None:
-        media.read_clip(clip.path, 1, skip=clip.skip)
+        read_media.read_clip(clip.path, 1, skip=clip.skip)
     elif image is not None:
-        media.read_image(image)
+        read_media.read_image(image)
     least = _LEAST_FRAMES.get(mode, 1 + video.temporal)
     if frames < least:
         raise UserError(
@@ -204,10 +204,15 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
     return replace(work, request=request, latents=latents, clip=clip, image=image), scene
 
 
+def _corner(frame: read_media.Frames) -> read_media.Frames:
+    """What is kept of a frame that is only counted."""
+    return frame[:, :1, :1].copy()
+
+
 def _heard(clip: ClipPart, setting: Setting) -> bool:
     """Whether the sound of ``clip`` is part of what the model is shown."""
     wanted = setting.hears and setting.profile.dims["sound_len"].max > 0
-    return wanted and media.has_sound(clip.path)
+    return wanted and read_media.has_sound(clip.path)
 
 
 _CLEAN: Mapping[str, tuple[int, ...]] = {"i2v": (0,), "v2v": tuple(range(KEPT_LATENTS))}
@@ -274,7 +279,7 @@ def _action(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
     if columns > record.action.dim:
         raise UserError("CX611", f"{item.name}: actions of {columns} columns; the model has 1 to {record.action.dim}")
     require_width(item.name, robot, columns)
-    clip = media.read_clip(item.clip.path, rows + 1, skip=item.clip.skip)
+    clip = read_media.read_clip(item.clip.path, rows + 1, skip=item.clip.skip)
     if len(clip.frames) <= rows:
         raise UserError("CX344", f"{item.name}: {len(clip.frames)} frames for {rows} actions; one more than actions")
     said = item.fps if item.fps is not None else item.clip.fps

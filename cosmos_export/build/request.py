@@ -89,9 +89,7 @@ def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
             if said is not None and known is not None and said != known:
                 notes.append(f"checkpoint.json: {said:g} {what}; policies for {found.domain} usually have {known:g}")
     else:
-        notes.append(
-            f"checkpoint.json: no embodiment {shown(found.domain)}: `run` refuses its actions (CX610)"
-        )
+        notes.append(f"checkpoint.json: no embodiment {shown(found.domain)}: `run` refuses its actions (CX610)")
     if found.unread:
         unread = ", ".join(map(shown, found.unread))
         notes.append(f"fields of the policy in checkpoint.json that are not read: {unread}")

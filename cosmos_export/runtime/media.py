@@ -1,7 +1,7 @@
-"""Pictures, clips and sound from files and into files, with PyAV alone.
+"""Pictures, clips and sound into files, with PyAV alone. `read_media` reads them.
 
-What is read comes as RGB bytes, upright. What is written appears under its name whole or not at all, and says in its
-own metadata that it is AI-generated and by which bundle (`Mark`).
+What is written appears under its name whole or not at all, and says in its own metadata that it is AI-generated and by
+which bundle (`Mark`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 Frames = NDArray[np.uint8]
 """[frames, height, width, 3] RGB."""
-
-MAX_PIXELS = 1 << 26
-"""Of a frame that is read. Nothing the model generates comes near."""
 
 
 @dataclass(frozen=True)
@@ -56,120 +52,6 @@ class Mark:
     def text(self) -> str:
         """The mark as one line, for formats that have a comment and no fields of one's own."""
         return "AI-generated; " + "; ".join(f"{name}={value}" for name, value in self.fields.items())
-
-
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Frames that were read, and how many a second the file says it has (None: a still picture)."""
-
-    frames: Frames
-    fps: float | None
-
-
-def read_image(path: Path) -> Frames:
-    """The picture in ``path`` as [height, width, 3]; CX614 if it is none, or a clip of several frames."""
-    with _opened(path) as stream:
-        frames = _frames(path, stream)
-        first = next(frames, None)
-        if first is None:
-            _refuse(path, "no picture in it")
-        if next(frames, None) is not None:
-            _refuse(path, "a clip of several frames where one picture is expected")
-        return first
-
-
-def read_clip(path: Path, count: int, *, last: bool = False, skip: int = 0) -> Clip:
-    """The first ``count`` frames of the clip in ``path``, or the last; fewer if it has fewer.
-
-    ``skip`` frames are left out before the first. A still picture is a clip of one frame. CX614 if there is no frame.
-    """
-    kept: list[Frames] = []
-    with _opened(path) as stream:
-        rate = stream.average_rate
-        for frame in islice(_frames(path, stream), skip, None):
-            kept.append(frame)
-            if last:
-                del kept[:-count]
-            elif len(kept) == count:
-                break
-    if not kept:
-        _refuse(path, "no frame in it")
-    return Clip(np.stack(kept), float(rate) if rate and len(kept) > 1 else None)
-
-
-def has_sound(path: Path) -> bool:
-    """Whether the clip in ``path`` has a track of sound. CX614 where there is no clip."""
-    with _opened(path) as stream:
-        return bool(stream.container.streams.audio)
-
-
-def read_sound(path: Path, start_s: float, samples: int, rate: int) -> NDArray[np.float32]:
-    """float32 [2, samples] of the first track of sound in ``path``, from ``start_s`` seconds on, at ``rate`` a second.
-
-    Silence follows where it ends. CX614: there is none, or it cannot be decoded.
-    """
-    av = _av()
-    skipped, kept, found = round(start_s * rate), 0, np.zeros((2, samples), np.float32)
-    with _opened(path) as stream:
-        tracks = stream.container.streams.audio
-        if not tracks:
-            _refuse(path, "no sound in it")
-        resampler = av.AudioResampler(format="fltp", layout="stereo", rate=rate)
-        for frame in (*stream.container.decode(tracks[0]), None):
-            for part in resampler.resample(frame):
-                values = part.to_ndarray()
-                dropped = min(skipped, values.shape[1])
-                skipped -= dropped
-                taken = values[:, dropped : dropped + samples - kept]
-                found[:, kept : kept + taken.shape[1]] = taken
-                kept += taken.shape[1]
-            if kept == samples:
-                break
-    return found
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The video stream of ``path``."""
-    av = _av()
-    if not path.is_file():
-        _refuse(path, "no such file" if not path.exists() else "not a regular file")
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            streams = container.streams.video
-            if not streams:
-                _refuse(path, "no picture or video in it")
-            streams[0].thread_type = "AUTO"
-            yield streams[0]
-            # Threads that are still at work would be waited for with the interpreter's lock held, which they may need.
-            streams[0].codec_context.flush_buffers()
-    except av.error.FFmpegError as error:
-        _refuse(path, f"cannot be decoded: {error.strerror}")
-
-
-def _frames(path: Path, stream: Any) -> Iterator[Frames]:
-    size = None
-    for frame in stream.container.decode(stream):
-        if frame.width * frame.height > MAX_PIXELS:
-            _refuse(path, f"{frame.width} × {frame.height} pixels; allowed: {MAX_PIXELS:,}")
-        size = size or (frame.width, frame.height)
-        if (frame.width, frame.height) != size:
-            _refuse(path, f"frames of {size[0]} × {size[1]} and of {frame.width} × {frame.height} pixels")
-        # Cameras store what they hold sideways, and say so in the file. Mirror images they do not make.
-        quarters, rest = divmod(frame.rotation, 90)
-        if rest:
-            _refuse(path, f"turned by {frame.rotation} degrees; only quarter turns are read")
-        yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), quarters))
-
-
-def _refuse(path: Path, found: str) -> NoReturn:
-    raise UserError("CX614", f"{path}: {found}", "pictures: png, jpg; clips: mp4, and what else FFmpeg reads")
-
-
-# -- writing ----------------------------------------------------------------------------------------------------------
 
 
 # Frames come in two forms: bytes [n, H, W, 3], or what a decoder makes, float [1, 3, n, H, W] in [−1, 1].
@@ -262,7 +144,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], mark: Mar
     try:
         from safetensors.numpy import save_file
     except ImportError as error:
-        raise _missing("safetensors") from error
+        raise missing("safetensors") from error
     contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     with replacing(path) as partial:
         save_file(contiguous, partial, metadata={**mark.fields, **extra})
@@ -296,7 +178,7 @@ def write_mp4(path: Path, chunks: Iterable[Frames], fps: float, mark: Mark, audi
 
     The rate is exactly ``fps`` as it is written in decimals. CX660: height or width is odd, or no frame came.
     """
-    av = _av()
+    av = require_av()
     count = 0
     with replacing(path) as partial:
         try:
@@ -376,16 +258,18 @@ class _AudioTrack:
         self._done = end
 
 
-def _av() -> Any:
+def require_av() -> Any:
+    """PyAV, imported late and silent: what matters comes as an exception. CX802 where it is not installed."""
     try:
         import av
     except ImportError as error:
-        raise _missing("PyAV") from error
-    av.logging.set_level(av.logging.PANIC)  # what matters comes as an exception
+        raise missing("PyAV") from error
+    av.logging.set_level(av.logging.PANIC)
     return av
 
 
-def _missing(package: str) -> UnsupportedError:
+def missing(package: str) -> UnsupportedError:
+    """The error for a ``package`` that reading or writing needs."""
     return UnsupportedError(
         "CX802", f"this needs {package}, which is not installed", "pip install '.[run]' in the checkout"
     )

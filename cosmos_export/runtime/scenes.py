@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime import canvas, embodiments, media
+from cosmos_export.runtime import canvas, embodiments, read_media
 from cosmos_export.runtime.asked import Asked
 from cosmos_export.runtime.embodiments import ActionScale, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
@@ -70,14 +71,16 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
     fit_profile(manifest.profiles, dims, record)  # before a file is read
     stage = Stage(mode, scene, dims)
     if mode == "i2v" and asked.image is not None:
-        image = canvas.cover(media.read_image(asked.image), scene.height, scene.width)
-        return replace(stage, clean_frames=(0,), pixels=image[None, :, None])
+        picture = read_media.read_picture(asked.image)
+        image = canvas.cover(picture.frames[0], scene.height, scene.width)
+        return replace(stage, clean_frames=(0,), pixels=image[None, :, None], notes=picture.notes)
     if mode == "v2v" and asked.video is not None:
         count = (KEPT_LATENTS - 1) * video.temporal + 1
-        clip = media.read_clip(asked.video, count, last=asked.keep == "last")
+        shrink = partial(canvas.resize, height=scene.height, width=scene.width)
+        clip = read_media.read_clip(asked.video, count, last=asked.keep == "last", each=shrink)
         pixels = canvas.stretch(_lasting(clip.frames, count), scene.height, scene.width)
-        clean = tuple(range(KEPT_LATENTS))
-        return replace(stage, clean_frames=clean, pixels=pixels[None], notes=_rate_note(clip.fps, fps, asked.video))
+        notes = (*clip.notes, *_rate_note(clip.fps, fps, asked.video))
+        return replace(stage, clean_frames=tuple(range(KEPT_LATENTS)), pixels=pixels[None], notes=notes)
     return stage
 
 
@@ -123,13 +126,15 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     source = asked.video if asked.image is None else asked.image
     assert source is not None
     all_given = mode == "inverse-dynamics"
-    frames, clip_fps = _source(asked, chunk + 1 if all_given else 1)
+    clip = _source(asked, chunk + 1 if all_given else 1)
+    frames = clip.frames
+    notes += clip.notes
     plan = canvas.plan_action_canvas(frames.shape[1], frames.shape[2], asked.tier or robot.tier, video.spatial)
     if all_given:
         if len(frames) <= chunk:
             notes.append(f"{source} has {len(frames)} frames for {chunk + 1}: the last is repeated")
         frames = _lasting(frames, chunk + 1)
-        notes += _rate_note(clip_fps, fps, source)
+        notes += _rate_note(clip.fps, fps, source)
     dims = {
         **lengths,
         "height": max(plan.content_height // video.spatial, 1),
@@ -149,12 +154,11 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     )
 
 
-def _source(asked: Asked, count: int) -> tuple[media.Frames, float | None]:
+def _source(asked: Asked, count: int) -> read_media.Clip:
     if asked.image is not None:
-        return media.read_image(asked.image)[None], None
+        return read_media.read_picture(asked.image)
     assert asked.video is not None
-    clip = media.read_clip(asked.video, count)
-    return clip.frames, clip.fps
+    return read_media.read_clip(asked.video, count)
 
 
 def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecord], temporal: int) -> int:

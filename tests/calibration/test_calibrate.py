@@ -31,7 +31,7 @@ from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
-from cosmos_export.runtime import media
+from cosmos_export.runtime import read_media
 from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.sampling import Overrides
 
@@ -195,22 +195,22 @@ def test_the_sound_of_a_clip_is_what_the_published_tokenizer_makes_of_it(checkpo
     job = resolve(options(checkpoint, tmp_path / "scales", tmp_path, data=(str(clip),), modalities=("vision", "sound")))
     assert job.coverage["sound"] and all(work.request.sound for work in job.works)
     (work,) = job.works
-    waveform = media.read_sound(clip, 0.0, 17 * 1920, 48_000)
+    waveform = read_media.read_sound(clip, 0.0, 17 * 1920, 48_000)
     assert np.abs(waveform[:, :10_000]).max() < 0.02 < 0.4 < np.abs(waveform[:, 15_000:]).max() < 0.6
     # 440 Hz at whatever rate the file has.
     spectrum = np.abs(np.fft.rfft(waveform[0, 14_000:26_000]))
     assert spectrum.argmax() * 48_000 / 12_000 == pytest.approx(440, abs=8)
-    later = media.read_sound(clip, 0.3, 1920, 48_000)
+    later = read_media.read_sound(clip, 0.3, 1920, 48_000)
     np.testing.assert_allclose(later, waveform[:, 14_400:16_320], atol=1e-6)
     stock = Cosmos3AVAEAudioTokenizer.from_pretrained(checkpoint / "sound_tokenizer", torch_dtype=torch.float32).eval()
     with torch.no_grad():
         count = sound_latents(work.request.frames, work.request.fps, job.record)
-        heard = media.read_sound(clip, 0.0, count * 1920, 48_000)
+        heard = read_media.read_sound(clip, 0.0, count * 1920, 48_000)
         expected = stock.encode(torch.from_numpy(heard)[None]).latent_dist.mode()[0].numpy()
     np.testing.assert_allclose(stream._Makers(job)._heard(work), expected, atol=2e-5)
     silent = data_samples.write_clip(tmp_path / "silent.mp4")
-    assert not media.has_sound(silent)
-    refused("CX614", lambda: media.read_sound(silent, 0.0, 10, 48_000))
+    assert not read_media.has_sound(silent)
+    refused("CX614", lambda: read_media.read_sound(silent, 0.0, 10, 48_000))
 
 
 def test_passes_cover_steps_branches_and_modalities(checkpoint: Path, tmp_path: Path, data: Path) -> None:

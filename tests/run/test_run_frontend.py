@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from cosmos_export.bundle import DimRecord, PolicyRecord
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
-from cosmos_export.runtime import canvas, media
+from cosmos_export.runtime import canvas, media, read_media
 from cosmos_export.runtime.frontend import Asked, open_manifest, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
@@ -80,7 +80,7 @@ def test_image_to_video(files: Path) -> None:
     request = ask(files, image="image.png").request
     assert (request.mode, request.clean_frames) == ("i2v", (0,))
     assert request.pixels is not None
-    expected = canvas.cover(media.read_image(files / "image.png"), 48, 80)
+    expected = canvas.cover(read_media.read_image(files / "image.png"), 48, 80)
     np.testing.assert_array_equal(request.pixels, expected[None, :, None])
 
 
@@ -90,7 +90,7 @@ def test_image_to_video(files: Path) -> None:
 def test_video_to_video(files: Path, keep: Any, part: slice) -> None:
     request = ask(files, video="clip.mp4", keep=keep).request
     assert (request.mode, request.clean_frames) == ("v2v", (0, 1))
-    frames = media.read_clip(files / "clip.mp4", 100).frames[part]
+    frames = read_media.read_clip(files / "clip.mp4", 100).frames[part]
     np.testing.assert_array_equal(request.pixels, canvas.stretch(frames, 48, 80)[None])
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime import media
+from cosmos_export.runtime import media, read_media
 from cosmos_export.runtime.media import Audio, Mark
 
 MARK = Mark("ab" * 32)
@@ -43,7 +43,7 @@ def test_png(tmp_path: Path) -> None:
     assert texts["bundle"] == "sha256:" + "ab" * 32
     assert texts["ai_generated"] == "true"
     assert texts["digital_source_type"].endswith("trainedAlgorithmicMedia")
-    np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), image)
+    np.testing.assert_array_equal(read_media.read_image(tmp_path / "x.png"), image)
     assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
 
 
@@ -71,10 +71,10 @@ def test_mp4(tmp_path: Path, fps: float, rate: Fraction) -> None:
         assert (stream.average_rate, stream.frames, stream.codec.name) == (rate, 9, "h264")
         assert (stream.pix_fmt, stream.codec_context.colorspace) == ("yuv420p", 1)
         assert not container.streams.audio
-    clip = media.read_clip(tmp_path / "x.mp4", 20)
+    clip = read_media.read_clip(tmp_path / "x.mp4", 20)
     assert clip.fps == pytest.approx(fps)
     assert np.abs(clip.frames.astype(int) - frames).mean() < 3
-    first, last = media.read_clip(tmp_path / "x.mp4", 5), media.read_clip(tmp_path / "x.mp4", 5, last=True)
+    first, last = read_media.read_clip(tmp_path / "x.mp4", 5), read_media.read_clip(tmp_path / "x.mp4", 5, last=True)
     np.testing.assert_array_equal(first.frames, clip.frames[:5])
     np.testing.assert_array_equal(last.frames, clip.frames[-5:])
 
@@ -149,7 +149,7 @@ def test_a_turned_picture_is_read_upright(tmp_path: Path, orientation: int) -> N
     Image.fromarray(picture(32, 48)).save(tmp_path / "x.png", exif=exif)
     with Image.open(tmp_path / "x.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), expected)
+    np.testing.assert_array_equal(read_media.read_image(tmp_path / "x.png"), expected)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_unreadable(tmp_path: Path, name: str, content: Any) -> None:
     elif content is not ...:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        media.read_image(path)
+        read_media.read_image(path)
     assert caught.value.code == "CX614"
     assert str(path) in caught.value.message
 
@@ -172,9 +172,9 @@ def test_wrong_kind(tmp_path: Path) -> None:
     media.write_mp4(tmp_path / "x.mp4", iter([np.stack([picture()] * 3)]), 24.0, MARK)
     media.write_wav(tmp_path / "x.wav", tone(0.1), 48_000, MARK)
     with pytest.raises(UserError, match="several frames"):
-        media.read_image(tmp_path / "x.mp4")
+        read_media.read_image(tmp_path / "x.mp4")
     with pytest.raises(UserError, match="no picture or video"):
-        media.read_clip(tmp_path / "x.wav", 5)
+        read_media.read_clip(tmp_path / "x.wav", 5)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1"])
@@ -182,11 +182,11 @@ def test_pictures_that_are_not_rgb(tmp_path: Path, mode: str) -> None:
     """Alpha is dropped, as by ``convert("RGB")`` in the pipeline."""
     image = Image.fromarray(picture()).convert(mode)
     image.save(tmp_path / "x.png")
-    np.testing.assert_array_equal(media.read_image(tmp_path / "x.png"), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(read_media.read_image(tmp_path / "x.png"), np.asarray(image.convert("RGB")))
 
 
 def test_a_grey_jpeg(tmp_path: Path) -> None:
     Image.fromarray(picture()).convert("L").save(tmp_path / "x.jpg", quality=95)
     with Image.open(tmp_path / "x.jpg") as image:
         expected = np.asarray(image.convert("RGB")).astype(int)
-    assert np.abs(media.read_image(tmp_path / "x.jpg").astype(int) - expected).max() <= 2
+    assert np.abs(read_media.read_image(tmp_path / "x.jpg").astype(int) - expected).max() <= 2

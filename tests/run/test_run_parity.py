@@ -26,7 +26,7 @@ from cosmos_export.evaluation.pipeline import (
     peak_signal_to_noise,
     run_published,
 )
-from cosmos_export.runtime import Generator, Result, media
+from cosmos_export.runtime import Generator, Result, media, read_media
 from cosmos_export.runtime.frontend import Asked, Prepared
 from cosmos_export.runtime.inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
@@ -65,8 +65,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def modes(files: Path) -> dict[str, Mode]:
     size = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
-    image, robot = (media.read_image(files / name) for name in ("image.png", "robot.png"))
-    clip, seen = (media.read_clip(files / name, 100).frames for name in ("clip.mp4", "robot.mp4"))
+    image, robot = (read_media.read_image(files / name) for name in ("image.png", "robot.png"))
+    clip, seen = (read_media.read_clip(files / name, 100).frames for name in ("clip.mp4", "robot.mp4"))
     of_umi: dict[str, Any] = {"embodiment": "umi", "chunk": 8, "tier": 256}
     action = {"domain": "umi", "rows": 8, "tier": 256}
 

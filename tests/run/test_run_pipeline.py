@@ -15,7 +15,7 @@ from PIL import Image
 from run_samples import MARK, ROBOT, manifest
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.runtime import media
+from cosmos_export.runtime import media, read_media
 from cosmos_export.runtime.frontend import Asked, prepare
 from cosmos_export.runtime.request import Request
 
@@ -65,7 +65,7 @@ def agree(pipeline: Any, request: Request, sound_len: int, expected: tuple[Any, 
 
 
 def pictures(path: Path) -> list[Image.Image]:
-    return [Image.fromarray(frame) for frame in media.read_clip(path, 1000).frames]
+    return [Image.fromarray(frame) for frame in read_media.read_clip(path, 1000).frames]
 
 
 def test_text(pipeline: Any, files: Path) -> None:
