@@ -33,6 +33,7 @@ from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import Request
+from cosmos_export.stamps import Inputs
 from cosmos_export.targets.stored_recipe import recipe_text
 
 _SEARCH_ROWS = 256
@@ -56,11 +57,19 @@ class Job:
     observer: Observer
     algorithm: Algorithm
     seed: int = 0
+    components: str = ""
+    """Digest of the files of the other components: encoders, tokenizer, configurations."""
+
+    @property
+    def inputs(self) -> tuple[Inputs, ...]:
+        """All that is read from files during the calibration."""
+        return self.checkpoint.inputs, *(source.inputs for source in self.sources)
 
     def plan(self) -> dict[str, Any]:
         """What must be equal for an interrupted calibration to go on."""
         return {
             "checkpoint": self.identity,
+            "components": self.components,
             "sources": [source.digest for source in self.sources],
             "works": [
                 [w.name, w.latents, [getattr(w.request, name) for name in _PLANNED], w.request.input_ids.tolist()]

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosmos_export.calibration.weights import map_tensor, read_tensor, torch_dtype
+from cosmos_export.calibration.weights import RowsOf, read_tensor, torch_dtype
 from cosmos_export.capture.adapter import JointStep
 from cosmos_export.capture.model import compute_dtypes, real_buffers
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
 
 Rotary = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """cos and sin of the prompt's rows, cos and sin of the generated rows."""
-_MAPPED = ("embed_tokens.weight",)
+_EMBEDDING = "embed_tokens"
 """As large as a layer, and a prompt touches few rows of it."""
-_NOT_READ = ("lm_head.", "norm.", "norm_moe_gen.", "proj_out.", "audio_proj_out.", "action_proj_out.")
+_NOT_READ = (f"{_EMBEDDING}.", "lm_head.", "norm.", "norm_moe_gen.", "proj_out.", "audio_proj_out.", "action_proj_out.")
 
 
 _WITHOUT_NARROW_PRODUCTS = ("AVX2",)
@@ -90,9 +90,11 @@ class Entrance:
         model = _empty(config)
         stored = {name: checkpoint.tensors[name] for name, _ in model.named_parameters()}
         read = {name: entry for name, entry in stored.items() if not name.startswith(_NOT_READ)}
-        loaded = {n: map_tensor(e) if n in _MAPPED else read_tensor(e) for n, e in read.items()}
+        loaded = {name: read_tensor(entry) for name, entry in read.items()}
         dtypes = compute_dtypes(model, {name: torch_dtype(entry) for name, entry in stored.items()})
         model.load_state_dict({n: t.to(dtypes[n]) for n, t in loaded.items()}, assign=True, strict=False)
+        embedding = f"{_EMBEDDING}.weight"
+        model.embed_tokens = RowsOf(stored[embedding], dtypes[embedding])
         for name, buffer in real_buffers(config).items():
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = buffer

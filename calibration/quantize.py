@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import cosmos_export
+from cosmos_export import stamps
 from cosmos_export.calibration.formats import (
     FP4_BLOCK,
     INT4_GROUP,
@@ -40,7 +41,10 @@ from cosmos_export.progress import Progress, Silent
 
 SHARD_SIZE = 5_000_000_000
 QUANT_FILE = "hf_quant_config.json"
+LINEAGE_COPY = f"calibration_{LINEAGE_FILE}"
 ROOT_INDEX = f"{WEIGHT_STEMS['vision_encoder']}.safetensors{INDEX_SUFFIX}"
+_WRITTEN = (ROOT_INDEX, QUANT_FILE, LINEAGE_COPY)
+"""Files at the root that are those of the new checkpoint."""
 _TASK = "quantize"
 _SPARE_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 24
@@ -101,17 +105,23 @@ def write_quantized_checkpoint(
     require_space(output, size + _SPARE_BYTES, "CX334", "the quantized checkpoint", "another disk, or fewer --towers")
     with_policy = options.kind == "fp8" and options.policy and has_step_policy(checkpoint)
     with new_directory(output, force) as folder:
-        _copy_rest(checkpoint, folder, options.link)
         transformer = folder / "transformer"
-        producer = _Producer(checkpoint, inputs, options, progress or Silent(), size)
-        weight_map = write_shards(transformer, WEIGHT_STEMS["transformer"], specs, producer.produce, options.shard_size)
-        producer.close()
-        config = read_object(checkpoint.components["transformer"] / "config.json")
-        config["quantization_config"] = quantization_config(checkpoint, chosen, options, with_policy)
-        write_json(transformer / "config.json", config)
-        write_json(folder / QUANT_FILE, {"quant_method": "modelopt", "quant_algo": _ALGORITHMS[options.kind]})
-        write_json(folder / f"calibration_{LINEAGE_FILE}", {"checkpoint": table.checkpoint, **table.lineage})
-        _write_root_index(checkpoint, folder, weight_map)
+        transformer.mkdir()
+        with stamps.unchanged("quantization", checkpoint.inputs):
+            producer = _Producer(checkpoint, inputs, options, progress or Silent(), size)
+            stem = WEIGHT_STEMS["transformer"]
+            weight_map = write_shards(transformer, stem, specs, producer.produce, options.shard_size)
+            producer.close()
+            config = read_object(checkpoint.components["transformer"] / "config.json")
+            config["quantization_config"] = quantization_config(checkpoint, chosen, options, with_policy)
+            write_json(transformer / "config.json", config)
+            write_json(folder / QUANT_FILE, {"quant_method": "modelopt", "quant_algo": _ALGORITHMS[options.kind]})
+            write_json(folder / LINEAGE_COPY, {"checkpoint": table.checkpoint, **table.lineage})
+            _write_root_index(checkpoint, folder, weight_map)
+            if not options.link:
+                _take_rest(checkpoint, folder, _copy)
+        if options.link:  # which changes the files' number of links, and so their state
+            _take_rest(checkpoint, folder, _link)
     return QuantizeResult(len(chosen), len(checkpoint.expected) - len(chosen), size, with_policy)
 
 
@@ -293,8 +303,9 @@ def _group(kind: Format) -> dict[str, Any]:
 # -- the rest of the checkpoint ---------------------------------------------------------------------------------------
 
 
-def _copy_rest(checkpoint: Checkpoint, folder: Path, link: bool) -> None:
-    """Every file but the transformer's weights and configuration, and what is never opened: pickles."""
+def _take_rest(checkpoint: Checkpoint, folder: Path, take: Callable[[Path, Path], None]) -> None:
+    """Every file except the transformer's weights and configuration, what is written anew, and what is never opened:
+    pickles."""
     weights = {entry.file for entry in checkpoint.tensors.values()}
     stem = WEIGHT_STEMS["transformer"]
     for path in _files(checkpoint):
@@ -302,12 +313,11 @@ def _copy_rest(checkpoint: Checkpoint, folder: Path, link: bool) -> None:
         written_anew = relative.parts[0] == "transformer" and (
             path.name == "config.json" or path.name.startswith(f"{stem}.safetensors") or path in weights
         )
-        if written_anew or path.suffix in PICKLES or relative.as_posix() in (ROOT_INDEX, QUANT_FILE):
+        if written_anew or path.suffix in PICKLES or relative.as_posix() in _WRITTEN:
             continue
         target = folder / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        _place(path, target, link)
-    (folder / "transformer").mkdir(exist_ok=True)
+        take(path, target)
 
 
 def _files(checkpoint: Checkpoint) -> Iterator[Path]:
@@ -320,14 +330,16 @@ def _files(checkpoint: Checkpoint) -> Iterator[Path]:
                 yield path
 
 
-def _place(source: Path, target: Path, link: bool) -> None:
-    if link:
-        try:
-            os.link(source.resolve(), target)
-            return
-        except OSError:
-            pass  # another file system: copy
-    shutil.copyfile(source, target)
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with stamps.unchanged("quantization", stamps.Inputs("the checkpoint", (source,))):
+        shutil.copyfile(source, target)
 
 
 def _write_root_index(checkpoint: Checkpoint, folder: Path, weight_map: Mapping[str, str]) -> None:

@@ -28,7 +28,7 @@ class Rollout:
 
         logging.set_verbosity_error()
         model = Cosmos3OmniTransformer.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, disable_mmap=True
         ).eval()
         self._step, self._dtype, self._record = JointStep(model), dtype, record
 

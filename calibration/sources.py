@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 from cosmos_export.sampling import MODES, Mode
+from cosmos_export.stamps import Inputs, unchanged
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
@@ -72,6 +73,8 @@ class Source:
     licence: str | None = None
     origin: str | None = None
     notes: tuple[str, ...] = ()
+    inputs: Inputs = field(default_factory=lambda: Inputs("the data", ()))
+    """The same files as they were when they were hashed."""
 
 
 @dataclass(frozen=True)
@@ -115,22 +118,25 @@ def read_source(text: str, policy: Embodiment | None = None) -> Source:
     if not path.exists():
         hint = f"options of --data: {', '.join(_OPTIONS)}" if "," in path.name else "is it the right path?"
         raise UserError("CX340", f"{path} does not exist", hint)
-    found = _reader(path)(path, options)
+    with unchanged("its reading", Inputs("the data", (path,) if path.is_file() else ())):
+        found = _reader(path)(path, options)
     items = found.items[: options.limit]
     if not items:
         raise UserError(
             "CX340", f"{path} holds nothing to calibrate on ({found.kind})", "name each caption (.json) by itself"
         )
     items = tuple(_with(item, options) for item in items)
-    used = [path for item in items for path in _files(item)]
+    used = [*found.files, *(path for item in items for path in _files(item))]
+    inputs = Inputs("the data", used)
     return Source(
         found.kind,
         path.name,
         items,
-        digest_of([*found.files, *used]),
+        digest_of(used),
         options.licence,
         options.origin,
         found.notes,
+        inputs,
     )
 
 

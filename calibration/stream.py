@@ -45,10 +45,15 @@ class LayerResult:
 
 
 class Workspace:
-    """The directory of a calibration in progress. One that was made for other inputs is emptied."""
+    """The directory of a calibration in progress. One that was made for other inputs is emptied.
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        self.folder = folder
+    ``require_inputs`` raises where an input is not what it was any more: then nothing that follows from it is written.
+    """
+
+    def __init__(
+        self, folder: Path, plan: Mapping[str, Any], require_inputs: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self._require_inputs = folder, require_inputs
         self._states, self._layers = folder / "states", folder / "layers"
         known = optional_object(folder / PLAN_FILE) if folder.is_dir() else None
         self.resumed = known == json.loads(json.dumps(plan))
@@ -102,6 +107,7 @@ class Workspace:
         return Seen(ranges, readers, rows, sums)
 
     def _write(self, sample: int, hidden: Hidden, passed: int, seen: Seen) -> None:
+        self._require_inputs()
         tensors = {"und": hidden.und, "gen": hidden.gen}
         tensors |= {f"counts:{n}": o.counts for n, o in seen.ranges.items() if o.counts is not None}
         tensors |= {f"rows:{name}": rows for name, rows in seen.rows.items()}
@@ -125,7 +131,7 @@ class Workspace:
             return None
         header = read_header(path)
         ranges, schemes = (json.loads(header.metadata[name]) for name in ("ranges", "schemes"))
-        arrays = {name: entry.array() for name, entry in header.tensors.items()}
+        arrays = {name: entry.mapped() for name, entry in header.tensors.items()}
 
         def called(prefix: str) -> dict[str, Array]:
             return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -136,6 +142,7 @@ class Workspace:
 
     def finish(self, layer: int, ranges: Mapping[str, float], found: Found) -> LayerResult:
         """Write the result of ``layer``, and return it."""
+        self._require_inputs()
         tensors = {f"{_PRE}{name}": scale for name, scale in found.pre_scales.items()}
         tensors |= {f"{_DOWN}{name}": down for name, (down, _) in found.low_rank.items()}
         tensors |= {f"{_UP}{name}": up for name, (_, up) in found.low_rank.items()}

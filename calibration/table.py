@@ -30,6 +30,7 @@ from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_heade
 from cosmos_export.checkpoint.strict_json import read_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
+from cosmos_export.stamps import Inputs, unchanged
 
 SCALES_FILE, LINEAGE_FILE, RECIPE_FILE = "scales.safetensors", "lineage.json", "recipe.toml"
 VERSION = 1
@@ -162,6 +163,12 @@ def require_output(directory: Path, force: bool) -> None:
 
 
 def read_scale_table(directory: Path) -> ScaleTable:
+    """`_read` of files that do not change while they are read."""
+    with unchanged("its reading", Inputs("the scale table", (), (directory,))):
+        return _read(directory)
+
+
+def _read(directory: Path) -> ScaleTable:
     """The table in ``directory``. CX310: it is none, or damaged, or of another version; CX1xx: a file is unreadable."""
     if not (directory / LINEAGE_FILE).is_file():
         raise UserError("CX310", f"{directory} is not a scale table: it has no {LINEAGE_FILE}", _CALIBRATE)

@@ -1,11 +1,12 @@
-"""Tensors of a checkpoint as torch tensors: read into memory of their own, or mapped where few rows are touched."""
+"""Tensors of a checkpoint as torch tensors: whole, or the rows that are looked up."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from torch import nn
 
 from cosmos_export.checkpoint import TensorEntry
+from cosmos_export.checkpoint.safetensors_header import read_exactly
 from cosmos_export.diagnostics import UnsupportedError
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -19,12 +20,24 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """A copy. Pages of a mapping would count as this process's memory for as long as it lives."""
-    raw = np.fromfile(entry.file, dtype=np.uint8, count=entry.size_bytes, offset=entry.offset)
-    return torch.from_numpy(raw).view(torch_dtype(entry)).reshape(entry.shape)
+    """The tensor in memory of its own."""
+    return torch.from_numpy(entry.raw()).view(torch_dtype(entry)).reshape(entry.shape)
 
 
-def map_tensor(entry: TensorEntry) -> torch.Tensor:
-    """A view of the file, of which only what is read is loaded."""
-    raw = np.memmap(entry.file, dtype=np.uint8, mode="c", offset=entry.offset, shape=(entry.size_bytes,))
-    return torch.from_numpy(raw).view(torch_dtype(entry)).reshape(entry.shape)
+class RowsOf(nn.Embedding):
+    """An embedding whose rows are read from the file when they are looked up: a prompt touches few of a large table."""
+
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype) -> None:
+        rows, width = entry.shape
+        super().__init__(rows, width, device="meta", dtype=dtype)
+        self._entry, self._row_bytes = entry, entry.size_bytes // max(1, rows)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        found, places = torch.unique(ids, return_inverse=True)
+        read = [
+            torch.from_numpy(
+                read_exactly(self._entry.file, self._entry.offset + row * self._row_bytes, self._row_bytes)
+            )
+            for row in found.tolist()
+        ]
+        return torch.stack(read).view(torch_dtype(self._entry)).to(self.weight.dtype)[places]

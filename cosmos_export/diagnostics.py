@@ -23,7 +23,11 @@ class ExitCode(IntEnum):
     """Known but not available: target without a backend, missing optional dependency."""
     TOOL = 4
     """Another tool failed: builder, driver, file system."""
+    HUNG_UP = 129
+    """Ended by SIGHUP: the terminal was closed."""
     INTERRUPTED = 130
+    TERMINATED = 143
+    """Ended by SIGTERM, as by a job scheduler."""
 
 
 class CosmosExportError(Exception):

@@ -1,4 +1,4 @@
-"""Weights on their way from the checkpoint into one mapped file: streamed, each written once."""
+"""Weights on their way from the checkpoint into one file: streamed, each written once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from cosmos_export.checkpoint.safetensors_header import read_exactly
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import FOUR_BIT, as_multiplied, kept_scale, pack_rows, tensor_scale, weight_norm
@@ -51,11 +52,28 @@ def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
     return _NUMPY[dtype]
 
 
-def map_source(source: WeightSource) -> np.ndarray:
-    """A read-only view of the tensor in its file."""
-    return np.memmap(
-        source.file, dtype=numpy_dtype(source.dtype), mode="r", offset=source.offset, shape=source.shape or (1,)
-    ).reshape(source.shape)
+class StoredArray:
+    """A tensor in its file, of which rows are read when they are asked for."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self.dtype, self.shape, self.ndim = numpy_dtype(source.dtype), source.shape, len(source.shape)
+        self.row_bytes = self.dtype.itemsize * int(product(source.shape[1:]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        return self._read(start * self.row_bytes, (max(0, stop - start), *self.shape[1:]))
+
+    def all(self) -> np.ndarray:
+        """The whole tensor."""
+        return self._read(0, self.shape)
+
+    def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+        size = self.dtype.itemsize * int(product(shape))
+        return read_exactly(self._source.file, self._source.offset + offset, size).view(self.dtype).reshape(shape)
 
 
 def size_bytes(binding: WeightBinding) -> int:
@@ -146,7 +164,7 @@ def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
             file.write(packed)
         return
     dtype = numpy_dtype(binding.dtype)
-    sources = [map_source(s) for s in binding.sources]
+    sources = [StoredArray(s) for s in binding.sources]
     if binding.transform is Transform.INTERLEAVE:
         rows = _rows_per_chunk(sources[0], len(sources))
         for start in range(0, len(sources[0]), rows):
@@ -154,7 +172,7 @@ def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
             file.write(np.ascontiguousarray(block).view(np.uint8).data)
         return
     if binding.transform is Transform.SCALE:
-        vector, factors = (_tensor(s, source.dtype) for s, source in zip(sources, binding.sources, strict=True))
+        vector, factors = (read_source(source) for source in binding.sources)
         file.write(_bytes((vector.to(torch.float32) * factors.to(torch.float32)).to(binding.dtype)))
         return
     if binding.transform is Transform.WEIGHT_NORM:
@@ -167,7 +185,7 @@ def _write(binding: WeightBinding, file: _Hashed, scales: _Scales) -> None:
         return
     for source in sources:
         if source.ndim == 0:
-            file.write(source.astype(dtype).tobytes())
+            file.write(source.all().astype(dtype).tobytes())
             continue
         rows = _rows_per_chunk(source, 1)
         for start in range(0, len(source), rows):
@@ -213,7 +231,7 @@ def _packed(binding: WeightBinding, scales: _Scales) -> Iterator[bytes]:
 
 def _rows(binding: WeightBinding) -> Iterator[torch.Tensor]:
     """Float32 rows of what sources and transform of a binding give, before it is packed, in blocks."""
-    sources = [(map_source(source), source) for source in binding.sources]
+    sources = [(StoredArray(source), source) for source in binding.sources]
     divisor = None
     if binding.packing is not None and binding.packing.divisor is not None:
         divisor = read_source(binding.packing.divisor).to(torch.float32)
@@ -241,7 +259,7 @@ class _Taken:
         if self._packing is not None and self._packing.low_rank is not None:
             part = self._packing.low_rank
             self._down = as_multiplied(read_source(part.down), self._packing)
-            self._up = [(map_source(source), source.dtype) for source in part.up]
+            self._up = [(StoredArray(source), source.dtype) for source in part.up]
 
     def __call__(self, rows: torch.Tensor, number: int, some: slice) -> torch.Tensor:
         if self._packing is None:
@@ -259,20 +277,18 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _rows_per_chunk(array: np.ndarray, sources: int) -> int:
-    row = max(1, array[:1].nbytes) * sources
-    return max(1, _CHUNK_BYTES // row)
+def _rows_per_chunk(array: StoredArray, sources: int) -> int:
+    return max(1, _CHUNK_BYTES // (max(1, array.row_bytes) * sources))
 
 
 def read_source(source: WeightSource) -> torch.Tensor:
     """The tensor itself, for the interpreter (a copy, in memory)."""
-    return _tensor(map_source(source), source.dtype)
+    return _tensor(StoredArray(source).all(), source.dtype)
 
 
-def _tensor(mapped: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    """A copy in memory. numpy has no name for some types, so their bits are handed over."""
-    array = np.array(mapped)
+def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The same memory as a tensor. numpy has no name for some types, so their bits are handed over."""
     if dtype in (torch.bfloat16, torch.float8_e4m3fn):
         bits = torch.from_numpy(array.view(np.uint16 if dtype is torch.bfloat16 else np.uint8))
-        return bits.view(dtype).reshape(mapped.shape)
-    return torch.from_numpy(array).reshape(mapped.shape)
+        return bits.view(dtype).reshape(array.shape)
+    return torch.from_numpy(array)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -19,10 +20,13 @@ from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.sampling import Overrides
+from cosmos_export.stamps import require_unchanged, unchanged
 from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
 
 if TYPE_CHECKING:
+    from cosmos_export.calibration.algorithms import Algorithm
     from cosmos_export.calibration.calibrate import Job
+    from cosmos_export.calibration.observers import Observer
 
 DEFAULT_PROFILE = "frames=1:5:48,height=3:12:24,width=3:20:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
 """Every shape that calibration itself would choose: 320 × 192 pixels unless an action's picture says otherwise."""
@@ -77,8 +81,9 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     job = resolve(options, progress)
     folder = stream.workspace_folder(options.output)
     stream.require_workspace_space(job, options.output)
-    workspace = Workspace(folder, job.plan())
-    table = stream.calibrate(job, workspace, progress)
+    with unchanged("calibration", *job.inputs):
+        workspace = Workspace(folder, job.plan(), partial(require_unchanged, job.inputs, "calibration"))
+        table = stream.calibrate(job, workspace, progress)
     write_scale_table(table, options.output, force=options.force)
     workspace.remove()
     return CalibrateResult(options.output, job, len(table.amax), len(table.pre_scales), workspace.resumed)
@@ -87,13 +92,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
 def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     """Everything the calibration depends on, checked."""
     from cosmos_export.calibration.algorithms import Algorithm, require_provider
-    from cosmos_export.calibration.calibrate import Job
-    from cosmos_export.calibration.coverage import coverage, plan_samples, require_coverage
-    from cosmos_export.calibration.encode import hears
     from cosmos_export.calibration.observers import Observer
-    from cosmos_export.calibration.requests import Setting, make_requests
-    from cosmos_export.calibration.sources import read_source
-    from cosmos_export.runtime.tokenize import PromptTokenizer
 
     observer = Observer(options.observer, options.margin, options.percentile)  # type: ignore[arg-type]
     algorithm = Algorithm(options.algorithm, options.rank, options.bits)
@@ -103,6 +102,25 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
     if not options.data:
         raise UserError("CX340", "nothing to calibrate on", "--data with prompts, clips, robot data or latents")
     checkpoint = open_checkpoint(options.checkpoint)
+    with unchanged("calibration", checkpoint.inputs):
+        return _job(options, checkpoint, observer, algorithm, progress)
+
+
+def _job(
+    options: CalibrateOptions,
+    checkpoint: Checkpoint,
+    observer: Observer,
+    algorithm: Algorithm,
+    progress: Progress | None,
+) -> Job:
+    """The part of `resolve` that reads the checkpoint and the data."""
+    from cosmos_export.calibration.calibrate import Job
+    from cosmos_export.calibration.coverage import coverage, plan_samples, require_coverage
+    from cosmos_export.calibration.encode import hears
+    from cosmos_export.calibration.requests import Setting, make_requests
+    from cosmos_export.calibration.sources import read_source
+    from cosmos_export.runtime.tokenize import PromptTokenizer
+
     _require_calibratable(checkpoint)
     if options.latents == "rollout":
         _require_memory(checkpoint)
@@ -144,7 +162,17 @@ def resolve(options: CalibrateOptions, progress: Progress | None = None) -> Job:
         observer=observer,
         algorithm=algorithm,
         seed=options.seed,
+        components=_components_digest(checkpoint),
     )
+
+
+def _components_digest(checkpoint: Checkpoint) -> str:
+    """Digest of every input file that `checkpoint_identity` does not cover and a calibration may read."""
+    from cosmos_export.calibration.sources import digest_of
+
+    weights = {entry.file for entry in checkpoint.tensors.values()}
+    unread = checkpoint.components.get("vision_encoder")
+    return digest_of([path for path in checkpoint.files() if path not in weights and path.parent != unread])
 
 
 def _require_calibratable(checkpoint: Checkpoint) -> None:

@@ -19,6 +19,7 @@ from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.diagnostics import ToolError, UserError
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.stamps import blamed
 
 if TYPE_CHECKING:
     from cosmos_export.build.stages import BuildResult
@@ -48,16 +49,26 @@ def build(
     begins(plan)
     for note in policy_notes(plan.checkpoint):  # now, and again at the end of a long report
         _log.warning("%s", note)
-    if options.output is None:
-        return _compile_only(plan, progress)
-    writer = BundleWriter(options.output, options.force, _required_bytes(plan), progress, options.resume)
+    with blamed("the build", *plan.inputs):
+        if options.output is not None:
+            return _bundle(plan, options.output, progress, fails)
+        result = _compile_only(plan, progress)
+        plan.require_inputs()
+        return result
+
+
+def _bundle(plan: Plan, output: Path, progress: Progress, fails: Callable[[Path | None], None]) -> BuildResult:
+    options = plan.options
+    writer = BundleWriter(output, options.force, _required_bytes(plan), progress, options.resume, plan.require_inputs)
     try:
         with writer:
             from cosmos_export.build.stages import build_bundle
 
             if options.resume:
                 _log.info("%s", _resumed(writer))
-            with _full_disk(writer, plan), Overall(progress, expected_seconds(plan)) as overall:
+            expected = expected_seconds(plan)
+            # Here too, as a finding that a changed input explains costs no file that was kept.
+            with _full_disk(writer, plan), blamed("the build", *plan.inputs), Overall(progress, expected) as overall:
                 return build_bundle(plan, writer, overall)
     except BaseException as error:
         if writer.left is not None:

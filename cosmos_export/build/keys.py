@@ -20,6 +20,7 @@ from typing import Any
 import cosmos_export
 from cosmos_export.ir.spec import WeightBinding, WeightSource
 from cosmos_export.kernels.description import NAMESPACE
+from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target, trt_common
 from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.trt_common import EngineReport, EngineTensor
@@ -34,7 +35,7 @@ def key_of(components: Components) -> str:
 
 
 def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
-    """Of a weight file: where each of its bytes comes from. The source files are told by size, time and inode."""
+    """Of a weight file: where each of its bytes comes from. The source files are told by size, times and inode."""
     files = {source.file for binding in stored for source in _read_by(binding)}
     told = {file: _file_identity(file) for file in files}
     bindings = [
@@ -129,8 +130,9 @@ def report_from(path: Path, facts: Mapping[str, Any], reused: str) -> EngineRepo
 
 
 def _file_identity(path: Path) -> list[Any]:
-    status = path.stat()
-    return [path.name, status.st_size, status.st_mtime_ns, status.st_ino]
+    """What tells the file from what it may become. Devices are numbered anew when a machine starts."""
+    found = Stamp.of(path)
+    return [path.name, found.size_bytes, found.mtime_ns, found.ctime_ns, found.inode]
 
 
 def _digest(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
@@ -18,6 +18,7 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.sampling import Overrides, Schedule, Segment
+from cosmos_export.stamps import Inputs, require_unchanged, unchanged
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
@@ -105,6 +106,17 @@ class Plan:
     scales: ScaleTable | None
     memory_budget: int | None = None
     """In bytes; None where no engine is built here."""
+    scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
+    """The files of ``scales`` as they were when it was read."""
+
+    @property
+    def inputs(self) -> tuple[Inputs, ...]:
+        """All that is read from files during the build."""
+        return self.checkpoint.inputs, self.scale_files
+
+    def require_inputs(self) -> None:
+        """CX118 where an input has changed since it was opened."""
+        require_unchanged(self.inputs, "the build")
 
     @property
     def layers(self) -> int:
@@ -145,6 +157,14 @@ def resolve(options: BuildOptions) -> Plan:
 
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)
+    with unchanged("the build", checkpoint.inputs):
+        return _resolve(options, target, profiles, budget, checkpoint)
+
+
+def _resolve(
+    options: BuildOptions, target: Target, profiles: tuple[Profile, ...], budget: int | None, checkpoint: Checkpoint
+) -> Plan:
+    """The part of `resolve` that reads the checkpoint."""
     _require_buildable(checkpoint)
     if options.kernels and checkpoint.dtype == "fp32":
         raise UnsupportedError(
@@ -164,10 +184,13 @@ def resolve(options: BuildOptions) -> Plan:
         _require_rows(profile, outputs)
     recipe = _recipe(options, target, checkpoint, plan, profiles)
     precision = _precision(options, recipe, target, checkpoint, plan, profiles)
+    tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
+    scale_files = Inputs("the scale table", (), tables)
     scales = _scales(options, precision, checkpoint)
     found = Plan(
-        options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales, budget
-    )
+        options, checkpoint, target, profiles, modalities, outputs, components, plan, recipe, precision, scales, budget,
+        scale_files,
+    )  # fmt: skip
     require_memory(found)
     return found
 

@@ -11,6 +11,7 @@ from cosmos_export.calibration.table import read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Tower, open_checkpoint
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
+from cosmos_export.stamps import unchanged
 
 if TYPE_CHECKING:
     from cosmos_export.calibration.quantize import QuantizeResult
@@ -44,7 +45,8 @@ def quantize(
     require_output(output, force)
     table = read_scale_table(calibration)
     source = open_checkpoint(checkpoint)
-    require_checkpoint(table, source, progress)
+    with unchanged("quantization", source.inputs):
+        require_checkpoint(table, source, progress)
     options = QuantizeOptions(
         kind=kind,  # type: ignore[arg-type]
         towers=tuple(Tower(tower) for tower in towers),

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,8 @@ class BundleWriter:
 
     ``required_bytes`` is what the build expects to write. It is checked before any work, as are the output, its parent
     directory and the right to replace what is there. With ``resume`` the kept files of an interrupted writer of the
-    same output are taken over; ``resumed`` says how many there were.
+    same output are taken over; ``resumed`` says how many there were. ``require_inputs`` raises where an input of the
+    build is not what it was any more: it is called before a file is kept and before the bundle is put in place.
 
     What is left when the block ends without a commit: the files that were kept, for a writer that resumes. Nothing
     where there are none, or where a finding says that the results are not right.
@@ -74,6 +75,7 @@ class BundleWriter:
         required_bytes: int = 0,
         progress: Progress | None = None,
         resume: bool = False,
+        require_inputs: Callable[[], None] = lambda: None,
     ) -> None:
         self.output = Path(os.path.abspath(output))  # noqa: PTH100 - resolve() would follow a link at the output
         self._force = force
@@ -83,6 +85,7 @@ class BundleWriter:
         self._staging: Path | None = None
         self._lock = -1
         self._resume = resume
+        self._require_inputs = require_inputs
         self._kept: dict[str, Kept] = {}
         self.resumed = 0
         self.left: Path | None = None
@@ -128,6 +131,7 @@ class BundleWriter:
         the digest from here.
         """
         path = self._open_staging() / name
+        self._require_inputs()
         with _file_system_errors(self.output):
             _sync(path, os.O_RDONLY)
             status = path.stat()
@@ -170,6 +174,7 @@ class BundleWriter:
             target = staging / MANIFEST_NAME
             target.write_bytes(data)
             _sync_tree(staging)
+            self._require_inputs()
             self._swap_without_state(staging)
         self._staging = None
         self._unlock()

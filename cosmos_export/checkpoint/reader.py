@@ -23,6 +23,7 @@ from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.checkpoint.shards import Shards, read_shards
 from cosmos_export.checkpoint.strict_json import optional_object, read_object, shown
 from cosmos_export.diagnostics import UserError
+from cosmos_export.stamps import Inputs, unchanged
 
 WEIGHT_STEMS: Mapping[str, str] = {
     "transformer": "diffusion_pytorch_model",
@@ -33,6 +34,7 @@ WEIGHT_STEMS: Mapping[str, str] = {
 """Components with weights, and what their weight files are called."""
 COMPONENTS = (*WEIGHT_STEMS, "scheduler", "text_tokenizer")
 _INPUT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+_READ_SUFFIXES = (*_INPUT_SUFFIXES, ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Checkpoint:
     policy: Mapping[str, Any] | None
     """As checkpoint.json has it; `read_policy` says what it means."""
     input_files: tuple[Path, ...]
+    inputs: Inputs
+    """The input files as they were when the checkpoint was opened."""
 
     def files(self) -> tuple[Path, ...]:
         """Every input file, sorted; links are not resolved, so that paths stay relative to ``root``."""
@@ -74,6 +78,12 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Reads and checks the directory ``path``. Raises ``UserError`` CX1xx with what to do."""
     root = Path(path)
     _require_checkpoint(root)
+    found = _as_they_are(root)
+    with unchanged("its opening", found):
+        return _open(root, found)
+
+
+def _open(root: Path, inputs: Inputs) -> Checkpoint:
     model_index = optional_object(root / "model_index.json") or optional_object(root / "modular_model_index.json") or {}
     components = _components(root, model_index)
     config = read_object(components["transformer"] / "config.json")
@@ -113,7 +123,15 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         distilled_sigmas=sigmas,
         policy=policy,
         input_files=_input_files(root, components, shards),
+        inputs=inputs,
     )
+
+
+def _as_they_are(root: Path) -> Inputs:
+    """Every file that a component may be read from, before any is. Files at the root that appear later are not read."""
+    at_root = (path for path in root.iterdir() if path.suffix in _READ_SUFFIXES and path.is_file())
+    folders = [root / name for name in COMPONENTS if (root / name).is_dir()]
+    return Inputs("the checkpoint", at_root, folders, lambda path: path.suffix in _READ_SUFFIXES)
 
 
 def _require_checkpoint(root: Path) -> None:

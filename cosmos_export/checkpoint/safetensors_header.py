@@ -8,6 +8,7 @@ tensor, and every tensor lies inside the file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,23 @@ class TensorEntry:
         return element_count(self.shape)
 
     def array(self) -> NDArray[Any]:
-        """A read-only view of the bytes on disk, in the type they have there."""
+        """The tensor in memory, read-only, in the type it has on disk. CX119 where the file ends before it does."""
+        array = self.raw().view(self._numpy_dtype()).reshape(self.shape)
+        array.flags.writeable = False
+        return array
+
+    def mapped(self) -> NDArray[Any]:
+        """The same as a read-only view of the file: for files of this program alone, which nobody else truncates."""
+        dtype = self._numpy_dtype()
+        if self.size_bytes == 0:
+            return np.empty(self.shape, dtype)
+        return np.memmap(self.file, dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
+
+    def raw(self) -> NDArray[np.uint8]:
+        """The same bytes, untyped."""
+        return read_exactly(self.file, self.offset, self.size_bytes)
+
+    def _numpy_dtype(self) -> np.dtype[Any]:
         dtype = dtypes.numpy_dtype(self.dtype)
         if dtype is None:
             raise UserError(
@@ -53,15 +70,28 @@ class TensorEntry:
                 f"{self.name} in {self.file} has the packed type {self.dtype}, which has no array form",
                 "read its bytes with TensorEntry.raw()",
             )
-        return self.raw().view(dtype).reshape(self.shape)
+        return dtype
 
-    def raw(self) -> NDArray[np.uint8]:
-        """The same bytes, untyped."""
-        if self.size_bytes == 0:
-            empty = np.empty(0, np.uint8)
-            empty.flags.writeable = False
-            return empty
-        return np.memmap(self.file, dtype=np.uint8, mode="r", offset=self.offset, shape=(self.size_bytes,))
+
+def read_exactly(file: Path, offset: int, size_bytes: int) -> NDArray[np.uint8]:
+    """Bytes of ``file``, read and not mapped: a mapped file that is truncated ends the process with a signal.
+
+    CX119 where the file ends before all of them.
+    """
+    data = np.empty(size_bytes, np.uint8)
+    rest = data.data
+    with file.open("rb", buffering=0) as opened:
+        while rest:
+            count = os.preadv(opened.fileno(), [rest], offset + size_bytes - len(rest))
+            if not count:
+                raise UserError(
+                    "CX119",
+                    f"{file} was truncated while it was read: {offset + size_bytes:,} bytes were there, now "
+                    f"{opened.seek(0, os.SEEK_END):,}",
+                    "wait until nothing writes to it any more, then run the command again",
+                )
+            rest = rest[count:]
+    return data
 
 
 @dataclass(frozen=True)

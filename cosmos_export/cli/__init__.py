@@ -1,6 +1,7 @@
 """The command line. One module a verb; no logic here.
 
-Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, 130 interrupted.
+Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, 128 + N ended by
+signal N.
 Verb modules import what they need inside their functions, so that ``--help`` starts at once.
 """
 
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 import cosmos_export
+from cosmos_export import streams
 from cosmos_export.cli import (
     bench,
     build,
@@ -30,7 +32,7 @@ from cosmos_export.cli import (
     verbs,
     version,
 )
-from cosmos_export.diagnostics import ExitCode, UserError
+from cosmos_export.diagnostics import ExitCode, ToolError, UserError
 
 __all__ = ["app", "main"]
 
@@ -38,7 +40,7 @@ app = verbs.Verbs(
     name="cosmos-export",
     help="Ahead-of-time compiler for NVIDIA Cosmos 3: checkpoint in, engines and the proof that they are right out.",
     epilog="Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, "
-    "130 interrupted. Data goes to stdout, everything else to stderr.",
+    "129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM. Data goes to stdout, everything else to stderr.",
     invoke_without_command=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -65,6 +67,8 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
+    streams.guard()
+    verbs.end_in_order()
     console.configure()
     # What typer itself refuses is reported here; the verb that would know about --json was never reached.
     as_json = "--json" in sys.argv[1:]
@@ -77,7 +81,18 @@ def main() -> None:
             verbs.fail_unexpected(error, as_json)
     except typer.Exit as ending:
         status = ending.exit_code
-    sys.exit(status if isinstance(status, int) else ExitCode.OK)
+    sys.exit(_final(status if isinstance(status, int) else ExitCode.OK))
+
+
+def _final(status: int) -> int:
+    """``status``, unless all went well and its data did not get out. A reader that leaves early changes nothing."""
+    error = streams.lost()
+    if error is None or status != ExitCode.OK:
+        return status
+    ending = ToolError("CX803", f"the command did its work, but stdout could not be written: {error.strerror}")
+    sys.stderr.write(verbs.message(ending))
+    sys.stderr.flush()
+    return ExitCode.TOOL
 
 
 def _usage_hint(error: typer.TyperException) -> str:

@@ -97,7 +97,8 @@ def emit_json(document: Any) -> None:
     """Print ``document`` on stdout. A command prints one; dataclasses, enums and paths are written as plain values."""
     if _state.json_emitted:
         raise InternalError("CX001", "a second JSON document on stdout")
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    narrow = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") not in ("utf-8", "utf8")
+    text = json.dumps(document, indent=2, ensure_ascii=narrow, allow_nan=False, default=_plain)
     _state.json_emitted = True
     # A lone surrogate from a file name must not cost the whole document.
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
-import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -53,8 +53,7 @@ def fail(error: CosmosExportError, as_json: bool) -> NoReturn:
     console.close()
     if as_json and not console.json_emitted():
         console.emit_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
-    # Written without the console: an error must come out whatever state the terminal is in, and it is never wrapped.
-    text = f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+    text = message(error)
     command = console.resume_command()
     if command and isinstance(error, ToolError):
         text += f"hint: what is finished is kept; when that is solved, continue with `{command}`\n"
@@ -66,9 +65,7 @@ def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
     """Report any other exception: what the system said, an interruption, or a bug of ours."""
     console.close()
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        _interrupted(as_json)
-    if isinstance(error, BrokenPipeError) and _stdout_is_gone():
-        raise typer.Exit(int(ExitCode.TOOL))  # the reader left, as in `| head`: nobody to tell
+        _interrupted(error, as_json)
     if console.is_verbose():
         import traceback
 
@@ -80,10 +77,51 @@ def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
     fail(ToolError("CX000", message, _REPORT), as_json)
 
 
+def message(error: CosmosExportError) -> str:
+    """``error`` as it is written to stderr: without the console, whatever state the terminal is in."""
+    return f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+
+
 class Interrupted(CosmosExportError):
     """The user stopped the command."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+class Terminated(Interrupted):
+    """SIGTERM stopped it."""
+
+    exit_code = ExitCode.TERMINATED
+
+
+class HungUp(Interrupted):
+    """SIGHUP stopped it."""
+
+    exit_code = ExitCode.HUNG_UP
+
+
+class SignalledError(KeyboardInterrupt):
+    """A signal that ends the process has come: whatever cleans up after an interruption cleans up now."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+_ENDINGS: dict[int, type[Interrupted]] = {signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
+
+
+def end_in_order() -> None:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, unless whoever started it has them ignored (`nohup`)."""
+    for number in _ENDINGS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _signalled)
+
+
+def _signalled(number: int, _: object) -> NoReturn:
+    for other in _ENDINGS:  # a second one must not cut the cleaning up short: SIGKILL does
+        signal.signal(other, signal.SIG_IGN)
+    raise SignalledError(number)
 
 
 def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,20 +161,12 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _interrupted(as_json: bool) -> NoReturn:
+def _interrupted(error: BaseException, as_json: bool) -> NoReturn:
+    found = error if isinstance(error, SignalledError) else error.__cause__  # typer wraps one outside of verbs
+    kind, what = Interrupted, "interrupted"
+    if isinstance(found, SignalledError):
+        kind, what = _ENDINGS[found.number], f"stopped by {signal.Signals(found.number).name}"
     command = console.resume_command()
     if command:
-        fail(Interrupted("CX002", "interrupted; what is finished is kept", f"continue with `{command}`"), as_json)
-    fail(Interrupted("CX002", "interrupted"), as_json)
-
-
-def _stdout_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads; if so it is pointed elsewhere, as Python flushes it at exit."""
-    import select
-
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # an error is reported without being asked for
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+        fail(kind("CX002", f"{what}; what is finished is kept", f"continue with `{command}`"), as_json)
+    fail(kind("CX002", what), as_json)

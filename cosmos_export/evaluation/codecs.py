@@ -73,7 +73,7 @@ def _stock(component: Path, class_name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about a weight norm that diffusers uses
         model = getattr(diffusers, class_name).from_pretrained(
-            component, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            component, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, disable_mmap=True
         )
     return model.eval()
 

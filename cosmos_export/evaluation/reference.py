@@ -28,7 +28,7 @@ class Reference:
         self.dtype = dtype
         if values is None:
             self.transformer = Cosmos3OmniTransformer.from_pretrained(
-                transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+                transformer_folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, disable_mmap=True
             ).eval()
             return
         config = Cosmos3OmniTransformer.load_config(transformer_folder, local_files_only=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +318,41 @@ def test_other_data_starts_anew(checkpoint: Path, tmp_path: Path, data: Path) ->
     other = resolve(options(checkpoint, tmp_path / "scales", data, seed=1))
     assert not Workspace(folder, other.plan()).resumed
     assert not (folder / "layers" / "00000.safetensors").exists()
+
+
+@pytest.mark.parametrize("changed", ["weights", "an encoder", "data"])
+def test_inputs_that_change_while_they_are_read(
+    checkpoint: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """In place, with the time of before. Nothing that follows from the new bytes is written, so that a calibration of
+    the old ones could go on."""
+    path, root = shutil.copytree(checkpoint, tmp_path / "tiny"), shutil.copytree(data, tmp_path / "data")
+    file = {
+        "weights": path / "transformer/diffusion_pytorch_model.safetensors",
+        "an encoder": path / "vae/diffusion_pytorch_model.safetensors",
+        "data": root / "clips/b.mp4",
+    }[changed]
+    advance, advanced = Workspace.advance, list[int]()
+
+    def once(self: Workspace, sample: int, *rest: Any) -> None:
+        if not advanced:
+            status, content = file.stat(), bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+            os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        advanced.append(sample)
+        advance(self, sample, *rest)
+
+    monkeypatch.setattr(Workspace, "advance", once)
+    small: dict[str, Any] = {"data": (str(root / "clips"),), "modalities": ("vision",), "samples": 12}
+    given = options(path, tmp_path / "scales", root, **small)
+    message = refused("CX118", lambda: calibrate(given))
+    assert "changed during calibration" in message and str(file) in message
+    assert not (tmp_path / "scales").exists()
+    workspace = stream.workspace_folder(tmp_path / "scales")
+    passed = [Workspace(workspace, json.loads((workspace / "plan.json").read_text())).passed(i) for i in range(12)]
+    assert passed == [0] * 12
+    assert not calibrate(given).resumed
 
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from cosmos_export.build.quantize import quantize
+from cosmos_export.calibration import quantize as quantizing
 from cosmos_export.calibration.formats import Format, dequantized
 from cosmos_export.calibration.table import ScaleTable, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint, quantized_linears
@@ -376,3 +378,37 @@ def test_the_verb(tmp_path: Path, source: Path) -> None:
     assert (document["quantized"], document["policy"], document["format"]) == (28, True, "fp8")
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and json.loads(again.stdout)["error"]["code"] == "CX333"
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "config.json"])
+def test_a_checkpoint_that_changes_while_it_is_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In place, with the time of before: it is not the one that the table is of any more."""
+    path = write_demo_checkpoint(tmp_path / "tiny", **WIDE)
+    write_scale_table(synthetic_table(open_checkpoint(path)), tmp_path / "scales")
+    file = path / "transformer" / name
+
+    def changed(*given: Any) -> Any:
+        status, data = file.stat(), bytearray(file.read_bytes())
+        data[-2:] = data[:-3:-1]
+        file.write_bytes(data)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+        return quantized_weight(*given)
+
+    quantized_weight = quantizing.quantized_weight
+    monkeypatch.setattr(quantizing, "quantized_weight", changed)
+    message = refused("CX118", lambda: quantize(path, tmp_path / "scales", tmp_path / "fp8"))
+    assert message.startswith("the checkpoint changed during quantization: ") and str(file) in message
+    assert not (tmp_path / "fp8").exists()
+
+
+def test_linked_files_are_not_written_to(tmp_path: Path) -> None:
+    """A second quantization of a checkpoint that has files of the first: they are another checkpoint's."""
+    path = write_demo_checkpoint(tmp_path / "tiny", **WIDE)
+    lineage = path / "calibration_lineage.json"
+    lineage.write_text("{}\n")
+    write_scale_table(synthetic_table(open_checkpoint(path)), tmp_path / "scales")
+    quantize(path, tmp_path / "scales", tmp_path / "fp8", link=True)
+    assert lineage.read_text() == "{}\n" and lineage.stat().st_nlink == 1
+    assert (tmp_path / "fp8/vae/config.json").stat().st_ino == (path / "vae/config.json").stat().st_ino
