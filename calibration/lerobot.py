@@ -1,23 +1,32 @@
 """LeRobot data sets, versions 2 and 3: Parquet tables of actions, clips of cameras, and tasks in words.
 
 Each item is a window of an episode: its task, as many actions as the embodiment's chunk has, and the frames of one
-camera that go with them. Actions are scaled as the published statistics do it, between the 1 % and the 99 % quantile of
-each column of the data set, and cut off at ±1.
+camera that go with them. The columns of an action are those that the embodiment wants, found by their names; where
+their order is not known the data set is refused. Actions are scaled as the published statistics do it, between the 1 %
+and the 99 % quantile of each column of the data set, and cut off at ±1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from cosmos_export.calibration.columns import Columns, choose_columns
 from cosmos_export.calibration.sources import ClipPart, Found, Item, Options
 from cosmos_export.checkpoint.strict_json import parse_object, read_object, shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.runtime.embodiments import EMBODIMENTS, Actions, ActionScale, embodiment
+from cosmos_export.runtime.embodiments import (
+    EMBODIMENTS,
+    Actions,
+    ActionScale,
+    Embodiment,
+    embodiment,
+    require_width,
+)
 from cosmos_export.runtime.prompts import text_prompt
 
 if TYPE_CHECKING:
@@ -28,67 +37,95 @@ DEFAULT_WINDOWS = 8
 _DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 _SMALLEST = 1e-8
+_RATE_TOLERANCE = 0.01
 _HINT = "a LeRobot data set has meta/info.json, data/, videos/, and meta/tasks and meta/episodes"
 
 
 @dataclass(frozen=True)
 class _Episode:
-    """Where an episode lies: its rows in a table, its frames in a clip."""
+    """Where the rows of an episode are in a table, and its frames in a clip."""
 
     index: int
     length: int
-    task: str
+    tasks: tuple[str, ...]
     data: Path
     video: Path
     first_frame: int
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is read of a table: float32 actions [rows, width], and each row's episode and task."""
+
+    actions: Actions
+    episodes: np.ndarray
+    tasks: np.ndarray | None
+
+
 def read_lerobot(root: Path, options: Options) -> Found:
     """Windows of the episodes of the data set at ``root``.
 
-    CX342: it is not as its info.json says, its camera's video is missing, or its actions are not numbers; CX610: no
-    embodiment, which decides the domain; CX802: pyarrow is not installed.
+    CX342: it is not as its info.json says, its camera's video is missing, the order of its columns is not known, or its
+    actions are not numbers; CX343: another rate than the policy's; CX610: no embodiment, which decides the domain;
+    CX611: its actions are not those of the embodiment; CX802: pyarrow is not installed.
     """
     info = read_object(root / "meta" / "info.json")
     version = str(info.get("codebase_version", ""))
     if not version.startswith(("v2.", "v3.")):
         _refuse(root, f"codebase_version {shown(version)}; known: v2.x, v3.x")
-    robot = embodiment(options.embodiment, None) if options.embodiment else _robot(root, info)
+    if options.embodiment is None and options.policy is None:
+        robot = _robot(root, info)
+    else:
+        robot = embodiment(options.embodiment, options.policy)
     fps = info.get("fps")
     if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= 1000:
         _refuse(root, f"fps {shown(fps)} is not a rate")
-    camera, missing = _camera(root, info, options.camera)
+    notes = [*_rate(root, float(fps), robot, options)]
+    camera, left_out = _camera(root, info, options.camera)
+    notes += left_out
     tasks, task_file = _tasks(root, version)
-    episodes, episode_files = _episodes(root, info, version, camera, float(fps), tasks)
+    episodes, episode_files = _episodes(root, info, version, camera, float(fps))
     chunk = robot.chunk
     usable = [episode for episode in episodes if episode.length > chunk and episode.video.is_file()]
     if not usable:
         _refuse(root, f"no episode has {chunk + 1} frames and a video of {camera}")
-    columns = {path: _actions(root, path) for path in sorted({episode.data for episode in usable})}
-    scale = _scale(np.concatenate([actions for actions, _ in columns.values()]))
+    chosen: Columns | None = None
+    rows: dict[Path, _Rows] = {}
+    for path in sorted({episode.data for episode in usable}):
+        table = _table(root, path)
+        if chosen is None:
+            chosen = choose_columns(root, table.column_names, info, robot, options.actions)
+            notes += chosen.notes
+        rows[path] = _read_rows(root, path, table, chosen, robot)
+    scale = _scale(np.concatenate([found.actions for found in rows.values()]))
     windows = _windows(usable, chunk, options.limit or DEFAULT_WINDOWS)
     items = []
-    for episode, start in windows:
-        actions, rows = columns[episode.data]
-        mine = actions[rows == episode.index]
-        if len(mine) < start + chunk:
-            _refuse(root, f"episode {episode.index} has {len(mine)} rows of actions; its length says {episode.length}")
+    for episode, number in windows:
+        found, start = rows[episode.data], number * chunk
+        mine = found.episodes == episode.index
+        actions = found.actions[mine]
+        if len(actions) < start + chunk:
+            what = f"episode {episode.index} has {len(actions)} rows of actions; its length says {episode.length}"
+            _refuse(root, what)
+        task = None if found.tasks is None else found.tasks[mine][start]
         items.append(
             Item(
                 name=f"{root.name}:{episode.index}+{start}",
-                prompt=text_prompt(episode.task),
+                prompt=text_prompt(_instruction(root, episode, task, tasks, number)),
                 clip=ClipPart(episode.video, episode.first_frame + start, chunk + 1, float(fps)),
-                actions=scale.to_model(mine[start : start + chunk]),
+                actions=scale.to_model(actions[start : start + chunk]),
                 embodiment=robot.name,
                 fps=float(fps),
             )
         )
-    files = (root / "meta" / "info.json", task_file, *episode_files, *columns)
-    note = (f"no video of {', '.join(missing)}; {camera} is used",) if missing else ()
-    return Found("lerobot", tuple(items), files, note)
+    silent = sum(not item.prompt.text for item in items)
+    if silent:
+        notes.append(f"{silent} of {len(items)} windows have no instruction")
+    files = (root / "meta" / "info.json", task_file, *episode_files, *rows)
+    return Found("lerobot", tuple(items), files, tuple(notes))
 
 
-def _robot(root: Path, info: Mapping[str, Any]) -> Any:
+def _robot(root: Path, info: Mapping[str, Any]) -> Embodiment:
     kind = info.get("robot_type")
     if kind in EMBODIMENTS:
         return EMBODIMENTS[str(kind)]
@@ -99,24 +136,85 @@ def _robot(root: Path, info: Mapping[str, Any]) -> Any:
     )
 
 
+def _rate(root: Path, fps: float, robot: Embodiment, options: Options) -> Iterator[str]:
+    """A note where the data has another rate than is usual. CX343: another than the policy is trained at, or than
+    ``fps=`` says."""
+    if options.fps is not None and abs(options.fps - fps) > _RATE_TOLERANCE * fps:
+        raise UserError(
+            "CX343", f"{root}: info.json says {fps:g} frames per second, and fps={options.fps:g}", "leave fps= out"
+        )
+    if abs(fps - robot.fps) > _RATE_TOLERANCE * fps:
+        if options.policy is not None and options.fps is None:
+            raise UserError(
+                "CX343",
+                f"{root} has {fps:g} frames per second; the policy for `{robot.name}` is trained at {robot.fps:g}",
+                f"resample the data set, or fps={fps:g} if the policy will run at that rate",
+            )
+        yield f"{fps:g} frames per second; `{robot.name}` usually has {robot.fps:g}"
+
+
 def _camera(root: Path, info: Mapping[str, Any], asked: str | None) -> tuple[str, list[str]]:
-    """The camera to use, and those without a video."""
+    """The camera to use, and notes on those that are not shown."""
     features = info.get("features")
     if not isinstance(features, dict):
         _refuse(root, "meta/info.json has no features")
-    cameras = sorted(k for k, v in features.items() if isinstance(v, dict) and v.get("dtype") in ("video", "image"))
+    pictures = {k: v for k, v in features.items() if isinstance(v, dict) and v.get("dtype") in ("video", "image")}
+    depth = sorted(name for name, feature in pictures.items() if _is_depth(name, feature))
+    cameras = sorted(name for name in pictures if name not in depth)
     if not cameras:
-        _refuse(root, "no feature is a video")
+        _refuse(root, f"no feature is a picture; depth maps: {', '.join(depth)}" if depth else "no feature is a video")
     present = [camera for camera in cameras if any((root / "videos").rglob(f"{camera}/**/*.mp4"))]
     if asked is not None:
-        if asked not in cameras:
-            _refuse(root, f"no camera {shown(asked)}; cameras: {', '.join(cameras)}")
-        if asked not in present:
-            _refuse(root, f"no video of {asked}; videos there are of {', '.join(present) or 'none'}")
-        return asked, []
+        named = _named(root, asked, cameras, depth)
+        if named not in present:
+            _refuse(root, f"no video of {named}; videos there are of {', '.join(present) or 'none'}")
+        return named, []
     if not present:
         _refuse(root, f"no video of any camera: {', '.join(cameras)}", "download videos/ too (git lfs pull)")
-    return present[0], [camera for camera in cameras if camera not in present]
+    camera, *others = present
+    missing = [name for name in cameras if name not in present]
+    notes = [f"no video of {', '.join(missing)}; {camera} is used"] if missing else []
+    if others:
+        notes.append(f"of the cameras {camera} is shown, and not {', '.join(others)}: camera=… chooses another")
+    if depth:
+        notes.append(f"depth maps are not shown: {', '.join(depth)}")
+    return camera, notes
+
+
+def _named(root: Path, asked: str, cameras: Sequence[str], depth: Sequence[str]) -> str:
+    """The camera that is ``asked`` for by its name or the end of it."""
+    matching = [name for name in (*cameras, *depth) if name == asked or name.endswith((f".{asked}", f"/{asked}"))]
+    if len(matching) != 1:
+        _refuse(root, f"no camera {shown(asked)}; cameras: {', '.join(cameras)}")
+    if matching[0] in depth:
+        _refuse(root, f"{matching[0]} is a depth map, which is no picture; cameras: {', '.join(cameras)}")
+    return matching[0]
+
+
+def _is_depth(name: str, feature: Mapping[str, Any]) -> bool:
+    """Whether a feature is a depth map, by what it says, or by its name where it says nothing."""
+    places = [place for key in ("info", "video_info") if isinstance(place := feature.get(key), dict)]
+    for place in (feature, *places):
+        for key in ("is_depth_map", "video.is_depth_map"):
+            if isinstance(place.get(key), bool):
+                return bool(place[key])
+    return "depth" in name.rpartition(".")[2].lower()
+
+
+def _instruction(root: Path, episode: _Episode, task: Any, tasks: Mapping[int, str], number: int) -> str:
+    """What is said of window ``number`` of ``episode``: the task of its first row, else the episode's only one. Of
+    several annotations each window has the next; an empty instruction stays empty."""
+    if task is None:
+        if len(set(episode.tasks)) > 1:
+            what = f"episode {episode.index} has {len(episode.tasks)} tasks, and no task_index says which row has which"
+            _refuse(root, what)
+        text = episode.tasks[0] if episode.tasks else ""
+    elif int(task) in tasks:
+        text = tasks[int(task)]
+    else:
+        _refuse(root, f"episode {episode.index} has task_index {int(task)}, which meta/tasks does not have")
+    annotations = [part.strip() for part in text.split("|") if part.strip()]
+    return annotations[number % len(annotations)] if annotations else ""
 
 
 def _tasks(root: Path, version: str) -> tuple[dict[int, str], Path]:
@@ -133,7 +231,7 @@ def _tasks(root: Path, version: str) -> tuple[dict[int, str], Path]:
 
 
 def _episodes(
-    root: Path, info: Mapping[str, Any], version: str, camera: str, fps: float, tasks: Mapping[int, str]
+    root: Path, info: Mapping[str, Any], version: str, camera: str, fps: float
 ) -> tuple[list[_Episode], list[Path]]:
     if version.startswith("v3"):
         files = sorted((root / "meta" / "episodes").rglob("*.parquet"))
@@ -143,22 +241,20 @@ def _episodes(
         rows = _lines(root, files[0], ("episode_index", "length"))
     if not rows:
         _refuse(root, "no episodes")
-    return [_episode(root, info, row, camera, fps, tasks) for row in rows], files
+    return [_episode(root, info, row, camera, fps) for row in rows], files
 
 
-def _episode(
-    root: Path, info: Mapping[str, Any], row: Mapping[str, Any], camera: str, fps: float, tasks: Mapping[int, str]
-) -> _Episode:
+def _episode(root: Path, info: Mapping[str, Any], row: Mapping[str, Any], camera: str, fps: float) -> _Episode:
     index, length = row.get("episode_index"), row.get("length")
     if type(index) is not int or type(length) is not int:
         _refuse(root, f"an episode has index {shown(index)} and length {shown(length)}")
     said = row.get("tasks")
-    task = next((t for t in said if isinstance(t, str)), "") if isinstance(said, list | tuple) else ""
+    tasks = tuple(t for t in said if isinstance(t, str)) if isinstance(said, list | tuple) else ()
     first = row.get(f"videos/{camera}/from_timestamp") or 0.0
     return _Episode(
         index,
         length,
-        task or next(iter(tasks.values()), ""),
+        tasks,
         _place(root, info, "data_path", _DATA, row, camera, "data"),
         _place(root, info, "video_path", _VIDEO, row, camera, f"videos/{camera}"),
         round(float(first) * fps),
@@ -189,30 +285,30 @@ def _place(
     return path
 
 
-def _actions(root: Path, path: Path) -> tuple[Actions, np.ndarray]:
-    """float32 [rows, width] of the ``action`` column, or of all ``action.*`` columns, and each row's episode."""
-    table = _table(root, path)
-    names = (
-        ["action"]
-        if "action" in table.column_names
-        else sorted(name for name in table.column_names if name.startswith("action."))
-    )
-    if not names:
-        _refuse(root, f"{path.name} has no action column; columns: {', '.join(table.column_names[:12])}")
+def _read_rows(root: Path, path: Path, table: pyarrow.Table, chosen: Columns, robot: Embodiment) -> _Rows:
+    """The ``chosen`` columns of a table. CX611: they are not as wide as an action of ``robot`` and its parts."""
     parts = []
-    for name in names:
+    for column in chosen.columns:
+        if column.name not in table.column_names:
+            _refuse(root, f"{path.name} has no column {column.name}; columns: {', '.join(table.column_names[:12])}")
         try:
-            values = np.asarray(table.column(name).to_pylist(), dtype=np.float64)
+            values = np.asarray(table.column(column.name).to_pylist(), dtype=np.float64)
         except (ValueError, TypeError):
-            _refuse(root, f"column {name} of {path.name} has rows of different width, or no numbers")
-        parts.append(values.reshape(len(values), -1))
+            _refuse(root, f"column {column.name} of {path.name} has rows of different width, or no numbers")
+        parts.append(column.taken(root, values.reshape(len(values), -1), robot))
+    names = ", ".join(column.name for column in chosen.columns)
     actions = np.concatenate(parts, axis=1)
+    require_width(f"{root}: {names}", robot, actions.shape[1], "actions=… names the columns of an action, in order")
     if not np.isfinite(actions).all():
         row = int(np.argwhere(~np.isfinite(actions))[0][0])
-        _refuse(root, f"row {row} of {', '.join(names)} in {path.name} holds NaN or infinite values")
+        _refuse(root, f"row {row} of {names} in {path.name} holds NaN or infinite values")
     if "episode_index" not in table.column_names:
         _refuse(root, f"{path.name} has no episode_index column")
-    return actions.astype(np.float32), np.asarray(table.column("episode_index").to_pylist())
+    indices = np.asarray(table.column("episode_index").to_pylist())
+    tasks = np.asarray(table.column("task_index").to_pylist()) if "task_index" in table.column_names else None
+    if tasks is not None and tasks.dtype.kind not in "iu":
+        _refuse(root, f"task_index of {path.name} is no number in some rows")
+    return _Rows(actions.astype(np.float32), indices, tasks)
 
 
 def _scale(actions: Actions) -> ActionScale:
@@ -222,13 +318,13 @@ def _scale(actions: Actions) -> ActionScale:
 
 
 def _windows(episodes: Sequence[_Episode], chunk: int, count: int) -> list[tuple[_Episode, int]]:
-    """``count`` windows at most, episode after episode, then the next window of each: all episodes before any twice."""
+    """``count`` windows at most, by episode and number within it: all episodes before any twice."""
     found: list[tuple[_Episode, int]] = []
     windows = max((episode.length - 1) // chunk for episode in episodes)
     for number in range(windows):
         for episode in episodes:
             if (number + 1) * chunk < episode.length and len(found) < count:
-                found.append((episode, number * chunk))
+                found.append((episode, number))
     return found
 
 

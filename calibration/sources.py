@@ -26,6 +26,7 @@ CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 ORIGINS = ("real", "synthetic")
 _OPTIONS = (
     "licence", "origin", "prompt", "negative", "mode", "embodiment", "video", "fps", "frames", "limit", "camera",
+    "cameras", "actions",
 )  # fmt: skip
 _OPTION = re.compile(rf",({'|'.join(_OPTIONS)})=")
 _CHUNK_BYTES = 1 << 22
@@ -148,6 +149,10 @@ def parse_source(text: str) -> tuple[Path, Options]:
         if key in values:
             _bad_option(key, value, "given twice")
         values[key] = _CONVERT[key](key, value) if key in _CONVERT else value
+    if (cameras := values.pop("cameras", None)) is not None:
+        if "camera" in values:
+            _bad_option("cameras", cameras, "camera= is given too")
+        values["camera"] = _one_camera("cameras", cameras)
     return Path(path), Options(**values)
 
 
@@ -220,7 +225,23 @@ def _robot(key: str, value: str) -> str:
     return embodiment(value, None).name
 
 
+def _one_camera(key: str, value: str) -> str:
+    """The camera that is named: a picture made of several cannot be composed yet."""
+    if "," in value:
+        _bad_option(key, value, "the model is shown one camera; several are not composed into one picture yet")
+    return value
+
+
+def _columns(key: str, value: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        _bad_option(key, value, "not a list of different columns, as in actions=joint_position,gripper_position")
+    return names
+
+
 _CONVERT: Mapping[str, Callable[[str, str], Any]] = {
+    "actions": _columns,
+    "camera": _one_camera,
     "origin": _choice(ORIGINS),
     "mode": _choice(MODES),
     "embodiment": _robot,

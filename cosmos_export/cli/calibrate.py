@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
             typer.Option(
                 help="PATH[,key=value…]: prompts (.txt, .jsonl, .json captions), pictures, clips or folders of them, "
                 "LeRobot data sets, actions (.json), latents (.safetensors). Keys: licence, origin (real, synthetic), "
-                "prompt, negative, mode, embodiment, video, fps, frames, limit, camera. May repeat.",
+                "prompt, negative, mode, embodiment, video, fps, frames, limit, camera, actions. May repeat.",
                 show_default=False,
             ),
         ],

@@ -39,6 +39,11 @@ class Embodiment:
     fps: float = 10.0
     tier: int = 480
     """Resolution tier of the canvas (`canvas.ACTION_BINS`)."""
+    parts: tuple[tuple[str, int], ...] = ()
+    """What an action is put together from, in order: the name of each part in data sets, and its columns. Empty: one
+    vector, whose order the data set decides."""
+    poses: bool = False
+    """An action is the change of an end effector's pose and a gripper: position (3), rotation as 6 numbers, gripper."""
 
 
 _TABLE = (
@@ -47,18 +52,18 @@ _TABLE = (
     Embodiment("hand_pose", 3, 57, fps=24.0),
     Embodiment("pusht", 4, 2, tier=256),
     Embodiment("libero", 5, None, tier=256),
-    Embodiment("umi", 6, 10),
-    Embodiment("bridge_orig_lerobot", 7, 10, fps=5.0),
-    Embodiment("droid_lerobot", 8, 10, fps=15.0),
-    Embodiment("robomind-franka", 8, 10),
+    Embodiment("umi", 6, 10, poses=True),
+    Embodiment("bridge_orig_lerobot", 7, 10, fps=5.0, poses=True),
+    Embodiment("droid_lerobot", 8, 10, fps=15.0, poses=True),
+    Embodiment("robomind-franka", 8, 10, poses=True),
     Embodiment("galbot", 9, 30),
     Embodiment("robomind-franka-dual", 12, 20),
-    Embodiment("robomind-ur", 13, 10),
+    Embodiment("robomind-ur", 13, 10, poses=True),
     Embodiment("agibotworld", 15, 29),
     Embodiment("agibot_gear_gripper", 15, 29),
     Embodiment("agibot_gear_gripper_ext", 15, 29),
     Embodiment("xdof_yam", 16, None),
-    Embodiment("fractal", 20, 10, fps=5.0),
+    Embodiment("fractal", 20, 10, fps=5.0, poses=True),
     Embodiment("drawanything", 21, None),
     Embodiment("behavior1k", 22, None),
     Embodiment("maniparena", 23, None),
@@ -68,7 +73,9 @@ EMBODIMENTS: Mapping[str, Embodiment] = {embodiment.name: embodiment for embodim
 _POLICIES: Mapping[str, Embodiment] = {
     # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
     # vLLM-Omni: chunk 32 at 15 frames a second.
-    "droid": Embodiment("droid_lerobot", 8, 8, chunk=32, fps=15.0),
+    "droid": Embodiment(
+        "droid_lerobot", 8, 8, chunk=32, fps=15.0, parts=(("joint_position", 7), ("gripper_position", 1))
+    ),
 }
 """Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
 
@@ -81,7 +88,9 @@ def policy_embodiment(
     CX610: no such domain.
     """
     usual = _POLICIES.get(domain.split("_")[0]) or _known(domain)
-    return replace(usual, width=width or usual.width, chunk=chunk or usual.chunk, fps=fps or usual.fps)
+    found = replace(usual, width=width or usual.width, chunk=chunk or usual.chunk, fps=fps or usual.fps)
+    # Of another width it is another representation, of which nothing is known.
+    return found if found.width == usual.width else replace(found, parts=(), poses=False)
 
 
 def embodiment(name: str | None, policy: str | Embodiment | None) -> Embodiment:
