@@ -1,0 +1,303 @@
+"""Runs cases, one a line of stdin, in a process with a limit on memory and an alarm: an answer a line of stdout.
+
+What a case does is a function of the reader, the seed and the number. Before the first case of a reader its files are
+read unchanged, which must be accepted, and memory is measured: a case may take 1 GiB more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import fuzz_mutations as mutations
+import fuzz_readers as readers
+from fuzz_readers import Call, Outcome, Reader
+
+from cosmos_export.cli import verbs
+
+MEMORY_BYTES = 1 << 30
+ALARM_S = 10.0
+MOST = 3
+"""Mutations of one case."""
+_NOBODY = 65_534
+
+
+class Hang(BaseException):
+    """A case did not end in time. Not an `Exception`, so that nothing takes it for one of its own."""
+
+
+class Audit:
+    """Sees what Python does to files and processes while a case runs. A hook cannot be removed."""
+
+    def __init__(self) -> None:
+        self._on = False
+        self._folder: Path | None = None
+        self._seen: list[str] = []
+        sys.addaudithook(self._hook)
+
+    def begin(self, folder: Path | None) -> None:
+        """Look, also at files that are outside of a tree and within ``folder``."""
+        self._on, self._folder, self._seen = True, folder, []
+
+    def end(self) -> list[str]:
+        self._on = False
+        return self._seen
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self._on:
+            return
+        if event in _STARTS:
+            self._seen.append(f"{event} {arguments!r}"[:200])
+        if self._folder is not None and event in _TOUCHES:
+            for argument in arguments[:2]:
+                if isinstance(argument, str | bytes | os.PathLike):
+                    path = os.path.abspath(os.fsdecode(argument))  # noqa: PTH100 - links are not followed
+                    if path.startswith(str(self._folder)) and f"/{mutations.OUTSIDE}/" in path:
+                        self._seen.append(f"{event} {path}"[:200])
+
+
+_STARTS = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect"}
+_TOUCHES = {
+    "open",
+    "os.remove",
+    "os.rename",
+    "os.listdir",
+    "os.scandir",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.truncate",
+}
+
+
+class Worker:
+    """Holds a tree for each reader."""
+
+    def __init__(self, seeds: Path, work: Path, memory_bytes: int) -> None:
+        self._seeds, self._work, self._memory = seeds, work, memory_bytes
+        self._trees: dict[str, mutations.Tree] = {}
+        self._limits: dict[str, int] = {}
+        self.audit = Audit()
+        self._failure = ""
+
+    def prepare(self, reader: Reader) -> mutations.Tree:
+        """The tree of ``reader``, which is accepted as it is."""
+        if reader.name in self._trees:
+            return self._trees[reader.name]
+        if not (self._seeds / f"{reader.seed.__name__}.done").exists():
+            raise RuntimeError(f"no files for {reader.name}")
+        folder = self._work / reader.name
+        # Three levels, so that names that lead out of the tree lead to something.
+        for depth in range(4):
+            outside = folder.joinpath(*["a"] * depth) / mutations.OUTSIDE
+            outside.mkdir(parents=True, exist_ok=True)
+            for name in ("secret", "secret.json"):
+                (outside / name).write_text("{}")
+        tree = mutations.Tree(self._seeds / reader.seed.__name__, folder / "a" / "a" / "a" / "tree")
+        found = readers.outcome(reader, Call(tree.root, (), Random(0)))
+        if found.kind != "accepted":
+            raise RuntimeError(f"{reader.name} does not accept its own files: {found}")
+        if reader.writes:
+            tree.rebuild()
+        self._trees[reader.name] = tree
+        self._limits[reader.name] = _data_bytes() + self._memory
+        return tree
+
+    def case(self, reader: Reader, seed: int, number: int) -> dict[str, Any]:
+        """Run one case and say what came of it."""
+        tree = self.prepare(reader)
+        random = Random(f"{seed}:{reader.name}:{number}")
+        names = reader.names(tree.files())
+        while True:
+            for _ in range(random.choice((1, 1, 1, 2, MOST))):
+                mutations.change(random, tree, names)
+            if not tree.same():
+                break
+            tree.restore()
+        return self.run(reader, tree, random.getrandbits(32))
+
+    def flip(self, reader: Reader, name: str, bit: int) -> dict[str, Any]:
+        """The case of one flipped bit of the file ``name``; bits beyond its end come round again."""
+        tree = self.prepare(reader)
+        data = tree.original(name)
+        at, shift = divmod(bit % (8 * len(data)), 8)
+        tree.write(name, mutations.flip(data, at, shift), f"bit {shift} of byte {at} flipped")
+        return self.run(reader, tree, bit)
+
+    def run(self, reader: Reader, tree: mutations.Tree, draw: int) -> dict[str, Any]:
+        changed = dict(tree.changed)
+        if reader.resealed:
+            _reseal(tree)
+        started = time.perf_counter()
+        found = self._guarded(reader, Call(tree.root, list(changed), Random(draw)), tree)
+        seconds = time.perf_counter() - started
+        if found.kind == "accepted":
+            found = self._accepted(reader, tree, changed)
+        said = found.said.replace(f"{tree.root}{os.sep}", "")  # where the tree is differs from run to run
+        return {
+            "kind": found.kind, "code": found.code, "said": said[:400], "seconds": round(seconds, 3),
+            "changed": changed, "trace": (found.trace or self._failure)[-3000:] * (found.kind not in readers.GOOD),
+        }  # fmt: skip
+
+    def _accepted(self, reader: Reader, tree: mutations.Tree, changed: Mapping[str, str]) -> Outcome:
+        """What acceptance is worth: nothing may differ, or the reference has to accept too."""
+        if reader.unchanged_only:
+            return Outcome("wrong", said="accepted, although it is not what was written")
+        for name in changed:
+            path = tree.root / name
+            regular = path.exists() and not mutations.is_special(path)
+            if reader.is_compared(name) and regular and not readers.reference_accepts(path):
+                return Outcome("wrong", said=f"{name} is accepted, and the reference refuses it")
+        return Outcome("accepted")
+
+    def finish(self, reader: Reader) -> None:
+        """Put the files back."""
+        tree = self._trees.get(reader.name)
+        if tree is None:
+            return
+        (tree.root.parent / "latents.safetensors").unlink(missing_ok=True)
+        if reader.writes or reader.resealed:
+            tree.rebuild()
+        else:
+            tree.restore()
+
+    def _guarded(self, reader: Reader, call: Call, tree: mutations.Tree) -> Outcome:
+        self._failure = ""
+        before = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (self._limits[reader.name], before[1]))
+        self.audit.begin(tree.root.parents[3] if reader.confined else None)
+        try:
+            with _alarm(ALARM_S), _somebody_else("unreadable" in str(tree.changed)), self._remembering():
+                found = readers.outcome(reader, call)
+        except Hang:
+            found = Outcome("hang", said=f"did not end in {ALARM_S:g} s", trace=traceback.format_exc())
+        except MemoryError:
+            found = Outcome("memory", said="MemoryError", trace=traceback.format_exc())
+        finally:
+            seen = self.audit.end()
+            resource.setrlimit(resource.RLIMIT_DATA, before)
+        return Outcome("wrong", said=f"reaches out of its files: {seen[0]}") if seen else found
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """Keeps the traceback of what a command reports as a bug."""
+        before = verbs.fail_unexpected
+
+        def reported(error: BaseException, *rest: Any) -> Any:
+            if isinstance(error, Hang):
+                raise error
+            self._failure = "".join(traceback.format_exception(error))
+            return before(error, *rest)
+
+        verbs.fail_unexpected = reported  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            verbs.fail_unexpected = before
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    def ring(*_: object) -> None:
+        raise Hang
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+@contextmanager
+def _somebody_else(needed: bool) -> Iterator[None]:
+    """As a user who may not read what nobody may read: to root nothing is unreadable."""
+    if not needed or os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(_NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def _data_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmData:"))
+    return int(line.split()[1]) << 10
+
+
+def _reseal(tree: mutations.Tree) -> None:
+    """Make the manifest of the bundle say what its files are, wherever it is a manifest at all."""
+    import hashlib
+
+    path = tree.root / "x.bundle" / "manifest.json"
+    if mutations.is_special(path) if os.path.lexists(path) else True:
+        return
+    try:
+        document = json.loads(path.read_bytes())
+        for record in document["files"]:
+            file = tree.root / "x.bundle" / record["path"]
+            if record["path"] and f"x.bundle/{record['path']}" in tree.changed and file.is_file():
+                if file.stat().st_size > 1 << 28:
+                    return
+                record["size_bytes"] = file.stat().st_size
+                record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        data = seal(document)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return
+    tree.write("x.bundle/manifest.json", data, "resealed")
+
+
+def seal(document: dict[str, Any]) -> bytes:
+    """The bytes of a manifest of these fields, in the form that a reader takes."""
+    text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=True)
+    return text.encode("utf-8") + b"\n"
+
+
+def main() -> None:
+    seeds, work, memory = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    worker = Worker(seeds, work, memory)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        reader = readers.BY_NAME[asked["reader"]]
+        try:
+            if "bit" in asked:
+                answer = worker.flip(reader, asked["file"], asked["bit"])
+            elif "number" in asked:
+                answer = worker.case(reader, asked["seed"], asked["number"])
+            else:
+                worker.prepare(reader)
+                answer = {"kind": "ready"}
+        except Exception as error:
+            answer = {"kind": "broken", "said": repr(error), "trace": traceback.format_exc()}
+        if keep := asked.get("keep"):
+            import shutil
+
+            shutil.copytree(worker.prepare(reader).root, keep, symlinks=True, ignore=_no_devices)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+        worker.finish(reader)
+
+
+def _no_devices(folder: str, names: list[str]) -> list[str]:
+    paths = [Path(folder, name) for name in names]
+    return [p.name for p in paths if not (p.is_symlink() or p.is_dir() or p.is_file()) or p.lstat().st_size > 1 << 28]
+
+
+if __name__ == "__main__":
+    main()
