@@ -100,6 +100,7 @@ def read_lerobot(root: Path, options: Options) -> Found:
     scale = _scale(np.concatenate([found.actions for found in rows.values()]))
     windows = _windows(usable, chunk, options.limit or DEFAULT_WINDOWS)
     items = []
+    cut = total = 0
     for episode, number in windows:
         found, start = rows[episode.data], number * chunk
         mine = found.episodes == episode.index
@@ -108,12 +109,15 @@ def read_lerobot(root: Path, options: Options) -> Found:
             what = f"episode {episode.index} has {len(actions)} rows of actions; its length says {episode.length}"
             _refuse(root, what)
         task = None if found.tasks is None else found.tasks[mine][start]
+        used = actions[start : start + chunk]
+        beyond = scale.beyond(used)
+        cut, total = cut + beyond.count, total + beyond.of
         items.append(
             Item(
                 name=f"{root.name}:{episode.index}+{start}",
                 prompt=text_prompt(_instruction(root, episode, task, tasks, number)),
                 clip=ClipPart(episode.video, episode.first_frame + start, chunk + 1, float(fps)),
-                actions=scale.to_model(actions[start : start + chunk]),
+                actions=scale.to_model(used, clamp=True),
                 embodiment=robot.name,
                 fps=float(fps),
             )
@@ -121,6 +125,8 @@ def read_lerobot(root: Path, options: Options) -> Found:
     silent = sum(not item.prompt.text for item in items)
     if silent:
         notes.append(f"{silent} of {len(items)} windows have no instruction")
+    if cut:
+        notes.append(f"{cut} of {total} values of actions are beyond the 1 % and 99 % quantiles and cut off there")
     files = (root / "meta" / "info.json", task_file, *episode_files, *rows)
     return Found("lerobot", tuple(items), files, tuple(notes))
 
@@ -314,7 +320,7 @@ def _read_rows(root: Path, path: Path, table: pyarrow.Table, chosen: Columns, ro
 def _scale(actions: Actions) -> ActionScale:
     low, high = np.quantile(actions, [0.01, 0.99], axis=0)
     half = np.maximum((high - low) / 2, _SMALLEST)
-    return ActionScale("quantile", ((high + low) / 2).astype(np.float32), half.astype(np.float32))
+    return ActionScale("quantile", (high + low) / 2, half)
 
 
 def _windows(episodes: Sequence[_Episode], chunk: int, count: int) -> list[tuple[_Episode, int]]:

@@ -33,13 +33,20 @@ def shown(value: object, limit: int = 80) -> str:
 
 def parse_object(text: bytes) -> dict[str, Any]:
     """``text`` as a JSON object. Raises ``ValueError`` (``DuplicateKeyError`` for a repeated key)."""
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    value = parse_document(text)
     if not isinstance(value, dict):
         raise ValueError(f"the top level is {type(value).__name__}, not an object")
     return value
+
+
+def parse_document(text: bytes, *, finite: bool = True) -> Any:
+    """``text`` as JSON of any kind, as `parse_object`. ``finite=False``: NaN and infinities are for the reader to
+    refuse, who knows what they mean."""
+    number = _finite if finite else None
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=number, parse_constant=number)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

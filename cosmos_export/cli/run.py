@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,6 +82,13 @@ def register(app: typer.Typer) -> None:
         action_normalization: Annotated[
             str | None, typer.Option(help="What the statistics are used for: quantile, minmax or meanstd.")
         ] = None,
+        action_clamp: Annotated[
+            bool,
+            typer.Option(
+                "--action-clamp/--no-action-clamp",
+                help="Cut given actions off at the bounds of the statistics. Default: no, as in training.",
+            ),
+        ] = False,
         noise: Annotated[
             Path | None, typer.Option(help="Initial noise: .safetensors with vision, sound, action.")
         ] = None,
@@ -131,6 +139,7 @@ def register(app: typer.Typer) -> None:
             action_width=action_width,
             action_stats=action_stats,
             action_normalization=action_normalization,
+            action_clamp=action_clamp,
             noise=noise,
         )
         prepared = prepare(asked, manifest, bundle)
@@ -169,7 +178,7 @@ def _plan(prepared: Prepared) -> str:
     if request.sound:
         parts.append("sound")
     if request.action is not None and prepared.embodiment is not None:
-        parts.append(f"{request.action.rows} actions of {prepared.embodiment.name}")
+        parts.append(f"{request.action.rows} actions of {prepared.embodiment.name}{_beyond(prepared)}")
     plan = request.schedule
     guided = sum(plan.guided)
     guidance = f"guidance {plan.guidance:g} in {guided}" if guided else "no guidance"
@@ -180,6 +189,13 @@ def _plan(prepared: Prepared) -> str:
         f"{request.mode}: {', '.join(parts)}; {plan.steps} steps ({plan.grid}), {guidance}; {tokens}; seed "
         f"{request.seed}; profile `{prepared.profile}`"
     )
+
+
+def _beyond(prepared: Prepared) -> str:
+    found = prepared.beyond
+    if found is None or not found.count:
+        return ""
+    return f" ({found.count} of {found.of} values beyond the statistics{', cut off' if found.clamped else ''})"
 
 
 def _pixels(prepared: Prepared) -> str:
@@ -216,6 +232,7 @@ def _document(
         "fps": request.fps,
         "sound": request.sound,
         "embodiment": None if prepared.embodiment is None else prepared.embodiment.name,
+        "actions_beyond_statistics": None if prepared.beyond is None else dataclasses.asdict(prepared.beyond),
         "seed": request.seed,
         "grid": plan.grid,
         "steps": plan.steps,

@@ -54,6 +54,8 @@ class Asked:
     action_width: int | None = None
     action_stats: Path | None = None
     action_normalization: str | None = None
+    action_clamp: bool = False
+    """Whether given actions are cut off at the bounds of the statistics. Models are trained without."""
     noise: Path | None = None
 
 
@@ -85,6 +87,7 @@ _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
     "action_width": ACTION_MODES,
     "action_stats": ACTION_MODES,
     "action_normalization": ACTION_MODES,
+    "action_clamp": ("forward-dynamics",),
 }
 _INSTEAD = {
     "frames": "an action has --chunk and one frame more",
@@ -92,6 +95,7 @@ _INSTEAD = {
     "width": "the canvas of an action follows from its picture and --tier",
     "metadata": "the caption of an action says everything itself",
     "actions": "actions are given in forward dynamics and found in the other modes",
+    "action_clamp": "it is about actions that are given",
 }
 GENERATED: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_VIDEO_MODES, ("vision",)),
@@ -138,6 +142,8 @@ def require_options(asked: Asked, mode: Mode) -> None:
             )
     if asked.action_normalization is not None and asked.action_stats is None:
         raise UserError("CX604", "--action-normalization without --action-stats", "it says how to read that file")
+    if asked.action_clamp and asked.action_stats is None:
+        raise UserError("CX604", "--action-clamp without --action-stats", "it cuts off at the bounds of that file")
     allowed = _SOURCES[mode]
     given = [name for name in ("image", "video") if getattr(asked, name) is not None]
     wanted = " or ".join(map(_flag, allowed))

@@ -8,8 +8,7 @@ those of diffusers (``pipeline_cosmos3_omni.py``), ids above 20 those of vLLM-Om
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,9 +16,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export import files
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
-from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
+from cosmos_export.diagnostics import FindingError, UserError
 
 Actions = NDArray[np.float32]
 """[rows, width]."""
@@ -131,6 +131,10 @@ def _known(name: str) -> Embodiment:
 
 # -- files ------------------------------------------------------------------------------------------------------------
 
+_MAX_ACTIONS_BYTES = 16 * files.MIB
+"""Of actions as JSON; more of them are a ``.safetensors`` file."""
+_MAX_STATISTICS_BYTES = files.MIB
+
 
 @dataclass(frozen=True)
 class ActionFile:
@@ -213,13 +217,11 @@ def _read_rows(path: Path, document: Any) -> Actions:
 
 def _read_json(path: Path) -> Any:
     try:
-        data = path.read_bytes()
-        if len(data) > MAX_JSON_BYTES:
-            raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-        return json.loads(data.decode("utf-8"))  # NaN is accepted here and refused by its position
+        # NaN is accepted here and refused by its position.
+        return parse_document(files.read_bytes(path, _MAX_ACTIONS_BYTES), finite=False)
     except OSError as error:
-        _refuse(path, error.strerror or str(error), "is it the right path?")
-    except (ValueError, RecursionError) as error:
+        _refuse(path, files.reason(error), "is it the right path?")
+    except ValueError as error:
         _refuse(path, f"not JSON: {error}", "")
 
 
@@ -238,6 +240,11 @@ METHODS = tuple(_PAIRS)
 _ALIASES = {"quantile_rot": "quantile"}
 """In the framework a name for quantiles whose rotation columns are left as they are, by statistics of −1 and 1."""
 _SMALLEST = 1e-8
+_LARGEST = 1e30
+"""Statistics beyond this are none of a robot, and their products would leave float32."""
+_FINITE = f"statistics are finite numbers, at most {_LARGEST:g}"
+_ROUNDING = 1e-5
+"""Actions in float32 at the very quantile are not outside."""
 
 
 @dataclass(frozen=True)
@@ -245,18 +252,65 @@ class ActionScale:
     """model = (raw − offset) / scale, a column at a time. The published normalisations are all of this form."""
 
     method: str
-    offset: Actions
-    scale: Actions
-    """Both float32 [width]."""
+    offset: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    """Both [width]."""
 
-    def to_model(self, raw: Actions) -> Actions:
-        """Raw actions as the model takes them; between quantiles or extremes they are cut off at ±1, as in training."""
-        normalised = (raw - self.offset) / self.scale
-        return normalised if self.method == "meanstd" else np.clip(normalised, -1, 1)
+    @property
+    def bounded(self) -> bool:
+        """Whether ±1 are bounds that the statistics state."""
+        return self.method != "meanstd"
+
+    def to_model(self, raw: Actions, clamp: bool = False) -> Actions:
+        """Raw actions as the model takes them; ``clamp``: cut off at ±1.
+
+        Models are trained without (``apply_forward_clamp=False`` in NVIDIA's framework), so quantiles, which leave 2 %
+        of the data outside, do not bound what they are given. CX611 where a value leaves float32.
+        """
+        normalised = (raw.astype(np.float64) - self.offset) / self.scale
+        with np.errstate(over="ignore"):
+            model = (np.clip(normalised, -1, 1) if clamp else normalised).astype(np.float32)
+        if not np.isfinite(model).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(model))[0])
+            raise UserError(
+                "CX611",
+                f"row {row}, column {column} of the actions is {raw[row, column]:g}, which no statistics bring near ±1",
+                "are the statistics those of these actions? --action-clamp cuts off what is beyond them",
+            )
+        return model
+
+    def beyond(self, raw: Actions) -> Beyond:
+        """How many values of ``raw`` are outside the statistics. None is where these are no bounds (``meanstd``)."""
+        if not self.bounded:
+            return Beyond(0, raw.size, 0.0)
+        normalised = np.abs((raw.astype(np.float64) - self.offset) / self.scale)
+        outside = normalised > 1 + _ROUNDING
+        return Beyond(int(outside.sum()), raw.size, float(normalised.max()))
 
     def to_raw(self, model: Actions) -> Actions:
-        """The model's actions in the units of the data."""
-        return model * self.scale + self.offset
+        """The model's actions in the units of the data. FindingError CX663 where one is not a finite number."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            raw = (model.astype(np.float64) * self.scale + self.offset).astype(np.float32)
+        if not np.isfinite(raw).all():
+            row, column = (int(i) for i in np.argwhere(~np.isfinite(raw))[0])
+            raise FindingError(
+                "CX663",
+                f"row {row}, column {column} of the actions is {model[row, column]:g}, in the units of the data "
+                f"{raw[row, column]}: nothing is written",
+                "are the statistics those of this robot?",
+            )
+        return raw
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Given actions outside the statistics that normalise them."""
+
+    count: int
+    of: int
+    most: float
+    """The largest distance from the middle, where the statistics are ±1."""
+    clamped: bool = False
 
 
 def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale:
@@ -266,9 +320,9 @@ def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale
     ``method`` says which pair is meant; without it the file's ``method``, or the only pair there is. CX613 otherwise.
     """
     try:
-        document = parse_object(path.read_bytes())
+        document = parse_object(files.read_bytes(path, _MAX_STATISTICS_BYTES))
     except OSError as error:
-        _refuse_scale(path, error.strerror or str(error), "is it the right path?")
+        _refuse_scale(path, files.reason(error), "is it the right path?")
     except ValueError as error:
         _refuse_scale(path, f"not JSON: {error}", "")
     block = document.get("global", document)
@@ -280,19 +334,37 @@ def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale
     if chosen not in present:
         found = f"it has statistics for {', '.join(present) or 'no method'}"
         _refuse_scale(path, f"{found}, not for `{stated}`" if stated else found, f"--action-normalization {_choice()}")
-    low, high = (_column(path, key, block[key], width) for key in _PAIRS[chosen])
+    keys = _PAIRS[chosen]
+    first, second = (_column(path, key, block[key], width) for key in keys)
     if chosen == "meanstd":
-        return ActionScale(chosen, low, np.maximum(high, np.float32(_SMALLEST)))
-    half = np.maximum(high - low, np.float32(_SMALLEST)) / np.float32(2)
-    return ActionScale(chosen, (high + low) / np.float32(2), half)
+        _require_columns(path, second < 0, lambda i: f"`std` of column {i} is {second[i]:g}", "it is 0 or more")
+        return ActionScale(chosen, first, np.maximum(second, _SMALLEST))
+    _require_columns(
+        path,
+        first > second,
+        lambda i: f"`{keys[0]}` of column {i} is {first[i]:g}, above its `{keys[1]}`, {second[i]:g}",
+        "are the two exchanged?",
+    )
+    return ActionScale(chosen, (second + first) / 2, np.maximum(second - first, _SMALLEST) / 2)
 
 
-def _column(path: Path, key: str, values: Sequence[Any], width: int) -> Actions:
+def _column(path: Path, key: str, values: Sequence[Any], width: int) -> NDArray[np.float64]:
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers or len(values) != width:
-        found = f"{len(values)} values" if isinstance(values, list) else shown(values)
-        _refuse_scale(path, f"`{key}` is {found}", f"a list of {width} numbers, one a column of this embodiment")
-    return np.asarray(values, dtype=np.float32)
+        said = f"{len(values)} values" if isinstance(values, list) else shown(values)
+        _refuse_scale(path, f"`{key}` is {said}", f"a list of {width} numbers, one a column of this embodiment")
+    try:
+        found = np.asarray(values, dtype=np.float64)
+    except OverflowError:
+        _refuse_scale(path, f"a value of `{key}` is too large", _FINITE)
+    _require_columns(path, ~(np.abs(found) <= _LARGEST), lambda i: f"`{key}` of column {i} is {found[i]:g}", _FINITE)
+    return found
+
+
+def _require_columns(path: Path, wrong: NDArray[np.bool_], says: Callable[[int], str], hint: str) -> None:
+    """CX613 with what ``says`` of the first column that is ``wrong``."""
+    if wrong.any():
+        _refuse_scale(path, says(int(np.argmax(wrong))), hint)
 
 
 def _choice() -> str:

@@ -30,7 +30,7 @@ from cosmos_export.runtime.asked import (
     require_numbers,
     require_options,
 )
-from cosmos_export.runtime.embodiments import ActionScale, Embodiment
+from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.media import Mark
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
@@ -56,6 +56,8 @@ class Prepared:
     embodiment: Embodiment | None = None
     scale: ActionScale | None = None
     """How actions of the model become those of the data; None where the request brought no statistics."""
+    beyond: Beyond | None = None
+    """Given actions outside their statistics; None where there are not both."""
     notes: tuple[str, ...] = ()
     """What a user may not have meant."""
 
@@ -102,7 +104,16 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
         noise=noise,
     )
     size = (request.height * record.video.spatial, request.width * record.video.spatial)
-    return Prepared(request, profile.name, size, stage.dims["sound_len"], stage.embodiment, stage.scale, stage.notes)
+    return Prepared(
+        request=request,
+        profile=profile.name,
+        size=size,
+        sound_len=stage.dims["sound_len"],
+        embodiment=stage.embodiment,
+        scale=stage.scale,
+        beyond=stage.beyond,
+        notes=stage.notes,
+    )
 
 
 def open_manifest(bundle: Path) -> tuple[Manifest, Mark]:

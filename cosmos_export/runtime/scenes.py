@@ -18,7 +18,7 @@ from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime import canvas, embodiments, read_media
 from cosmos_export.runtime.asked import Asked
-from cosmos_export.runtime.embodiments import ActionScale, Embodiment
+from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.prompts import Scene
@@ -42,6 +42,7 @@ class Stage:
     action: ActionPart | None = None
     embodiment: Embodiment | None = None
     scale: ActionScale | None = None
+    beyond: Beyond | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -114,12 +115,18 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     scale = None
     if asked.action_stats is not None:
         scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
+        if asked.action_clamp and not scale.bounded:
+            raise UserError("CX604", "--action-clamp with a mean and a deviation, which are no bounds", "leave it out")
     notes: list[str] = []
     if mode == "policy" and record.policy is not None and record.policy.state is None:
         notes.append("the checkpoint does not say whether its policy is given the robot's state (use_state): none is")
-    given = None
+    given = beyond = None
     if raw is not None:
-        given = _lasting(raw if scale is None else scale.to_model(raw), chunk)[:chunk]
+        used = raw[:chunk]
+        if scale is not None:
+            beyond = replace(scale.beyond(used), clamped=asked.action_clamp)
+            notes += _beyond_note(beyond, asked.actions)
+        given = _lasting(used if scale is None else scale.to_model(used, asked.action_clamp), chunk)
         if len(raw) != chunk:
             verb = "the last is repeated" if len(raw) < chunk else "the rest is left out"
             notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")
@@ -150,6 +157,7 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
         action=ActionPart(chunk, robot.domain, width, given),
         embodiment=robot,
         scale=scale,
+        beyond=beyond,
         notes=tuple(notes),
     )
 
@@ -196,6 +204,14 @@ def _lasting(frames: NDArray[Any], count: int) -> NDArray[Any]:
     """``frames``, the last repeated until there are ``count``."""
     missing = max(count - len(frames), 0)
     return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+
+
+def _beyond_note(beyond: Beyond, path: Path | None) -> tuple[str, ...]:
+    if not beyond.count:
+        return ()
+    done = "cut off" if beyond.clamped else "kept, as in training (--action-clamp cuts them off)"
+    values = f"{beyond.count} of {beyond.of} values, up to {beyond.most:.3g} times the distance of a bound"
+    return (f"{path}: {values}, are beyond the statistics and {done}",)
 
 
 def _rate_note(found: float | None, fps: float, path: Path) -> tuple[str, ...]:

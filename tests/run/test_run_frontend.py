@@ -15,8 +15,9 @@ from run_samples import DISTILLED, EDGE, EULER, MARK, ROBOT, SMALL, UNIPC, manif
 from safetensors.numpy import save_file
 
 from cosmos_export.bundle import DimRecord, PolicyRecord
-from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
-from cosmos_export.runtime import canvas, media, read_media
+from cosmos_export.cli import run
+from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
+from cosmos_export.runtime import canvas, embodiments, media, read_media
 from cosmos_export.runtime.frontend import Asked, open_manifest, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
@@ -152,15 +153,77 @@ def test_a_policy_checkpoint_knows_its_embodiment(files: Path) -> None:
     refused("CX610", files, droid, image="robot.png", embodiment="umi")
 
 
+LOW, HIGH = np.linspace(-3, -1, 10), np.linspace(1, 5, 10)
+
+
+def statistics(files: Path, low: Any = LOW, high: Any = HIGH, keys: Any = ("q01", "q99")) -> str:
+    blocks = {key: np.asarray(value).tolist() for key, value in zip(keys, (low, high), strict=True)}
+    (files / "stats.json").write_text(json.dumps({"global": {**blocks, "count": 3}}))
+    return "stats.json"
+
+
+def given(files: Path, **options: Any) -> dict[str, Any]:
+    return {"image": "robot.png", "embodiment": "umi", "tier": 256, "actions": "actions.json", **options}
+
+
 def test_statistics_go_both_ways(files: Path) -> None:
-    low, high = np.linspace(-3, -1, 10), np.linspace(1, 5, 10)
-    (files / "stats.json").write_text(json.dumps({"global": {"q01": low.tolist(), "q99": high.tolist(), "count": 3}}))
-    prepared = ask(files, manifest({"robot": ROBOT}), image="robot.png", embodiment="umi", tier=256,
-                   actions="actions.json", action_stats="stats.json")  # fmt: skip
+    options = given(files, action_stats=statistics(files))
+    prepared = ask(files, manifest({"robot": ROBOT}), **options)
     raw = np.linspace(-1, 1, 160).reshape(16, 10)
-    given = prepared.request.action.given
-    np.testing.assert_allclose(given, np.clip(2 * (raw - low) / (high - low) - 1, -1, 1), atol=1e-6)
-    np.testing.assert_allclose(prepared.scale.to_raw(given), np.clip(raw, low, high), atol=1e-6)
+    found = prepared.request.action.given
+    np.testing.assert_allclose(found, 2 * (raw - LOW) / (HIGH - LOW) - 1, atol=1e-6)
+    np.testing.assert_allclose(prepared.scale.to_raw(found), raw, atol=1e-6)
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_actions_beyond_their_statistics_are_counted_and_cut_off_only_when_asked(files: Path, clamp: bool) -> None:
+    low, high = LOW / 8, HIGH / 8
+    options = given(files, action_stats=statistics(files, low, high), action_clamp=clamp)
+    prepared = ask(files, manifest({"robot": ROBOT}), **options)
+    exact = 2 * (np.linspace(-1, 1, 160).reshape(16, 10) - low) / (high - low) - 1
+    count = int((np.abs(exact) > 1).sum())
+    assert count
+    np.testing.assert_allclose(prepared.request.action.given, np.clip(exact, -1, 1) if clamp else exact, atol=1e-6)
+    assert (prepared.beyond.count, prepared.beyond.of, prepared.beyond.clamped) == (count, 160, clamp)
+    (note,) = prepared.notes
+    assert f"{count} of 160 values" in note
+    assert ("cut off" if clamp else "kept, as in training (--action-clamp") in note
+    assert f"({count} of 160 values beyond the statistics{', cut off' if clamp else ''})" in run._plan(prepared)
+
+
+def test_what_is_not_used_is_not_counted(files: Path) -> None:
+    rows = [[0.0] * 10] * 16 + [[100.0] * 10]
+    (files / "long.json").write_text(json.dumps(rows))
+    options = given(files, actions="long.json", action_stats=statistics(files))
+    prepared = ask(files, manifest({"robot": ROBOT}), **options)
+    assert prepared.beyond.count == 0
+    assert len(prepared.notes) == 1  # that one row is left out
+
+
+def test_clamping_needs_bounds(files: Path) -> None:
+    found = manifest({"robot": ROBOT})
+    refused("CX604", files, found, **given(files, action_clamp=True))
+    stats = statistics(files, [0.0] * 10, [1.0] * 10, ("mean", "std"))
+    refused("CX604", files, found, **given(files, action_clamp=True, action_stats=stats))
+    prepared = ask(files, found, **given(files, action_stats=stats))
+    assert (prepared.beyond.count, prepared.notes) == (0, ())
+
+
+def test_statistics_that_leave_float32_behind(files: Path) -> None:
+    """A column that never moved has the smallest scale there is; what moves in it has no meaning for the model."""
+    stats = statistics(files, [0.0] * 10, [0.0] * 10)
+    (files / "wide.json").write_text(json.dumps([[1e38] * 10] * 16))
+    error = refused("CX611", files, manifest({"robot": ROBOT}), **given(files, actions="wide.json", action_stats=stats))
+    assert "row 0, column 0" in error.message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -3e38])
+def test_actions_out_of_float32_are_no_actions(value: float) -> None:
+    scale = embodiments.ActionScale("quantile", np.zeros(2), np.array([1.0, 1e3]))
+    model = np.array([[0.5, -0.5], [0.5, value]], np.float32)
+    with pytest.raises(FindingError, match="row 1, column 1 of the actions") as caught:
+        scale.to_raw(model)
+    assert caught.value.code == "CX663"
 
 
 # -- prompts ----------------------------------------------------------------------------------------------------------
@@ -427,6 +490,8 @@ def test_chunks(files: Path) -> None:
         ("[[1" + "0" * 400 + "]]", "too large"),
         ("[[0, NaN]]", "row 0, column 1 is nan"),
         ("[[0]", "not JSON"),
+        ('{"actions": [[0]], "actions": [[1]]}', "duplicate key 'actions'"),
+        ("[" * 100_000, "nested too deeply"),
         (json.dumps([[0.0] * 9] * 16), "9 columns"),
     ],
 )
@@ -459,10 +524,21 @@ def test_actions_in_safetensors(files: Path) -> None:
         ({"q01": [0.0] * 9, "q99": [1.0] * 9}, None),
         ({"q01": ["x"] * 10, "q99": [1.0] * 10}, None),
         ({"global": 3}, None),
+        ({"q01": [-1e39] + [0.0] * 9, "q99": [1e39] + [1.0] * 9}, None),
+        ({"q01": [0.0] * 10, "q99": [1.0] * 9 + [10**400]}, None),
+        ({"q01": [0.0] * 10, "q99": [1.0] * 9 + [-(10**400)]}, None),
+        ({"q01": [1.0] * 10, "q99": [-1.0] * 10}, None),
+        ({"min": [0.0] * 9 + [1.0], "max": [0.5] * 10}, None),
+        ({"mean": [0.0] * 10, "std": [1.0] * 9 + [-1.0]}, None),
+        ({"mean": [0.0] * 10, "std": [1.0] * 9 + [1e300]}, None),
+        ('{"q01": [0, 0], "q99": [1, 1], "q01": [0, 0]}', None),
+        ('{"q01": [NaN], "q99": [1]}', None),
+        ('{"q01": [-1e999], "q99": [1]}', None),
+        ("[" * 100_000, None),
     ],
 )
 def test_action_statistics(files: Path, stats: Any, method: str | None) -> None:
-    (files / "bad.json").write_text(json.dumps(stats))
+    (files / "bad.json").write_text(stats if isinstance(stats, str) else json.dumps(stats))
     options = robot(files, action_stats="bad.json", action_normalization=method)
     refused("CX613", files, manifest({"robot": ROBOT}), **options)
 

@@ -253,6 +253,24 @@ def test_results_that_are_not_finite(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("reach", [1.0, 1e10])
+def test_actions_that_are_not_finite_in_the_units_of_the_data(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reach: float
+) -> None:
+    """Finite for the model, but not for the robot: no file of any kind is written."""
+    run.bundle(manifest({"robot": ROBOT}, modalities=("vision", "action")))
+    media.write_png(tmp_path / "robot.png", run_samples.picture(192, 320)[0], MARK)
+    (tmp_path / "stats.json").write_text(json.dumps({"q01": [-1e30] * 10, "q99": [1e30] * 10}))
+    made = Generated.actions
+    monkeypatch.setattr(Generated, "actions", lambda self: made(self) * np.float32(reach))
+    options = ["--image", tmp_path / "robot.png", "--embodiment", "umi", "--tier", "256"]
+    outputs = [tmp_path / name for name in ("a.json", "a.safetensors", "a.mp4", "latents.safetensors")]
+    named = [word for path in outputs[:3] for word in ("-o", path)]
+    code, _, err = run(*options, "--action-stats", tmp_path / "stats.json", *named, "--save-latents", outputs[3])
+    assert (code, [path.exists() for path in outputs]) == ((0, [True] * 4) if reach == 1 else (1, [False] * 4)), err
+    assert ("error[CX663]: row 0, column 0 of the actions is -1e+10" in err) == (reach > 1)
+
+
 def test_a_bundle_of_images(run: Run, tmp_path: Path) -> None:
     run.bundle(manifest({"image": SMALL | {"frames": DimRecord(1, 1, 1)}}))
     assert run("-o", tmp_path / "out.png")[0] == 0
