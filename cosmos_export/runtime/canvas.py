@@ -66,8 +66,16 @@ def cover(image: Pixels, height: int, width: int) -> Float:
     rows, columns = math.ceil(scale * source_height), math.ceil(scale * source_width)
     # Python's round(): halves go to the even side, and so do the pipeline's.
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    planes = resample(_planes(image[None]).astype(np.float32), rows, columns, TRIANGLE)[0]
-    levels = np.clip(np.round(planes[:, top : top + height, left : left + width]), 0, 255)
+    # Only what stays is computed, a colour at a time: of a narrow picture the rest would be as large as it is long.
+    across = _taps(source_width, columns, TRIANGLE, np.float32, left, width)
+    down, weights = _taps(source_height, rows, TRIANGLE, np.float32, top, height)
+    first = int(down.min())
+    used = image[first : int(down.max()) + 1]
+    planes = np.empty((3, height, width), np.float32)
+    for colour, plane in enumerate(planes):
+        lines = _weighted(used[..., colour].astype(np.float32), *across)
+        plane[:] = _weighted(lines.swapaxes(-1, -2), down - first, weights).swapaxes(-1, -2)
+    levels = np.clip(np.round(planes), 0, 255)
     return np.asarray(levels / np.float32(127.5) - np.float32(1), dtype=np.float32)
 
 
@@ -123,7 +131,11 @@ def plan_action_canvas(height: int, width: int, tier: int, spatial: int = 16) ->
 
 def action_canvas(clip: Pixels, canvas: ActionCanvas) -> Float:
     """``clip`` on ``canvas``: float32 [3, frames, height, width] in [−1, 1], padded at the bottom and on the right."""
-    frames = _signed(resize(clip, *canvas.rounded)).swapaxes(0, 1)
+    return np.concatenate([_placed(frame[None], canvas) for frame in clip], axis=1)  # one large frame at a time
+
+
+def _placed(frame: Pixels, canvas: ActionCanvas) -> Float:
+    frames = _signed(resize(frame, *canvas.rounded)).swapaxes(0, 1)
     frames = resample(frames, canvas.content_height, canvas.content_width, CUBIC)
     below, beside = canvas.height - canvas.content_height, canvas.width - canvas.content_width
     # A reflection cannot be longer than what it reflects.
@@ -172,21 +184,25 @@ def _fixed_point(lines: Pixels, size: int) -> Pixels:
     return np.asarray(np.clip(total >> _FRACTION_BITS, 0, 255), dtype=np.uint8)
 
 
-def _taps(source: int, size: int, kernel: Filter, dtype: Any) -> tuple[NDArray[np.intp], NDArray[Any]]:
-    """Sample positions [size, taps] in a line of ``source`` and their weights, which add up to 1.
+def _taps(
+    source: int, size: int, kernel: Filter, dtype: Any, start: int = 0, count: int | None = None
+) -> tuple[NDArray[np.intp], NDArray[Any]]:
+    """Sample positions [size, taps] in a line of ``source`` and their weights, which add up to 1; or of ``count``
+    samples from ``start`` on.
 
     Taps beyond an end of the line have weight 0 (and a valid position).
     """
     scale = dtype(source) / dtype(size)
     widened = max(scale, dtype(1))
     support = dtype(kernel.support) * widened
-    centre = scale * (np.arange(size, dtype=dtype) + dtype(0.5))
+    count = size - start if count is None else count
+    centre = scale * (np.arange(start, start + count).astype(dtype) + dtype(0.5))
     first = np.maximum((centre - support + dtype(0.5)).astype(np.intp), 0)
     last = np.minimum((centre + support + dtype(0.5)).astype(np.intp), source)
     positions = first[:, None] + np.arange(int((last - first).max()))
     distance = (positions.astype(dtype) - centre[:, None] + dtype(0.5)) * (dtype(1) / widened)
     weights = np.where(positions < last[:, None], kernel.kernel(distance), dtype(0)).astype(dtype)
-    total = np.zeros(size, dtype)
+    total = np.zeros(count, dtype)
     for tap in range(weights.shape[1]):  # in order: numpy's own sum is pairwise
         total += weights[:, tap]
     weights /= total[:, None]

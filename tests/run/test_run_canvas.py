@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +51,9 @@ def test_resize_is_pillows(source: Any, size: Any) -> None:
     np.testing.assert_array_equal(canvas.resize(frames, *size), expected)
 
 
-@pytest.mark.parametrize("source", [(48, 64), (51, 64), (64, 47), (31, 100), (200, 333), (941, 1672)])
+@pytest.mark.parametrize(
+    "source", [(48, 64), (51, 64), (64, 47), (31, 100), (200, 333), (941, 1672), (1, 500), (300, 2)]
+)
 def test_cover_is_the_pipelines_conditioning_image(source: tuple[int, int]) -> None:
     image = clip(*source)[0]
     expected = _preprocess_conditioning_image(Image.fromarray(image), height=48, width=80)[0].numpy()
@@ -99,4 +102,11 @@ def test_refusals(size: tuple[int, int], tier: int) -> None:
 
 def test_cover_needs_no_more_than_the_canvas() -> None:
     assert canvas.cover(clip(16, 16)[0], 48, 80).shape == (3, 48, 80)
+    tracemalloc.start()
+    try:
+        for height, width in ((1, 60_000), (60_000, 1), (1, 1)):
+            assert canvas.cover(clip(height, width)[0], 480, 832).shape == (3, 480, 832)
+        assert tracemalloc.get_traced_memory()[1] < 300e6
+    finally:
+        tracemalloc.stop()
     assert math.isclose(float(canvas.cover(np.full((9, 9, 3), 255, np.uint8), 16, 16).min()), 1.0)
