@@ -138,6 +138,7 @@ def lineage(job: Job) -> dict[str, Any]:
         "coverage": job.coverage,
         "schedules": sorted({_schedule(work) for work in job.works}),
         "sources": [_source(job, number, source) for number, source in enumerate(job.sources)],
+        **({"ignored_adapters": len(job.checkpoint.adapters)} if job.checkpoint.adapters else {}),
     }
 
 

@@ -150,7 +150,7 @@ def _rate(root: Path, fps: float, robot: Embodiment, options: Options) -> Iterat
             "CX343", f"{root}: info.json says {fps:g} frames per second, and fps={options.fps:g}", "leave fps= out"
         )
     if abs(fps - robot.fps) > _RATE_TOLERANCE * fps:
-        if options.policy is not None and options.fps is None:
+        if robot.rated and options.fps is None:
             raise UserError(
                 "CX343",
                 f"{root} has {fps:g} frames per second; the policy for `{robot.name}` is trained at {robot.fps:g}",

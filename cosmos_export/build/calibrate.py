@@ -14,6 +14,7 @@ from cosmos_export.build.selection import TOKENIZER_FILE
 from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
+from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
@@ -57,6 +58,7 @@ class CalibrateOptions:
     rank: int | None = None
     bits: float | None = None
     seed: int = 0
+    ignore_adapters: bool = False
     force: bool = False
 
 
@@ -121,6 +123,7 @@ def _job(
     from cosmos_export.calibration.sources import read_source
     from cosmos_export.runtime.tokenize import PromptTokenizer
 
+    require_no_adapters(checkpoint.root, checkpoint.adapters, options.ignore_adapters)
     _require_calibratable(checkpoint)
     if options.latents == "rollout":
         _require_memory(checkpoint)

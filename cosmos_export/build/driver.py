@@ -14,7 +14,7 @@ from cosmos_export.build.allocator import keep_freed_memory
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.planned import bundle_bytes
-from cosmos_export.build.request import policy_notes
+from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.diagnostics import ToolError, UserError
@@ -47,7 +47,7 @@ def build(
     keep_freed_memory()
     plan = resolve(options)
     begins(plan)
-    for note in policy_notes(plan.checkpoint):  # now, and again at the end of a long report
+    for note in checkpoint_notes(plan.checkpoint):  # now, and again at the end of a long report
         _log.warning("%s", note)
     with blamed("the build", *plan.inputs):
         if options.output is not None:

@@ -14,6 +14,7 @@ from cosmos_export.build.schedule import DEFAULT_MODE, schedule
 from cosmos_export.build.selection import select
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
+from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
@@ -85,6 +86,8 @@ class BuildOptions:
     memory_budget: str | None = None
     """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
     several. None: what this machine has free, and a margin less."""
+    ignore_adapters: bool = False
+    """Build the weights without the adapters that lie beside them."""
     cache: Path | None = None
     """Directory that knows the engines of other bundles (`cosmos_export.build.cache`); None: every engine is built."""
 
@@ -165,6 +168,7 @@ def _resolve(
     options: BuildOptions, target: Target, profiles: tuple[Profile, ...], budget: int | None, checkpoint: Checkpoint
 ) -> Plan:
     """The part of `resolve` that reads the checkpoint."""
+    require_no_adapters(checkpoint.root, checkpoint.adapters, options.ignore_adapters)
     _require_buildable(checkpoint)
     if options.kernels and checkpoint.dtype == "fp32":
         raise UnsupportedError(

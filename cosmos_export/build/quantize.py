@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from cosmos_export.build.options import require_compiler
 from cosmos_export.calibration.table import read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Tower, open_checkpoint
+from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import unchanged
@@ -27,6 +28,7 @@ def quantize(
     rounding: str = "exact",
     policy: bool = True,
     link: bool = False,
+    ignore_adapters: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> QuantizeResult:
@@ -45,6 +47,7 @@ def quantize(
     require_output(output, force)
     table = read_scale_table(calibration)
     source = open_checkpoint(checkpoint)
+    require_no_adapters(source.root, source.adapters, ignore_adapters)
     with unchanged("quantization", source.inputs):
         require_checkpoint(table, source, progress)
     options = QuantizeOptions(

@@ -31,6 +31,7 @@ from cosmos_export.bundle import (
     Verdict,
     Volatile,
 )
+from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
@@ -106,6 +107,7 @@ def manifest(
             "kernels": plan.options.kernels,
             **{f"schedule.{name}": value for name, value in asdict(plan.schedule).items()},
             "passes": tuple(program.history),
+            **_ignored_adapters(checkpoint),
         },
         evaluation=_verdicts(result),
         plan_checks=tuple(engine.check for engine in result.engines),
@@ -119,6 +121,12 @@ def manifest(
             planned=planned(plan, result.engines, result.meter.peak_anonymous_bytes),
         ),
     )
+
+
+def _ignored_adapters(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Adapters that lie beside the weights and are not in the bundle, where there are any."""
+    found = tuple(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
+    return {"ignored_adapters": found} if found else {}
 
 
 def _loop(program: Program, closed: Mapping[str, Program], bodies: tuple[str, ...]) -> LoopRecord:

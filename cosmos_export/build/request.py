@@ -65,6 +65,13 @@ def _policy(checkpoint: Checkpoint, temporal: int) -> PolicyRecord | None:
     return PolicyRecord(found.domain, found.width, found.chunk, found.fps, found.state)
 
 
+def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What of the checkpoint is not in a bundle of it, or not as a user may think."""
+    names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
+    adapters = (f"adapters that are not in this bundle: {names}",) if names else ()
+    return (*adapters, *policy_notes(checkpoint))
+
+
 def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What the user of a policy checkpoint should know of checkpoint.json before a robot does."""
     found = read_policy(checkpoint.policy)

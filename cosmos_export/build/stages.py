@@ -47,7 +47,7 @@ from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.build.planned import builder_memory, gates_memory
 from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
 from cosmos_export.build.record import manifest
-from cosmos_export.build.request import policy_notes
+from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.schedule import schedule_table, timesteps
 from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord, WeightInput
 from cosmos_export.capture.model import capture
@@ -149,7 +149,7 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
 def _build(
     plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes, builders: Builders
 ) -> None:
-    result.notes += [*policy_notes(plan.checkpoint), *_mismatches(plan)]
+    result.notes += [*checkpoint_notes(plan.checkpoint), *_mismatches(plan)]
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     codec_builds: list[dict[str, Future[Engine]]] = []

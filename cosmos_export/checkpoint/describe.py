@@ -60,6 +60,8 @@ class Summary:
     """Whether the policy is given the robot's state as its first action row; None: no policy, or it does not say."""
     unused_tensors: tuple[tuple[str, str], ...]
     ignored_files: tuple[tuple[str, str], ...]
+    adapters: tuple[str, ...]
+    """Files of adapters that are not merged."""
     unknown_config_keys: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ def describe(checkpoint: Checkpoint) -> Summary:
         wants_state=None if policy is None else policy.state,
         unused_tensors=checkpoint.unused,
         ignored_files=tuple((str(path.relative_to(checkpoint.root)), why) for path, why in checkpoint.ignored_files),
+        adapters=tuple(str(path.relative_to(checkpoint.root)) for path in checkpoint.adapters),
         unknown_config_keys=tuple(sorted(geometry.unknown_keys)),
     )
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from cosmos_export.checkpoint.adapters import MERGE_HINT, is_adapter_key
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import (
     QUANTIZED_DTYPE,
@@ -81,15 +82,22 @@ def _match(
         raise UserError(
             "CX120",
             f"{_count(missing, 'tensor')} of the model missing from transformer/: {_some(missing)}{also}",
-            "the configuration and the weights are of different models, or the download is incomplete",
+            _hint(unexpected)
+            or "the configuration and the weights are of different models, or the download is incomplete",
         )
     if unexpected:
         raise UserError(
             "CX121",
             f"{_count(unexpected, 'tensor')} in transformer/ that the model does not have: {_some(unexpected)}",
-            "the configuration and the weights are of different models, or this variant is newer than cosmos-export",
+            _hint(unexpected)
+            or "the configuration and the weights are of different models, or this variant is newer than cosmos-export",
         )
     return found, unused
+
+
+def _hint(unexpected: Iterable[str]) -> str:
+    """The hint for tensors that an adapter has left among those of the model; empty where there are none."""
+    return f"an adapter is not merged into these weights: {MERGE_HINT}" if any(map(is_adapter_key, unexpected)) else ""
 
 
 def _disabled_head(name: str, geometry: Geometry) -> str | None:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from cosmos_export.checkpoint import schedule, variants
+from cosmos_export.checkpoint.adapters import CONFIG, MERGE_HINT, find_adapters
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.mapping import map_tensors
@@ -68,6 +69,8 @@ class Checkpoint:
     input_files: tuple[Path, ...]
     inputs: Inputs
     """The input files as they were when the checkpoint was opened."""
+    adapters: tuple[Path, ...] = ()
+    """Files of adapters in its folders: `require_no_adapters` refuses to leave them out unasked."""
 
     def files(self) -> tuple[Path, ...]:
         """Every input file, sorted; links are not resolved, so that paths stay relative to ``root``."""
@@ -124,6 +127,7 @@ def _open(root: Path, inputs: Inputs) -> Checkpoint:
         policy=policy,
         input_files=_input_files(root, components, shards),
         inputs=inputs,
+        adapters=find_adapters(root, {header.file for shard in shards.values() for header in shard.headers}),
     )
 
 
@@ -148,6 +152,8 @@ def _require_checkpoint(root: Path) -> None:
         hint = f"this is a Hugging Face cache folder: give {root / 'snapshots' / snapshots[-1]}"
     elif (root / "config.json").is_file() and any(root.glob("diffusion_pytorch_model*")):
         hint = f"this is one component: give its parent, {root.absolute().parent}"
+    elif (root / CONFIG).is_file() or any(root.glob("*lora*.safetensors")):
+        hint = f"this is an adapter without its model: {MERGE_HINT}"
     elif (root / "manifest.json").is_file():
         hint = "this looks like a bundle, which is what a checkpoint compiles to: `cosmos-export bundle show` reads it"
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from cosmos_export.checkpoint.adapters import MERGE_HINT, is_adapter_name
 from cosmos_export.checkpoint.safetensors_header import Header, TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import read_object, require_file, shown
 from cosmos_export.diagnostics import UserError
@@ -113,7 +114,9 @@ def _ignored(folder: Path, used: set[Path]) -> Iterable[tuple[Path, str]]:
 def _no_weights(folder: Path, stem: str) -> NoReturn:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    if others:
+    if any(is_adapter_name(name) for name in (*others, *pickles)):
+        detail, hint = f"; {', '.join((*others, *pickles)[:4])} is an adapter", MERGE_HINT
+    elif others:
         detail, hint = f"; it has {', '.join(others[:4])}", f"the weights must be named {stem}.safetensors"
     elif pickles:
         detail = f"; {', '.join(pickles[:4])} may be pickled and is never opened"

@@ -119,6 +119,9 @@ def register(app: typer.Typer) -> None:
                 help="Where engines of other bundles are recorded; default: $COSMOS_EXPORT_CACHE or ~/.cache."
             ),
         ] = None,
+        ignore_adapters: Annotated[
+            bool, typer.Option("--ignore-adapters", help="Take the weights without the adapters beside them.")
+        ] = False,
         no_cache: Annotated[bool, typer.Option("--no-cache", help="Build every engine, and record none.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
@@ -156,6 +159,7 @@ def register(app: typer.Typer) -> None:
             force=force,
             resume=resume,
             memory_budget=memory_budget,
+            ignore_adapters=ignore_adapters,
             cache=None if no_cache else cache or default_folder(),
         )
 

@@ -60,6 +60,9 @@ def register(app: typer.Typer) -> None:
         guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 runs one branch.")] = None,
         guidance_interval: Annotated[str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH.")] = None,
         seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+        ignore_adapters: Annotated[
+            bool, typer.Option("--ignore-adapters", help="Take the weights without the adapters beside them.")
+        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing scale table.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
@@ -97,6 +100,7 @@ def register(app: typer.Typer) -> None:
             rank=rank,
             bits=bits,
             seed=seed,
+            ignore_adapters=ignore_adapters,
             force=force,
         )
         console.set_resume_command(shlex.join(["cosmos-export", *sys.argv[1:]]))

@@ -90,6 +90,8 @@ def _remarks(summary: Summary) -> list[Any]:
     for reason, names in by_reason.items():
         lines.append(f"unused: {len(names)} tensors ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
     lines += [f"not read: {name}: {reason}" for name, reason in summary.ignored_files]
+    if summary.adapters:
+        lines.append(f"adapters, not merged and not read: {', '.join(summary.adapters)}; `build` refuses them (CX125)")
     if summary.wants_state:
         lines.append("this policy is given the robot's state as its first action row; `run` cannot give it yet (CX605)")
     elif summary.policy is not None and summary.wants_state is None:

@@ -28,6 +28,9 @@ def register(app: typer.Typer) -> None:
             typer.Option(help="16-bit activations in the reasoner and the first and last three steps, as published."),
         ] = True,
         link: Annotated[bool, typer.Option("--link", help="Hard links to unchanged files, not copies.")] = False,
+        ignore_adapters: Annotated[
+            bool, typer.Option("--ignore-adapters", help="Take the weights without the adapters beside them.")
+        ] = False,
         force: Annotated[bool, typer.Option("--force", help="Replace an existing checkpoint directory.")] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
@@ -44,6 +47,7 @@ def register(app: typer.Typer) -> None:
             rounding=fp8_rounding,
             policy=step_policy,
             link=link,
+            ignore_adapters=ignore_adapters,
             force=force,
             progress=console.progress(),
         )

@@ -37,6 +37,8 @@ class Embodiment:
     chunk: int = 16
     """Actions in a request; the clip has one frame more."""
     fps: float = 10.0
+    rated: bool = False
+    """Trained at this rate alone; otherwise it is what clips usually have."""
     tier: int = 480
     """Resolution tier of the canvas (`canvas.ACTION_BINS`)."""
     parts: tuple[tuple[str, int], ...] = ()
@@ -74,7 +76,7 @@ _POLICIES: Mapping[str, Embodiment] = {
     # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
     # vLLM-Omni: chunk 32 at 15 frames a second.
     "droid": Embodiment(
-        "droid_lerobot", 8, 8, chunk=32, fps=15.0, parts=(("joint_position", 7), ("gripper_position", 1))
+        "droid_lerobot", 8, 8, chunk=32, fps=15.0, rated=True, parts=(("joint_position", 7), ("gripper_position", 1))
     ),
 }
 """Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
@@ -88,7 +90,13 @@ def policy_embodiment(
     CX610: no such domain.
     """
     usual = _POLICIES.get(domain.split("_")[0]) or _known(domain)
-    found = replace(usual, width=width or usual.width, chunk=chunk or usual.chunk, fps=fps or usual.fps)
+    found = replace(
+        usual,
+        width=width or usual.width,
+        chunk=chunk or usual.chunk,
+        fps=fps or usual.fps,
+        rated=usual.rated or fps is not None,
+    )
     # Of another width it is another representation, of which nothing is known.
     return found if found.width == usual.width else replace(found, parts=(), poses=False)
 
