@@ -20,9 +20,11 @@ from typing import Any
 
 import fuzz_seeds as seeds
 from fuzz_readers import BY_NAME, GOOD, Reader
-from fuzz_worker import ALARM_S, MEMORY_BYTES
+from fuzz_worker import BUSY_S, MEMORY_BYTES
 
-_START_S, _GRACE_S = 120.0, 5.0
+_START_S = 300.0
+_STUCK_S = 20.0
+"""Seconds without use of the processor after which a worker that does not answer is stuck in native code."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Row:
     slowest_s: float = 0.0
     seconds: float = 0.0
     findings: list[dict[str, Any]] = field(default_factory=list)
+    not_repeated: list[dict[str, Any]] = field(default_factory=list)
+    """What a second run of the same case in a new process did not show."""
 
     def add(self, answer: dict[str, Any]) -> None:
         self.tried += 1
@@ -51,6 +55,7 @@ class Row:
         return {
             "reader": self.reader, "tried": self.tried, **{name: self.kinds[name] for name in names}, "other": others,
             "slowest_s": round(self.slowest_s, 1), "codes": dict(sorted(self.codes.items())), "findings": self.findings,
+            "not_repeated": self.not_repeated,
         }  # fmt: skip
 
 
@@ -91,9 +96,12 @@ class Process:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise Died("died", self._last_words()) from None
-        ready, _, _ = select.select([self._process.stdout], [], [], wait_s)
-        if not ready:
-            raise Died("hang", f"did not end in {wait_s:g} s, an alarm notwithstanding")
+        started, moved, used = time.monotonic(), time.monotonic(), -1.0
+        while not select.select([self._process.stdout], [], [], 1.0)[0]:
+            now, before, used = time.monotonic(), used, _processor_s(self._process.pid)
+            moved = now if used > before else moved
+            if now - started > wait_s or now - moved > _STUCK_S:
+                raise Died("hang", f"did not end in {now - started:.0f} s, an alarm notwithstanding")
         line = self._process.stdout.readline()
         if not line:
             raise Died("died", self._last_words())
@@ -115,6 +123,14 @@ class Process:
         status = self._process.wait()
         self._log.seek(0)
         return f"exit status {status}: {self._log.read()[-500:].strip()}"
+
+
+def _processor_s(pid: int) -> float:
+    """Seconds that the process has used the processor for."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 class Pool:
@@ -143,7 +159,7 @@ class Pool:
         self.process.ask(reader, _START_S)
         started = time.perf_counter()
         try:
-            return self.process.ask(question, ALARM_S + _GRACE_S)
+            return self.process.ask(question, BUSY_S + _STUCK_S)
         except Died as end:
             self.renew()
             seconds = time.perf_counter() - started
@@ -166,7 +182,7 @@ def campaign(
     seconds: float | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
-    """``count`` cases of each of ``readers``, or as many as ``seconds`` allow, all readers alike."""
+    """``count`` cases of each of ``readers`` (of some a share), or as many as ``seconds`` allow, in turns."""
     rows = {reader.name: Row(reader.name) for reader in readers}
     started = time.perf_counter()
     with Pool(folder) as pool:
@@ -174,10 +190,11 @@ def campaign(
             if seconds is not None and time.perf_counter() - started > seconds:
                 break
             question = {"reader": reader.name, "seed": seed, "number": number}
-            answer = pool.run(question)
+            answer, row = pool.run(question), rows[reader.name]
             if answer["kind"] not in GOOD:
-                answer = _confirmed(pool, question, answer)
-            row = rows[reader.name]
+                first, answer = answer, _confirmed(pool, question, answer)
+                if answer["kind"] in GOOD:
+                    row.not_repeated.append({**question, "kind": first["kind"], "said": first["said"]})
             row.add(answer)
             if answer["kind"] not in GOOD:
                 row.findings.append(_finding(folder, reader, question, answer, save))
@@ -189,8 +206,8 @@ def campaign(
 
 def _order(readers: Sequence[Reader], count: int, by_turns: bool) -> Iterator[tuple[int, Reader]]:
     if by_turns:
-        return ((number, reader) for number in range(count) for reader in readers)
-    return ((number, reader) for reader in readers for number in range(count))
+        return ((number, one) for number in range(count) for one in readers if number < one.share * count)
+    return ((number, one) for one in readers for number in range(round(one.share * count)))
 
 
 def flips(folder: Path, reader: Reader, file: str, count: int, seed: int) -> Row:

@@ -76,6 +76,8 @@ class Reader:
     """Patterns of safetensors files that are accepted only where the reference implementation accepts them."""
     resealed: bool = False
     """Whether the manifest is made to fit the changed files, as somebody who can write both would do."""
+    share: float = 1.0
+    """Of the cases of other readers: less where one takes long."""
     slow: bool = False
     """Left out of the short run, as its files take long to make."""
 
@@ -357,14 +359,14 @@ def _actions(call: Call) -> None:
 
 
 def _picture(call: Call) -> None:
-    from cosmos_export.runtime.media import read_image
+    from cosmos_export.runtime.read_media import read_image
 
     found = read_image(call.root / call.first("*.png", "*.jpg", "*.webp", "*.bmp"))
     _require(found.ndim == 3 and found.shape[2] == 3, f"a picture of shape {found.shape}")
 
 
 def _clip(call: Call) -> None:
-    from cosmos_export.runtime.media import has_sound, read_clip, read_sound
+    from cosmos_export.runtime.read_media import has_sound, read_clip, read_sound
 
     path = call.root / call.first("*.mp4", "*.webm")
     found = read_clip(path, 5, last=call.choose(True, False))
@@ -388,7 +390,7 @@ def _source(call: Call) -> None:
 
 def _lerobot(call: Call) -> None:
     from cosmos_export.calibration.sources import read_source
-    from cosmos_export.runtime.media import read_clip
+    from cosmos_export.runtime.read_media import read_clip
 
     found = read_source(f"{call.root / 'data'},embodiment=umi")
     for item in found.items[:1]:
@@ -448,19 +450,29 @@ READERS = (
         _codecs,
         ("*/vae/config.json", "*/sound_tokenizer/config.json"),
         confined=False,
+        share=0.4,
     ),
     Reader(
-        "build-tokenizer", seeds.checkpoint, _tokenizer, ("*/text_tokenizer/*", "*/model_index.json"), confined=False
+        "build-tokenizer",
+        seeds.checkpoint,
+        _tokenizer,
+        ("*/text_tokenizer/*", "*/model_index.json"),
+        confined=False,
+        share=0.6,
     ),
     Reader("verify", seeds.graphs_bundle, _verify, unchanged_only=True),
-    Reader("verify-command", seeds.graphs_bundle, _verify_command, unchanged_only=True),
+    Reader("verify-command", seeds.graphs_bundle, _verify_command, unchanged_only=True, share=0.5),
     Reader("show", seeds.graphs_bundle, _show, ("*/manifest.json",)),
     Reader("run-prepare", seeds.graphs_bundle, _prepare, unchanged_only=True),
     Reader(
         "run-resealed-manifest", seeds.graphs_bundle, _prepare, ("*/manifest.json", "*/tokenizer.json"), resealed=True
     ),
-    Reader("run-resealed", seeds.full_bundle, _run_whole, tools=("CX502", "CX501"), resealed=True, slow=True),
-    Reader("graphs", seeds.graphs_bundle, _graphs, ("*/graphs/*", "*/tables/*"), tools=("CX502",), resealed=True),
+    Reader(
+        "run-resealed", seeds.full_bundle, _run_whole, tools=("CX502", "CX501"), resealed=True, slow=True, share=0.4
+    ),
+    Reader(
+        "graphs", seeds.graphs_bundle, _graphs, ("*/graphs/*", "*/tables/*"), tools=("CX502",), resealed=True, share=0.4
+    ),
     Reader("graphs-loose", seeds.tiny_graphs, _loose_graphs),
     Reader(
         "run-files",
@@ -469,8 +481,9 @@ READERS = (
         ("caption.json", "negative.json", "noise.safetensors"),
         compared=("*",),
         slow=True,
+        share=0.5,
     ),
-    Reader("run-robot", seeds.requests, _prepare_robot, ("actions.*", "stats.json", "own.png"), slow=True),
+    Reader("run-robot", seeds.requests, _prepare_robot, ("actions.*", "stats.json", "own.png"), slow=True, share=0.5),
     Reader("scales", seeds.scales, _scales, compared=("*",)),
     Reader("recipes", seeds.recipes, _recipe),
     Reader("bench-compare", seeds.measurements, _compare),
@@ -478,8 +491,8 @@ READERS = (
     Reader("pictures", seeds.media, _picture, ("*.png", "*.jpg", "*.webp", "*.bmp")),
     Reader("clips", seeds.media, _clip, ("*.mp4", "*.webm")),
     Reader("sources", seeds.sources, _source, confined=False, compared=("latents.safetensors",)),
-    Reader("lerobot-2", seeds.lerobot_2, _lerobot),
-    Reader("lerobot-3", seeds.lerobot_3, _lerobot),
+    Reader("lerobot-2", seeds.lerobot_2, _lerobot, share=0.6),
+    Reader("lerobot-3", seeds.lerobot_3, _lerobot, share=0.6),
     Reader("cache", seeds.cache, _cache, ("cache/*",), writes=True),
     Reader("state", seeds.state, _state, writes=True),
 )
