@@ -116,7 +116,7 @@ def manifest(
             build_seconds=round(result.seconds, 3),
             peak_memory_bytes=result.peak_memory_bytes,
             stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
-            measured={m.stage: m.value for m in (*result.parity, *result.quality)}
+            measured={name: value for m in (*result.parity, *result.quality) for name, value in m.numbers.items()}
             | ({} if result.losses is None else loss_values(result.losses)),
             planned=planned(plan, result.engines, result.meter.peak_anonymous_bytes),
         ),

@@ -216,10 +216,10 @@ def _build(
                 result.parity.append(parity.precision(plain, dtype))
             folder = writer.path(f"onnx/{SCHEDULE}{suffix}", "onnx").parent
             cut = chains(result.pieces)
-            result.parity.append(parity.onnx(program, folder, suffix, chains=cut, quantized=plan.quantized))
+            compare = parity.quantized if plan.quantized else parity.onnx
+            result.parity.append(compare(program, folder, suffix, chains=cut))
             for name, variant in variants.items():
-                measured = parity.onnx(variant, folder, suffix, body=name, chains=cut, quantized=True)
-                result.parity.append(measured)
+                result.parity.append(parity.quantized(variant, folder, suffix, body=name, chains=cut))
             if closed:
                 scheduler = plan.checkpoint.scheduler
                 looped = parity.loop(closed, plan.schedule, scheduler, folder, suffix, quantized=plan.quantized)

@@ -227,6 +227,9 @@ def _print(result: BuildResult) -> None:
         for m in result.parity:
             table.add_row(m.stage, m.metric, f"{m.value:.2g}", f"{m.limit:g}", m.case)
         out.print(table)
+    for m in result.parity:
+        for what, value in m.details.items():
+            out.print(f" {m.stage}: {what}: {value:.3g}" if value % 1 else f" {m.stage}: {what}: {value:,.0f}")
     for subject, note in _not_compared(result).items():
         out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
     if result.losses is not None:
@@ -379,6 +382,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "limit": m.limit,
                 "case": m.case,
                 "passed": m.passed,
+                **({"details": dict(m.details)} if m.details else {}),
             }
             for m in result.parity
         ],

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+if TYPE_CHECKING:
+    import onnx
+
 Value = Any
 """A numpy array, or ONNX Runtime's own value where it is of a type that numpy lacks (FP8)."""
 
+SHOWN = "/shown"
+"""Ends the name of a result that is a value inside of the model."""
+
 
 class Model:
-    """The model at ``path`` in ONNX Runtime."""
+    """The model at ``path`` in ONNX Runtime. ``shown``: values inside of it that are results too, in float32."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shown: Collection[str] = ()) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(path), options, ["CPUExecutionProvider"])
+        model: str | bytes = str(path)
+        if shown:
+            model = _with_results(path, shown)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        self._session = onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])
         self._value: Any = onnxruntime.OrtValue
         self.inputs = [i.name for i in self._session.get_inputs()]
         self.outputs = [o.name for o in self._session.get_outputs()]
@@ -35,6 +45,24 @@ class Model:
 
     def _bound(self, value: Value) -> Any:
         return self._value.ortvalue_from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The model at ``path`` without its weights."""
+    import onnx
+
+    return onnx.load(str(path), load_external_data=False)
+
+
+def _with_results(path: Path, shown: Collection[str]) -> bytes:
+    """The model at ``path`` with the values ``shown`` among its results, under their names and ``SHOWN``."""
+    import onnx
+
+    model = read_model(path)
+    for name in sorted(shown):
+        model.graph.node.append(onnx.helper.make_node("Cast", [name], [name + SHOWN], to=onnx.TensorProto.FLOAT))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name + SHOWN, onnx.TensorProto.FLOAT, None))
+    return bytes(model.SerializeToString())
 
 
 def _unbound(value: Any) -> Value:

@@ -22,6 +22,8 @@ Tensors = Mapping[str, torch.Tensor]
 Weights = Callable[[WeightBinding], torch.Tensor]
 Observe = Callable[[Node, Mapping[Node, torch.Tensor]], None]
 """An operation that has run, and the values at hand: its operands and its result among them."""
+Follow = Callable[[Node, Mapping[Node, torch.Tensor]], torch.Tensor | None]
+"""An operation that is to run, and the values at hand: its result from elsewhere, or None where it is computed."""
 
 _NATIVE: dict[Any, Callable[..., torch.Tensor]] = {
     # These carry their type as an argument in the IR but not in ATen's overload.
@@ -122,12 +124,13 @@ def run_graph(
     *,
     compute: torch.dtype | None = None,
     observe: Observe | None = None,
+    follow: Follow | None = None,
 ) -> dict[str, torch.Tensor]:
     """Outputs of ``graph``. Checks inputs and every result against their specs.
 
     ``binding`` gives dims that no input shows. ``compute`` replaces bfloat16 in every value, so that a low-precision
-    program can be compared with an fp32 reference. ``observe`` sees every operation once it has run. Raises ValueError
-    where an input does not fit.
+    program can be compared with an fp32 reference. ``observe`` sees every operation once it has run; ``follow`` may
+    give the result of one in its place. Raises ValueError where an input does not fit.
     """
     widen = _Widen(compute)
     known = dict(binding or {})
@@ -150,7 +153,8 @@ def run_graph(
             for operand in node.all_input_nodes:
                 if operand not in values:
                     values[operand] = _value(operand, inputs, weights, known, values, widen)
-            values[node] = _value(node, inputs, weights, known, values, widen)
+            given = follow(node, values) if follow is not None and node.op == "call_function" else None
+            values[node] = _value(node, inputs, weights, known, values, widen) if given is None else given
             if observe is not None and node.op == "call_function":
                 observe(node, values)
             for operand in node.all_input_nodes:
@@ -231,6 +235,17 @@ def compute_value(
     return _call(node, {}, values, widen)
 
 
+def program_dims(program: Program, inputs: Tensors) -> dict[str, int]:
+    """The dims that ``inputs`` of the program's graphs show."""
+    shapes = [
+        (name, spec_of(node).shape, tuple(inputs[name].shape))
+        for graph in program.graphs.values()
+        for name, node in graph.inputs.items()
+        if name in inputs
+    ]
+    return bind(shapes)
+
+
 def run_program(
     program: Program,
     inputs: Tensors,
@@ -244,13 +259,7 @@ def run_program(
     A graph that an edge wants as another instance runs once more, on the inputs that carry the instance's prefix.
     Returns the outputs of the loop body.
     """
-    shapes = [
-        (name, spec_of(node).shape, tuple(inputs[name].shape))
-        for graph in program.graphs.values()
-        for name, node in graph.inputs.items()
-        if name in inputs
-    ]
-    binding = bind(shapes)
+    binding = program_dims(program, inputs)
     results: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for name, graph in program.graphs.items():
         fed = {e.input: results[e.source, e.instance][e.output] for e in program.edges_into(name)}

@@ -125,14 +125,36 @@ def joint_attention_fp8(
     ``scales`` float32 [3]: of ``query · scale``, of all keys and of all values.
     """
 
-    def narrow(x: torch.Tensor, by: torch.Tensor | float) -> torch.Tensor:
-        return (packing.to_fp8(x, torch.as_tensor(by)).to(torch.float32) * by).to(x.dtype)
+    return attend_rounded(
+        query, key, value, prefix_key, prefix_value, scales, scale, lambda _, x, step: packing.to_fp8(x, step)
+    )
+
+
+def attend_rounded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prefix_key: torch.Tensor,
+    prefix_value: torch.Tensor,
+    scales: torch.Tensor,
+    scale: float,
+    rounded: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`joint_attention_fp8` with its four roundings by ``rounded``: which, the values, and their scale.
+
+    0 is the scaled query [heads, N, d], 1 the keys and 2 the values [heads, M, d], 3 the softmax [heads, N, M].
+    """
+
+    def narrow(which: int, x: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+        return (rounded(which, x, step).to(torch.float32) * step).to(x.dtype)
+
+    def heads_first(own: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
+        return torch.cat((own, prefix), dim=0).transpose(0, 1).repeat_interleave(group, dim=0)
 
     group = query.shape[1] // key.shape[1]
-    q = narrow(query * scale, scales[0]).transpose(0, 1)
-    k = narrow(torch.cat((key, prefix_key), dim=0), scales[1]).transpose(0, 1).repeat_interleave(group, dim=0)
-    v = narrow(torch.cat((value, prefix_value), dim=0), scales[2]).transpose(0, 1).repeat_interleave(group, dim=0)
-    weights = narrow((q @ k.transpose(1, 2)).softmax(-1), 1 / packing.E4M3_MAX)
+    q = narrow(0, (query * scale).transpose(0, 1), scales[0])
+    k, v = narrow(1, heads_first(key, prefix_key), scales[1]), narrow(2, heads_first(value, prefix_value), scales[2])
+    weights = narrow(3, (q @ k.transpose(1, 2)).softmax(-1), torch.as_tensor(1 / packing.E4M3_MAX))
     return (weights @ v).transpose(0, 1).contiguous()
 
 
