@@ -8,6 +8,9 @@ and the 99 % quantile of each column of the data set, and cut off at ±1.
 
 from __future__ import annotations
 
+import glob
+import re
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from cosmos_export import files
 from cosmos_export.calibration.columns import Columns, choose_columns
 from cosmos_export.calibration.sources import ClipPart, Found, Item, Options
 from cosmos_export.checkpoint.strict_json import parse_object, read_object, shown
@@ -37,7 +41,12 @@ DEFAULT_WINDOWS = 8
 _DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 _VIDEO = "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
 _SMALLEST = 1e-8
+_WIDTH = re.compile(r"(0?[0-9]{1,2}d)?")
 _RATE_TOLERANCE = 0.01
+MAX_TABLE_BYTES = 4 * files.GIB
+"""Bytes of a Parquet file, and of what its columns become."""
+MAX_ROWS = 100_000_000
+"""Rows of a table, frames of an episode, and the largest number of one."""
 _HINT = "a LeRobot data set has meta/info.json, data/, videos/, and meta/tasks and meta/episodes"
 
 
@@ -127,8 +136,8 @@ def read_lerobot(root: Path, options: Options) -> Found:
         notes.append(f"{silent} of {len(items)} windows have no instruction")
     if cut:
         notes.append(f"{cut} of {total} values of actions are beyond the 1 % and 99 % quantiles and cut off there")
-    files = (root / "meta" / "info.json", task_file, *episode_files, *rows)
-    return Found("lerobot", tuple(items), files, tuple(notes))
+    used_files = (root / "meta" / "info.json", task_file, *episode_files, *rows)
+    return Found("lerobot", tuple(items), used_files, tuple(notes))
 
 
 def _robot(root: Path, info: Mapping[str, Any]) -> Embodiment:
@@ -165,11 +174,14 @@ def _camera(root: Path, info: Mapping[str, Any], asked: str | None) -> tuple[str
     if not isinstance(features, dict):
         _refuse(root, "meta/info.json has no features")
     pictures = {k: v for k, v in features.items() if isinstance(v, dict) and v.get("dtype") in ("video", "image")}
+    for name in pictures:
+        if not name.isprintable() or "/" in name or name in ("", ".", "..") or len(name) > 200:
+            _refuse(root, f"{shown(name)} in meta/info.json is not a name of a camera")
     depth = sorted(name for name, feature in pictures.items() if _is_depth(name, feature))
     cameras = sorted(name for name in pictures if name not in depth)
     if not cameras:
         _refuse(root, f"no feature is a picture; depth maps: {', '.join(depth)}" if depth else "no feature is a video")
-    present = [camera for camera in cameras if any((root / "videos").rglob(f"{camera}/**/*.mp4"))]
+    present = [camera for camera in cameras if any((root / "videos").rglob(f"{glob.escape(camera)}/**/*.mp4"))]
     if asked is not None:
         named = _named(root, asked, cameras, depth)
         if named not in present:
@@ -227,36 +239,48 @@ def _tasks(root: Path, version: str) -> tuple[dict[int, str], Path]:
     """Tasks in words by number, and the file that has them."""
     if version.startswith("v3"):
         file = root / "meta" / "tasks.parquet"
-        rows = _table(root, file).to_pylist()
         # Written by pandas, the words are the index, whose column has a name of its own.
         keys = ("task", "__index_level_0__", "index")
-        found = {row.get("task_index"): next((row[k] for k in keys if isinstance(row.get(k), str)), "") for row in rows}
-        return {int(index): text for index, text in found.items() if index is not None}, file
-    file = root / "meta" / "tasks.jsonl"
-    return {int(row["task_index"]): str(row["task"]) for row in _lines(root, file, ("task_index", "task"))}, file
+        found = [
+            (row.get("task_index"), next((row[k] for k in keys if isinstance(row.get(k), str)), ""))
+            for row in _table_rows(root, file)
+        ]
+    else:
+        file = root / "meta" / "tasks.jsonl"
+        found = [(row["task_index"], row["task"]) for row in _lines(root, file, ("task_index", "task"))]
+    for index, text in found:
+        if type(index) is not int or not isinstance(text, str):
+            _refuse(root, f"{file.name} has task_index {shown(index)} and task {shown(text)}")
+    return dict(found), file
 
 
 def _episodes(
     root: Path, info: Mapping[str, Any], version: str, camera: str, fps: float
 ) -> tuple[list[_Episode], list[Path]]:
     if version.startswith("v3"):
-        files = sorted((root / "meta" / "episodes").rglob("*.parquet"))
-        rows = [row for file in files for row in _table(root, file).to_pylist()]
+        tables = sorted((root / "meta" / "episodes").rglob("*.parquet"))
+        rows = [row for table in tables for row in _table_rows(root, table)]
     else:
-        files = [root / "meta" / "episodes.jsonl"]
-        rows = _lines(root, files[0], ("episode_index", "length"))
+        tables = [root / "meta" / "episodes.jsonl"]
+        rows = _lines(root, tables[0], ("episode_index", "length"))
     if not rows:
         _refuse(root, "no episodes")
-    return [_episode(root, info, row, camera, fps) for row in rows], files
+    return [_episode(root, info, row, camera, fps) for row in rows], tables
 
 
 def _episode(root: Path, info: Mapping[str, Any], row: Mapping[str, Any], camera: str, fps: float) -> _Episode:
     index, length = row.get("episode_index"), row.get("length")
-    if type(index) is not int or type(length) is not int:
-        _refuse(root, f"an episode has index {shown(index)} and length {shown(length)}")
+    for value in (index, length):
+        if type(value) is not int or not 0 <= value <= MAX_ROWS:
+            what = f"an episode has index {shown(index)} and length {shown(length)}; allowed: 0 to {MAX_ROWS:,}"
+            _refuse(root, what)
+    assert isinstance(index, int)
+    assert isinstance(length, int)
     said = row.get("tasks")
     tasks = tuple(t for t in said if isinstance(t, str)) if isinstance(said, list | tuple) else ()
     first = row.get(f"videos/{camera}/from_timestamp") or 0.0
+    if not isinstance(first, int | float) or not 0 <= first * fps <= MAX_ROWS:
+        _refuse(root, f"the video of episode {index} begins at {shown(first)} seconds")
     return _Episode(
         index,
         length,
@@ -276,19 +300,34 @@ def _place(
     file = row.get(f"{prefix}/file_index")
     chunk = chunk if isinstance(chunk, int) else index // int(size if isinstance(size, int) and size > 0 else 1000)
     file = file if isinstance(file, int) else 0
+    for number in (chunk, file):
+        if not 0 <= number <= MAX_ROWS:
+            _refuse(root, f"episode {index} is in file {shown(number)} of {prefix}")
     values = {
         "episode_chunk": chunk, "episode_index": index, "episode_file": file, "chunk_index": chunk, "file_index": file,
         "video_key": camera,
     }  # fmt: skip
     template = info.get(key, default)
-    try:
-        path = root / str(template).format(**values)
-    except (KeyError, ValueError, IndexError, AttributeError):
-        _refuse(root, f"{key} = {shown(template)} is no template")
+    if not isinstance(template, str) or not _is_template(template, values):
+        _refuse(root, f"{key} = {shown(template)} is no template of {', '.join(values)}")
+    path = root / template.format(**values)
     # Not resolved: the files of a download cache are links to where the data is.
     if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
         _refuse(root, f"{key} = {shown(template)} leads out of the data set")
     return path
+
+
+def _is_template(template: str, values: Mapping[str, object]) -> bool:
+    """Whether ``template`` has fields for ``values`` alone, filled with zeros at most, as LeRobot's own. A width
+    could ask for any amount of memory, and a field for any attribute."""
+    try:
+        fields = list(string.Formatter().parse(template))
+    except ValueError:
+        return False
+    return all(
+        name is None or (name in values and not conversion and _WIDTH.fullmatch(spec or ""))
+        for _, name, spec, conversion in fields
+    )
 
 
 def _read_rows(root: Path, path: Path, table: pyarrow.Table, chosen: Columns, robot: Embodiment) -> _Rows:
@@ -329,7 +368,9 @@ def _windows(episodes: Sequence[_Episode], chunk: int, count: int) -> list[tuple
     windows = max((episode.length - 1) // chunk for episode in episodes)
     for number in range(windows):
         for episode in episodes:
-            if (number + 1) * chunk < episode.length and len(found) < count:
+            if len(found) == count:
+                return found
+            if (number + 1) * chunk < episode.length:
                 found.append((episode, number))
     return found
 
@@ -344,28 +385,49 @@ def _table(root: Path, path: Path) -> pyarrow.Table:
             "LeRobot data needs pyarrow, which is not installed",
             "pip install '.[calibrate]' in the checkout",
         ) from error
-    if not path.is_file():
-        _refuse(root, f"{path.relative_to(root)} is missing")
+    name = path.relative_to(root)
     try:
-        return parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        _refuse(root, f"{path.relative_to(root)} is not a Parquet file: {str(error)[:120]}")
+        with files.opened(path, MAX_TABLE_BYTES) as file, parquet.ParquetFile(file) as table:
+            metadata = table.metadata
+            size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+            if metadata.num_rows > MAX_ROWS or size > MAX_TABLE_BYTES:
+                what = f"{name} has {metadata.num_rows:,} rows of {size:,} bytes"
+                _refuse(root, f"{what}; allowed: {MAX_ROWS:,} and {MAX_TABLE_BYTES:,}")
+            return table.read()
+    except pyarrow.ArrowException as error:
+        _refuse(root, f"{name} is not a Parquet file: {str(error)[:120]}")
+    except OSError as error:  # Arrow's own have no number
+        _refuse(root, _unread(name, error) if error.errno else f"{name} is not a Parquet file: {str(error)[:120]}")
+
+
+def _table_rows(root: Path, path: Path) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = _table(root, path).to_pylist()
+    except UnicodeDecodeError:
+        _refuse(root, f"{path.relative_to(root)} has text that is not UTF-8")
+    return rows
 
 
 def _lines(root: Path, path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        _refuse(root, f"{path.relative_to(root)} is missing")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        data = files.read_bytes(path)
+    except OSError as error:
+        _refuse(root, _unread(path.relative_to(root), error))
+    for number, line in enumerate(data.splitlines(), 1):
         if line.strip():
             try:
-                row = parse_object(line.encode())
+                row = parse_object(line)
             except ValueError as error:
                 _refuse(root, f"{path.name}, line {number}: {error}")
             if any(key not in row for key in needed):
                 _refuse(root, f"{path.name}, line {number} has no {' or '.join(needed)}")
             rows.append(row)
     return rows
+
+
+def _unread(name: Path, error: OSError) -> str:
+    return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {files.reason(error)}"
 
 
 def _refuse(root: Path, found: str, hint: str = _HINT) -> NoReturn:

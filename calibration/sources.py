@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint.strict_json import MAX_JSON_BYTES, parse_object, shown
+from cosmos_export import files
+from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
@@ -29,7 +30,6 @@ _OPTIONS = (
     "cameras", "actions",
 )  # fmt: skip
 _OPTION = re.compile(rf",({'|'.join(_OPTIONS)})=")
-_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ _CONVERT: Mapping[str, Callable[[str, str], Any]] = {
 
 def _reader(path: Path) -> Callable[[Path, Options], Found]:
     if path.is_dir():
-        if (path / "meta" / "info.json").is_file():
+        if (path / "meta" / "info.json").exists():
             from cosmos_export.calibration.lerobot import read_lerobot
 
             return read_lerobot
@@ -314,8 +314,8 @@ def _read_json(path: Path, options: Options) -> Found:
 def _json(path: Path) -> Any:
     text = _decoded(path)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_document(text.encode(), finite=False)
+    except ValueError as error:
         raise UserError("CX340", f"{path} is not JSON: {error}") from error
 
 
@@ -343,7 +343,7 @@ def _read_medium(path: Path, options: Options) -> Found:
 def _read_folder(path: Path, options: Options) -> Found:
     """Pictures and clips, each with the text or caption beside it that has its name."""
     items: list[Item] = []
-    files: list[Path] = []
+    beside_them: list[Path] = []
     notes: list[str] = []
     present = sorted(path.rglob("*"))
     texts = {(p.with_suffix(""), p.suffix.lower()): p for p in present if p.suffix.lower() in _BESIDE}
@@ -352,10 +352,10 @@ def _read_folder(path: Path, options: Options) -> Found:
         beside = [found for suffix in _BESIDE if (found := texts.get((medium.with_suffix(""), suffix))) is not None]
         if beside:
             item = _told(item, beside[0])
-            files.append(beside[0])
+            beside_them.append(beside[0])
             notes += [f"{other.name} is not read: {beside[0].name} is beside {medium.name} too" for other in beside[1:]]
         items.append(item)
-    return Found("media", tuple(items), tuple(files), tuple(notes))
+    return Found("media", tuple(items), tuple(beside_them), tuple(notes))
 
 
 _BESIDE = (".txt", ".json")
@@ -486,33 +486,22 @@ def _bad_entry(name: str, what: str, hint: str = "") -> NoReturn:
 
 def _decoded(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        if len(data) > MAX_JSON_BYTES:
-            raise UserError("CX340", f"{path} has {len(data):,} bytes; allowed: {MAX_JSON_BYTES:,}")
-        return data.decode("utf-8-sig")
+        return files.read_bytes(path).decode("utf-8-sig")
     except OSError as error:
-        raise UserError("CX340", f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError("CX340", f"cannot read {path}: {files.reason(error)}") from error
     except UnicodeDecodeError as error:
         raise UserError("CX340", f"{path} is not UTF-8 text") from error
 
 
-def digest_of(files: list[Path]) -> str:
-    """SHA-256 of the contents of ``files``; neither their order nor their names matter."""
-    digests = sorted(_file_digest(path) for path in set(files))
+def digest_of(paths: list[Path]) -> str:
+    """SHA-256 of the contents of the files ``paths``; neither their order nor their names matter."""
+    digests = sorted(_file_digest(path) for path in set(paths))
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            for chunk in _chunks(file):
-                digest.update(chunk)
+        with files.opened(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError("CX340", f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
-
-
-def _chunks(file: Any) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
+        raise UserError("CX340", f"cannot read {path}: {files.reason(error)}") from error

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export import files
 from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
 from cosmos_export.checkpoint.output import new_directory
 from cosmos_export.checkpoint.safetensors_header import read_header
@@ -181,7 +182,7 @@ def _read(directory: Path) -> ScaleTable:
         _damaged(f"{LINEAGE_FILE} does not say what was calibrated")
     file = directory / SCALES_FILE
     header = read_header(file)
-    with file.open("rb") as opened:
+    with files.opened(file) as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     if digest != document["scales_sha256"]:
         _damaged(f"{SCALES_FILE} is not the file that {LINEAGE_FILE} belongs to")

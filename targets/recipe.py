@@ -16,12 +16,13 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from importlib.resources import files
+from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from cosmos_export import files
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
 from cosmos_export.targets.description import PRECISIONS, Target
 
@@ -126,6 +127,10 @@ class Recipe:
 # Reading
 
 
+MAX_RECIPE_BYTES = files.MIB
+"""A recipe that is searched has a rule for each linear, 30 kB for Super."""
+
+
 def recipe_names() -> tuple[str, ...]:
     """Names of all recipes, sorted."""
     return tuple(sorted(path.name.removesuffix(".toml") for path in _folder().iterdir() if path.name.endswith(".toml")))
@@ -141,9 +146,12 @@ def load_recipe(name: str) -> Recipe:
 
 def _read_recipe(path: Path) -> Recipe:
     try:
-        return parse_recipe(path.stem, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError("CX350", f"recipe {path} cannot be read: {error}", "`cosmos-export recipes ls`") from error
+        return parse_recipe(path.stem, files.read_bytes(path, MAX_RECIPE_BYTES).decode("utf-8"))
+    except OSError as error:
+        why = files.reason(error)
+        raise UserError("CX350", f"recipe {path} cannot be read: {why}", "`cosmos-export recipes ls`") from error
+    except UnicodeDecodeError as error:
+        raise UserError("CX350", f"recipe {path} is not UTF-8 text", "`cosmos-export recipes ls`") from error
     except InternalError as error:
         raise UserError(
             error.code, error.message, "`cosmos-export recipes show fp8 --json` shows what one has"
@@ -166,8 +174,10 @@ def parse_recipe(name: str, text: str) -> Recipe:
     """A `Recipe` from TOML text. Unknown, missing and mistyped fields and contradictions are errors (CX351)."""
     try:
         data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also numbers of thousands of digits
         raise InternalError("CX351", f"recipe `{name}` is not TOML: {error}") from error
+    except RecursionError as error:
+        raise InternalError("CX351", f"recipe `{name}` is nested too deeply") from error
     known = {field.name for field in fields(Recipe)} - {"name"}
     if data.keys() != known:
         unknown, missing = sorted(data.keys() - known), sorted(known - data.keys())
@@ -175,6 +185,9 @@ def parse_recipe(name: str, text: str) -> Recipe:
     for field, kind in _FIELD_TYPES.items():
         if type(data[field]) is not kind:
             raise InternalError("CX351", f"field `{field}` of recipe `{name}` is not a {kind.__name__}")
+    for field in ("not_for", "source"):
+        if not all(isinstance(item, str) for item in data[field]):
+            raise InternalError("CX351", f"field `{field}` of recipe `{name}` is not a list of texts")
     try:
         rules = tuple(rule for item in data["rules"] for rule in _rules(item))
         check_rules(rules)
@@ -268,7 +281,7 @@ def _wrong(what: str) -> NoReturn:
 
 
 def _folder() -> Any:
-    return files("cosmos_export.targets") / "recipes"
+    return resources.files("cosmos_export.targets") / "recipes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

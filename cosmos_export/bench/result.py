@@ -7,18 +7,21 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cosmos_export import files
 from cosmos_export.bench.published import published_cells, target_of
-from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.requirements import installed_release
 from cosmos_export.targets.gpu import gpus
 
 SCHEMA = 1
+MAX_MEASUREMENT_BYTES = 16 * files.MIB
+_WRITE_ONE = "write one with `bench … -o FILE.json`"
 _PACKAGES = (
     "cosmos-export", "torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt-cu13", "tensorrt-rtx-cu13",
     "nvidia-cudnn-frontend", "diffusers",
@@ -171,27 +174,61 @@ class Ratio:
         return self.after_s / self.before_s
 
 
+_LONGEST_S, _NO_TIME = 1e9, 1e-12
+_COMPARED = ("model", "workload", "recipe", "backend", "card", "dry_run", "covers")
+
+
 def read_measurement(path: Path) -> dict[str, Any]:
     """A written measurement; UserError CX670 for a file that is none."""
-    data = read_object(path)
-    if data.get("benchmark") != "bench" or data.get("schema") != SCHEMA or not isinstance(data.get("components"), list):
-        raise UserError("CX670", f"{path} is no measurement of `bench`", "write one with `bench … -o FILE.json`")
+    try:
+        data = parse_object(files.read_bytes(path, MAX_MEASUREMENT_BYTES))
+    except OSError as error:
+        raise UserError("CX670", f"cannot read {path}: {files.reason(error)}", "is it the right path?") from error
+    except ValueError as error:
+        raise UserError("CX670", f"{path} is not JSON: {error}", _WRITE_ONE) from error
+    ours = data.get("benchmark") == "bench" and type(data.get("schema")) is int and data["schema"] == SCHEMA
+    if not ours or not isinstance(data.get("components"), list):
+        raise UserError("CX670", f"{path} is no measurement of `bench`", _WRITE_ONE)
+    for place, value in _parts(data):
+        raise UserError("CX670", f"{path} is no measurement of `bench`: {place} is {shown(value)}", _WRITE_ONE)
     return data
+
+
+def _parts(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What of ``data`` cannot be compared, by its place."""
+    for key in _COMPARED:
+        value = data.get(key)
+        words = value if isinstance(value, list) else [value]
+        if not all(word is None or isinstance(word, str | bool) for word in words):
+            yield key, value
+    names: set[str] = set()
+    for number, component in enumerate(data["components"]):
+        name, median = (component.get(key) if isinstance(component, dict) else None for key in ("name", "median_s"))
+        if not isinstance(name, str) or name in names or not _is_time(median):
+            yield f"component {number}", component
+        else:
+            names.add(name)
+    for key in ("request_s", "forward_s"):
+        if data.get(key) is not None and not _is_time(data[key]):
+            yield key, data[key]
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LONGEST_S
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Ratio], list[str]]:
     """Ratios of the request, a forward and every component both have; and what makes the two unlike."""
     unlike = [
-        f"{key}: {before.get(key)} and {after.get(key)}"
-        for key in ("model", "workload", "recipe", "backend", "card", "dry_run", "covers")
-        if before.get(key) != after.get(key)
+        f"{key}: {before.get(key)} and {after.get(key)}" for key in _COMPARED if before.get(key) != after.get(key)
     ]
     pairs: list[tuple[str, Any, Any]] = [
         (name, before.get(key), after.get(key)) for name, key in (("request", "request_s"), ("forward", "forward_s"))
     ]
     medians = [{c["name"]: c["median_s"] for c in one["components"]} for one in (before, after)]
     pairs += [(name, value, medians[1].get(name)) for name, value in medians[0].items()]
-    ratios = [Ratio(name, a, b) for name, a, b in pairs if isinstance(a, float) and isinstance(b, float) and a > 0]
+    both = [(name, a, b) for name, a, b in pairs if a is not None and b is not None and a > _NO_TIME]
+    ratios = [Ratio(name, float(a), float(b)) for name, a, b in both]
     return ratios, unlike
 
 

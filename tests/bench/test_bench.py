@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -189,6 +190,42 @@ def test_percentiles_and_sums() -> None:
     assert Component("x", (3.0,)).percentile_s(0.95) == 3.0
     cells = {(c["engine"], c["recipe"]): c["seconds"] for c in found.document()["published"]}
     assert cells["vllm-omni", "bf16"] == 58.17 and all(c["gpu"] == "h100" for c in found.document()["published"])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"components": [3]},
+        {"components": [{"name": ["a"], "median_s": 1.0}]},
+        {"components": [{"median_s": 1.0}]},
+        {"components": [{"name": "a"}]},
+        {"components": [{"name": "a", "median_s": "1"}]},
+        {"components": [{"name": "a", "median_s": -1.0}]},
+        {"components": [{"name": "a", "median_s": 10**400}]},
+        {"components": [{"name": "a", "median_s": 1.0}] * 2},
+        {"components": {}},
+        {"request_s": "1"},
+        {"forward_s": [1.0]},
+        {"model": {"a": 1}},
+        {"covers": [[]]},
+        {"schema": True},
+        {"schema": 2},
+    ],
+)
+def test_what_is_no_measurement_is_not_compared(wrong: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(measurement(1.0).document() | wrong))
+    with pytest.raises(CosmosExportError, match="is no measurement of `bench`") as caught:
+        read_measurement(path)
+    assert caught.value.code == "CX670"
+
+
+def test_a_measurement_is_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in ((tmp_path / "pipe", "a pipe"), (Path("/dev/zero"), "a device"), (tmp_path / "gone", "No such")):
+        with pytest.raises(CosmosExportError, match=why) as caught:
+            read_measurement(path)
+        assert caught.value.code == "CX670"
 
 
 def test_two_measurements_are_compared(tmp_path: Path, app: typer.Typer) -> None:
