@@ -30,7 +30,7 @@ from cosmos_export.calibration.formats import (
 from cosmos_export.calibration.table import LINEAGE_FILE, ScaleTable
 from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.checkpoint import Checkpoint, ExpectedTensor, Tower
-from cosmos_export.checkpoint.output import new_directory, require_space
+from cosmos_export.checkpoint.output import give_back, new_directory, require_space
 from cosmos_export.checkpoint.quantization import FIRST_LAST_THREE
 from cosmos_export.checkpoint.reader import WEIGHT_STEMS
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
@@ -132,6 +132,7 @@ def has_step_policy(checkpoint: Checkpoint) -> bool:
 
 def require_output(output: Path, force: bool) -> None:
     """Nothing is at ``output``, or with ``force`` nothing but a checkpoint; CX333."""
+    give_back(output)
     if not os.path.lexists(output):
         return
     if not force:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from cosmos_export import directories
 from cosmos_export.calibration.algorithms import Array, Found, Search
 from cosmos_export.calibration.layers import Hidden, LayerSource
 from cosmos_export.calibration.observers import Observation, Observer, choose_range
 from cosmos_export.calibration.watch import Seen, Watch
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.strict_json import optional_object
-from cosmos_export.diagnostics import FindingError
+from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.progress import Progress, Silent
 
 PLAN_FILE = "plan.json"
@@ -55,10 +57,17 @@ class Workspace:
     ) -> None:
         self.folder, self._require_inputs = folder, require_inputs
         self._states, self._layers = folder / "states", folder / "layers"
+        if os.path.lexists(folder) and not directories.private(folder):
+            raise UserError(
+                "CX349",
+                f"{folder} is not a directory that this user alone may write to, so nothing of it is taken over",
+                "remove it, or choose another output",
+            )
         known = optional_object(folder / PLAN_FILE) if folder.is_dir() else None
         self.resumed = known == json.loads(json.dumps(plan))
         if not self.resumed:
             shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         for path in (self._states, self._layers):
             path.mkdir(parents=True, exist_ok=True)
         if not self.resumed:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
-from cosmos_export.checkpoint.output import new_directory
+from cosmos_export.checkpoint.output import give_back, new_directory
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
 from cosmos_export.checkpoint.strict_json import read_object, shown
@@ -154,6 +154,7 @@ def write_scale_table(table: ScaleTable, directory: Path, *, force: bool = False
 
 def require_output(directory: Path, force: bool) -> None:
     """Nothing is at ``directory``, or with ``force`` nothing but a scale table; CX313."""
+    give_back(directory)
     if not os.path.lexists(directory):
         return
     if not force:

@@ -36,6 +36,16 @@ class Stamp:
         status = path.stat()
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
+    @classmethod
+    def settled(cls, path: Path) -> Stamp:
+        """The same, once it is older than the last step of the clock that file systems take their times from: a write
+        in the same step would leave it as it is."""
+        stamp = cls.of(path)
+        if abs(time.time_ns() - stamp.ctime_ns) < _TICK_NS:
+            time.sleep(_TICK_NS / 1e9)
+            stamp = cls.of(path)
+        return stamp
+
     def difference(self, later: Stamp) -> str:
         """What is different in ``later``, as a phrase; empty where nothing is."""
         if self == later:
@@ -123,15 +133,11 @@ def blamed(during: str, *inputs: Inputs) -> Iterator[None]:
 
 
 def _settled(files: Iterable[Path]) -> dict[Path, Stamp]:
-    """Stamps of the files that are there, each older than the clock's last step: a write in the same step would leave
-    the stamp as it is."""
+    """Stamps of the files that are there."""
     stamps: dict[Path, Stamp] = {}
     for path in dict.fromkeys(files):
         try:
-            stamps[path] = Stamp.of(path)
-            if abs(time.time_ns() - stamps[path].ctime_ns) < _TICK_NS:
-                time.sleep(_TICK_NS / 1e9)
-                stamps[path] = Stamp.of(path)
+            stamps[path] = Stamp.settled(path)
         except OSError:
-            stamps.pop(path, None)
+            continue
     return stamps

@@ -12,6 +12,7 @@ import importlib
 import json
 import mmap
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -56,9 +57,24 @@ def fix_addresses() -> None:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "again"])
 
 
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """End this process when the one that started it, ``parent``, is gone, also if it is gone already.
+
+    A builder reports seldom, so it would notice a broken pipe only minutes later.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the system was told
+        os._exit(1)
+
+
 def main() -> None:
     channel = Channel()
     request = json.load(sys.stdin)
+    die_with_parent(int(request["parent"]))
     try:
         trt = importlib.import_module(request["module"])
     except Exception as error:

@@ -66,11 +66,10 @@ class EngineTensor:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class EngineReport:
-    """What a build produced and what it cost."""
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What a build produced and what it cost, wherever the engine is now."""
 
-    path: Path
     size_bytes: int
     sha256: str
     compute_capability: str
@@ -95,6 +94,13 @@ class EngineReport:
     """Layers that the engine inspector lists; None where the builder has no inspector."""
     layers_in: Mapping[str, int] = field(default_factory=dict)
     """How many of them name each type of operand or kind of kernel, by token of their description."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineReport(EngineFacts):
+    """An engine in a file."""
+
+    path: Path
     reused: str = ""
     """Where it was taken from instead of being built: ``resumed``, ``cache``; its seconds and memory are of then."""
 
@@ -137,6 +143,8 @@ def run_build(
     partial = output.with_name(f".{output.name}.{secrets.token_hex(6)}.partial")
     folder = onnx_path.resolve().parent
     request = {
+        # Always as long: what the builder's process reads must not move what it allocates.
+        "parent": f"{os.getpid():010d}",
         "module": flavor.module,
         "onnx": onnx_path.name,
         "output": os.path.relpath(partial.resolve(), folder),

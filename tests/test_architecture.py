@@ -28,13 +28,13 @@ LEVELS = {
     **dict.fromkeys(["runtime", "plan", "doctor"], 3),
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
-    **dict.fromkeys(["diagnostics", "files", "progress", "requirements", "stamps", "streams"], 0),
+    **dict.fromkeys(["diagnostics", "directories", "files", "progress", "requirements", "stamps", "streams"], 0),
 }
 # Where the level alone would allow more than there should be.
 ONLY = {
     "ir": {"diagnostics"},
-    "bundle": {"diagnostics", "files", "progress", "stamps"},
-    "checkpoint": {"diagnostics", "files", "progress", "stamps"},
+    "bundle": {"diagnostics", "directories", "files", "progress", "stamps"},
+    "checkpoint": {"diagnostics", "directories", "files", "progress", "stamps"},
     "sampling": {"diagnostics"},
     "stamps": {"diagnostics"},
     "plan": {"targets", "sampling", "checkpoint", "diagnostics", "files"},

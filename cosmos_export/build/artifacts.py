@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cosmos_export.build.cache import Cache, Entry, copy_checked
+from cosmos_export import files
+from cosmos_export.build.cache import Cache, Entry, copy_checked, key_of
 from cosmos_export.build.keys import (
     Components,
     engine_components,
     external_files,
-    key_of,
     report_facts,
     report_from,
     weights_components,
 )
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
-from cosmos_export.bundle import BundleWriter, PlanCheck, WeightInput
+from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, WeightInput
+from cosmos_export.bundle.verify import hash_file
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
+from cosmos_export.stamps import Stamp
 from cosmos_export.targets.plan_inspector import PlanSummary, narrow_share
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt_common import EngineReport
@@ -206,7 +210,9 @@ def write_engine(
     key = key_of(components)
     kept = writer.kept(file, key)
     if kept is not None:
-        return report_from(path, kept.facts, "resumed")
+        resumed = report_from(path, kept.facts, "resumed", kept.size_bytes, kept.sha256)
+        if resumed is not None:
+            return resumed
     report = _copied(name, key, components, path, plan, progress) or _build(
         model, path, target=plan.target, profiles=shapes, progress=progress, **settings
     )
@@ -231,25 +237,59 @@ def _copied(
     name: str, key: str, components: Components, path: Path, plan: Plan, progress: Progress
 ) -> EngineReport | None:
     """The engine from another bundle, if one has it."""
-    cache = Cache(plan.options.cache)
-    entry = cache.find(key)
-    if entry is not None and copy_checked(entry, path, progress):
-        _log.debug("engine %s: copied from %s", name, entry.path)
-        return report_from(path, entry.facts, "cache")
-    if cache.folder is not None and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("engine %s: built: %s", name, cache.why(name, components))
+    known = Cache(plan.options.cache)
+    entry = known.find(key)
+    if entry is not None:
+        report = report_from(path, entry.facts, "cache", entry.size_bytes, entry.sha256)
+        root = Path(entry.path).parents[1]
+        if report is None:
+            _log.warning("engine %s: the entry %s is damaged", name, entry.key[:12])
+        elif not _made_from(components, root, name, _hashed):
+            _log.warning("engine %s: not copied from %s, which is not what it was built from", name, root)
+        elif copy_checked(entry, path, progress):
+            _log.debug("engine %s: copied from %s", name, entry.path)
+            return report
+    if known.folder is not None and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("engine %s: built: %s", name, known.why(name, components))
     return None
 
 
-def cache_entries(writer: BundleWriter, created: str) -> Iterator[Entry]:
-    """What the engines of a committed bundle are to later builds."""
+def cache_entries(writer: BundleWriter, manifest: Manifest, created: str) -> Iterator[Entry]:
+    """What the engines of a committed bundle are to later builds: those that were built from what is in it."""
+    digests = {writer.output / file.path: file.sha256 for file in manifest.files}
     for kept in writer.all_kept():
         if kept.name.startswith("engines/"):
             facts = {name: value for name, value in kept.facts.items() if name != "components"}
             title = Path(kept.name).name.removesuffix(".engine")
-            path = str(writer.output / kept.name)
-            components = kept.facts["components"]
-            yield Entry(kept.key, title, components, path, kept.size_bytes, kept.sha256, facts, created)
+            path = writer.output / kept.name
+            components = kept.facts.get("components")
+            if not isinstance(components, Mapping) or key_of(components) != kept.key:
+                continue
+            if digests.get(path) == kept.sha256 and _made_from(components, writer.output, title, digests.get):
+                yield Entry(kept.key, title, components, str(path), kept.size_bytes, kept.sha256, facts, created)
+
+
+def _made_from(components: Components, root: Path, name: str, digest: Callable[[Path], str | None]) -> bool:
+    """Whether the model ``name`` of the bundle at ``root``, and its weights, are what ``components`` say that an engine
+    was built from. ``digest`` knows the SHA-256 of a file."""
+    model = root / "onnx" / f"{name}.onnx"
+    if digest(model) != components.get("graph"):
+        return False
+    weights = [digest(model.with_name(file)) for file in external_files(model)]
+    return None not in weights and ",".join(map(str, weights)) == components.get("weights")
+
+
+def _hashed(path: Path) -> str | None:
+    """SHA-256 of a file of another bundle; None where it cannot be read. The engines of a bundle share weights."""
+    with suppress(OSError):
+        return _hash(path, Stamp.of(path))
+    return None
+
+
+@cache
+def _hash(path: Path, _: Stamp) -> str:
+    with files.opened(path) as file:
+        return hash_file(file.fileno())[1]
 
 
 def capability_check(name: str, summary: PlanSummary, plan: Plan) -> PlanCheck:

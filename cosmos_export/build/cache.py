@@ -12,15 +12,26 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cosmos_export import files
+from cosmos_export.bundle import strict
 from cosmos_export.progress import Progress, Silent
 
 _CHUNK_BYTES = 1 << 24
+_ENTRY_BYTES = 4 << 20
+"""No entry comes near."""
+_FILE = re.compile(r"[0-9a-f]{64}\.json")
+_PARTIAL = re.compile(r"\.[0-9a-f]{64}\.partial")
+_Digest = Annotated[str, strict.Pattern("[0-9a-f]{64}", "a SHA-256 in lowercase hexadecimal")]
+_Name = Annotated[str, strict.Pattern(r"[A-Za-z0-9][\w.+-]{0,199}", "the name of an engine")]
+_Line = Annotated[str, strict.Pattern(r"[ -~]{0,400}", "a line of plain text")]
+_Place = Annotated[str, strict.Pattern(r"/[^\x00-\x1f\x7f]{1,4095}", "the path of a file from the root")]
 VARIABLE = "COSMOS_EXPORT_CACHE"
 """Environment variable with the directory of the cache; ``off`` for none."""
 
@@ -29,16 +40,16 @@ VARIABLE = "COSMOS_EXPORT_CACHE"
 class Entry:
     """One engine: what it was made from, and where it lies."""
 
-    key: str
-    name: str
+    key: _Digest
+    name: _Name
     components: Mapping[str, str]
-    path: str
+    path: _Place
     """Of the file in its bundle."""
     size_bytes: int
-    sha256: str
+    sha256: _Digest
     facts: Mapping[str, Any]
     """Its report."""
-    created: str
+    created: _Line
 
     @property
     def present(self) -> bool:
@@ -46,6 +57,11 @@ class Entry:
         with contextlib.suppress(OSError):
             return Path(self.path).stat().st_size == self.size_bytes
         return False
+
+
+def key_of(components: Mapping[str, str]) -> str:
+    """The key of what ``components`` describe: equal keys, equal bytes."""
+    return hashlib.sha256(json.dumps(dict(components), sort_keys=True).encode()).hexdigest()
 
 
 def default_folder() -> Path | None:
@@ -79,26 +95,37 @@ class Cache:
                 known = self.find(entry.key)
                 if known is not None and known.sha256 == entry.sha256:
                     continue  # the copy may go with its bundle while the first one stays
+                text = json.dumps(asdict(entry), indent=1)
+                if _entry(entry.key, text.encode()) is None:
+                    continue  # it would never be found again: a path that is not UTF-8
                 partial = folder / f".{entry.key}.partial"
-                partial.write_text(json.dumps(asdict(entry), indent=1), encoding="utf-8")
+                partial.write_text(text, encoding="utf-8")
                 partial.replace(folder / f"{entry.key}.json")
 
     def entries(self) -> list[Entry]:
         """All, the newest first. What cannot be read is none."""
         if self.folder is None or not os.access(self.folder, os.R_OK | os.X_OK) or not self.folder.is_dir():
             return []
-        found = [entry for path in self.folder.glob("*.json") if (entry := _read(path)) is not None]
+        found = [entry for path in self._files(_FILE) if (entry := _read(path)) is not None]
         return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
 
     def prune(self, everything: bool = False) -> list[Entry]:
-        """Forget the entries whose file is gone or of another size, or all of them; returns them."""
+        """Forget the entries whose file is gone or of another size, or all of them; returns them. Files that are called
+        like entries and are none go with all of them, and nothing else of the directory does."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        with self._locked() as folder:
+        with self._locked():
             gone = [entry for entry in self.entries() if everything or not entry.present]
-            for entry in gone:
-                (folder / f"{entry.key}.json").unlink(missing_ok=True)
+            names = {f"{entry.key}.json" for entry in gone}
+            for path in (*self._files(_FILE), *self._files(_PARTIAL)):
+                if path.name in names or _PARTIAL.fullmatch(path.name) or (everything and not path.is_dir()):
+                    path.unlink(missing_ok=True)
         return gone
+
+    def _files(self, pattern: re.Pattern[str]) -> list[Path]:
+        """What is called as this cache calls its files."""
+        assert self.folder is not None
+        return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
 
     def why(self, name: str, components: Mapping[str, str]) -> str:
         """Why there is no entry for an engine of these components: what differs from the nearest of its name."""
@@ -136,13 +163,14 @@ def copy_checked(entry: Entry, target: Path, progress: Progress | None = None) -
     digest is not what it was."""
     partial = target.with_name(f".{target.name}.partial")
     task, shown, digest, done = f"copy {target.name}", progress or Silent(), hashlib.sha256(), 0
+    opening = contextlib.ExitStack()
     try:
-        source = Path(entry.path).open("rb", buffering=0)  # noqa: SIM115 - closed below; only this may fail quietly
-    except OSError:
+        source = opening.enter_context(files.opened(Path(entry.path)))
+    except OSError:  # only this may fail quietly
         return False
     shown.begin(task, entry.size_bytes)
     try:
-        with source, partial.open("wb", buffering=0) as file:
+        with opening, partial.open("wb", buffering=0) as file:
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 done += len(chunk)
@@ -165,6 +193,15 @@ def copy_checked(entry: Entry, target: Path, progress: Progress | None = None) -
 
 
 def _read(path: Path) -> Entry | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Entry(**json.loads(path.read_text(encoding="utf-8")))
+    """The entry in the file ``path``; None where there is none, or one under another name."""
+    with contextlib.suppress(OSError):
+        return _entry(path.stem, files.read_bytes(path, _ENTRY_BYTES))
+    return None
+
+
+def _entry(key: str, data: bytes) -> Entry | None:
+    """The entry under ``key``, if ``data`` is one: of these components, by the key that they have."""
+    with contextlib.suppress(strict.StrictError):
+        entry = strict.decode(Entry, strict.parse_object(data))
+        return entry if entry.key == key == key_of(entry.components) else None
     return None

@@ -18,20 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import cosmos_export
+from cosmos_export.bundle import strict
 from cosmos_export.ir.spec import WeightBinding, WeightSource
 from cosmos_export.kernels.description import NAMESPACE
 from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target, trt_common
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt_common import EngineReport, EngineTensor
+from cosmos_export.targets.trt_common import EngineFacts, EngineReport
 from cosmos_export.targets.weights import Stored
 
 Components = Mapping[str, str]
 """What a key is made of: name → value, or digest of it."""
-
-
-def key_of(components: Components) -> str:
-    return _digest(dict(components))
 
 
 def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
@@ -119,13 +116,18 @@ def report_facts(report: EngineReport) -> dict[str, Any]:
     return facts
 
 
-def report_from(path: Path, facts: Mapping[str, Any], reused: str) -> EngineReport:
-    """The report of the engine that lies at ``path`` now, taken over from ``reused``."""
-    names = [field.name for field in fields(EngineReport) if field.name not in ("path", "reused")]
-    values = {name: facts[name] for name in names}
-    for name in ("inputs", "outputs"):
-        values[name] = tuple(EngineTensor(t["name"], t["dtype"], tuple(t["shape"])) for t in facts[name])
-    values["warnings"] = tuple(facts["warnings"])
+def report_from(path: Path, facts: Mapping[str, Any], reused: str, size_bytes: int, sha256: str) -> EngineReport | None:
+    """The report of the engine that is at ``path`` now, taken over from ``reused``; None where ``facts`` is not one, or
+    not of that file."""
+    names = {field.name for field in fields(EngineFacts)}
+    plain = json.loads(json.dumps({name: value for name, value in facts.items() if name in names}))
+    try:
+        found = strict.decode(EngineFacts, plain)
+    except strict.StrictError:
+        return None
+    if (found.size_bytes, found.sha256) != (size_bytes, sha256):
+        return None
+    values = {name: getattr(found, name) for name in names}
     return EngineReport(path=path, reused=reused, **values)
 
 

@@ -257,7 +257,7 @@ def _build(
     record = manifest(result, program, closed, hashed, created)
     with stages("commit", shown=False):
         result.manifest = writer.commit(record)
-    Cache(plan.options.cache).add(cache_entries(writer, created))
+    Cache(plan.options.cache).add(cache_entries(writer, result.manifest, created))
 
 
 def _mismatches(plan: Plan) -> list[str]:

@@ -2,7 +2,8 @@
 
 `decode` is for documents written by strangers. It accepts exactly one form: every field present, no other field, no
 duplicate key, no coercion between types, no number that is not finite. Every failure is a `StrictError` that names the
-place, and nothing else is ever raised. `encode` writes the one canonical form; `json_schema` describes it.
+place, and nothing else is ever raised. A field of type ``Any`` takes anything.
+`encode` writes the one canonical form; `json_schema` describes it.
 Knows nothing of bundles.
 """
 
@@ -126,6 +127,8 @@ def json_schema(cls: type, title: str) -> dict[str, Any]:
 
 def _decode(hint: Any, value: object, where: str) -> object:
     origin = get_origin(hint)
+    if hint is Any:
+        return value
     if dataclasses.is_dataclass(hint):
         return _decode_fields(typing.cast(type, hint), value, where)
     if origin is Annotated:

@@ -10,9 +10,9 @@ that resumes takes the hidden directory over, with its kept files and nothing el
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cosmos_export import directories, files
 from cosmos_export.bundle import strict
 from cosmos_export.bundle.manifest import (
     MANIFEST_NAME,
@@ -36,9 +37,14 @@ from cosmos_export.bundle.strict import StrictError
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.stamps import Stamp
 
 _STATE = ".state"
 """Folder of the records of kept files, in the staging directory only: no path of a bundle begins with a dot."""
+_STAGED, _SET_ASIDE = "partial", "state"
+_RECORD_BYTES = 1 << 20
+"""No record of a kept file comes near."""
+_log = logging.getLogger("cosmos_export")
 # What the file system takes besides the files themselves: the manifest, directories, rounding to blocks.
 _SPARE_BYTES = 64 * 1024 * 1024
 
@@ -87,11 +93,14 @@ class BundleWriter:
         self._resume = resume
         self._require_inputs = require_inputs
         self._kept: dict[str, Kept] = {}
+        self._stamps: dict[str, Stamp] = {}
+        """What the kept files were when their digests were made, in this process."""
         self.resumed = 0
         self.left: Path | None = None
         """Where the kept files of a block that was interrupted are."""
 
     def __enter__(self) -> Self:
+        directories.restore(self.output)
         self._check_output()
         self._check_parent()
         if self._resume:
@@ -128,22 +137,23 @@ class BundleWriter:
         """Record that the file ``name`` is complete, made from what ``key`` stands for, and has the digest ``sha256``.
 
         It and its record are on the disk when this returns. The file must not be written to any more: `commit` takes
-        the digest from here.
+        the digest from here. CX710 where a file that was kept before has changed: this one may be made from it.
         """
         path = self._open_staging() / name
         self._require_inputs()
+        self._require_kept()
         with _file_system_errors(self.output):
-            _sync(path, os.O_RDONLY)
-            status = path.stat()
-            kept = Kept(name, key, status.st_size, status.st_mtime_ns, sha256, dict(facts or {}))
+            directories.sync(path)
+            stamp = Stamp.settled(path)
+            kept = Kept(name, key, stamp.size_bytes, stamp.mtime_ns, sha256, dict(facts or {}))
             record = self._record_path(name)
             record.parent.mkdir(exist_ok=True)
             partial = record.with_suffix(".partial")
             partial.write_text(json.dumps(asdict(kept)), encoding="utf-8")
-            _sync(partial, os.O_RDONLY)
+            directories.sync(partial)
             partial.replace(record)
-            _sync_directory(record.parent)
-        self._kept[name] = kept
+            directories.sync_directory(record.parent)
+        self._kept[name], self._stamps[name] = kept, stamp
 
     def kept(self, name: str, key: str) -> Kept | None:
         """The complete file ``name``, if it was kept under ``key``; one kept under another key is removed."""
@@ -160,9 +170,11 @@ class BundleWriter:
         return tuple(self._kept[name] for name in sorted(self._kept))
 
     def digest(self, name: str) -> str | None:
-        """SHA-256 of the file ``name``, where it was kept."""
-        found = self._kept.get(name)
-        return None if found is None else found.sha256
+        """SHA-256 of the file ``name``, where it was kept; CX710 where its bytes may be others now."""
+        if name not in self._kept:
+            return None
+        self._require_kept(name)
+        return self._kept[name].sha256
 
     def commit(self, manifest: Manifest) -> Manifest:
         """Complete ``manifest`` with the files written, write it, and put the bundle in place."""
@@ -173,8 +185,10 @@ class BundleWriter:
         with _file_system_errors(self.output):
             target = staging / MANIFEST_NAME
             target.write_bytes(data)
-            _sync_tree(staging)
+            directories.sync_tree(staging)
             self._require_inputs()
+            self._require_kept()
+            directories.open_up(staging)
             self._swap_without_state(staging)
         self._staging = None
         self._unlock()
@@ -225,28 +239,15 @@ class BundleWriter:
 
     def _remove_leftovers(self) -> None:
         """Remove what builds of this output left that died: their lock is free. A live build keeps its own."""
-        prefixes = (f".{self.output.name}.partial-", f".{self.output.name}.replaced-")
-        for entry in self.output.parent.iterdir():
-            # A replaced bundle is the only one there is if the build died between the two renames: keep it then.
-            stale = entry.name.startswith((prefixes[0], f".{self.output.name}.state-")) or (
-                entry.name.startswith(prefixes[1]) and os.path.lexists(self.output)
-            )
-            if not stale or entry.is_symlink() or not entry.is_dir():
-                continue
-            with contextlib.suppress(OSError):  # somebody has the lock, or there are no locks here: leave it
-                lock = _lock(entry)
-                shutil.rmtree(entry, ignore_errors=True)
-                os.close(lock)
+        directories.remove_dead(self.output, _STAGED, _SET_ASIDE, directories.REPLACED)
 
     def _check_alone(self) -> None:
         """Nobody else makes this output: the later of two would find it there at its end. `--force` replaces it."""
         if self._force or self._staging is not None:
             return
-        for entry in self.output.parent.glob(f"{_escaped(f'.{self.output.name}.partial-')}*"):
-            if entry.is_symlink() or not entry.is_dir():
-                continue
+        for entry in directories.siblings(self.output, _STAGED):
             try:
-                os.close(_lock(entry))
+                os.close(directories.lock(entry))
             except BlockingIOError:
                 hint = "wait for it, choose another output, or pass `--force` to replace what it makes"
                 raise UserError("CX708", f"another build of {self.output} is running", hint) from None
@@ -254,13 +255,19 @@ class BundleWriter:
                 continue  # gone, or there are no locks here
 
     def _adopt(self) -> None:
-        """Take over what an interrupted writer of this output left; of several, the one with the most in kept files."""
+        """Take over what an interrupted writer of this output left; of several, the one with the most in kept files.
+
+        Only from a directory of this user that nobody else may write to, and only files whose bytes still have the
+        digest that was recorded.
+        """
         best: tuple[tuple[int, int], Path, int] | None = None
-        for entry in sorted(self.output.parent.glob(f"{_escaped(f'.{self.output.name}.partial-')}*")):
-            if entry.is_symlink() or not entry.is_dir():
+        for entry in directories.siblings(self.output, _STAGED):
+            if not directories.private(entry):
+                _log.warning("%s is not taken over: others may write to it", entry)
                 continue
             with contextlib.suppress(OSError):  # a living build has the lock
-                lock = _lock(entry)
+                lock = directories.lock(entry)
+                self._take_back_state(entry)
                 kept = _read_kept(entry)
                 worth = (sum(one.size_bytes for one in kept), len(kept))
                 if kept and (best is None or worth > best[0]):
@@ -272,12 +279,58 @@ class BundleWriter:
         if best is None:
             return
         _, self._staging, self._lock = best
-        self._kept = {kept.name: kept for kept in _read_kept(self._staging)}
+        self._staging.chmod(0o700)
+        self._hash_again(self._staging, _read_kept(self._staging))
         self.resumed = len(self._kept)
         # What is not known to be complete is made again.
         for name, _ in list(_regular_files(self._staging)):
             if name not in self._kept:
                 (self._staging / name).unlink()
+
+    def _hash_again(self, staging: Path, found: list[Kept]) -> None:
+        """Take the files of which the bytes are what was recorded."""
+        self._progress.begin("hash finished files", sum(kept.size_bytes for kept in found))
+        done = 0
+        for kept in found:
+            path = staging / kept.name
+            try:
+                stamp = Stamp.settled(path)
+                with files.opened(path) as file:
+                    size, digest = hash_file(file.fileno(), partial(self._hashed, "hash finished files", done))
+            except OSError:
+                continue
+            done += kept.size_bytes
+            if (size, digest) == (kept.size_bytes, kept.sha256):
+                self._kept[kept.name], self._stamps[kept.name] = kept, stamp
+            else:
+                _log.warning("%s is made again: its bytes are not those that were finished", path)
+        self._progress.end("hash finished files")
+
+    def _require_kept(self, *names: str) -> None:
+        """CX710 where a kept file is not what it was when its digest was made; of all where none is named."""
+        for name in names or tuple(self._kept):
+            path = self._open_staging() / name
+            try:
+                changed = self._stamps[name].difference(Stamp.of(path))
+            except OSError as error:
+                changed = f"it cannot be read any more: {error.strerror or error}"
+            if changed:
+                raise ToolError(
+                    "CX710",
+                    f"{path} was finished and has changed since: {changed}",
+                    "something else writes to it: end that, then run the same command with `--resume`",
+                )
+
+    def _take_back_state(self, staging: Path) -> None:
+        """The records of ``staging``, where its writer died between setting them aside and giving it its name."""
+        aside = self._aside(staging)
+        if aside.is_dir() and not aside.is_symlink() and not (staging / _STATE).exists():
+            aside.rename(staging / _STATE)
+
+    def _aside(self, staging: Path) -> Path:
+        """Where the records of ``staging`` are while it gets its name."""
+        suffix = staging.name.removeprefix(f".{self.output.name}.{_STAGED}-")
+        return staging.with_name(f".{self.output.name}.{_SET_ASIDE}-{suffix}")
 
     def _record_path(self, name: str) -> Path:
         return self._open_staging() / _STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
@@ -287,10 +340,10 @@ class BundleWriter:
             return
         with _file_system_errors(self.output):
             while self._staging is None:
-                staging = _sibling(self.output, "partial")
-                staging.mkdir()
+                staging = _sibling(self.output, _STAGED)
+                staging.mkdir(0o700)
                 try:
-                    self._lock = _lock(staging)
+                    self._lock = directories.lock(staging)
                 except (BlockingIOError, FileNotFoundError):
                     continue  # another build has just taken it for a leftover
                 except OSError:
@@ -306,7 +359,8 @@ class BundleWriter:
             raise InternalError("CX706", f"files without a role in the bundle: {', '.join(unknown[:5])}")
         if missing:
             raise InternalError("CX706", f"files never written: {', '.join(missing[:5])}")
-        known = {name: kept for name, kept in self._kept.items() if name in found and _unchanged(staging / name, kept)}
+        self._require_kept()
+        known = self._kept
         self._progress.begin("hash", sum(size for name, size in found.items() if name not in known))
         done = 0
         for name in sorted(found):
@@ -314,13 +368,13 @@ class BundleWriter:
                 yield FileRecord(name, known[name].size_bytes, known[name].sha256, self._roles[name])
                 continue
             with _file_system_errors(self.output), (staging / name).open("rb", buffering=0) as file:
-                size, digest = hash_file(file.fileno(), partial(self._hashed, done))
+                size, digest = hash_file(file.fileno(), partial(self._hashed, "hash", done))
             done += size
             yield FileRecord(path=name, size_bytes=size, sha256=digest, role=self._roles[name])
         self._progress.end("hash")
 
-    def _hashed(self, before: int, read: int) -> None:
-        self._progress.update("hash", before + read)
+    def _hashed(self, task: str, before: int, read: int) -> None:
+        self._progress.update(task, before + read)
 
     def _drop_unasked(self, staging: Path) -> None:
         """Remove what was taken over and nobody asked for: an engine of other cuts, or of what is left out now."""
@@ -336,10 +390,11 @@ class BundleWriter:
 
     def _swap_without_state(self, staging: Path) -> None:
         """Put ``staging`` in place; its records of kept files are there again where that fails."""
-        state, aside = staging / _STATE, _sibling(self.output, "state")
+        state, aside = staging / _STATE, self._aside(staging)
         if not state.is_dir():
             self._swap(staging)
             return
+        shutil.rmtree(aside, ignore_errors=True)
         state.rename(aside)
         try:
             self._swap(staging)
@@ -350,18 +405,8 @@ class BundleWriter:
 
     def _swap(self, staging: Path) -> None:
         """Rename ``staging`` to the output. With --force the bundle of before goes only when the new one is there."""
-        previous: Path | None = None
         self._check_output()  # once more: the build took its time, and something may have appeared
-        if os.path.lexists(self.output):
-            previous = _sibling(self.output, "replaced")
-            self.output.rename(previous)
-        try:
-            staging.rename(self.output)
-        except OSError:
-            if previous is not None:
-                previous.rename(self.output)
-            raise
-        _sync_directory(self.output.parent)
+        previous = directories.take_place(staging, self.output)
         if previous is not None:
             shutil.rmtree(previous, ignore_errors=True)
 
@@ -382,17 +427,17 @@ def replace_manifest(root: Path, manifest: Manifest) -> None:
     partial = _sibling(root / MANIFEST_NAME, "partial")
     with _file_system_errors(root):
         partial.write_bytes(data)
-        _sync_tree(root)
+        directories.sync_tree(root)
         partial.replace(root / MANIFEST_NAME)
-        _sync_directory(root)
+        directories.sync_directory(root)
 
 
 def _read_kept(staging: Path) -> list[Kept]:
     """Records of files that are still as they were when they were kept. One that cannot be read counts for none."""
     found = []
     for record in sorted((staging / _STATE).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, TypeError, StrictError):
-            kept = Kept(**json.loads(record.read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, StrictError):
+            kept = strict.decode(Kept, strict.parse_object(files.read_bytes(record, _RECORD_BYTES)))
             check_path(kept.name, "path")
             if _unchanged(staging / kept.name, kept):
                 found.append(kept)
@@ -402,13 +447,12 @@ def _read_kept(staging: Path) -> list[Kept]:
 def _unchanged(path: Path, kept: Kept) -> bool:
     with contextlib.suppress(OSError):
         status = path.lstat()
-        return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (kept.size_bytes, kept.mtime_ns)
+        return (
+            stat.S_ISREG(status.st_mode)
+            and status.st_uid == os.geteuid()
+            and (status.st_size, status.st_mtime_ns) == (kept.size_bytes, kept.mtime_ns)
+        )
     return False
-
-
-def _escaped(text: str) -> str:
-    """``text`` as a pattern that matches itself alone."""
-    return "".join(f"[{character}]" if character in "*?[" else character for character in text)
 
 
 def _checked(manifest: Manifest) -> bytes:
@@ -427,10 +471,10 @@ def _checked(manifest: Manifest) -> bytes:
 
 def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
     """Names (relative to ``root``) and sizes of all files; anything else but directories is refused."""
-    for directory, subdirectories, files in os.walk(root):
+    for directory, subdirectories, plain in os.walk(root):
         if Path(directory) == root and _STATE in subdirectories:
             subdirectories.remove(_STATE)
-        for name in (*subdirectories, *files):
+        for name in (*subdirectories, *plain):
             path = Path(directory, name)
             status = path.lstat()
             if stat.S_ISDIR(status.st_mode):
@@ -442,44 +486,11 @@ def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
 
 
 def _sibling(output: Path, what: str) -> Path:
-    """A free hidden name beside ``output``: process ids come round again, so the number may not be the first."""
-    for attempt in range(1000):
-        suffix = f"-{attempt}" if attempt else ""
-        candidate = output.with_name(f".{output.name}.{what}-{os.getpid()}{suffix}")
-        if not os.path.lexists(candidate):
-            return candidate
-    raise ToolError("CX707", f"too many unfinished builds beside {output}", f"remove .{output.name}.{what}-* there")
-
-
-def _lock(directory: Path) -> int:
-    """A descriptor that holds the lock of ``directory`` until closed. `BlockingIOError` where it is taken."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _sync_tree(root: Path) -> None:
-    """Files first, then directories from the leaves up: after this the bundle survives a power cut."""
-    for directory, _, files in os.walk(root, topdown=False):
-        for name in files:
-            _sync(Path(directory, name), os.O_RDONLY)
-        _sync_directory(Path(directory))
-
-
-def _sync_directory(path: Path) -> None:
-    _sync(path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """A free hidden name beside ``output``; CX707 where there is none."""
+    found = directories.sibling(output, what)
+    if found is None:
+        raise ToolError("CX707", f"too many unfinished builds beside {output}", f"remove .{output.name}.{what}-* there")
+    return found
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from cosmos_export.checkpoint import demo_components as components
 from cosmos_export.checkpoint import random_weights
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
-from cosmos_export.checkpoint.output import new_directory, require_space
+from cosmos_export.checkpoint.output import give_back, new_directory, require_space
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
 from cosmos_export.diagnostics import UnsupportedError, UserError
@@ -220,6 +220,7 @@ def _root_index(
 
 
 def _check_output(output: Path, force: bool) -> None:
+    give_back(output)
     if not output.exists() and not output.is_symlink():
         return
     if not force:

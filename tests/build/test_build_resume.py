@@ -204,6 +204,36 @@ def test_an_engine_that_was_changed_is_not_copied(checkpoint: Path, whole: tuple
     assert contents(tmp_path / "second") == contents(whole[0])
 
 
+def flipped(path: Path) -> None:
+    """Another bit, and the size and time of before."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_an_engine_of_damaged_weights_is_neither_built_nor_recorded(
+    checkpoint: Path, whole: tuple[Path, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kept file that is damaged before the build goes on, then one that is damaged in a finished bundle."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    cache = Cache(tmp_path / "cache")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(artifacts, "_build", interrupted)
+        build(options(checkpoint, tmp_path / "first", cache=cache.folder))
+    (weights,) = tmp_path.glob(".first.partial-*/onnx/generator.weights")
+    flipped(weights)
+    build(options(checkpoint, tmp_path / "first", cache=cache.folder, resume=True))
+    assert contents(tmp_path / "first") == contents(whole[0]) and verify_bundle(tmp_path / "first").ok
+    flipped(tmp_path / "first/onnx/generator.weights")
+    second = build(options(checkpoint, tmp_path / "second", cache=cache.folder))
+    assert {engine.graph: engine.report.reused for engine in second.engines}["generator"] == ""
+    assert contents(tmp_path / "second") == contents(whole[0])
+
+
 def test_what_is_gone_is_pruned_and_why_says_so(checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -142,7 +142,105 @@ def test_a_kept_file_that_has_changed_is_not_taken(tmp_path: Path, how: str) -> 
         assert writer.resumed == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "../../etc/passwd"}', "null", "{}"])
+def flipped(path: Path) -> None:
+    """Another byte, and the size and time of before."""
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_kept_file_is_hashed_again(tmp_path: Path) -> None:
+    whole = bundle_samples.write(tmp_path / "whole")
+    interrupt(tmp_path / "x", KeyboardInterrupt(), count=3)
+    (staging,) = tmp_path.glob(".x.partial-*")
+    flipped(staging / "engines/generator.plan")
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 2 and writer.digest("engines/generator.plan") is None
+        for name in NAMES:
+            write(writer, name, f"key of {name}")
+        assert writer.commit(bundle_samples.manifest()).files == whole.files
+    assert verify_bundle(tmp_path / "x").ok
+
+
+@pytest.mark.parametrize("then", ["keep", "digest", "commit"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["first", "resumed"])
+def test_a_kept_file_that_changes_during_the_build_ends_it(tmp_path: Path, then: str, resumed: bool) -> None:
+    """What is made from it is not kept, and nothing is put in place."""
+    if resumed:
+        interrupt(tmp_path / "x", KeyboardInterrupt())
+    with pytest.raises(ToolError, match=r"CX710: .*generator\.plan was finished and has changed since"):  # noqa: SIM117
+        with BundleWriter(tmp_path / "x", resume=resumed) as writer:
+            for name in NAMES if then == "commit" else NAMES[:2]:
+                write(writer, name, f"key of {name}")
+            flipped(writer.path("engines/generator.plan", "engine"))
+            if then == "keep":
+                write(writer, "tokenizer/tokenizer.json", "key")
+            elif then == "digest":
+                writer.digest("engines/generator.plan")
+            else:
+                writer.commit(bundle_samples.manifest())
+    assert not (tmp_path / "x").exists()
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.kept("engines/generator.plan", "key of engines/generator.plan") is None
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_directory_that_others_may_write_to_is_not_taken_over(
+    tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (staging,) = tmp_path.glob(".x.partial-*")
+    staging.chmod(mode)
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+
+
+def test_nothing_of_another_user_is_taken_over_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+    assert len(list(tmp_path.glob(".x.partial-*"))) >= 1
+
+
+def test_what_is_staged_is_private_and_what_is_finished_is_as_any_directory(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with BundleWriter(tmp_path / "x") as writer:
+            for name in NAMES:
+                write(writer, name, "key")
+            (staging,) = tmp_path.glob(".x.partial-*")
+            assert staging.stat().st_mode & 0o777 == 0o700
+            writer.commit(bundle_samples.manifest())
+        assert (tmp_path / "x").stat().st_mode & 0o777 == 0o775
+    finally:
+        os.umask(before)
+
+
+RECORDS = ["", "{", "[]", '{"name": "../../etc/passwd"}', "null", "{}", "[" * 100_000, '{"a":' * 100_000]
+
+
+@pytest.mark.parametrize("change", [{"key": 1}, {"sha256": ["a"]}, {"name": "a\\ud800"}, {"size_bytes": "1"},
+                                    {"size_bytes": True}, {"facts": []}, {"mtime_ns": 1e30}, {"more": 1}])  # fmt: skip
+def test_a_record_with_a_wrong_value_counts_for_none(tmp_path: Path, change: dict[str, object]) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (record,) = tmp_path.glob(".x.partial-*/.state/*.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | change).replace("\\\\ud800", "\\ud800"))
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+
+
+def test_a_record_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt())
+    (record,) = tmp_path.glob(".x.partial-*/.state/*.json")
+    record.unlink()
+    os.mkfifo(record)
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        assert writer.resumed == 0
+
+
+@pytest.mark.parametrize("text", RECORDS, ids=lambda text: text[:20])
 def test_a_record_that_cannot_be_read_counts_for_none(tmp_path: Path, text: str) -> None:
     interrupt(tmp_path / "x", KeyboardInterrupt())
     (record,) = tmp_path.glob(".x.partial-*/.state/*.json")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bundle_samples
 import pytest
 
+from cosmos_export import directories
 from cosmos_export.bundle import BundleWriter, read_bundle, verify_bundle
 from cosmos_export.bundle import writer as writers
 from cosmos_export.diagnostics import CosmosExportError, InternalError, ToolError, UserError
@@ -102,14 +108,14 @@ def test_leaving_without_commit_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("failing", ["_sync_tree", "_sync_directory"])
+@pytest.mark.parametrize("failing", ["sync_tree", "sync_directory"])
 def test_a_failing_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
     old = bundle_samples.write(tmp_path / "x")
 
     def fail(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(writers, failing, fail)
+    monkeypatch.setattr(directories, failing, fail)
     with pytest.raises(ToolError, match=r"CX707.*Input/output error"):
         bundle_samples.write(tmp_path / "x", force=True)
     assert read_bundle(tmp_path / "x") == old
@@ -125,6 +131,7 @@ def test_a_failing_rename_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_for_staging)
+    monkeypatch.setattr(directories, "exchange", lambda first, second: False)
     with pytest.raises(ToolError, match="CX707"):
         bundle_samples.write(tmp_path / "x", force=True)
     assert read_bundle(tmp_path / "x") == old
@@ -300,11 +307,69 @@ def test_a_second_build_of_one_output_says_so_before_any_work(tmp_path: Path, re
 def test_a_bundle_moved_aside_by_a_build_that_died_is_kept_while_it_is_the_only_one(tmp_path: Path) -> None:
     bundle_samples.write(tmp_path / "x")
     (tmp_path / "x").rename(tmp_path / ".x.replaced-1")
-    with BundleWriter(tmp_path / "x"):
-        assert ".x.replaced-1" in names(tmp_path)
-    bundle_samples.write(tmp_path / "x")
+    with pytest.raises(UserError, match="CX701"), BundleWriter(tmp_path / "x"):
+        pass
+    assert names(tmp_path) == ["x"] and verify_bundle(tmp_path / "x").ok
+    (tmp_path / ".x.replaced-2").mkdir()
     with BundleWriter(tmp_path / "x", force=True):
-        assert ".x.replaced-1" not in names(tmp_path)
+        assert ".x.replaced-2" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["no records", "records"])
+@pytest.mark.parametrize("exchanges", [False, True], ids=["two renames", "exchange"])
+def test_a_kill_at_any_moment_of_the_replacement_loses_neither(tmp_path: Path, exchanges: bool, kept: bool) -> None:
+    """Before and after every rename: the next writer finds a whole bundle, the old one or the new."""
+    for moment in range(9):
+        folder = tmp_path / str(moment)
+        bundle_samples.write(folder / "x", build_seconds=1.0)
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _replace_until(folder / "x", moment, exchanges, kept)
+            os._exit(1)
+        killed = os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 9
+        assert killed == (moment < (2 if exchanges else 3) + (3 if kept else 0)), moment
+        with BundleWriter(folder / "x", force=True, resume=True) as again:
+            seconds = read_bundle(folder / "x").volatile.build_seconds
+            if kept and seconds == 1.0:
+                assert again.resumed == len(bundle_samples.FILES), moment
+        with BundleWriter(folder / "x", force=True):
+            pass
+        assert names(folder) == ["x"], moment
+        assert seconds == 1.0 if moment == 0 else seconds in (1.0, 2.0)
+        if not killed:
+            assert seconds == 2.0
+            return
+    raise AssertionError("it was always killed")
+
+
+def _replace_until(output: Path, moment: int, exchanges: bool, kept: bool) -> None:
+    """Replace the bundle, and die before the rename or removal number ``moment`` of the commit."""
+    left = moment
+
+    def step(do: Callable[..., Any]) -> Callable[..., Any]:
+        def stepping(*given: Any, **options: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                os._exit(9)
+            left -= 1
+            return do(*given, **options)
+
+        return stepping
+
+    writer = BundleWriter(output, force=True).__enter__()
+    for name, (role, content) in bundle_samples.FILES.items():
+        writer.path(name, role).write_bytes(content)
+        if kept:
+            writer.keep(name, "key", hashlib.sha256(content).hexdigest())
+    exchange = directories.exchange
+    if exchanges:
+        directories.exchange = step(exchange)  # type: ignore[assignment]
+    else:
+        directories.exchange = lambda first, second: False  # type: ignore[assignment]
+    Path.rename = step(Path.rename)  # type: ignore[method-assign]
+    writers.shutil.rmtree = step(shutil.rmtree)  # type: ignore[assignment]
+    writer.commit(bundle_samples.manifest(build_seconds=2.0))
 
 
 def test_leftovers_of_other_names_are_left_alone(tmp_path: Path) -> None:

@@ -320,6 +320,19 @@ def test_other_data_starts_anew(checkpoint: Path, tmp_path: Path, data: Path) ->
     assert not (folder / "layers" / "00000.safetensors").exists()
 
 
+@pytest.mark.parametrize("how", ["others may write", "a link"])
+def test_a_workspace_that_is_not_this_users_alone_is_not_taken_over(tmp_path: Path, how: str) -> None:
+    folder, plan = tmp_path / ".scales.calibrating", {"seed": 0}
+    Workspace(folder, plan)
+    assert folder.stat().st_mode & 0o777 == 0o700 and Workspace(folder, plan).resumed
+    if how == "a link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.chmod(0o777)
+    refused("CX349", lambda: Workspace(folder, plan))
+
+
 @pytest.mark.parametrize("changed", ["weights", "an encoder", "data"])
 def test_inputs_that_change_while_they_are_read(
     checkpoint: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, changed: str
