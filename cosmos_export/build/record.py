@@ -197,4 +197,4 @@ def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         for e in result.engines
     ]
     lost = () if result.losses is None else loss_verdicts(result.losses)
-    return (*measured, *lost, *missing, *engines)
+    return (*measured, *result.verdicts, *lost, *missing, *engines)

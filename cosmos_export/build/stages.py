@@ -49,13 +49,14 @@ from cosmos_export.build.precision import activation_ranges, assign, insert, lay
 from cosmos_export.build.record import manifest
 from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.schedule import schedule_table, timesteps
-from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord, WeightInput
+from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, PromptRecord, Verdict, WeightInput
 from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
+from cosmos_export.evaluation.forms import FormsComparison, compare_forms, load_form
 from cosmos_export.evaluation.parity import Measured, Parity
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, product
@@ -101,6 +102,8 @@ class BuildResult:
     """Why the transformer was not compared with diffusers'; empty where it was."""
     codec_parity_notes: dict[str, str] = field(default_factory=dict)
     """The same of the codecs that were not, by name."""
+    verdicts: list[Verdict] = field(default_factory=list)
+    """Of checks that have no number."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the result should know and would not expect."""
     engines: list[Engine] = field(default_factory=list)
@@ -209,6 +212,8 @@ def _build(
     if plugins is not None:
         with stages("kernels"):
             write_plugins(plugins, plan, writer)
+    with stages("models of engines"):
+        result.verdicts += _compare_forms(program, variants, closed, engines.inputs_of, result, writer)
     if parity is not None:
         with stages("parity", "of what is lowered"):
             dtype = model_dtype(program)
@@ -380,6 +385,53 @@ def _compare_codecs(result: BuildResult, writer: BundleWriter, stages: _Stages) 
             component = plan.checkpoint.components[CODECS[codec.name].folder]
             folder = writer.path(f"onnx/{codec.graphs[0]}{codec.suffix}", "onnx").parent
             result.parity.append(codec_parity(codec.name, codec.program, component, folder, codec.suffix))
+
+
+def _compare_forms(
+    program: Program,
+    variants: Mapping[str, Program],
+    closed: Mapping[str, Program],
+    inputs_of: _WeightInputs,
+    result: BuildResult,
+    writer: BundleWriter,
+) -> Iterator[Verdict]:
+    """Every model that an engine is built from against its form that runs on a CPU; CX620 where they differ."""
+
+    def lowered() -> Iterator[tuple[str, Graph, tuple[WeightInput, ...]]]:
+        for name in program.graphs:
+            for one in _sharing(name, program, variants):
+                pieces = result.pieces[one]
+                for graph in pieces:
+                    yield graph.name if len(pieces) > 1 else one, graph, inputs_of(graph, name)
+        for name, segment in closed.items():
+            body = segment.graphs[segment.loop.body]
+            yield name, body, inputs_of(body, program.loop.body)
+        for codec in result.codecs:
+            yield from ((name, graph, ()) for name, graph in codec.program.graphs.items())
+
+    for name, graph, weights in lowered():
+        engine, run = (writer.staged(f"onnx/{name}{suffix}") for suffix in (".onnx", ".cpu.onnx"))
+        if engine is not None and run is not None:  # a graph with one model runs what its engine is built from
+            yield _forms_verdict(name, compare_forms(graph, load_form(engine), load_form(run), weights))
+
+
+def _forms_verdict(name: str, found: FormsComparison) -> Verdict:
+    if found.differences:
+        raise FindingError(
+            "CX620",
+            f"onnx/{name}.onnx, which engines are built from, is not the model that was run: "
+            + "; ".join(found.differences[:_NAMED]),
+            "this is a bug of the compiler: please report it with `build --until PASS --dump DIR`",
+        )
+    note = f"{found.same} operations alike, {found.evaluated} written otherwise and evaluated in both forms"
+    if found.unknown:
+        note += f"; no evaluator here has {', '.join(found.unknown)}"
+    metric = "operations, constants and places of weights, up to type"
+    return Verdict("model of the engine", name, metric, None, "not-measured" if found.unknown else "pass", note)
+
+
+_NAMED = 3
+"""Differences that a message names."""
 
 
 class _TowerEngines:

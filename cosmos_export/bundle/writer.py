@@ -133,6 +133,11 @@ class BundleWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
+    def staged(self, name: str) -> Path | None:
+        """The file that will be ``name`` in the bundle, where it has been written."""
+        path = self._open_staging() / name
+        return path if name in self._roles and path.is_file() else None
+
     def keep(self, name: str, key: str, sha256: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record that the file ``name`` is complete, made from what ``key`` stands for, and has the digest ``sha256``.
 
