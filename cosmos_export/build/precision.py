@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from cosmos_export.build.options import Plan
-from cosmos_export.calibration.table import SCALES_FILE
+from cosmos_export.calibration.table import SCALES_FILE, read_scale_table
 from cosmos_export.checkpoint import Checkpoint, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import InternalError
-from cosmos_export.evaluation.gates import misplaced_towers
+from cosmos_export.evaluation.gates import misplaced_towers, wrong_scales
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
@@ -32,6 +32,7 @@ from cosmos_export.passes.quantize_prefix import QuantizePrefix
 from cosmos_export.targets.onnx_lowering import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
+_INPUT = ".input_amax"
 _ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
 _WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
 
@@ -53,6 +54,25 @@ def insert(program: Program, ranges: Ranges, step: int) -> None:
         if rewrite.run(program).modified:
             program.history.append(rewrite.name)
             verify(program, stage=rewrite.name)
+
+
+def require_scales(programs: Iterable[Program], plan: Plan) -> None:
+    """CX363: an activation of the quantized ``programs`` is scaled by another range than the one the plan's table, or
+    its checkpoint, has for it. Both are read again."""
+    if plan.scales is None or plan.options.calibration is None:
+        linears = {
+            name: E4M3_MAX * stored.input_scale
+            for name, stored in quantized_linears(plan.checkpoint).items()
+            if stored.input_scale is not None
+        }
+        attention = {}
+    else:
+        amax = read_scale_table(plan.options.calibration).amax
+        linears = {key.removesuffix(_INPUT): value for key, value in amax.items() if key.endswith(_INPUT)}
+        attention = _attention_ranges(amax)
+    wrong = [line for program in programs for line in wrong_scales(program, linears, attention)]
+    if wrong:
+        raise InternalError("CX363", f"{len(wrong)} scales of activations are not those of their ranges: {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -100,12 +120,13 @@ def activation_ranges(plan: Plan) -> Ranges:
         data = np.ascontiguousarray(down).tobytes()
         shared = sources.setdefault(data, _source(linear + _DOWN, entries[linear + _DOWN]))
         low_rank[linear] = shared, _source(linear + _UP, entries[linear + _UP])
-    attention = {}
-    for key, amax in plan.scales.amax.items():
-        match = _ATTENTION.fullmatch(key)
-        if match is not None:
-            attention[int(match["layer"]), match["operand"]] = amax
-    return Ranges(plan.scales.amax, pre_scales, low_rank, attention)
+    return Ranges(plan.scales.amax, pre_scales, low_rank, _attention_ranges(plan.scales.amax))
+
+
+def _attention_ranges(amax: Mapping[str, float]) -> dict[tuple[int, str], float]:
+    """Of the generator's attention: by layer and operand."""
+    found = ((_ATTENTION.fullmatch(key), value) for key, value in amax.items())
+    return {(int(match["layer"]), match["operand"]): value for match, value in found if match is not None}
 
 
 def _stored_ranges(checkpoint: Checkpoint) -> dict[str, float]:

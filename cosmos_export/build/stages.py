@@ -45,7 +45,15 @@ from cosmos_export.build.memory import available_bytes
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.build.planned import builder_memory, gates_memory
-from cosmos_export.build.precision import activation_ranges, assign, insert, layer_weights, planned_types, quantize
+from cosmos_export.build.precision import (
+    activation_ranges,
+    assign,
+    insert,
+    layer_weights,
+    planned_types,
+    quantize,
+    require_scales,
+)
 from cosmos_export.build.record import manifest
 from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.schedule import schedule_table, timesteps
@@ -190,6 +198,8 @@ def _build(
             closed = close_loop(plain, plan.schedule, plan.segments)
             for segment in closed.values() if plan.quantized else ():
                 insert(segment, ranges, segment.loop.start)
+        if plan.quantized:
+            require_scales((program, *variants.values(), *closed.values()), plan)
     with stages("cuts"):
         others = {name: variant.graphs[variant.loop.body] for name, variant in variants.items()}
         result.pieces = cut_graphs({**program.graphs, **others}, plan)

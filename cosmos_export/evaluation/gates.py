@@ -18,6 +18,7 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.interpreter import Tensors, Weights, compute_value, run_program
 from cosmos_export.ir.ops import aten
+from cosmos_export.ir.packing import E2M1_MAX, E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform
 from cosmos_export.passes.assign_precision import Precision
@@ -64,6 +65,61 @@ def misplaced_towers(program: Program, towers: Mapping[str, Tower]) -> list[str]
             wrong = [key for key in node.meta["weight"].keys if towers.get(key) is not names[precision.tower]]
             found += [f"{precision.site}: {key} is of the {towers.get(key, 'unknown')} tower" for key in wrong[:1]]
     return found
+
+
+def wrong_scales(
+    program: Program, linears: Mapping[str, float], attention: Mapping[tuple[int, str], float]
+) -> list[str]:
+    """Constants that activations are divided by, and are not what the ranges in a scale table make of them.
+
+    ``linears``: the range of the input of each; ``attention``: by layer of the generator and operand. A range that is
+    off by less than a linear's own error is seen nowhere else. Read from the graphs as they are, by other words than
+    those of the pass: each constant is the largest range of all that read it over the largest number of its format.
+    """
+    found = []
+
+    def compare(where: str, node: Node, wanted: Sequence[float]) -> None:
+        scale = node.meta["constant"].double().flatten() if "constant" in node.meta else torch.empty(0)
+        expected = torch.tensor(wanted, dtype=torch.float64)
+        if scale.shape != expected.shape or not torch.allclose(scale, expected, rtol=_FLOAT32, atol=0):
+            found.append(f"{where}: {[float(f'{s:.4g}') for s in scale]} for {[float(f'{w:.4g}') for w in wanted]}")
+
+    for graph in program.graphs.values():
+        for node in graph.calls(ops.QUANTIZE, ops.REQUANTIZE_BLOCKS):
+            widened = [user for user in node.users if is_op(user, ops.DEQUANTIZE)]
+            read = widened if is_op(node, ops.QUANTIZE) else [node]
+            names = [name for value in read for user in value.users for name in _linears_from(user)]
+            if names:
+                largest = E4M3_MAX * (1.0 if is_op(node, ops.QUANTIZE) else E2M1_MAX)
+                wanted = max(linears.get(name, inf) for name in names) / largest
+                for one in (node, *widened):
+                    compare(names[0], one.args[1], [wanted])
+    for node in program.graphs[program.loop.body].calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8):
+        if "precision" not in node.meta:
+            continue
+        layer = node.meta["precision"].layer
+        q, k, v = (attention.get((layer, operand), inf) / E4M3_MAX for operand in "qkv")
+        if is_op(node, ops.JOINT_ATTENTION_FP8):
+            compare(f"attention of layer {layer}", node.args[5], [q * float(node.args[-1]), k, v])
+        for operand, wanted in ((node.args[3], k), (node.args[4], v)):
+            if is_op(operand, ops.DEQUANTIZE):
+                compare(f"keys and values of layer {layer}", operand.args[1], [wanted])
+                for edge in program.edges_into(program.loop.body):
+                    if operand.args[0].name == edge.input:
+                        narrow = program.graphs[edge.source].outputs[edge.output]
+                        compare(f"`{edge.output}` of the prompt", narrow.args[1], [wanted])
+    return found
+
+
+_FLOAT32 = 2.0**-22
+
+
+def _linears_from(node: Node) -> tuple[str, ...]:
+    """Names of the linears in the quantized product ``node``; none for anything else."""
+    if not is_op(node, aten.linear.default):
+        return ()
+    packed = [n for n in node.args[1].all_input_nodes if is_weight(n) and n.meta["weight"].packing is not None]
+    return linears_of(packed[0].meta["weight"]) if packed else ()
 
 
 # -- G1: each linear by itself ----------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from cosmos_export.diagnostics import CosmosExportError, FindingError, InternalE
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir import ops, packing
+from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.passes.assign_precision import AssignPrecision
-from cosmos_export.passes.insert_quantization import InsertQuantization
+from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 
 pytestmark = pytest.mark.xdist_group("builds")
 KEYS_VALUES = "und.attention.kv=fp8"
@@ -403,6 +404,38 @@ def test_keys_for_values_are_caught(tmp_path: Path, omni: Path, scales: Path, mo
     with pytest.raises(FindingError) as caught:
         quantized(omni, tmp_path / "x", calibration=scales)
     assert caught.value.code in ("CX361", "CX362")
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.3, 0.6, 100.0, 10000.0])
+def test_ranges_of_query_key_and_value_that_the_compiler_changes_are_caught(
+    tmp_path: Path, omni: Path, scales: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """Where they are wrong in the graph, everything that is made of the graph agrees; 0.6 and 100 lose little."""
+    of = Ranges.input_amax
+
+    def wrong(self: Ranges, weight: WeightBinding) -> float:
+        return of(self, weight) * (factor if "_q_proj" in weight.keys[0] else 1.0)
+
+    monkeypatch.setattr(Ranges, "input_amax", wrong)
+    with pytest.raises(InternalError) as caught:
+        quantized(omni, tmp_path / "x", calibration=scales)
+    assert caught.value.code == "CX363" and "add_q_proj" in caught.value.message
+    assert harness.leftovers(tmp_path) == []
+
+
+def test_a_constant_of_another_value_is_caught(
+    tmp_path: Path, shared: Path, omni: Path, scales: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = harness.with_attention(scales, shared / "omni-kv-scales")
+
+    def larger(program: Any, _: Any) -> None:
+        for graph in program.graphs.values():
+            for node in graph.calls(ops.JOINT_ATTENTION_FP8)[-1:]:
+                node.args[5].meta["constant"] = node.args[5].meta["constant"] * torch.tensor([1.0, 1.2, 1.0])
+
+    _planted(monkeypatch, larger)
+    with pytest.raises(InternalError, match="attention of layer 2"):
+        quantized(omni, tmp_path / "x", "fp8-attention", calibration=complete, profiles=(FIXED,))
 
 
 def test_stale_scales_are_caught(tmp_path: Path, omni: Path, edge: Path, scales: Path, edge_scales: Path) -> None:
