@@ -9,10 +9,12 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from cosmos_export.memory import available_bytes
 from cosmos_export.requirements import installed_release, other_releases
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.gpu import Gpu, gpus
@@ -224,9 +226,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _available_bytes() -> int | None:
-    """Memory that can be had without swapping (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    """As a build asks for it; None where the system does not say."""
+    with suppress(OSError):
+        return available_bytes()
+    return None

@@ -28,7 +28,9 @@ LEVELS = {
     **dict.fromkeys(["runtime", "plan", "doctor"], 3),
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
-    **dict.fromkeys(["diagnostics", "directories", "files", "progress", "requirements", "stamps", "streams"], 0),
+    **dict.fromkeys(
+        ["diagnostics", "directories", "files", "memory", "progress", "requirements", "stamps", "streams"], 0
+    ),
 }
 # Where the level alone would allow more than there should be.
 ONLY = {

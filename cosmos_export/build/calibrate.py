@@ -193,7 +193,7 @@ def _require_calibratable(checkpoint: Checkpoint) -> None:
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """A rollout has the whole transformer in memory."""
-    from cosmos_export.build.memory import available_bytes
+    from cosmos_export.memory import available_bytes
 
     needed, available = sum(entry.size_bytes for entry in checkpoint.tensors.values()), available_bytes()
     if needed > available // 2:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.diagnostics import UserError
+from cosmos_export.memory import available_bytes
 from cosmos_export.targets import Target
 
 if TYPE_CHECKING:
@@ -17,23 +16,6 @@ _MARGIN_BYTES = 1 << 30
 """Of what is free that is left to the rest of the machine."""
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
-
-
-def available_bytes() -> int:
-    """Memory that can be had without swapping; what the page cache holds is to be had."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min(free, _group_free_bytes(free))
-
-
-def _group_free_bytes(otherwise: int, folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the control group of this process (a container's) may still take; ``otherwise`` where it has no limit."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        limit = int((folder / "memory.max").read_text(encoding="ascii"))  # "max" is none
-        used = int((folder / "memory.current").read_text(encoding="ascii"))
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-        return max(0, limit - used + int(stat.get("inactive_file", 0)))
-    return otherwise
 
 
 def parse_size(text: str) -> int:

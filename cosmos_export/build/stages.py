@@ -41,7 +41,6 @@ from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.keys import plugin_nodes
 from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
-from cosmos_export.build.memory import available_bytes
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.build.planned import builder_memory, gates_memory
@@ -73,6 +72,7 @@ from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec, WeightSource
 from cosmos_export.ir.text import print_program
+from cosmos_export.memory import available_bytes
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes

@@ -12,7 +12,6 @@ import typer
 from typer.testing import CliRunner
 
 from cosmos_export.build.builders import Builders
-from cosmos_export.build.memory import _group_free_bytes
 from cosmos_export.build.options import resolve
 from cosmos_export.build.planned import parts
 from cosmos_export.cli.build import _resume_command
@@ -135,16 +134,3 @@ def test_a_failure_does_not_wait_for_what_still_runs() -> None:
             waited = not ended.is_set()
             ended.set()
     assert waited
-
-
-def test_a_containers_limit_bounds_what_is_free(tmp_path: Path) -> None:
-    for name, text in (
-        ("memory.max", "4000000"),
-        ("memory.current", "3000000"),
-        ("memory.stat", "inactive_file 500000"),
-    ):
-        (tmp_path / name).write_text(f"{text}\n")
-    assert _group_free_bytes(9_000_000, tmp_path) == 1_500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert _group_free_bytes(9_000_000, tmp_path) == 9_000_000
-    assert _group_free_bytes(9_000_000, tmp_path / "none") == 9_000_000
