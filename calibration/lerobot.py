@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import re
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -393,11 +394,15 @@ def _table(root: Path, path: Path) -> pyarrow.Table:
             if metadata.num_rows > MAX_ROWS or size > MAX_TABLE_BYTES:
                 what = f"{name} has {metadata.num_rows:,} rows of {size:,} bytes"
                 _refuse(root, f"{what}; allowed: {MAX_ROWS:,} and {MAX_TABLE_BYTES:,}")
-            return table.read()
+            found = table.read()
     except pyarrow.ArrowException as error:
         _refuse(root, f"{name} is not a Parquet file: {str(error)[:120]}")
     except OSError as error:  # Arrow's own have no number
         _refuse(root, _unread(name, error) if error.errno else f"{name} is not a Parquet file: {str(error)[:120]}")
+    twice = next((column for column, times in Counter(found.column_names).items() if times > 1), None)
+    if twice is not None:
+        _refuse(root, f"{name} has two columns {shown(twice)}")
+    return found
 
 
 def _table_rows(root: Path, path: Path) -> list[dict[str, Any]]:

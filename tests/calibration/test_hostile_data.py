@@ -231,3 +231,12 @@ def test_tasks_have_numbers_and_words(line: str, robots: dict[str, Path], tmp_pa
     shutil.copytree(robots["v2.1"], tmp_path / "robot")
     (tmp_path / "robot/meta/tasks.jsonl").write_text(line)
     refused(lambda: read_source(str(tmp_path / "robot")), "CX342")
+
+
+def test_no_two_columns_have_one_name(robots: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(robots["v3.0"], tmp_path / "data")
+    path = next((root / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("episode_index", table.column("frame_index")), path)
+    error = refused(lambda: read_source(str(root)), "CX342")
+    assert "two columns" in error.message and "episode_index" in error.message
