@@ -242,17 +242,19 @@ def _tasks(root: Path, version: str) -> tuple[dict[int, str], Path]:
         file = root / "meta" / "tasks.parquet"
         # Written by pandas, the words are the index, whose column has a name of its own.
         keys = ("task", "__index_level_0__", "index")
-        found = [
+        found: list[tuple[Any, Any]] = [
             (row.get("task_index"), next((row[k] for k in keys if isinstance(row.get(k), str)), ""))
             for row in _table_rows(root, file)
         ]
     else:
         file = root / "meta" / "tasks.jsonl"
         found = [(row["task_index"], row["task"]) for row in _lines(root, file, ("task_index", "task"))]
+    words: dict[int, str] = {}
     for index, text in found:
         if type(index) is not int or not isinstance(text, str):
             _refuse(root, f"{file.name} has task_index {shown(index)} and task {shown(text)}")
-    return dict(found), file
+        words[index] = text
+    return words, file
 
 
 def _episodes(

@@ -18,6 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cosmos_export.cli.printable import in_json, printable, render_hook
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.progress import Progress, Silent
 
@@ -100,8 +101,8 @@ def emit_json(document: Any) -> None:
     narrow = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") not in ("utf-8", "utf8")
     text = json.dumps(document, indent=2, ensure_ascii=narrow, allow_nan=False, default=_plain)
     _state.json_emitted = True
-    # A lone surrogate from a file name must not cost the whole document.
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8") + "\n")
+    # Also halves of characters, from names of files, which must not cost the whole document.
+    sys.stdout.write(in_json(text) + "\n")
     sys.stdout.flush()
 
 
@@ -161,7 +162,7 @@ class RichProgress:
         if self._bars is None:
             self._bars = _bars(self._console)
             self._bars.start()
-        self._ids[task] = self._bars.add_task(task, total=total)
+        self._ids[task] = self._bars.add_task(printable(task), total=total)
 
     def update(self, task: str, completed: int) -> None:
         if self._bars is not None and task in self._ids:
@@ -225,13 +226,15 @@ def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
     # No markup and no highlighting: a path or a message is printed as it is, square brackets included.
-    return Console(
+    console = Console(
         file=stream,
         markup=False,
         emoji=False,
         highlight=False,
         width=None if stream.isatty() else PIPED_WIDTH,
     )
+    console.push_render_hook(render_hook())
+    return console
 
 
 def _bars(console: Console) -> Bars:

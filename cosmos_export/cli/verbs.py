@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from cosmos_export.cli import console
+from cosmos_export.cli.printable import printable
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -69,7 +70,7 @@ def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
     if console.is_verbose():
         import traceback
 
-        traceback.print_exception(error)
+        sys.stderr.write(printable("".join(traceback.format_exception(error))))
     if isinstance(error, OSError):
         hint = "free some space" if error.errno == errno.ENOSPC else "run again with `--verbose` to see where"
         fail(ToolError("CX801", str(error), hint), as_json)
@@ -79,7 +80,7 @@ def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
 
 def message(error: CosmosExportError) -> str:
     """``error`` as it is written to stderr: without the console, whatever state the terminal is in."""
-    return f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else "")
+    return printable(f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else ""))
 
 
 class Interrupted(CosmosExportError):
@@ -142,7 +143,7 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
             if console.is_verbose():
                 import traceback
 
-                traceback.print_exception(error)
+                sys.stderr.write(printable("".join(traceback.format_exception(error))))
             fail(error, as_json)
         except (Exception, KeyboardInterrupt) as error:
             fail_unexpected(error, as_json)

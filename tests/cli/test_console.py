@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
+from cosmos_export import cli
 from cosmos_export.cli import console
+from cosmos_export.cli.verbs import message
+from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Silent
 
 
@@ -196,3 +200,59 @@ def test_emit_json_refuses_what_json_has_no_form_for(value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
         console.emit_json(value)
     assert not console.json_emitted()
+
+
+HARM = "a\x1b[2Jb\x9b31mc\rd\x07e\u202ef\u2028g\udcffh\x7fi\tj"
+SAFE = r"a\x1b[2Jb\x9b31mc\rd\x07e\u202ef\u2028g\udcffh\x7fi"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_nothing_of_a_file_reaches_the_terminal_as_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    console.configure()
+    table = Table(HARM, title=HARM)
+    table.add_row(HARM)
+    console.out().print(table)
+    console.out().print(HARM, soft_wrap=True)
+    console.log(HARM)
+    console.verdict(HARM, True)
+    printed, said = capsys.readouterr()
+    assert not set(printed + said) & set("\x9b\r\x07\u202e\u2028\udcff\x7f")
+    assert "\x1b[2J" not in printed + said  # on a terminal Rich has escapes of its own
+    safe = SAFE.replace(r"\r", "").replace(r"\x07", "")  # Rich drops these itself
+    assert said.count(safe) == 2
+    assert safe in printed
+
+
+def test_a_document_is_escaped_and_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    console.configure()
+    console.emit_json({HARM: [HARM, "Grüße\n"]})
+    printed, _ = capsys.readouterr()
+    assert not set(printed) & set("\x1b\x9b\r\x07\u202e\u2028\udcff\x7f")
+    assert json.loads(printed) == {HARM: [HARM, "Grüße\n"]}
+    assert "Grüße" in printed
+
+
+def test_an_error_is_escaped() -> None:
+    text = message(UserError("CX000", HARM, HARM))
+    assert text.count(SAFE) == 2
+    assert not set(text) & set("\x1b\x9b\r\x07\u202e\u2028\udcff\x7f")
+
+
+def test_a_recipe_of_ones_own_is_shown_without_its_escapes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = {
+        "title": r'"\u001b[31mred"', "summary": r'"\u009b2J"', "experimental": "false", "warning": r'"\u0007"',
+        "not_for": "[]", "source": r'["\u001b]0;title\u0007"]', "rules": "[]",
+    }  # fmt: skip
+    (tmp_path / "own.toml").write_text("\n".join(f"{key} = {value}" for key, value in lines.items()))
+    monkeypatch.setattr("sys.argv", ["cosmos-export", "recipes", "show", str(tmp_path / "own.toml")])
+    with pytest.raises(SystemExit) as ending:
+        cli.main()
+    printed, _ = capsys.readouterr()
+    assert not ending.value.code
+    assert r"\x1b[31mred" in printed
+    assert not set(printed) & set("\x1b\x9b\x07")
