@@ -24,6 +24,7 @@ from cosmos_export.calibration.columns import Columns, choose_columns
 from cosmos_export.calibration.sources import ClipPart, Found, Item, Options
 from cosmos_export.checkpoint.strict_json import parse_object, read_object, shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.runtime.asked import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.embodiments import (
     EMBODIMENTS,
     Actions,
@@ -88,7 +89,7 @@ def read_lerobot(root: Path, options: Options) -> Found:
     else:
         robot = embodiment(options.embodiment, options.policy)
     fps = info.get("fps")
-    if not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps <= 1000:
+    if not isinstance(fps, int | float) or isinstance(fps, bool) or not MIN_FPS <= fps <= MAX_FPS:
         _refuse(root, f"fps {shown(fps)} is not a rate")
     notes = [*_rate(root, float(fps), robot, options)]
     camera, left_out = _camera(root, info, options.camera)

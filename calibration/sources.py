@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from cosmos_export import files
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
 from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.asked import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 from cosmos_export.sampling import MODES, Mode
@@ -216,8 +217,8 @@ def _rate(key: str, value: str) -> float:
         rate = float(value)
     except ValueError:
         rate = 0.0
-    if not 0 < rate <= 1000:
-        _bad_option(key, value, "not a rate, above 0 to 1000 frames a second")
+    if not MIN_FPS <= rate <= MAX_FPS:
+        _bad_option(key, value, f"not a rate, {MIN_FPS} to {MAX_FPS:.0f} frames per second")
     return rate
 
 

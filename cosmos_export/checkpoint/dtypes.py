@@ -40,3 +40,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any] | None:
         extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML_DTYPES[dtype]))
         return extended
     return None
+
+
+def name_of(dtype: np.dtype[Any]) -> str:
+    """The element type that numpy's ``dtype`` is written as; KeyError for one that the format does not have."""
+    return {numpy_name: name for name, numpy_name in (*_NUMPY.items(), *_ML_DTYPES.items())}[dtype.name]

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from cosmos_export.checkpoint import dtypes
 from cosmos_export.checkpoint.safetensors_header import LENGTH_BYTES, element_count
 
 _ALIGNMENT = 8
 """The data starts at a multiple of this, so that a mapped tensor of any type is aligned."""
+
+
+_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,9 @@ class TensorSpec:
 Produce = Callable[[TensorSpec], Iterable[bytes | memoryview]]
 
 
-def encode_header(specs: Sequence[TensorSpec]) -> bytes:
-    """Length and header of a file that holds ``specs`` in this order."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _METADATA) -> bytes:
+    """Length and header of a file that holds ``specs`` in this order, and ``metadata`` in its own."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for spec in specs:
         end = offset + spec.size_bytes

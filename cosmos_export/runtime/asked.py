@@ -18,7 +18,7 @@ Keep = Literal["first", "last"]
 ENCODER, DECODER, SOUND_DECODER = "vae_encoder", "vae_decoder", "sound_decoder"
 """Names of the codecs of a bundle: streams, and a graph for sound."""
 MAX_SEED = 2**63 - 1
-MAX_FPS = 1000.0
+MIN_FPS, MAX_FPS = 0.1, 1000.0
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ def require_numbers(asked: Asked) -> None:
         raise UserError("CX615", f"seed {asked.seed}; allowed: 0 to {MAX_SEED}")
     if asked.keep not in (None, "first", "last"):
         raise UserError("CX604", f"--keep {shown(asked.keep)}; allowed: first, last")
-    if asked.fps is not None and not (math.isfinite(asked.fps) and 0 < asked.fps <= MAX_FPS):
-        raise UserError("CX615", f"{asked.fps} frames a second; allowed: above 0, to {MAX_FPS:.0f}")
+    if asked.fps is not None and not (math.isfinite(asked.fps) and MIN_FPS <= asked.fps <= MAX_FPS):
+        raise UserError("CX615", f"{asked.fps} frames a second; allowed: {MIN_FPS} to {MAX_FPS:.0f}")
 
 
 def has_component(manifest: Manifest, name: str) -> bool:

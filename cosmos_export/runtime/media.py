@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import cosmos_export
+from cosmos_export.checkpoint import dtypes
+from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
 
 if TYPE_CHECKING:
@@ -140,14 +142,15 @@ def _riff(name: bytes, data: bytes) -> bytes:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], mark: Mark, **extra: str) -> None:
-    """``tensors`` with the mark and ``extra`` in the file's metadata."""
-    try:
-        from safetensors.numpy import save_file
-    except ImportError as error:
-        raise missing("safetensors") from error
-    contiguous = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={**mark.fields, **extra})
+    """``tensors`` with the mark and ``extra`` in the file's metadata. The bytes follow from the values: the reference
+    implementation writes metadata in an order that changes from process to process."""
+    # Wider elements come first, so that each begins at a multiple of its size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    specs = [TensorSpec(name, dtypes.name_of(value.dtype), value.shape) for name, value in ordered]
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(encode_header(specs, {**mark.fields, **extra}))
+        for _, value in ordered:
+            file.write(np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes())
 
 
 def write_json(path: Path, document: Mapping[str, Any], mark: Mark) -> None:

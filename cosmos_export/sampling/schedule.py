@@ -29,6 +29,8 @@ _DISTILLED_MODES = ("t2i", "t2v", "i2v", "v2v")
 _PUBLISHED_BOUNDS = {"sigma_min": grids.PUBLISHED_SIGMA_MIN, "sigma_max": grids.PUBLISHED_SIGMA_MAX}
 _LAST_TIMESTEP = 1001
 """Upper end of the guidance intervals that engines publish: one above the largest timestep."""
+MAX_GUIDANCE = 100
+"""Published settings end at 7; far above, the difference of the branches leaves the range of 16-bit engines."""
 
 
 @dataclass(frozen=True)
@@ -251,8 +253,8 @@ def _unipc(checkpoint: CheckpointSampling, default: Default, asked: Overrides) -
         _refuse("CX462", "shift", found, f"values at which {steps} sigmas are below 1 and distinct in float32")
     timesteps = (exact * TRAINING_STEPS).astype(np.int64)
     guidance = default.guidance if asked.guidance is None else asked.guidance
-    if not (_is_number(guidance) and guidance >= 0):
-        _refuse("CX463", "guidance", guidance, "finite numbers from 0; 1 means none")
+    if not (_is_number(guidance) and 0 <= guidance <= MAX_GUIDANCE):
+        _refuse("CX463", "guidance", guidance, f"numbers from 0 to {MAX_GUIDANCE}; 1 means none")
     return Schedule(
         sampler="unipc",
         grid=grid,

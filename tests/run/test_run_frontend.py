@@ -434,7 +434,9 @@ def test_what_the_bundle_lacks(files: Path) -> None:
     refused("CX605", files, dataclasses.replace(manifest(), request=dataclasses.replace(record, prompt=None)))
 
 
-@pytest.mark.parametrize("options", [{"seed": -1}, {"seed": 2**63}, {"fps": 0.0}, {"fps": float("nan")}, {"fps": 1e9}])
+@pytest.mark.parametrize(
+    "options", [{"seed": -1}, {"seed": 2**63}, *({"fps": fps} for fps in (0.0, 1e-320, 0.09, float("nan"), 1e9))]
+)
 def test_numbers(files: Path, options: Any) -> None:
     refused("CX615", files, **options)
 

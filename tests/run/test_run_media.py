@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
@@ -106,6 +109,26 @@ def test_safetensors_and_json(tmp_path: Path) -> None:
     assert document["ai_generated"] is True
     assert document["bundle"] == MARK.fields["bundle"]
     assert document["actions"] == values.tolist()
+
+
+def test_safetensors_are_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    code = (
+        "import sys, numpy as np; from pathlib import Path; from cosmos_export.runtime import media\n"
+        "tensors = {name: np.arange(5, dtype=kind) for name, kind in zip('abcd', ('f2', 'f4', 'i8', 'u1'))}\n"
+        "media.write_safetensors(Path(sys.argv[1]), tensors, media.Mark('ab' * 32), mode='t2v', seed='1')\n"
+    )
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        environment = {**os.environ, "PYTHONHASHSEED": str(number)}
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
+    first, *others = (path.read_bytes() for path in paths)
+    assert others == [first] * 2
+    with safe_open(paths[0], "numpy") as read:
+        assert read.metadata() == {**MARK.fields, "mode": "t2v", "seed": "1"}
+        assert {name: read.get_tensor(name).dtype.name for name in "abcd"} == {
+            "a": "float16", "b": "float32", "c": "int64", "d": "uint8",
+        }  # fmt: skip
+        assert all(read.get_tensor(name).tolist() == [0, 1, 2, 3, 4] for name in "abcd")
 
 
 def test_what_fails_leaves_nothing_behind(tmp_path: Path) -> None:
