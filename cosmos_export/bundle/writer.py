@@ -273,6 +273,7 @@ class BundleWriter:
             with contextlib.suppress(OSError):  # a living build has the lock
                 lock = directories.lock(entry)
                 self._take_back_state(entry)
+                _remove_odd_entries(entry)
                 kept = _read_kept(entry)
                 worth = (sum(one.size_bytes for one in kept), len(kept))
                 if kept and (best is None or worth > best[0]):
@@ -476,18 +477,34 @@ def _checked(manifest: Manifest) -> bytes:
 
 def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
     """Names (relative to ``root``) and sizes of all files; anything else but directories is refused."""
+    for name, status in _entries(root):
+        if not _is_plain(status):
+            raise InternalError("CX706", f"{name} is a link or not a regular file; a bundle has files only")
+        yield name, status.st_size
+
+
+def _remove_odd_entries(root: Path) -> None:
+    """Remove links, pipes and files of several names below ``root``: no build has made them."""
+    for name, status in list(_entries(root)):
+        if not _is_plain(status):
+            _log.warning("%s is removed: it is a link or not a regular file", root / name)
+            (root / name).unlink()
+
+
+def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Names (relative to ``root``) and states of all that is below it and no directory; records are left out."""
     for directory, subdirectories, plain in os.walk(root):
         if Path(directory) == root and _STATE in subdirectories:
             subdirectories.remove(_STATE)
         for name in (*subdirectories, *plain):
             path = Path(directory, name)
             status = path.lstat()
-            if stat.S_ISDIR(status.st_mode):
-                continue
-            relative = path.relative_to(root).as_posix()
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-                raise InternalError("CX706", f"{relative} is a link or not a regular file; a bundle has files only")
-            yield relative, status.st_size
+            if not stat.S_ISDIR(status.st_mode):
+                yield path.relative_to(root).as_posix(), status
+
+
+def _is_plain(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _sibling(output: Path, what: str) -> Path:

@@ -150,6 +150,32 @@ def flipped(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+@pytest.mark.parametrize("what", ["link to a file", "link to a folder", "hard link", "pipe", "dangling"])
+def test_what_no_build_makes_is_no_part_of_what_is_taken_over(tmp_path: Path, what: str) -> None:
+    interrupt(tmp_path / "x", KeyboardInterrupt(), count=2)
+    (left,) = tmp_path.glob(".x.partial-*")
+    path, other = left / NAMES[1], tmp_path / "other"
+    match what:
+        case "link to a file":
+            path.rename(other)
+            path.symlink_to(other)
+        case "link to a folder":
+            path.parent.rename(other)
+            path.parent.symlink_to(other)
+        case "hard link":
+            other.hardlink_to(path)
+        case "pipe":
+            os.mkfifo(left / "pipe")
+        case _:
+            (left / "dangling").symlink_to("nothing")
+    with BundleWriter(tmp_path / "x", resume=True) as writer:
+        for name in NAMES:
+            write(writer, name, f"key of {name}")
+        writer.commit(bundle_samples.manifest())
+    assert verify_bundle(tmp_path / "x").ok
+    assert what in ("pipe", "dangling") or other.exists()
+
+
 def test_a_kept_file_is_hashed_again(tmp_path: Path) -> None:
     whole = bundle_samples.write(tmp_path / "whole")
     interrupt(tmp_path / "x", KeyboardInterrupt(), count=3)

@@ -405,15 +405,26 @@ def _cache(call: Call) -> None:
     from cosmos_export.build.cache import Cache
 
     folder = call.root / "cache"
-    what: tuple[str, ...] = call.choose(
-        ("ls",), ("ls", "--json"), ("why", "1"), ("why", "1", "2"), ("prune",), ("prune", "--all")
+    keys = sorted(path.stem for path in folder.iterdir() if _KEY.fullmatch(path.stem)) or ["0"]
+    asked = (
+        ("ls",),
+        ("ls", "--json"),
+        ("why", keys[0]),
+        ("why", keys[0][:9], keys[-1]),
+        ("prune",),
+        ("prune", "--all"),
     )
+    what: tuple[str, ...] = call.choose(*asked)
     cache = Cache(folder)
     cache.why("generator", {"graph": "x"})
-    for number in "123":
-        entry = cache.find(number * 64)
-        _require(entry is None or entry.key == number * 64, "an entry under another key than its own")
+    found = [cache.find(key) for key in keys]
+    for key, entry in zip(keys, found, strict=True):
+        _require(entry is None or entry.key == key, "an entry under another key than its own")
+    _require(bool(call.changed) or None not in found, "entries of a cache are not found")
     command("cache", *what, "--cache", folder)
+
+
+_KEY = re.compile("[0-9a-f]{64}")
 
 
 def _state(call: Call) -> None:
@@ -422,6 +433,7 @@ def _state(call: Call) -> None:
     from cosmos_export.bundle import BundleWriter
 
     with contextlib.suppress(_Enough), BundleWriter(call.root / "x.bundle", resume=True) as writer:
+        _require(bool(call.changed) or len(writer.all_kept()) == 2, "finished files are not taken over")
         for kept in writer.all_kept():
             path = writer.path(kept.name, "weights")
             _require(path.is_file() and not path.is_symlink(), f"{kept.name!r} is kept and no file")
@@ -494,7 +506,7 @@ READERS = (
     Reader("lerobot-2", seeds.lerobot_2, _lerobot, share=0.6),
     Reader("lerobot-3", seeds.lerobot_3, _lerobot, share=0.6),
     Reader("cache", seeds.cache, _cache, ("cache/*",), writes=True),
-    Reader("state", seeds.state, _state, writes=True),
+    Reader("state", seeds.state, _state, writes=True, tools=("CX707",)),
 )
 BY_NAME = {reader.name: reader for reader in READERS}
 

@@ -211,7 +211,7 @@ def sources(folder: Path) -> None:
 
 def cache(folder: Path) -> None:
     """A cache that knows three engines."""
-    from cosmos_export.build.cache import Cache, Entry
+    from cosmos_export.build.cache import Cache, Entry, key_of
 
     (folder / "bundle").mkdir()
     entries = []
@@ -221,10 +221,9 @@ def cache(folder: Path) -> None:
         digest = _sha256(path)
         parts = {"graph": f"{number}" * 64, "weights": "a" * 64, "target": "rtx-pro-6000", "builder": "1.7.1"}
         facts = {"size_bytes": 600, "seconds": 1.5}
-        key = f"{number + 1:x}" * 64
         created = f"2026-01-0{number + 1}T00:00:00Z"
         # The place of an engine is absolute; that it is there is not what these cases are about.
-        entries.append(Entry(key, name, parts, str(path), path.stat().st_size, digest, facts, created))
+        entries.append(Entry(key_of(parts), name, parts, str(path), path.stat().st_size, digest, facts, created))
     Cache(folder / "cache").add(entries)
 
 
