@@ -40,7 +40,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="end after so long, whatever is left")
     parser.add_argument("--seeds", type=Path, help="keep the files that cases begin with here, and take them again")
     parser.add_argument("--save", type=Path, help="keep the files of what is found here")
-    parser.add_argument("-o", "--output", type=Path, help="write the results as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="write the results as JSON, to those of other readers")
     asked = parser.parse_args()
     readers = fuzz.readers_named(asked.reader)
     started = time.perf_counter()
@@ -59,17 +59,24 @@ def main() -> int:
             )  # fmt: skip
     print(fuzz.table(rows))
     if asked.output is not None:
-        packages = ("cosmos-export", "torch", "diffusers", "transformers", "tokenizers", "onnxruntime", "av", "pyarrow")
-        document = {
-            "benchmark": "fuzz",
-            "command": f"python tests/fuzz {' '.join(sys.argv[1:])}",
-            "machine": {"processor": platform.machine(), "python": platform.python_version()},
-            "versions": {name: metadata.version(name) for name in packages},
-            "seconds": round(time.perf_counter() - started),
-            "rows": [row.document() for row in rows],
-        }
-        asked.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _write(asked.output, rows, round(time.perf_counter() - started))
     return int(any(row.findings for row in rows))
+
+
+def _write(path: Path, rows: list[fuzz.Row], seconds: int) -> None:
+    """The results; rows of other readers that ``path`` has already stay, each with its own command."""
+    packages = ("cosmos-export", "torch", "diffusers", "transformers", "tokenizers", "onnxruntime", "av", "pyarrow")
+    words = [word for word in sys.argv[1:] if word not in ("-o", str(path))]
+    settings = {"command": f"python tests/fuzz {' '.join(words)}", "seconds": seconds}
+    found = {row.reader: {**row.document(), **settings} for row in rows}
+    before = json.loads(path.read_bytes())["rows"] if path.exists() else []
+    document = {
+        "benchmark": "fuzz",
+        "machine": {"processor": platform.machine(), "python": platform.python_version()},
+        "versions": {name: metadata.version(name) for name in packages},
+        "rows": [row for row in before if row["reader"] not in found] + list(found.values()),
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def _one(folder: Path, reader: str, seed: int, number: int, save: Path | None) -> int:
