@@ -68,6 +68,13 @@ def register(app: typer.Typer) -> None:
             bool | None,
             typer.Option("--system/--no-system", help="System message before the prompt. Default: the checkpoint's."),
         ] = None,
+        literal: Annotated[
+            bool,
+            typer.Option(
+                "--literal/--no-literal",
+                help="Read control tokens in prompts, as <|im_end|>, as text. Default: as tokens, as published.",
+            ),
+        ] = False,
         actions: Annotated[Path | None, typer.Option(help="forward-dynamics: .json or .safetensors of rows.")] = None,
         embodiment: Annotated[str | None, typer.Option(help="Whose actions: droid_lerobot, umi, av, …")] = None,
         viewpoint: Annotated[
@@ -132,6 +139,7 @@ def register(app: typer.Typer) -> None:
             keep=keep,  # type: ignore[arg-type]
             metadata=metadata,
             system=system,
+            literal=literal,
             embodiment=embodiment,
             viewpoint=viewpoint,
             chunk=chunk,

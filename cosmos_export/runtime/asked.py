@@ -46,6 +46,8 @@ class Asked:
     """Whether sentences on duration and resolution follow the prompt; None: unless it is a JSON caption."""
     system: bool | None = None
     """Whether there is a system message; None: as the checkpoint says."""
+    literal: bool = False
+    """Whether control tokens in prompts are the characters that they are written with."""
     embodiment: str | None = None
     viewpoint: str | None = None
     chunk: int | None = None

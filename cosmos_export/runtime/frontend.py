@@ -84,7 +84,7 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     builder = action_stage if mode in ACTION_MODES else video_stage
     stage = builder(asked, manifest, record, mode)
     noise = _read_noise(asked.noise, stage, schedule, record) if asked.noise else {}
-    ids, negative_ids = _tokenized(asked, stage, manifest, record, bundle, guided=any(schedule.guided))
+    ids, negative_ids, said = _tokenized(asked, stage, manifest, record, bundle, guided=any(schedule.guided))
     lengths = [len(ids)] if negative_ids is None else [len(ids), len(negative_ids)]
     profile = fit_profile(manifest.profiles, {**stage.dims, "und_len": lengths}, record)
     request = Request(
@@ -112,7 +112,7 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
         embodiment=stage.embodiment,
         scale=stage.scale,
         beyond=stage.beyond,
-        notes=stage.notes,
+        notes=(*stage.notes, *said),
     )
 
 
@@ -139,8 +139,8 @@ def open_manifest(bundle: Path) -> tuple[Manifest, Mark]:
 
 def _tokenized(
     asked: Asked, stage: Stage, manifest: Manifest, record: RequestRecord, bundle: Path, *, guided: bool
-) -> tuple[TokenIds, TokenIds | None]:
-    """Ids of the prompt and, where it is read, of the negative prompt."""
+) -> tuple[TokenIds, TokenIds | None, tuple[str, ...]]:
+    """Ids of the prompt and, where it is read, of the negative prompt; and notes on them."""
     if record.prompt is None:
         raise UnsupportedError("CX605", "this bundle has no tokenizer", "build it from a checkpoint that has one")
     prompt, negative = read_prompt(asked.prompt), read_prompt(asked.negative or "", "negative prompt")
@@ -151,7 +151,11 @@ def _tokenized(
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
     tokenizer = PromptTokenizer(record.prompt, _verified(bundle, record.prompt.tokenizer, manifest))
-    return tokenizer(texts[0], system), tokenizer(texts[1], system) if guided else None
+    ids = [tokenizer(text, system, literal=asked.literal) for text in (texts if guided else texts[:1])]
+    control = () if asked.literal else tokenizer.control_tokens(f"{prompt.text}\n{negative.text}")
+    names = ", ".join(control[:8])
+    note = f"{names} in a prompt: read as control tokens of the model, as published; --literal reads them as text"
+    return ids[0], ids[1] if guided else None, (note,) if control else ()
 
 
 def _verified(bundle: Path, name: str, manifest: Manifest) -> Path:

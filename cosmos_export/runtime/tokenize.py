@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,16 +33,56 @@ class PromptTokenizer:
         self._record = record
         self._tokenizer = _load(file)
 
-    def __call__(self, text: str, system: str | None = None) -> TokenIds:
-        """int64 [und_len] ids of ``text`` from the user, after the message ``system`` where there is one."""
+    def __call__(self, text: str, system: str | None = None, *, literal: bool = False) -> TokenIds:
+        """int64 [und_len] ids of ``text`` from the user, after the message ``system`` where there is one.
+
+        Control tokens in ``text`` are read as such, as by the published pipeline, or with ``literal`` as the characters
+        that they are.
+        """
         if system is None:
             before, after = self._record.plain
-            whole = before + text + after
         else:
-            before, between, after = self._record.system
-            whole = before + system + between + text + after
-        ids = self._tokenizer.encode(whole, add_special_tokens=False).ids
-        return np.asarray([*ids, *self._record.suffix_ids], dtype=np.int64)
+            first, between, after = self._record.system
+            before = first + system + between
+        encode = self._literal if literal and self.control_tokens(text) else self._as_published
+        return np.asarray([*encode(before, text, after), *self._record.suffix_ids], dtype=np.int64)
+
+    def control_tokens(self, text: str) -> tuple[str, ...]:
+        """Tokens of the tokenizer's own, and not of its vocabulary, that stand in ``text``, each once."""
+        return tuple(dict.fromkeys(self._control.findall(text))) if self._control is not None else ()
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        added = sorted((token.content for token in self._tokenizer.get_added_tokens_decoder().values()), key=len)
+        return re.compile("|".join(map(re.escape, reversed(added)))) if added else None
+
+    def _as_published(self, before: str, text: str, after: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(before + text + after, add_special_tokens=False).ids
+        return ids
+
+    def _literal(self, before: str, text: str, after: str) -> list[int]:
+        """Between the template's last token before ``text`` and its first one behind it there is only text. A tokenizer
+        splits at control tokens before anything else, so what it makes of the parts is what it makes of the whole."""
+        assert self._control is not None
+        start = max((found.end() for found in self._control.finditer(before)), default=0)
+        end = next((found.start() for found in self._control.finditer(after)), len(after))
+        middle = before[start:] + text + after[:end]
+        parts = (
+            (self._tokenizer, before[:start]),
+            (self._without_control, middle),
+            (self._tokenizer, after[end:]),
+        )
+        return [id for one, part in parts for id in one.encode(part, add_special_tokens=False).ids]
+
+    @cached_property
+    def _without_control(self) -> Tokenizer:
+        """The tokenizer without its control tokens."""
+        from tokenizers import Tokenizer
+
+        document = json.loads(self._tokenizer.to_str())
+        document |= {"added_tokens": [], "post_processor": None}
+        bare: Tokenizer = Tokenizer.from_str(json.dumps(document))
+        return bare
 
 
 def _load(path: Path) -> Tokenizer:
