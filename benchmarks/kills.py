@@ -1,16 +1,19 @@
-"""Builds that are killed at random moments and resumed: does every bundle end as the one of an uninterrupted build?
+"""Commands that are killed at random moments and repeated: does every result end as that of an uninterrupted command?
 
-    python benchmarks/kills.py [--kills 100] [--seed 0] [-o benchmarks/results/kills.json]
+    python benchmarks/kills.py [--kills 60] [--commands build,calibrate,quantize] [--target cpu] [-o FILE.json]
 
-A tiny checkpoint, built for sm_120 through the whole command in processes of their own. Each bundle is built with
-`--resume` by commands that get SIGKILL after a random time, until one of them ends; there are as many bundles as it
-takes for all kills. Bundles are compared by their manifests (all digests are in them) but for `volatile`, and
-verified. "kept" is how many finished files a killed build left behind; how that is distributed says where kills fell.
+A tiny checkpoint, through whole commands in processes of their own: `build --resume`, `calibrate` and `quantize`. Each
+result is made by commands that get SIGKILL after a random time, until one of them ends; then `--force` makes it once
+more, killed in the same way. There are as many results as it takes for all kills. Every file of every result is
+compared with that of a command that nobody killed (of a bundle's manifest everything except `volatile`), and after each
+success the directory has nothing in it but results. "kept" is how many finished files a killed build left behind; how
+that is distributed says where kills fell.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -21,94 +24,154 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-SHARE = 0.9
-"""Of an uninterrupted build's time, within which a kill comes."""
+SHARE = 0.95
+"""Of an uninterrupted command's time, within which a kill comes."""
+PROFILE = "frames=1:2:48,height=3:6:24,width=3:8:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
 
 
-def command(checkpoint: Path, output: Path) -> list[str]:
+@dataclass(frozen=True)
+class Inputs:
+    """What the commands read."""
+
+    checkpoint: Path
+    prompts: Path
+    scales: Path
+    target: str
+
+
+def build(inputs: Inputs, output: Path) -> list[str]:
     return [
-        sys.executable, "-m", "cosmos_export", "build", str(checkpoint), "-o", str(output), "--resume", "--target",
-        "rtx-pro-6000", "--components", "none", "--modalities", "vision", "--parity", "never", "--no-cache", "--quiet",
+        "build", str(inputs.checkpoint), "-o", str(output), "--resume", "--target", inputs.target, "--components",
+        "none", "--modalities", "vision", "--parity", "never", "--no-cache",
     ]  # fmt: skip
+
+
+def calibrate(inputs: Inputs, output: Path) -> list[str]:
+    return [
+        "calibrate", str(inputs.checkpoint), "-o", str(output), "--data", str(inputs.prompts), "--modalities", "vision",
+        "--samples", "24", "--steps", "6", "--noise-latents", "--profile", PROFILE,
+    ]  # fmt: skip
+
+
+def quantize(inputs: Inputs, output: Path) -> list[str]:
+    return ["quantize", str(inputs.checkpoint), "-o", str(output), "--calibration", str(inputs.scales)]
+
+
+COMMANDS: dict[str, Callable[[Inputs, Path], list[str]]] = {
+    "build": build, "calibrate": calibrate, "quantize": quantize,
+}  # fmt: skip
 
 
 def run(arguments: list[str], kill_after: float | None) -> int:
     """The command's exit status; −9 where it was killed."""
     process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, "-m", "cosmos_export", *arguments, "--quiet"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     try:
         _, err = process.communicate(timeout=kill_after)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGKILL)
         _, err = process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
-        sys.exit(f"a build ended with {process.returncode}: {err.decode()}")
+        sys.exit(f"a command ended with {process.returncode}: {err.decode()}")
     return process.returncode
 
 
-def contents(bundle: Path) -> dict[str, Any]:
-    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_bytes())
-    del manifest["volatile"]
-    return manifest
+def contents(result: Path) -> dict[str, Any]:
+    """Digest of every file; of a bundle's manifest what two builds have in common."""
+    found: dict[str, Any] = {}
+    for path in sorted(result.rglob("*")):
+        name = path.relative_to(result).as_posix()
+        if name == "manifest.json":
+            found[name] = {k: v for k, v in json.loads(path.read_bytes()).items() if k not in ("volatile", "digest")}
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def kept(output: Path) -> int:
     return len(list(output.parent.glob(f".{output.name}.partial-*/.state/*.json")))
 
 
-def measure(kills: int, seed: int) -> dict[str, Any]:
-    from cosmos_export.bundle import verify_bundle
-    from cosmos_export.checkpoint.demo import write_demo_checkpoint
+def left_over(output: Path) -> list[str]:
+    """What is beside ``output`` and its report."""
+    return sorted(path.name for path in output.parent.iterdir() if path.name.removesuffix(".build.json") != output.name)
 
-    moments, left, bundles, killed = random.Random(seed), Counter[int](), 0, 0
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        checkpoint = write_demo_checkpoint(root / "checkpoint", layers=1, dtype="bfloat16")
-        start = time.perf_counter()
-        run(command(checkpoint, root / "whole"), None)
-        seconds = time.perf_counter() - start
-        whole = contents(root / "whole")
-        while killed < kills:
-            output = root / f"bundle-{bundles}"
-            while not output.exists():
-                after = None if killed == kills else moments.uniform(0, SHARE * seconds)
-                if run(command(checkpoint, output), after) != 0:
-                    killed += 1
-                    left[kept(output)] += 1
-                    print(f"{killed} kills, {bundles} bundles", file=sys.stderr, flush=True)
-            if not verify_bundle(output).ok or contents(output) != whole:
-                sys.exit(f"bundle {bundles}, after {killed} kills, is not that of an uninterrupted build")
-            bundles += 1
+
+def measure(name: str, inputs: Inputs, kills: int, moments: random.Random, root: Path) -> dict[str, Any]:
+    """``kills`` kills of the command ``name``, and how its results compare."""
+    command, left, results, killed = COMMANDS[name], Counter[int](), 0, 0
+    start = time.perf_counter()
+    run(command(inputs, root / "whole"), None)
+    seconds = time.perf_counter() - start
+    whole = contents(root / "whole")
+    output, force = root / "killed" / name, list[str]()
+    output.parent.mkdir()
+    while killed < kills:
+        done = False
+        while not done:
+            after = None if killed == kills else moments.uniform(0, SHARE * seconds)
+            done = run([*command(inputs, output), *force], after) == 0
+            if not done:
+                killed += 1
+                left[kept(output)] += 1
+                print(f"{name}: {killed} kills, {results} results", file=sys.stderr, flush=True)
+        if contents(output) != whole:
+            sys.exit(f"{name}: result {results}, after {killed} kills, is not that of an uninterrupted command")
+        if left_over(output):
+            sys.exit(f"{name}: after {killed} kills and a success there is {', '.join(left_over(output))}")
+        results += 1
+        force = ["--force"]
     return {
-        "kills": killed, "bundles": bundles, "identical": bundles, "seconds_uninterrupted": round(seconds, 1),
-        "kept_when_killed": {str(count): times for count, times in sorted(left.items())}, "seed": seed,
+        "command": name, "kills": killed, "results": results, "identical": results, "left_over": 0,
+        "seconds_uninterrupted": round(seconds, 1),
+        "kept_when_killed": {str(count): times for count, times in sorted(left.items())},
     }  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commands", default=",".join(COMMANDS))
+    parser.add_argument("--target", default="cpu", help="rtx-pro-6000 builds engines, too")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    versions = {n: metadata.version(n) for n in ("cosmos-export", "torch", "tensorrt-rtx-cu13")}
-    row = measure(arguments.kills, arguments.seed)
-    print("| kills | bundles | identical | finished files when killed: times |")
-    print("|---|---|---|---|")
-    found = ", ".join(f"{count}: {times}" for count, times in row["kept_when_killed"].items())
-    print(f"| {row['kills']} | {row['bundles']} | {row['identical']} | {found} |")
+    from cosmos_export.checkpoint.demo import write_demo_checkpoint
+
+    names, rows = arguments.commands.split(","), []
+    moments = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        checkpoint = write_demo_checkpoint(root / "in/checkpoint", layers=1, dtype="bfloat16")
+        inputs = Inputs(checkpoint, root / "in/prompts.txt", root / "in/scales", arguments.target)
+        inputs.prompts.write_text("A robot folds a towel.\nA red car turns left.\n", encoding="utf-8")
+        run(calibrate(inputs, inputs.scales), None)
+        for number, name in enumerate(names):
+            share = arguments.kills * (number + 1) // len(names) - arguments.kills * number // len(names)
+            (root / name).mkdir()
+            rows.append(measure(name, inputs, share, moments, root / name))
+    print("| command | kills | results | identical | left over | finished files when killed: times |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        found = ", ".join(f"{count}: {times}" for count, times in row["kept_when_killed"].items())
+        counts = f"{row['kills']} | {row['results']} | {row['identical']} | {row['left_over']}"
+        print(f"| {row['command']} | {counts} | {found if row['command'] == 'build' else '–'} |")
     if arguments.output is not None:
         document = {
             "benchmark": "kills",
-            "command": f"python benchmarks/kills.py --kills {arguments.kills}",
+            "command": "python benchmarks/kills.py " + " ".join(sys.argv[1:]),
             "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
-            "versions": versions,
-            "rows": [row],
+            "versions": {n: metadata.version(n) for n in ("cosmos-export", "torch")},
+            "seed": arguments.seed,
+            "rows": rows,
         }
         arguments.output.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return 0

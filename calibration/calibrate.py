@@ -186,6 +186,7 @@ def _enter_all(job: Job, workspace: Workspace, report: Progress) -> None:
     for number, group in groupby(numbered, key=lambda pair: pair[1].work):
         work, mine = job.works[number], list(group)
         latents = makers.latents(work, sorted({sample.step for _, sample in mine}), job.seed + number)
+        job.sources[work.source].inputs.require_unchanged("calibration")
         for index, sample in mine:
             at_step = latents(sample.step, job.seed + 1_000_003 * (index + 1))
             inputs = step_inputs(

@@ -49,7 +49,7 @@ class LayerResult:
 class Workspace:
     """The directory of a calibration in progress. One that was made for other inputs is emptied.
 
-    ``require_inputs`` raises where an input is not what it was any more: then nothing that follows from it is written.
+    ``require_inputs`` raises where the checkpoint is not what it was any more: then nothing that follows is written.
     """
 
     def __init__(

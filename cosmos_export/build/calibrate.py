@@ -21,7 +21,7 @@ from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.sampling import Overrides
-from cosmos_export.stamps import require_unchanged, unchanged
+from cosmos_export.stamps import unchanged
 from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def calibrate(options: CalibrateOptions, progress: Progress | None = None) -> Ca
     folder = stream.workspace_folder(options.output)
     stream.require_workspace_space(job, options.output)
     with unchanged("calibration", *job.inputs):
-        workspace = Workspace(folder, job.plan(), partial(require_unchanged, job.inputs, "calibration"))
+        workspace = Workspace(folder, job.plan(), partial(job.checkpoint.inputs.require_unchanged, "calibration"))
         table = stream.calibrate(job, workspace, progress)
     write_scale_table(table, options.output, force=options.force)
     workspace.remove()

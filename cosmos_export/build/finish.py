@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cosmos_export import streams
 from cosmos_export.bundle import EngineRecord, FileRecord, Manifest, PlanCheck, WeightInput, read_bundle
 from cosmos_export.bundle.verify import hash_file
 from cosmos_export.bundle.writer import replace_manifest
@@ -186,6 +187,7 @@ def _remove_leftovers(root: Path) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
+    streams.guard()
     if len(arguments) != 1:
         print("usage: python -m cosmos_export.build.finish BUNDLE", file=sys.stderr)
         return 2
