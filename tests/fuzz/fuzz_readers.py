@@ -177,6 +177,14 @@ def _resolve(call: Call) -> None:
     resolve(_options(call, components=call.choose(None, ("none",))))
 
 
+def _resolve_quantized(call: Call) -> None:
+    """The published FP8 layout, whose recipe is stored in it."""
+    from cosmos_export.build.options import resolve
+
+    command("plan", call.root / "checkpoint", *call.choose((), ("--json",)))
+    resolve(_options(call, components=("none",)))
+
+
 def _codecs(call: Call) -> None:
     """Everything a build does with a codec's configuration before it captures the model."""
     from cosmos_export.build.components import capture_codec
@@ -456,6 +464,7 @@ READERS = (
     Reader("inspect-fp8", seeds.quantized, _inspect, confined=False, compared=("*",)),
     Reader("plan", seeds.checkpoint, _plan, ("*.json",), confined=False),
     Reader("build-resolve", seeds.checkpoint, _resolve, ("*.json", "*.safetensors"), confined=False, compared=("*",)),
+    Reader("build-fp8", seeds.quantized, _resolve_quantized, confined=False, compared=("*",)),
     Reader(
         "build-codecs",
         seeds.checkpoint,
