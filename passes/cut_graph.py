@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 
+from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import Size, evaluate
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_weight, spec_of
 from cosmos_export.ir.ops import aten
@@ -76,8 +77,9 @@ def cut_graph(graph: Graph, before: Sequence[Node], names: Sequence[str]) -> lis
         graph(x)  =  last(x, …, second(x, first(x)))
 
     Each takes by name what it reads of the inputs and of the results of those before it, and has its own weights and
-    constants; what crosses has the name of the node that it was. An output of ``graph`` is an output of the one that
-    computes it. Where one reads a dim that nothing it takes shows, it also takes an input that does.
+    constants; what crosses has the name of the node that it was, or another where an output has that name. An output of
+    ``graph`` is an output of the one that computes it, or of the last where none does. Where one reads a dim that
+    nothing it takes shows, it also takes an input that does.
     Numerical effect: none, the same operations run.
     """
     starts = {node: index + 1 for index, node in enumerate(before)}
@@ -86,12 +88,17 @@ def cut_graph(graph: Graph, before: Sequence[Node], names: Sequence[str]) -> lis
     for node in graph.calls():
         part = starts.get(node, part)
         part_of[node] = part
+    for key, node in graph.outputs.items():
+        if graph.inputs.get(key, node) is not node:
+            raise InternalError("CX207", f"graph `{graph.name}` has an input and another output called `{key}`")
+        part_of.setdefault(node, len(names) - 1)
     return [_piece(graph, part_of, index, name) for index, name in enumerate(names)]
 
 
 def _piece(graph: Graph, part_of: Mapping[Node, int], index: int, name: str) -> Graph:
     own = [node for node in graph.calls() if part_of[node] == index]
     read = {operand for node in own for operand in node.all_input_nodes}
+    read |= {node for node in graph.outputs.values() if node.op != "call_function" and part_of[node] == index}
     piece, mapping = Graph(name), dict[Node, Node]()
     missing = _unshown(own, [n for n in read if is_input(n) or part_of.get(n, index) != index])
     for node in graph.nodes:
@@ -99,17 +106,27 @@ def _piece(graph: Graph, part_of: Mapping[Node, int], index: int, name: str) -> 
             mapping[node] = copy_node(piece, node, mapping)
             missing -= _shown(node)
     for node in graph.nodes:
-        if node in read and part_of.get(node, index) != index:
-            mapping[node] = piece.add_input(node.name, spec_of(node))
+        if node in read and node.op == "call_function" and part_of[node] != index:
+            mapping[node] = piece.add_input(_crossing(graph, node), spec_of(node))
     for node in graph.nodes:
-        if (node in read and (is_weight(node) or is_constant(node))) or part_of.get(node) == index:
+        computed = node.op == "call_function" and part_of[node] == index
+        if computed or (node in read and (is_weight(node) or is_constant(node))):
             mapping[node] = copy_node(piece, node, mapping)
     outputs = {key: mapping[node] for key, node in graph.outputs.items() if part_of.get(node) == index}
     for node in own:
         if any(part_of.get(user, index) > index for user in node.users):
-            outputs[node.name] = mapping[node]
+            outputs[_crossing(graph, node)] = mapping[node]
     piece.set_outputs(outputs)
     return piece
+
+
+def _crossing(graph: Graph, node: Node) -> str:
+    """What ``node`` is called where it crosses: its name, unless another value is an output of that name."""
+    taken = {**graph.outputs, **{other.name: other for other in graph.nodes}}
+    name = node.name
+    while graph.outputs.get(name, node) is not node or taken.get(name, node) is not node:
+        name += "_crossing"
+    return name
 
 
 def _unshown(own: Sequence[Node], taken: Sequence[Node]) -> set[str]:

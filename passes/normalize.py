@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import sympy
 import torch
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import equal
+from cosmos_export.ir.dims import Size, equal, expression, non_negative, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
@@ -41,8 +42,8 @@ class Normalize(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         for graph in program.graphs.values():
-            for simplify in (self._forward, self._scatters):
-                simplify(graph, result)
+            for clean in (self._forward, self._scatters):
+                clean(graph, result)
             result.changes["common subexpressions"] += eliminate_common(graph)
             for recognise in (self._norms, self._gates, self._attention, self._rotations):
                 recognise(graph, result)
@@ -85,11 +86,12 @@ class Normalize(Pass):
             graph.replace(node, new)
             result.changes["writes in place"] += 1
         for node in graph.calls(aten.select_scatter.default):
-            base, written, *place = node.args
+            base, written, *_ = node.args
             for user in list(node.users):
-                if not is_op(user, aten.select.int) or user.args[1] != place[0]:
+                same = _same_row(user, node) if is_op(user, aten.select.int) else None
+                if same is None:
                     continue
-                if list(user.args[1:]) == place:
+                if same:
                     graph.replace(user, written)
                 else:
                     user.replace_input_with(node, base)
@@ -177,6 +179,25 @@ def _unchanged(node: Node) -> Node | None:
                 if all(is_op(u, aten.add.Tensor) and _covers(u, node) for u in node.users):
                     return x
     return None
+
+
+def _same_row(read: Node, scatter: Node) -> bool | None:
+    """Whether ``read`` selects the row that ``scatter`` writes; None where that depends on the request, or where they
+    are along different axes."""
+    spec = spec_of(scatter)
+    axis, written = ops.axis_of(scatter.args[2], spec.rank), scatter.args[3]
+    if ops.axis_of(read.args[1], spec.rank) != axis:
+        return None
+    from_front = [_from_front(index, spec.shape[axis]) for index in (read.args[2], written)]
+    difference = simplify(from_front[0] - from_front[1])
+    if equal(difference, 0):
+        return True
+    return False if non_negative(difference - 1) or non_negative(-difference - 1) else None
+
+
+def _from_front(index: Size, size: Size) -> sympy.Expr:
+    """An index counted from the front of an axis of ``size``."""
+    return expression(size) + index if isinstance(index, int) and index < 0 else expression(index)
 
 
 def _covers(user: Node, node: Node) -> bool:

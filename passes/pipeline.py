@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.base import CannotApply, Pass, PassResult, describe
 from cosmos_export.passes.fold_schedule import FoldSchedule
 from cosmos_export.passes.fuse_joint_attention import FuseJointAttention
 from cosmos_export.passes.merge_linears import MergeLinears
@@ -58,7 +58,8 @@ def run_passes(
 ) -> list[Report]:
     """Run ``passes`` on ``program`` in place, with the verifier after each; stop after the one named ``until``.
 
-    Raises UserError (CX222) for an unknown ``until``; InternalError (CX201) where a pass breaks the IR.
+    Raises UserError (CX222) for an unknown ``until`` and CX220 where the model computes something that a pass does not
+    know; InternalError (CX201) where a pass breaks the IR.
     """
     known = ["capture", *(p.name for p in passes)]
     if until is not None and until not in known:
@@ -72,6 +73,7 @@ def run_passes(
         result = step.run(program)
         for key in sorted(keys - program.bound_keys()):
             program.unused_keys[key] = f"no output follows from it ({step.name})"
+        _require_removed(program, step, result)
         forbidden |= step.removes
         program.history.append(step.name)
         verify(program, stage=step.name, forbidden=forbidden)
@@ -82,3 +84,12 @@ def run_passes(
         if step.name == until:
             break
     return reports
+
+
+def _require_removed(program: Program, step: Pass, result: PassResult) -> None:
+    """CX220 where ``step`` left an operation that it is there to remove: the model has it in a place of its own."""
+    left = [n for graph in program.graphs.values() for n in graph.calls() if n.target in step.removes]
+    reasons = {d.where: d.reason for d in result.declined}
+    for node in sorted(left, key=lambda n: describe(n) not in reasons):  # what a pass says of itself comes first
+        why = reasons.get(describe(node), "")
+        raise CannotApply(step.name, node, f"`{node.target}` is not known in this place{why and f': {why}'}")

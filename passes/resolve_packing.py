@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from cosmos_export.ir.dims import Size, equal
+from cosmos_export.ir.dims import Size, equal, expression
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
@@ -22,7 +22,8 @@ class ResolvePacking(Pass):
     Layers are never passed: rows that a layer computes together stay together.
 
     Numerical effect: none, only rows move.
-    Left alone: indices that are not ranges, ranges that overlap or leave a gap, slices that cut through a part.
+    Left alone: indices that are not ranges, ranges that overlap or leave a gap, values that are repeated over a range,
+    slices that cut through a part.
     """
 
     name = "resolve_packing"
@@ -84,13 +85,20 @@ def _range(index: Any) -> tuple[Size, Size] | None:
     return index.args[:2] if is_op(index, aten.arange.start) else None
 
 
+def _fills(values: Node, rows: tuple[Size, Size], buffer: Node) -> bool:
+    """Whether ``values`` are as many rows as are written, of the buffer's own shape: none is written several times."""
+    shape, whole = spec_of(values).shape, spec_of(buffer).shape
+    written = (expression(rows[1]) - expression(rows[0]), *whole[1:])
+    return len(shape) == len(written) and all(map(equal, shape, written))
+
+
 def _tiles(node: Node) -> list[Node] | None:
     """Values written by a chain of ``index_put``, in order, where their ranges tile the buffer."""
     written: list[tuple[Size, Size, Node]] = []
     while is_op(node, aten.index_put.default):
         base, indices, values = node.args
         rows = _range(indices[0])
-        if rows is None:
+        if rows is None or not _fills(values, rows, node):
             return None
         written.append((*rows, values))
         node = base

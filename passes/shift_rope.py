@@ -10,7 +10,7 @@ import torch
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, simplify
-from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_constant, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
@@ -34,9 +34,10 @@ class ShiftRope(Pass):
 
     Done only where it is shown that
 
-    1. every rotated value is read as query or key of attention and in no other way, and where one of the two is
-       rotated so is the other;
-    2. all tables are cosine and sine of one and the same function of positions, linear in them;
+    1. every rotated value is read as query or key of attention and in no other way, and of an attention every row of
+       query and key is rotated, or none is;
+    2. all tables are cosine and sine of one and the same function of positions, linear in them: a product with
+       frequencies that do not follow from positions;
     3. on one axis every position is either moved by one common amount ``c`` that depends on dims, or is of a table
        none of whose positions is, and nothing else reads it.
 
@@ -64,8 +65,11 @@ class ShiftRope(Pass):
                 result.decline(stray, "reads a rotated value, and not as query or key of attention")
                 return
         for attention in graph.calls(ops.ATTENTION):
-            if _rotated(attention.args[0]) != _rotated(attention.args[1]):
-                result.decline(attention, "rotates only one of query and key, so that its scores depend on positions")
+            if len(_rotated(attention.args[0]) | _rotated(attention.args[1])) > 1:
+                result.decline(
+                    attention,
+                    "rotates only one of query and key, or some rows of them, so that its scores depend on positions",
+                )
                 return
         positions: dict[Node, None] = {}
         functions: set[Any] = set()
@@ -187,12 +191,30 @@ def _positions(angle: Node) -> Node | None:
     while is_op(node, *_PLACES):
         node = node.args[0]
     if is_op(node, aten.matmul.default):
-        return _behind_views(node.args[1])
+        found = _behind_views(node.args[1])
+        return None if found is None or _related(node.args[0], found) else found
     if is_op(node, aten.where.self):
         # Both branches are parts of one product: the axes laid into one another.
-        found = {_positions(branch) for branch in node.args[1:]}
-        return found.pop() if len(found) == 1 else None
+        branches = {_positions(branch) for branch in node.args[1:]}
+        found = branches.pop() if len(branches) == 1 else None
+        return None if found is None or _related(node.args[0], found) else found
     return None
+
+
+def _related(value: Node, positions: Node) -> bool:
+    """Whether ``value`` follows from anything but constants that ``positions`` follow from."""
+    shared = _behind(value) & _behind(positions)
+    return any(not (is_constant(node) or is_weight(node)) for node in shared)
+
+
+def _behind(value: Node) -> set[Node]:
+    """``value`` and all that it follows from."""
+    found, waiting = {value}, [value]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - found
+        found |= new
+        waiting += new
+    return found
 
 
 def _function(value: Any, positions: Node) -> Any:

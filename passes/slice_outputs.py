@@ -61,13 +61,19 @@ class SliceOutputs(Pass):
 
     def _narrow(self, graph: Graph) -> int:
         count = 0
+        stuck: set[Node] = set()
         while True:
-            node, start, end = self._candidate(graph) or (None, 0, 0)
+            node, start, end = self._candidate(graph, stuck) or (None, 0, 0)
             if node is None:
                 return count
             slicer = Slicer(graph, self.name, through=frozenset({node.target}))
             readers = list(node.users)
             narrowed = slicer.of(node, 0, start, end)
+            if is_op(narrowed, aten.slice.Tensor) and narrowed.args[0] is node:
+                # No rule takes its rows, as where its first axis is also its last. The slice that was left goes again.
+                stuck.add(node)
+                graph.eliminate_dead_code()
+                continue
             for reader in readers:
                 first = simplify(expression(reader.args[2]) - start)
                 last = simplify(expression(reader.args[3]) - start)
@@ -82,10 +88,11 @@ class SliceOutputs(Pass):
             eliminate_common(graph)
             count += 1
 
-    def _candidate(self, graph: Graph) -> tuple[Node, Size, Size] | None:
-        """The last row-wise operation of which only some rows are read, with the range that covers them."""
+    def _candidate(self, graph: Graph, stuck: Collection[Node]) -> tuple[Node, Size, Size] | None:
+        """The last row-wise operation of which only some rows are read, with the range that covers them; none of those
+        that are ``stuck``."""
         for node in reversed(graph.calls()):
-            if node.target not in _LAYERS or not node.users or spec_of(node).rank == 0:
+            if node in stuck or node.target not in _LAYERS or not node.users or spec_of(node).rank == 0:
                 continue
             ranges = [u.args[2:4] for u in node.users if is_op(u, aten.slice.Tensor) and u.args[1] == 0]
             if len(ranges) != len(node.users) or any(len(u.args) > 4 for u in node.users):

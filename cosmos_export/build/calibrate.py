@@ -142,7 +142,7 @@ def _job(
         modalities=modalities,
         height=dims["height"].opt * record.video.spatial,
         width=dims["width"].opt * record.video.spatial,
-        frames=options.frames or (profile.dims["frames"].opt - 1) * record.video.temporal + 1,
+        frames=_frames(options.frames, profile, record.video.temporal),
         negative=read_prompt(options.negative, "negative prompt"),
         latents=options.latents,
         hears=hears(checkpoint),
@@ -176,6 +176,15 @@ def _components_digest(checkpoint: Checkpoint) -> str:
     weights = {entry.file for entry in checkpoint.tensors.values()}
     unread = checkpoint.components.get("vision_encoder")
     return digest_of([path for path in checkpoint.files() if path not in weights and path.parent != unread])
+
+
+def _frames(asked: int | None, profile: Profile, temporal: int) -> int:
+    """Pixel frames of a clip, at most: as asked, or the profile's optimum."""
+    if asked is None:
+        return (profile.dims["frames"].opt - 1) * temporal + 1
+    if asked < 1:
+        raise UserError("CX322", f"clips of {asked} frames", "--frames 1 or more")
+    return asked
 
 
 def _require_calibratable(checkpoint: Checkpoint) -> None:

@@ -136,7 +136,8 @@ def mode_of(asked: Asked, manifest: Manifest, record: RequestRecord) -> Mode:
 def require_options(asked: Asked, mode: Mode) -> None:
     """Every option that is given means something in ``mode``, and what it starts from is given once."""
     for name, modes in _ONLY_FOR.items():
-        if getattr(asked, name) not in (None, False) and mode not in modes:
+        value = getattr(asked, name)
+        if value is not None and value is not False and mode not in modes:
             raise UserError(
                 "CX604",
                 f"{_flag(name)} is not for mode {mode}; it is for {', '.join(modes)}",

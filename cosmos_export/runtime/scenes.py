@@ -61,7 +61,7 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
         first = (least - 1) * video.temporal + 1
         raise UserError("CX609", f"{asked.frames} frames; mode {mode} generates from {first}", _image_hint(mode))
     known = {name: [value] for name, value in given.items() if value is not None}
-    profile = fit_profile(manifest.profiles, known, record, least={"frames": least})
+    profile = _sizes_from(asked, manifest, record, known, {"frames": least})
     dims = {name: value if value is not None else profile.dims[name].opt for name, value in given.items()}
     dims["frames"] = max(dims["frames"], least)
     fps = video.base_fps if asked.fps is None else float(asked.fps)
@@ -83,6 +83,26 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
         notes = (*clip.notes, *_rate_note(clip.fps, fps, asked.video))
         return replace(stage, clean_frames=tuple(range(KEPT_LATENTS)), pixels=pixels[None], notes=notes)
     return stage
+
+
+def _sizes_from(
+    asked: Asked,
+    manifest: Manifest,
+    record: RequestRecord,
+    known: Mapping[str, Sequence[int]],
+    least: Mapping[str, int],
+) -> ProfileRecord:
+    """The profile whose sizes a video has where it says none: the first for what is asked, with sound or without."""
+    meant = [
+        profile
+        for profile in manifest.profiles
+        if (profile.dims["sound_len"].max > 0 if asked.sound else profile.dims["sound_len"].min == 0)
+        and profile.dims["action_len"].min == 0
+    ]
+    try:
+        return fit_profile(meant or manifest.profiles, known, record, least=least)
+    except UserError:
+        return fit_profile(manifest.profiles, known, record, least=least)  # its message speaks of all of them
 
 
 def policy_of(record: RequestRecord) -> Embodiment | None:
@@ -136,7 +156,9 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     clip = _source(asked, chunk + 1 if all_given else 1)
     frames = clip.frames
     notes += clip.notes
-    plan = canvas.plan_action_canvas(frames.shape[1], frames.shape[2], asked.tier or robot.tier, video.spatial)
+    plan = canvas.plan_action_canvas(
+        frames.shape[1], frames.shape[2], robot.tier if asked.tier is None else asked.tier, video.spatial
+    )
     if all_given:
         if len(frames) <= chunk:
             notes.append(f"{source} has {len(frames)} frames for {chunk + 1}: the last is repeated")
@@ -187,7 +209,9 @@ def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecor
 
 
 def _action_width(asked: Asked, robot: Embodiment, given: embodiments.Actions | None, most: int) -> int:
-    width = asked.action_width or robot.width or (None if given is None else given.shape[1])
+    width = robot.width if asked.action_width is None else asked.action_width
+    if width is None and given is not None:
+        width = given.shape[1]
     if width is None:
         raise UserError("CX611", f"actions of `{robot.name}` have no fixed width", "say it with --action-width")
     if not 1 <= width <= most:

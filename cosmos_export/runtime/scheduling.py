@@ -69,9 +69,10 @@ def _completed(asked: Overrides, built: Schedule) -> Overrides:
     if built.sampler != "unipc":
         return asked
     same_grid = asked.grid in (None, built.grid)
-    same_guidance = asked.guidance in (None, built.guidance) and asked.guidance_interval is None
     guided = asked.guidance if asked.guidance is not None else built.guidance
-    interval = (built.guidance_interval or (0.0, 1000.0)) if guided != 1 and same_guidance else asked.guidance_interval
+    # Another scale is guided at the same timesteps; what was built without guidance has none to say.
+    kept = asked.guidance_interval is None and guided != 1 and built.guidance != 1
+    interval = (built.guidance_interval or (0.0, 1000.0)) if kept else asked.guidance_interval
     return replace(
         asked,
         grid=asked.grid or built.grid,

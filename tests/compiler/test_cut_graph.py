@@ -13,10 +13,13 @@ import pytest
 import torch
 from quantized import Tiny
 
+from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import bind
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.interpreter import run_graph
+from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.cut_graph import cut_graph, narrow_places
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx_lowering import lower
@@ -141,3 +144,44 @@ def test_cutting_nowhere_is_the_graph(tiny: Tiny) -> None:
     assert list(whole.inputs) == [i for i, node in graph.inputs.items() if node.users]
     assert list(whole.outputs) == list(graph.outputs)
     assert [n.name for n in whole.calls()] == [n.name for n in graph.calls()]
+
+
+def small() -> tuple[Graph, Any, Any, Any]:
+    """neg(x), relu of it, and their sum."""
+    graph = Graph("g")
+    x = graph.add_input("x", TensorSpec(torch.float32, (4,)))
+    neg = graph.call(aten.neg.default, x)
+    relu = graph.call(aten.relu.default, x)
+    return graph, x, neg, relu
+
+
+def run_cut(graph: Graph, before: Any) -> dict[str, torch.Tensor]:
+    """The pieces one after the other, by name as a runtime does it."""
+    given = {"x": torch.tensor([1.0, -2.0, 3.0, 0.5])}
+    made: dict[str, torch.Tensor] = {}
+    for piece in cut_graph(graph, [before], ["a", "b"]):
+        results = run_graph(piece, {name: given[name] for name in piece.inputs}, lambda _: torch.zeros(0), {})
+        made |= {name: value for name, value in results.items() if name in graph.outputs}
+        given |= results
+    return made
+
+
+def test_an_output_that_is_an_input_is_handed_out() -> None:
+    graph, x, neg, relu = small()
+    total = graph.call(aten.add.Tensor, neg, relu)
+    graph.set_outputs({"y": total, "same": x})
+    made = run_cut(graph, relu)
+    torch.testing.assert_close(made["same"], torch.tensor([1.0, -2.0, 3.0, 0.5]), rtol=0, atol=0)
+    torch.testing.assert_close(made["y"], torch.tensor([0.0, 2.0, 0.0, 0.0]), rtol=0, atol=0)
+
+
+def test_an_output_called_like_another_value_is_that_output() -> None:
+    graph, _, neg, relu = small()
+    total = graph.call(aten.add.Tensor, neg, relu)
+    graph.set_outputs({"y": total, neg.name: relu})
+    made = run_cut(graph, total)
+    torch.testing.assert_close(made[neg.name], torch.tensor([1.0, 0.0, 3.0, 0.5]), rtol=0, atol=0)
+    torch.testing.assert_close(made["y"], torch.tensor([0.0, 2.0, 0.0, 0.0]), rtol=0, atol=0)
+    graph.set_outputs({"y": total, "x": relu})
+    with pytest.raises(InternalError, match="an input and another output"):
+        run_cut(graph, total)

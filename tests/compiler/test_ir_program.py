@@ -285,7 +285,7 @@ def test_join_is_a_semilattice_in_which_step_and_request_make_carried() -> None:
             assert a.join(b) is b.join(a)
             assert all(a.join(b).join(c) is a.join(b.join(c)) for c in rates)
     assert Rate.STEP.join(Rate.PROMPT) is Rate.STEP.join(Rate.REQUEST) is Rate.CARRIED
-    assert Rate.PROMPT.join(Rate.REQUEST) is Rate.REQUEST
+    assert Rate.PROMPT.join(Rate.REQUEST) is Rate.BRANCH
 
 
 def test_rates_follow_edges() -> None:

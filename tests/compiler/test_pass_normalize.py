@@ -9,8 +9,10 @@ import pytest
 import torch
 from sketch import N, Sketch, apply, aten, declines, ops, targets
 
+from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.dims import symbol
 from cosmos_export.passes.normalize import Normalize
+from cosmos_export.passes.pipeline import run_passes
 
 
 def test_counts_follow_from_the_model(compile_tiny: Any) -> None:
@@ -311,3 +313,40 @@ def test_numbers_that_python_calls_equal_are_not_common() -> None:
     zero, minus = (s.call(aten.full.default, [4], v, dtype=torch.float32) for v in (0.0, -0.0))
     program = s.program(y=zero, z=minus)
     assert not Normalize().run(program).modified
+
+
+@pytest.mark.parametrize(
+    ("rows", "written", "read", "gone"),
+    [
+        (N, 0, -1, False),  # one row or several: the same where there is one
+        (N, -1, 0, False),
+        (N, 0, 0, True),
+        (N, 0, 1, True),
+        (N, -1, -1, True),
+        (N, -1, -2, True),
+        (3, 2, -1, True),
+        (3, -1, 2, True),
+        (3, 0, -1, True),
+    ],
+)
+@pytest.mark.parametrize("axis", [0, -2])
+def test_rows_written_in_place_are_compared_by_where_they_are(
+    rows: Any, written: int, read: int, gone: bool, axis: int
+) -> None:
+    s = Sketch()
+    whole = s.call(aten.select_scatter.default, s.input("x", (rows, 4)), s.input("w", (4,)), 0, written)
+    program = s.program(y=s.call(aten.neg.default, s.call(aten.select.int, whole, axis, read)))
+    assert apply(Normalize(), program).changes == (Counter({"writes in place": 1}) if gone else Counter())
+    assert (aten.select_scatter.default in targets(program)) is not gone
+
+
+def test_what_no_pass_knows_is_no_bug() -> None:
+    """A pooled prompt: a mean that is no norm's."""
+    s = Sketch()
+    pooled = s.call(aten.mean.dim, s.input("x", (N, 8)), [0], True)
+    with pytest.raises(UserError) as caught:
+        run_passes(s.program(y=pooled), [Normalize()])
+    assert caught.value.code == "CX220" and "aten.mean.dim" in caught.value.message
+    s, y = norm_of(axis=0)
+    with pytest.raises(UserError, match="not the root mean square of one value along its last axis"):
+        run_passes(s.program(y=y), [Normalize()])

@@ -204,3 +204,12 @@ def test_slices_without_a_rule_stay(make: Any) -> None:
     names = targets(before)
     ResolvePacking().run(before)
     assert aten.slice.Tensor in targets(before) and aten.cat.default in targets(before) and names
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (1, 1)])
+def test_values_that_are_repeated_over_a_range_stay(shape: Any) -> None:
+    """Joined, they would be one row where the buffer has many."""
+    s = Sketch()
+    packed = s.call(aten.index_put.default, buffer(s, N + P), [rows(s, 0, P)], s.input("a", shape))
+    packed = s.call(aten.index_put.default, packed, [rows(s, P, N + P)], s.input("b", (N, 4)))
+    declines(ResolvePacking(), s.program(y=packed), "do not tile the buffer")

@@ -176,3 +176,37 @@ def test_angles_that_are_no_product_stay(wrong: str) -> None:
     q, k = (s.call(ops.ROTARY, s.input(n, (N, 2, D)), *tables) for n in ("q", "k"))
     program = s.program(y=s.call(ops.ATTENTION, q, k, s.input("v", (N, 2, D)), False, 1.0))
     declines(ShiftRope(), program, "its angles are not shown to be a product with positions [axes, rows]")
+
+
+def turned(s: Sketch, positions: Any, frequencies: Any, name: str, rows: Any) -> Any:
+    return s.call(ops.ROTARY, s.input(name, (rows, 2, D)), *s.tables(positions, frequencies))
+
+
+def test_rows_without_rotation_beside_rotated_ones_stay() -> None:
+    """Registers, as in models whose first rows have no position: joined to query and key, they meet rotated rows."""
+    s = Sketch()
+    frequencies = s.constant("frequencies", torch.rand(3, 1, D // 2, 1) * 1e-4)
+    text = s.call(aten.expand.default, s.call(aten.unsqueeze.default,
+                  s.call(aten.arange.start, 0, P, dtype=torch.float32), 0), [3, P])  # fmt: skip
+    moved = s.call(aten.add.Tensor, s.input("p", (3, N)), P + 15000)
+    registers = s.input("registers", (2, 2, D))
+    query = s.call(aten.cat.default, [turned(s, moved, frequencies, "q", N), registers], 0)
+    keys = [turned(s, text, frequencies, "kp", P), turned(s, moved, frequencies, "k", N), s.input("rk", (2, 2, D))]
+    y = attend(s, query, s.call(aten.cat.default, keys, 0), s.input("v", (P + N + 2, 2, D)))
+    declines(ShiftRope(), s.program(y=y), "or some rows of them")
+
+
+def test_frequencies_that_follow_from_positions_stay() -> None:
+    """Dynamic scaling: the angles are no longer linear in the positions."""
+    s = Sketch()
+    moved = s.call(aten.add.Tensor, s.input("p", (3, N)), P + 15000)
+    wide = s.call(aten.unsqueeze.default, s.call(aten.unsqueeze.default, moved, 1), 2)
+    own = s.constant("frequencies", torch.rand(3, 1, D // 2, 1) * 1e-4)
+    first = s.call(aten.slice.Tensor, s.call(aten.cos.default, wide), 3, 0, 1)
+    angles = s.call(aten.matmul.default, s.call(aten.matmul.default, own, first), wide)
+    angles = s.call(aten.permute.default, angles, [0, 1, 3, 2])
+    turned_by = s.call(aten.select.int, angles, 0, 0)
+    cos, sin = (s.call(aten.squeeze.dim, s.call(f, turned_by), 0) for f in (aten.cos.default, aten.sin.default))
+    query, key = (s.call(ops.ROTARY, s.input(name, (N, 2, D)), cos, sin) for name in "qk")
+    y = attend(s, query, key, s.input("v", (N, 2, D)))
+    declines(ShiftRope(), s.program(y=y), "its angles are not shown to be a product with positions")

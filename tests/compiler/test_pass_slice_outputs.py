@@ -176,3 +176,17 @@ def test_graphs_that_only_fed_dropped_outputs_go(compiled: Any) -> None:
     assert not any("proj_out" in name for name in program.graphs["conditioning"].outputs)
     s = Sketch()
     assert targets(s.program(y=s.input("x", (N,)))) == []
+
+
+@pytest.mark.parametrize("kind", ["linear", "norm"])
+def test_a_value_whose_rows_are_its_columns_stays(kind: str) -> None:
+    """Of one axis, every number follows from all: the pass ends, and changes nothing."""
+    s = Sketch()
+    x = s.input("x", (8,))
+    value = (
+        s.call(aten.linear.default, x, s.weight("w", (8, 8)))
+        if kind == "linear"
+        else s.call(ops.RMS_NORM, x, s.weight("n", (8,)), 1e-6)
+    )
+    program = s.program(y=rows(s, value, 0, 2), z=rows(s, value, 1, 4))
+    assert not apply(SliceOutputs(), program).modified

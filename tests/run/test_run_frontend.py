@@ -345,6 +345,40 @@ def test_schedules_of_a_parsed_manifest(files: Path) -> None:
     assert schedule.guidance_interval == (300.0, 900.0)
 
 
+def test_another_scale_is_guided_at_the_same_timesteps(files: Path) -> None:
+    found = manifest(built=Overrides(steps=20, guidance=5.0, guidance_interval=(300.0, 800.0)))
+    built = ask(files, found).request.schedule
+    for asked in (Overrides(guidance=4.0), Overrides(steps=10), Overrides(guidance=4.0, shift=5.0, grid="flow")):
+        schedule = ask(files, found, sampling=asked).request.schedule
+        assert schedule.guidance_interval == built.guidance_interval == (300.0, 800.0)
+        assert schedule.guidance == (asked.guidance or 5.0) and 0 < sum(schedule.guided) < schedule.steps
+    every = ask(files, found, sampling=Overrides(guidance=4.0, guidance_interval=(0.0, 1000.0))).request.schedule
+    assert all(every.guided)
+    assert not any(ask(files, found, sampling=Overrides(guidance=1.0)).request.schedule.guided)
+    unguided = manifest(built=Overrides(steps=8, guidance=1.0))
+    assert all(ask(files, unguided, sampling=Overrides(guidance=3.0)).request.schedule.guided)
+
+
+def test_sizes_come_from_a_profile_for_what_is_asked(files: Path) -> None:
+    sounding = SMALL | {"frames": DimRecord(3, 4, 6), "sound_len": DimRecord(1, 10, 30)}
+    silent = SMALL | {"frames": DimRecord(1, 6, 6), "sound_len": DimRecord(0, 0, 0)}
+    for order in (("silent", "sounding"), ("sounding", "silent")):
+        profiles = {name: {"silent": silent, "sounding": sounding}[name] for name in order}
+        found = manifest({"robot": ROBOT, **profiles})
+        for sound, profile, frames in ((True, "sounding", 13), (False, "silent", 21)):
+            prepared = ask(files, found, sound=sound)
+            assert (prepared.profile, prepared.request.frames) == (profile, frames)
+    assert "add --sound" in refused("CX607", files, manifest({"only": sounding})).hint
+
+
+@pytest.mark.parametrize("option", ["tier", "chunk", "action_width"])
+def test_zero_is_a_value(files: Path, option: str) -> None:
+    found = manifest({"robot": ROBOT})
+    code = {"tier": "CX612", "chunk": "CX609", "action_width": "CX611"}[option]
+    refused(code, files, found, image="robot.png", embodiment="umi", **{option: 0})
+    refused("CX604", files, **{option: 0})
+
+
 def test_open_manifest(files: Path, tmp_path: Path) -> None:
     data = manifest().to_bytes()
     (tmp_path / "manifest.json").write_bytes(data)
