@@ -336,6 +336,8 @@ def _is_template(template: str, values: Mapping[str, object]) -> bool:
 
 def _read_rows(root: Path, path: Path, table: pyarrow.Table, chosen: Columns, robot: Embodiment) -> _Rows:
     """The ``chosen`` columns of a table. CX611: they are not as wide as an action of ``robot`` and its parts."""
+    if not table.num_rows:
+        _refuse(root, f"{path.name} has no rows")
     parts = []
     for column in chosen.columns:
         if column.name not in table.column_names:

@@ -198,8 +198,8 @@ def _still(path: Path) -> Clip | int:
                 return Clip(np.asarray(upright)[None], None)
         except UnidentifiedImageError:
             return 1
-        except Image.DecompressionBombError as error:
-            _refuse(path, f"{error}; allowed: {MAX_PIXELS:,} pixels")
+        except Image.DecompressionBombError:
+            _refuse(path, f"more pixels than the {MAX_PIXELS:,} that are allowed")
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
             _refuse(path, f"cannot be decoded: {str(error)[:120]}")
 

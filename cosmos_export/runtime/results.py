@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest
+from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
@@ -183,7 +184,7 @@ def _result_hint(kind: str, made: str) -> str:
 
 
 def _require_places(paths: Sequence[Path], force: bool) -> None:
-    resolved = [path.resolve() for path in paths]
+    resolved = [_resolved(path) for path in paths]
     for path, place in zip(paths, resolved, strict=True):
         if resolved.count(place) > 1:
             raise UserError("CX662", f"{path} is named twice")
@@ -191,8 +192,19 @@ def _require_places(paths: Sequence[Path], force: bool) -> None:
             raise UserError("CX662", f"{path}: no directory {place.parent}", "create it first")
         if not os.access(place.parent, os.W_OK):
             raise UserError("CX662", f"{path}: no permission to write in {place.parent}")
+        if len(media.partial_name(place)) > os.pathconf(place.parent, "PC_NAME_MAX"):
+            raise UserError("CX662", f"{path}: the name is too long for {place.parent}", "choose a shorter one")
         if place.exists() and not (force and place.is_file()):
             raise UserError("CX662", f"{path} exists", "choose another name" + ("" if force else ", or add --force"))
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError, ValueError) as error:  # links in a circle, a NUL
+        raise UserError(
+            "CX662", f"{shown(str(path))} is no place for a file: {error}", "choose another name"
+        ) from error
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

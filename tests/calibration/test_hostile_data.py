@@ -240,3 +240,10 @@ def test_no_two_columns_have_one_name(robots: dict[str, Path], tmp_path: Path) -
     pq.write_table(table.append_column("episode_index", table.column("frame_index")), path)
     error = refused(lambda: read_source(str(root)), "CX342")
     assert "two columns" in error.message and "episode_index" in error.message
+
+
+def test_a_table_has_rows(robots: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(robots["v3.0"], tmp_path / "robot")
+    table = tmp_path / "robot/data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(table).slice(0, 0), table)
+    assert "has no rows" in refused(lambda: read_source(str(tmp_path / "robot")), "CX342").message

@@ -216,12 +216,20 @@ def test_refused_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
         (["--save-latents", "a.safetensors", "--save-frames", "a.safetensors"], "ends in .npy"),
         (["--save-latents", "a.bin"], "ends in .safetensors"),
         (["-o", "there/out.mp4"], "no directory"),
+        (["-o", f"{'x' * 236}.mp4"], "too long"),
+        (["-o", f"{'x' * 300}.mp4"], "too long"),
+        (["-o", f"{'é' * 120}.mp4"], "too long"),
+        (["-o", "circle/out.mp4"], "no place for a file"),
+        (["-o", "circle"], "unknown kind"),
+        (["-o", "circle.mp4"], "no place for a file"),
         (["-o", "old.mp4"], "exists"),
     ],
 )
 def test_outputs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], what: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "old.mp4").write_bytes(b"old")
+    for name in ("circle", "circle.mp4"):
+        (tmp_path / name).symlink_to(tmp_path / name)
     code, _, err = run(*arguments)
     assert code == 2
     assert err.startswith("error[CX662]")
