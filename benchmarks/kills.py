@@ -2,12 +2,12 @@
 
     python benchmarks/kills.py [--kills 60] [--commands build,calibrate,quantize] [--target cpu] [-o FILE.json]
 
-A tiny checkpoint, through whole commands in processes of their own: `build --resume`, `calibrate` and `quantize`. Each
-result is made by commands that get SIGKILL after a random time, until one of them ends; then `--force` makes it once
-more, killed in the same way. There are as many results as it takes for all kills. Every file of every result is
-compared with that of a command that nobody killed (of a bundle's manifest everything except `volatile`), and after each
-success the directory has nothing in it but results. "kept" is how many finished files a killed build left behind; how
-that is distributed says where kills fell.
+A tiny checkpoint, through whole commands: `build --resume`, `calibrate` and `quantize`, each in a process forked from
+this one when everything is imported, so that kills fall on the work. Each result is made by commands that get SIGKILL
+after a random time, until one of them ends; then `--force` makes it anew, killed in the same way. There are as many
+results as it takes for all kills. Every file of every result is compared with that of a command that nobody killed
+(of a bundle's manifest everything except `volatile`), and after each success nothing is in the directory except the
+result. "kept" is how many finished files a killed build left behind; how that is distributed says where kills fell.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import os
 import platform
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SHARE = 0.95
 """Of an uninterrupted command's time, within which a kill comes."""
@@ -69,19 +68,51 @@ COMMANDS: dict[str, Callable[[Inputs, Path], list[str]]] = {
 
 
 def run(arguments: list[str], kill_after: float | None) -> int:
-    """The command's exit status; −9 where it was killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cosmos_export", *arguments, "--quiet"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    """The exit status of the command, in a child that is forked from this process; −9 where it was killed."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        _command(arguments)
+    deadline = time.perf_counter() + (float("inf") if kill_after is None else kill_after)
+    status = None
+    while status is None and time.perf_counter() < deadline:
+        found, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if found else None
+        time.sleep(0.002)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status not in (0, -signal.SIGKILL):
+        sys.exit(f"a command ended with {status}: cosmos-export {' '.join(arguments)}")
+    return status
+
+
+def _command(arguments: list[str]) -> NoReturn:
+    """The command line with ``arguments``, and nothing of this program after it."""
+    from cosmos_export.cli import main as command_line
+
+    sys.argv = ["cosmos-export", *arguments, "--quiet"]
+    status = 70
     try:
-        _, err = process.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        _, err = process.communicate()
-    if process.returncode not in (0, -signal.SIGKILL):
-        sys.exit(f"a command ended with {process.returncode}: {err.decode()}")
-    return process.returncode
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        command_line()
+    except SystemExit as ending:
+        status = int(ending.code or 0)
+    finally:
+        os._exit(status)
+
+
+def load() -> None:
+    """Import what the commands import: kills are to fall on their work."""
+    import diffusers
+    import onnx.checker
+
+    import cosmos_export.build.stages
+    import cosmos_export.calibration.calibrate
+    import cosmos_export.calibration.quantize
+
+    assert diffusers.Cosmos3OmniTransformer and diffusers.Cosmos3OmniPipeline
+    assert onnx.checker and cosmos_export.build.stages and cosmos_export.calibration.quantize
 
 
 def contents(result: Path) -> dict[str, Any]:
@@ -112,12 +143,13 @@ def measure(name: str, inputs: Inputs, kills: int, moments: random.Random, root:
     run(command(inputs, root / "whole"), None)
     seconds = time.perf_counter() - start
     whole = contents(root / "whole")
-    output, force = root / "killed" / name, list[str]()
+    output = root / "killed" / name
     output.parent.mkdir()
     while killed < kills:
         done = False
         while not done:
             after = None if killed == kills else moments.uniform(0, SHARE * seconds)
+            force = ["--force"] if output.exists() else []  # also where the kill came after all was done
             done = run([*command(inputs, output), *force], after) == 0
             if not done:
                 killed += 1
@@ -128,7 +160,6 @@ def measure(name: str, inputs: Inputs, kills: int, moments: random.Random, root:
         if left_over(output):
             sys.exit(f"{name}: after {killed} kills and a success there is {', '.join(left_over(output))}")
         results += 1
-        force = ["--force"]
     return {
         "command": name, "kills": killed, "results": results, "identical": results, "left_over": 0,
         "seconds_uninterrupted": round(seconds, 1),
@@ -146,6 +177,8 @@ def main() -> int:
     arguments = parser.parse_args()
     from cosmos_export.checkpoint.demo import write_demo_checkpoint
 
+    os.environ["OMP_NUM_THREADS"] = "1"
+    load()
     names, rows = arguments.commands.split(","), []
     moments = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:

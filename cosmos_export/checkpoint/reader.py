@@ -80,10 +80,17 @@ class Checkpoint:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Reads and checks the directory ``path``. Raises ``UserError`` CX1xx with what to do."""
     root = Path(path)
-    _require_checkpoint(root)
-    found = _as_they_are(root)
-    with unchanged("its opening", found):
-        return _open(root, found)
+    try:
+        _require_checkpoint(root)
+        found = _as_they_are(root)
+        with unchanged("its opening", found):
+            return _open(root, found)
+    except OSError as error:  # a directory that may not be listed, a name that is too long, a disk that fails
+        raise UserError(
+            "CX105",
+            f"cannot read {error.filename or root}: {error.strerror or error}",
+            "check the path and permissions",
+        ) from error
 
 
 def _open(root: Path, inputs: Inputs) -> Checkpoint:

@@ -258,6 +258,18 @@ def test_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert str(root) in refuses(root / "transformer", "CX105", "no transformer/ folder").hint
 
 
+def test_what_the_system_refuses_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions, which root does not notice, and names that no file system has."""
+    refuses(tmp_path / ("long" * 100), "CX105", "cannot read ", "File name too long")
+
+    def denied(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    root = write_checkpoint(tmp_path / "x")
+    monkeypatch.setattr(Path, "iterdir", denied)
+    assert "permissions" in refuses(root, "CX105", "x: Permission denied").hint
+
+
 def test_missing_files(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path)
     (root / "transformer" / "config.json").unlink()
