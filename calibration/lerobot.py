@@ -355,11 +355,16 @@ def _read_rows(root: Path, path: Path, table: pyarrow.Table, chosen: Columns, ro
         _refuse(root, f"row {row} of {names} in {path.name} holds NaN or infinite values")
     if "episode_index" not in table.column_names:
         _refuse(root, f"{path.name} has no episode_index column")
-    indices = np.asarray(table.column("episode_index").to_pylist())
-    tasks = np.asarray(table.column("task_index").to_pylist()) if "task_index" in table.column_names else None
-    if tasks is not None and tasks.dtype.kind not in "iu":
-        _refuse(root, f"task_index of {path.name} is no number in some rows")
+    indices = _whole_numbers(root, path, table, "episode_index")
+    tasks = _whole_numbers(root, path, table, "task_index") if "task_index" in table.column_names else None
     return _Rows(actions.astype(np.float32), indices, tasks)
+
+
+def _whole_numbers(root: Path, path: Path, table: pyarrow.Table, name: str) -> np.ndarray:
+    values = table.column(name).to_pylist()
+    if not all(type(value) is int and abs(value) < 1 << 63 for value in values):
+        _refuse(root, f"{name} of {path.name} is no whole number in some rows")
+    return np.asarray(values, dtype=np.int64)
 
 
 def _scale(actions: Actions) -> ActionScale:

@@ -20,6 +20,7 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime.asked import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
+from cosmos_export.runtime.read_media import MAX_FILE_BYTES
 from cosmos_export.sampling import MODES, Mode
 from cosmos_export.stamps import Inputs, unchanged
 
@@ -502,7 +503,7 @@ def digest_of(paths: list[Path]) -> str:
 
 def _file_digest(path: Path) -> str:
     try:
-        with files.opened(path) as file:
+        with files.opened(path, MAX_FILE_BYTES) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError("CX340", f"cannot read {path}: {files.reason(error)}") from error

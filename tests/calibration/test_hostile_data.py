@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import data_samples
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -247,3 +248,21 @@ def test_a_table_has_rows(robots: dict[str, Path], tmp_path: Path) -> None:
     table = tmp_path / "robot/data/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(table).slice(0, 0), table)
     assert "has no rows" in refused(lambda: read_source(str(tmp_path / "robot")), "CX342").message
+
+
+@pytest.mark.parametrize("column", ["episode_index", "task_index"])
+@pytest.mark.parametrize("value", [None, 1.0, [1], "0", True, 2**63])
+def test_numbers_of_rows_are_whole(column: str, value: Any, robots: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(robots["v3.0"], tmp_path / "data")
+    path = next((root / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    rest = table.drop([column]) if column in table.column_names else table
+    values = pa.array([value] * table.num_rows, pa.uint64() if value == 2**63 else None)
+    pq.write_table(rest.append_column(column, values), path)
+    assert column in refused(lambda: read_source(str(root)), "CX342").message
+
+
+def test_a_picture_without_end_is_not_hashed(tmp_path: Path) -> None:
+    data_samples.write_picture(tmp_path / "a.png")
+    os.truncate(tmp_path / "a.png", 20 << 30)
+    assert "allowed" in refused(lambda: read_source(str(tmp_path / "a.png")), "CX340").message
