@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -153,8 +153,14 @@ def _source(job: Job, number: int, source: Source) -> dict[str, Any]:
         "origin": source.origin,
         "modes": _counted([work.request.mode for work in works]),
         "latents": _counted([work.latents for work in works]),
-        "notes": list(source.notes),
+        "notes": [*source.notes, *_shortened(dict.fromkeys(note for work in works for note in work.notes))],
     }
+
+
+def _shortened(notes: Iterable[str], most: int = 5) -> list[str]:
+    """The first of ``notes``, and how many there are besides."""
+    found = list(notes)
+    return found if len(found) <= most else [*found[:most], f"{len(found) - most} more notes of that kind"]
 
 
 def _counted(values: Sequence[str]) -> dict[str, int]:

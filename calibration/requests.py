@@ -73,6 +73,8 @@ class Work:
     file: Path | None = None
     given: NDArray[np.float32] | None = field(default=None, repr=False)
     """Actions [rows, width] in the model's units, where the request itself does not hold them."""
+    notes: tuple[str, ...] = ()
+    """What of its clip or picture is read otherwise than it is shown."""
 
 
 def make_requests(
@@ -174,15 +176,17 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
             assert lender is not None
             clip = lender.clip
     frames = 1 if mode == "t2i" else item.frames or setting.frames
+    notes: tuple[str, ...] = ()
     if clip is not None and mode != "t2i":
         found = read_media.read_clip(clip.path, min(frames, clip.count or frames), skip=clip.skip, each=_corner)
+        notes = found.notes
         frames = (len(found.frames) - 1) // video.temporal * video.temporal + 1
         if latents == "encoded":
             fps = _rate(item, clip, found.fps, fps)
     elif clip is not None:
-        read_media.read_clip(clip.path, 1, skip=clip.skip)
+        notes = read_media.read_clip(clip.path, 1, skip=clip.skip).notes
     elif image is not None:
-        read_media.read_image(image)
+        notes = read_media.read_picture(image).notes
     least = _LEAST_FRAMES.get(mode, 1 + video.temporal)
     if frames < least:
         raise UserError(
@@ -201,7 +205,7 @@ def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tup
         sound=sound,
     )
     scene = Scene(frames, setting.height, setting.width, request.fps)
-    return replace(work, request=request, latents=latents, clip=clip, image=image), scene
+    return replace(work, request=request, latents=latents, clip=clip, image=image, notes=notes), scene
 
 
 def _corner(frame: read_media.Frames) -> read_media.Frames:
@@ -301,7 +305,7 @@ def _action(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
         action=part,
     )
     scene = Scene(rows + 1, plan.height, plan.width, fps)
-    return replace(work, request=request, clip=item.clip, canvas=plan, given=given), scene
+    return replace(work, request=request, clip=item.clip, canvas=plan, given=given, notes=clip.notes), scene
 
 
 def _tier(own: int, setting: Setting) -> int:

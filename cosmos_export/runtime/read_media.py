@@ -308,16 +308,16 @@ class _Medium:
         """What is not read as a player shows it."""
         found = []
         if hdr := _HDR.get(shots[0].curve):
-            found.append(f"{self.path} is HDR ({hdr}) and is read as if it were SDR: its colours are pale")
+            found.append(f"{self.path.name} is HDR ({hdr}) and is read as if it were SDR: its colours are pale")
         aspect = self.stream.sample_aspect_ratio
         if aspect and aspect != 1:
             ratio = f"{aspect.numerator}:{aspect.denominator}"
-            found.append(f"{self.path} has pixels of {ratio}, which are taken as square: scale it first")
+            found.append(f"{self.path.name} has pixels of {ratio}, which are taken as square: scale it first")
         times = [shot.time for shot in shots if shot.time is not None]
         gaps = [after - before for before, after in pairwise(times)]
         if gaps and max(gaps) > _UNEVEN * max(min(gaps), 0):
             least, most = (float(gap * self.stream.time_base) for gap in (min(gaps), max(gaps)))
-            found.append(f"{self.path} has frames {least:.3g} to {most:.3g} s apart, which are taken as even")
+            found.append(f"{self.path.name} has frames {least:.3g} to {most:.3g} s apart, which are taken as even")
         return tuple(found)
 
 

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import data_samples
 import numpy as np
 import pytest
@@ -248,6 +250,24 @@ def test_prompts_alone_need_latents_from_somewhere(checkpoint: Path, tmp_path: P
     assert source["latents"] == {"rollout": 2}
     noise = only | {"modalities": ("vision",), "latents": "noise"}
     assert resolve(options(checkpoint, tmp_path / "x", data, **noise)).works[0].latents == "noise"
+
+
+def test_what_of_a_clip_is_shown_otherwise_is_in_the_lineage(checkpoint: Path, tmp_path: Path, data: Path) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    image = np.zeros((48, 64, 3), np.uint8)
+    for number in range(7):
+        with av.open(str(clips / f"{number}.mp4"), "w") as container:
+            video: Any = container.add_stream("libx264", rate=24)
+            video.height, video.width, video.pix_fmt = 48, 64, "yuv420p"
+            video.codec_context.sample_aspect_ratio = Fraction(4, 3)
+            for _ in range(9):
+                container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(video.encode(None))
+    job = resolve(options(checkpoint, tmp_path / "x", data, data=(str(clips),), modalities=("vision",)))
+    (source,) = stream.lineage(job)["sources"]
+    assert source["notes"][0] == "0.mp4 has pixels of 4:3, which are taken as square: scale it first"
+    assert source["notes"][5:] == ["2 more notes of that kind"]
 
 
 def test_lineage_says_what_it_was_made_of(checkpoint: Path, tmp_path: Path, data: Path) -> None:
