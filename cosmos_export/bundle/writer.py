@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -93,6 +94,8 @@ class BundleWriter:
         self._resume = resume
         self._require_inputs = require_inputs
         self._kept: dict[str, Kept] = {}
+        self._keeping = threading.RLock()
+        """Engines are built and kept beside each other."""
         self._stamps: dict[str, Stamp] = {}
         """What the kept files were when their digests were made, in this process."""
         self.resumed = 0
@@ -158,17 +161,19 @@ class BundleWriter:
             directories.sync(partial)
             partial.replace(record)
             directories.sync_directory(record.parent)
-        self._kept[name], self._stamps[name] = kept, stamp
+        with self._keeping:
+            self._kept[name], self._stamps[name] = kept, stamp
 
     def kept(self, name: str, key: str) -> Kept | None:
         """The complete file ``name``, if it was kept under ``key``; one kept under another key is removed."""
-        found = self._kept.get(name)
-        if found is None or found.key == key:
-            return found
-        del self._kept[name]
-        self._record_path(name).unlink(missing_ok=True)
-        (self._open_staging() / name).unlink(missing_ok=True)
-        return None
+        with self._keeping:
+            found = self._kept.get(name)
+            if found is None or found.key == key:
+                return found
+            del self._kept[name]
+            self._record_path(name).unlink(missing_ok=True)
+            (self._open_staging() / name).unlink(missing_ok=True)
+            return None
 
     def all_kept(self) -> tuple[Kept, ...]:
         """Every kept file, in the order of their names."""
@@ -314,18 +319,19 @@ class BundleWriter:
 
     def _require_kept(self, *names: str) -> None:
         """CX710 where a kept file is not what it was when its digest was made; of all where none is named."""
-        for name in names or tuple(self._kept):
-            path = self._open_staging() / name
-            try:
-                changed = self._stamps[name].difference(Stamp.of(path))
-            except OSError as error:
-                changed = f"it cannot be read any more: {error.strerror or error}"
-            if changed:
-                raise ToolError(
-                    "CX710",
-                    f"{path} was finished and has changed since: {changed}",
-                    "something else writes to it: end that, then run the same command with `--resume`",
-                )
+        with self._keeping:
+            for name in names or tuple(self._kept):
+                path = self._open_staging() / name
+                try:
+                    changed = self._stamps[name].difference(Stamp.of(path))
+                except OSError as error:
+                    changed = f"it cannot be read any more: {error.strerror or error}"
+                if changed:
+                    raise ToolError(
+                        "CX710",
+                        f"{path} was finished and has changed since: {changed}",
+                        "something else writes to it: end that, then run the same command with `--resume`",
+                    )
 
     def _take_back_state(self, staging: Path) -> None:
         """The records of ``staging``, where its writer died between setting them aside and giving it its name."""
