@@ -11,7 +11,6 @@ import torch
 from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.capture.codec import empty_video_autoencoder
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.runtime.canvas import Float
 
@@ -30,7 +29,7 @@ class SoundEncoder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         from diffusers import Cosmos3AVAEAudioTokenizer
 
-        config = read_object(checkpoint.components["sound_tokenizer"] / "config.json")
+        config = checkpoint.codec_configs["sound_tokenizer"]
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore", FutureWarning)
             tokenizer: Any = Cosmos3AVAEAudioTokenizer.from_config({**config, "encoder_enabled": True}).eval()
@@ -57,7 +56,7 @@ class Encoder:
                 f"{checkpoint.root} has no vae/, so clips cannot become latents",
                 "calibrate on recorded latents (.safetensors), or complete the checkpoint",
             )
-        vae: Any = empty_video_autoencoder(read_object(checkpoint.components["vae"] / "config.json"))
+        vae: Any = empty_video_autoencoder(checkpoint.codec_configs["vae"])
         vae.decoder = vae.post_quant_conv = None
         entries = checkpoint.component_tensors["vae"]
         state = {name: read_tensor(e).float() for name, e in entries.items() if name.startswith(_ENCODER)}

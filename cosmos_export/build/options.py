@@ -355,22 +355,8 @@ def require_compiler() -> None:
 
 def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimits:
     """The shapes a checkpoint can be asked for."""
-    from cosmos_export.checkpoint.strict_json import optional_object
-
-    transformer = optional_object(checkpoint.components["transformer"] / "config.json") or {}
-    text = (optional_object(checkpoint.root / "config.json") or {}).get("text_config")
-    stated = [
-        config["max_position_embeddings"]
-        for config in (transformer, text)
-        if isinstance(config, dict) and config.get("max_position_embeddings") is not None
-    ]
-    position = stated[0] if stated else 262_144 if checkpoint.geometry.gated else 131_072
-    if type(position) is not int or position < 1:
-        raise UserError(
-            "CX103", f"max_position_embeddings = {position!r} is not a positive integer", "restore config.json"
-        )
     return ModelLimits(
-        max_position=position,
+        max_position=checkpoint.max_position,
         temporal_margin=checkpoint.geometry.unified_3d_mrope_temporal_modality_margin,
         sound="sound" in modalities,
         action="action" in modalities,

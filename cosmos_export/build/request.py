@@ -32,7 +32,7 @@ _PIPELINE_DEFAULTS = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 
 
 def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: PromptRecord | None) -> RequestRecord:
-    """What a request to a bundle of ``checkpoint`` needs to know. UserError CX226 for a size that is no number."""
+    """What a request to a bundle of ``checkpoint`` needs to know."""
     geometry, vae = checkpoint.geometry, codec_config(checkpoint, "vae") or _PIPELINE_DEFAULTS
     sound = action = None
     if "sound" in modalities and geometry.sound_dim is not None:
@@ -41,8 +41,8 @@ def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: 
         action = ActionRecord(geometry.action_dim, geometry.num_embodiment_domains)
     video = VideoRecord(
         channels=geometry.latent_channel,
-        spatial=_size(vae, "vae", "scale_factor_spatial", 8),
-        temporal=_size(vae, "vae", "scale_factor_temporal", 4),
+        spatial=vae["scale_factor_spatial"],
+        temporal=vae["scale_factor_temporal"],
         patch=geometry.latent_patch_size,
         base_fps=float(geometry.base_fps),
         fps_modulation=geometry.enable_fps_modulation,
@@ -109,20 +109,9 @@ def check_request(checkpoint: Checkpoint, modalities: tuple[str, ...]) -> None:
 
 
 def _sound(channels: int, latent_fps: float, config: Mapping[str, Any]) -> SoundRecord:
-    """Samples a latent are the product of the decoder's strides where the configuration does not say."""
+    """The published sizes where the checkpoint has no sound tokenizer."""
     strides = config.get("dec_strides", (2, 4, 5, 6, 8))
-    known = {key: value for key, value in config.items() if value is not None}
-    hop = _size(known, "sound_tokenizer", "hop_size", prod(strides))
-    return SoundRecord(channels, float(latent_fps), _size(known, "sound_tokenizer", "sampling_rate", 48_000), hop)
-
-
-def _size(config: Mapping[str, Any], folder: str, key: str, default: int) -> int:
-    """``config[key]``; ``default`` is that of the published class."""
-    value = config.get(key, default)
-    if type(value) is not int or value < 1:
-        what = f"{folder}/config.json: {key} = {shown(value)} is not a positive integer"
-        raise UserError("CX226", what, "restore the published file")
-    return value
+    return SoundRecord(channels, float(latent_fps), config.get("sampling_rate", 48_000), prod(strides))
 
 
 def _sampling(checkpoint: Checkpoint) -> SamplingRecord:

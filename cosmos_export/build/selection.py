@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, CodecPart, codec_tensors
-from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
 
 TOKENIZER = "tokenizer"
@@ -51,9 +51,8 @@ def select(asked: Sequence[str] | None, checkpoint: Checkpoint, modalities: Sequ
 
 
 def codec_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
-    """``config.json`` of a component folder; empty where the checkpoint has no such folder."""
-    path = checkpoint.components.get(folder)
-    return {} if path is None else read_object(path / "config.json")
+    """The checked ``config.json`` of a codec folder; empty where the checkpoint has no such folder."""
+    return dict(checkpoint.codec_configs.get(folder, {}))
 
 
 def component_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:

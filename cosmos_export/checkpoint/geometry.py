@@ -20,6 +20,9 @@ EDGE_BACKBONE = "cosmos3_edge_nemotron_dense"
 TIME_PROJECTION = 256
 """Width of the sinusoidal timestep embedding; a constant of the model class, not of its configuration."""
 
+PATCH_SIZES = (1, 2)
+"""Latents per side of a patch that are captured."""
+
 _MAX_LAYERS = 4096
 _MAX_WIDTH = 2**31 - 1
 
@@ -196,11 +199,13 @@ def _typed(key: str, value: Any, annotation: str) -> Any:
 def _validate(geometry: Geometry) -> None:
     if geometry.hidden_act not in ("silu", "relu2"):
         _unsupported("hidden_act", geometry.hidden_act, "'silu' or 'relu2'")
+    if geometry.latent_patch_size not in PATCH_SIZES:
+        _unsupported("latent_patch_size", geometry.latent_patch_size, " or ".join(map(str, PATCH_SIZES)))
     if not 0 < geometry.num_hidden_layers <= _MAX_LAYERS:
         _invalid(f"num_hidden_layers = {shown(geometry.num_hidden_layers)} is outside 1 … {_MAX_LAYERS}")
     for name in (
         "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-        "latent_channel", "latent_patch_size", "patch_latent_dim", "num_embodiment_domains", "base_fps",
+        "latent_channel", "patch_latent_dim", "num_embodiment_domains", "base_fps",
     ):  # fmt: skip
         if not 0 < getattr(geometry, name) <= _MAX_WIDTH:
             _invalid(f"{name} = {shown(getattr(geometry, name))} is outside 1 … {_MAX_WIDTH}")

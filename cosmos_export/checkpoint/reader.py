@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint import schedule, variants
+from cosmos_export.checkpoint import pipeline_config, schedule, variants
 from cosmos_export.checkpoint.adapters import CONFIG, MERGE_HINT, find_adapters
+from cosmos_export.checkpoint.codec_configs import read_codec_configs
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.mapping import map_tensors
@@ -22,7 +23,7 @@ from cosmos_export.checkpoint.published import published_size
 from cosmos_export.checkpoint.quantization import Quantization, parse_quantization
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.checkpoint.shards import Shards, read_shards
-from cosmos_export.checkpoint.strict_json import optional_object, read_object, shown
+from cosmos_export.checkpoint.strict_json import optional_object, read_object, require_file, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.stamps import Inputs, unchanged
 
@@ -58,6 +59,8 @@ class Checkpoint:
     components: Mapping[str, Path]
     component_tensors: Mapping[str, Mapping[str, TensorEntry]]
     """Tensors of the other components under the names in their files."""
+    codec_configs: Mapping[str, Mapping[str, Any]]
+    """Checked configurations of the codec folders there are, complete with the library's defaults."""
     precision: str
     """``fp8-modelopt`` where it is quantized, otherwise ``dtype``."""
     dtype: str
@@ -66,6 +69,8 @@ class Checkpoint:
     distilled_sigmas: tuple[float, ...] | None
     policy: Mapping[str, Any] | None
     """As checkpoint.json has it; `read_policy` says what it means."""
+    max_position: int
+    """Positions that the reasoner is trained for."""
     input_files: tuple[Path, ...]
     inputs: Inputs
     """The input files as they were when the checkpoint was opened."""
@@ -84,7 +89,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         _require_checkpoint(root)
         found = _as_they_are(root)
         with unchanged("its opening", found):
-            return _open(root, found)
+            return _read(root, found)
     except OSError as error:  # a directory that may not be listed, a name that is too long, a disk that fails
         raise UserError(
             "CX105",
@@ -93,8 +98,8 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         ) from error
 
 
-def _open(root: Path, inputs: Inputs) -> Checkpoint:
-    model_index = optional_object(root / "model_index.json") or optional_object(root / "modular_model_index.json") or {}
+def _read(root: Path, inputs: Inputs) -> Checkpoint:
+    model_index = pipeline_config.read_pipeline(root)
     components = _components(root, model_index)
     config = read_object(components["transformer"] / "config.json")
     geometry = parse_geometry(config)
@@ -102,6 +107,7 @@ def _open(root: Path, inputs: Inputs) -> Checkpoint:
     scheduler = schedule.read_scheduler(components["scheduler"])
     sigmas = schedule.distilled_sigmas(root, scheduler)
     policy = _policy(root)
+    codecs = read_codec_configs(components)
     shards = {name: read_shards(components[name], stem) for name, stem in WEIGHT_STEMS.items() if name in components}
     expected = expected_tensors(geometry)
     mapped = map_tensors(shards["transformer"].tensors(), expected, geometry, quantization)
@@ -127,11 +133,13 @@ def _open(root: Path, inputs: Inputs) -> Checkpoint:
         component_tensors=MappingProxyType(
             {name: _by_name(shard) for name, shard in shards.items() if name != "transformer"}
         ),
+        codec_configs=codecs,
         precision=mapped.precision,
         dtype=mapped.dtype,
         quantization=quantization,
         distilled_sigmas=sigmas,
         policy=policy,
+        max_position=pipeline_config.max_position(root, config, 262_144 if geometry.gated else 131_072),
         input_files=_input_files(root, components, shards),
         inputs=inputs,
         adapters=find_adapters(root, {header.file for shard in shards.values() for header in shard.headers}),
@@ -196,12 +204,17 @@ def _by_name(shards: Shards) -> Mapping[str, TensorEntry]:
 
 
 def _input_files(root: Path, components: Mapping[str, Path], shards: Mapping[str, Shards]) -> tuple[Path, ...]:
-    files = {
-        path for folder in (root, *components.values()) for path in folder.iterdir() if path.suffix in _INPUT_SUFFIXES
+    found = {
+        path
+        for folder in (root, *components.values())
+        for path in folder.iterdir()
+        if path.suffix in _INPUT_SUFFIXES and not path.is_dir()
     }
+    for path in sorted(found):
+        require_file(path)  # libraries open some of these by themselves, and would wait for a pipe
     for shard in shards.values():
-        files |= {header.file for header in shard.headers}
-    return tuple(sorted(path for path in files if path.is_file()))
+        found |= {header.file for header in shard.headers}
+    return tuple(sorted(found))
 
 
 def _not_a_checkpoint(what: str, hint: str) -> NoReturn:

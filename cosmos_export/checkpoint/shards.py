@@ -96,8 +96,8 @@ def _present(path: Path) -> bool:
 def _plain_name(file: str) -> bool:
     return (
         file.endswith(".safetensors")
-        and len(file) <= 255
         and file.isprintable()
+        and len(file.encode()) <= 255
         and not any(character in file for character in "/\\:")
         and not file.startswith(".")
     )

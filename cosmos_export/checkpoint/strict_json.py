@@ -8,10 +8,14 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from cosmos_export import files
 from cosmos_export.diagnostics import UserError
 
-MAX_JSON_BYTES = 64 * 1024 * 1024
-"""No published configuration or index comes near; a larger file is not one."""
+MAX_JSON_BYTES = 16 * files.MIB
+"""Largest JSON document that is read. The largest published configuration or index has less than 1 MB."""
+MAX_JSON_VALUES = 1_000_000
+"""Most values in one, counted before it is parsed: an empty list takes 2 bytes in a file and 64 in memory. The header
+of the largest published shard has some 20,000."""
 
 
 class DuplicateKeyError(ValueError):
@@ -42,6 +46,12 @@ def parse_object(text: bytes) -> dict[str, Any]:
 def parse_document(text: bytes, *, finite: bool = True) -> Any:
     """``text`` as JSON of any kind, as `parse_object`. ``finite=False``: NaN and infinities are for the reader to
     refuse, who knows what they mean."""
+    if len(text) > MAX_JSON_BYTES:
+        raise ValueError(f"{len(text):,} bytes; allowed: {MAX_JSON_BYTES:,}")
+    # Separators and brackets, those inside of strings too: never fewer than there are values.
+    count = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if count > MAX_JSON_VALUES:
+        raise ValueError(f"up to {count:,} values; allowed: {MAX_JSON_VALUES:,}")
     number = _finite if finite else None
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=number, parse_constant=number)
@@ -53,10 +63,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in ``path``, or CX101."""
     require_file(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise ValueError(f"{size:,} bytes is more than the {MAX_JSON_BYTES:,} a configuration may have")
-        return parse_object(path.read_bytes())
+        return parse_object(files.read_bytes(path, MAX_JSON_BYTES))
+    except files.FileRefusedError as error:
+        what = f"{path} cannot be a JSON document of this kind: {files.reason(error)}"
+        raise UserError("CX101", what, "download the file again") from error
     except OSError as error:
         raise UserError("CX101", f"cannot read {path}: {error.strerror or error}", "check the permissions") from error
     except ValueError as error:

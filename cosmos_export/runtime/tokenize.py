@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export import files
 from cosmos_export.bundle import PromptRecord
+from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MAX_TOKENIZER_BYTES = 64 * files.MIB
+"""The largest published `tokenizer.json` has about 16 MB."""
+_KINDS: Mapping[str, frozenset[str]] = {
+    "normalizer": frozenset({"Sequence", "NFC", "NFD", "NFKC", "NFKD"}),
+    "pre_tokenizer": frozenset({"Sequence", "Split", "ByteLevel", "Digits"}),
+    "post_processor": frozenset({"Sequence", "ByteLevel", "TemplateProcessing"}),
+}
+"""Parts that the published tokenizers are made of, and those like them that do not make a text longer by more than a
+constant factor."""
 TokenIds = NDArray[np.int64]
 
 
@@ -85,17 +97,59 @@ class PromptTokenizer:
         return bare
 
 
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in ``path``, of the kinds whose work grows with the text alone.
+
+    A tokenizer file is a program: a normalizer that replaces one letter by two, forty times in a row, takes more memory
+    than there is for a word. ValueError with a phrase for a file that is refused, or that the library cannot read.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        data = files.read_bytes(path, MAX_TOKENIZER_BYTES)
+    except OSError as error:
+        raise ValueError(files.reason(error)) from error
+    try:
+        loaded: Tokenizer = Tokenizer.from_buffer(data)
+    except Exception as error:  # the library raises plain Exception for every failure
+        raise ValueError(shown(str(error), 300)) from error
+    for name, allowed in _KINDS.items():
+        part = getattr(loaded, name)
+        for kind in () if part is None else _kinds(json.loads(part.__getstate__())):
+            if kind not in allowed:
+                raise ValueError(
+                    f"its {name} `{shown(kind)}` is not supported; supported: {', '.join(sorted(allowed))}"
+                )
+    model = type(loaded.model).__name__
+    if model != "BPE":
+        raise ValueError(f"its model `{model}` is not supported; supported: BPE")
+    if getattr(loaded.model, "dropout", None):
+        raise ValueError("its model drops merges at random (dropout)")
+    if loaded.padding is not None:
+        raise ValueError("it pads every text")
+    return loaded
+
+
+def _kinds(part: Any) -> Iterator[str]:
+    """The type of a part of a tokenizer, and those of the parts in it."""
+    if isinstance(part, dict):
+        if isinstance(part.get("type"), str):
+            yield part["type"]
+        for name in ("normalizers", "pretokenizers", "processors"):
+            for inner in part.get(name, ()):
+                yield from _kinds(inner)
+
+
 def _load(path: Path) -> Tokenizer:
     try:
-        from tokenizers import Tokenizer
+        import tokenizers  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
             "CX802", "reading a prompt needs tokenizers, which is not installed", "pip install '.[run]' in the checkout"
         ) from error
     try:
-        loaded: Tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for every failure
+        return load_tokenizer(path)
+    except ValueError as error:
         raise UserError(
             "CX603", f"{path} is not a tokenizer: {error}", "`cosmos-export bundle verify` tells whether it is damaged"
         ) from error
-    return loaded

@@ -330,11 +330,12 @@ def refusal(root: Path, code: str, **options: Any) -> str:
 
 def test_components_that_do_not_fit_are_refused(tmp_path: Path, omni: Path) -> None:
     root = harness.copy_checkpoint(omni, tmp_path / "other")
-    edit(root / "vae/config.json", z_dim=16)
+    other = {"z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    edit(root / "vae/config.json", **other)
     assert "z_dim = 16, the transformer's latent_channel is 4" in refusal(root, "CX226")
     assert resolve(BuildOptions(root, Path("x"), components=("sound-decoder",))).components == ("sound-decoder",)
-    edit(root / "vae/config.json", z_dim=4, scale_factor_spatial="16")
-    assert "scale_factor_spatial = '16' is not a positive integer" in refusal(root, "CX226", components=())
+    edit(root / "vae/config.json", scale_factor_spatial="16")
+    assert "scale_factor_spatial = '16', which is not supported" in refusal(root, "CX104", components=())
 
 
 def test_half_precision_codecs_are_refused(tmp_path: Path, omni: Path) -> None:

@@ -12,9 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cosmos_export.build import prompt
+from cosmos_export.build.bounded import Limits
 from cosmos_export.build.prompt import ChatTemplate, compile_chat_template
+from cosmos_export.bundle import PromptRecord
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.diagnostics import CosmosExportError, UserError
+from cosmos_export.runtime.tokenize import PromptTokenizer
 
 pytestmark = pytest.mark.xdist_group("components")
 
@@ -32,6 +36,18 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+
+
+def proven_here(module: str, asked: Any, limits: Limits) -> Any:
+    return prompt.answer(asked, lambda name: None)
+
+
+@pytest.fixture(autouse=True)
+def bounded(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The proof runs in this process, in a hundredth of the time; this is what runs it in another one."""
+    real = prompt.run_bounded
+    monkeypatch.setattr(prompt, "run_bounded", proven_here)
+    return real
 
 
 @pytest.fixture
@@ -113,12 +129,62 @@ def test_any_text(compiled: tuple[ChatTemplate, Any, Any], user: str, system: st
         ("message.content[:20000]", "changes the texts of"),
         ("raise_exception('no')", "cannot be applied to"),
         ("message.missing.missing", "cannot be applied to"),
+        ("1 / 0", "cannot be applied to"),
+        ("messages + 1", "cannot be applied to"),
+        ("'a' * 10 ** 30", "cannot be applied to"),
+        ("messages()", "cannot be applied to"),
+        ("message.content.encode('rot13')", "cannot be applied to"),
+        ("strftime_now('%Y')", "a bundle must not depend on the day on which it is built"),
     ],
 )
 def test_a_template_that_changes_texts_is_refused(folder: Path, content: str, said: str) -> None:
     text = "{% for message in messages %}<u>{{ CONTENT }}</u>{% endfor %}".replace("CONTENT", content)
     (folder / "chat_template.jinja").write_text(text)
     assert said in refusal(folder, "CX227")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% include 'x' %}",
+        "{% import 'x' as x %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% for m in",
+        "{{ 1 | nothing }}",
+        "{{ " + "(" * 500 + ")" * 500 + " }}",
+    ],
+)
+def test_a_template_that_cannot_be_run_is_refused(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+    assert "cannot be applied" in refusal(folder, "CX227")
+
+
+BOMBS = {
+    "loops": "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+    "one large string": "{{ 'a' * 3000000000 }}",
+    "doubling": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_template_without_bounds_is_stopped(
+    folder: Path, name: str, bounded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt, "run_bounded", bounded)
+    monkeypatch.setattr(prompt, "_LIMITS", Limits(cpu_s=3, memory_bytes=1 << 29))
+    (folder / "chat_template.jinja").write_text(BOMBS[name])
+    said = refusal(folder, "CX227")
+    assert ("takes more than 3 s" if name == "loops" else "takes more than 512 MiB of memory") in said
+
+
+def test_the_process_with_limits_finds_the_same(
+    folder: Path, bounded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = template(folder, CHATML)
+    monkeypatch.setattr(prompt, "run_bounded", bounded)
+    assert found == template(folder, CHATML)
+    (folder / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    assert "division by zero" in refusal(folder, "CX227")
 
 
 def test_a_template_that_moves_the_system_message_is_refused(folder: Path) -> None:
@@ -178,7 +244,57 @@ def test_a_tokenizer_without_an_end(folder: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"model": {"type": "BPE"}}'])
 def test_a_tokenizer_file_that_is_none(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
-    assert "cannot be loaded as" in refusal(folder, "CX229")
+    assert "is no tokenizer" in refusal(folder, "CX229")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40}}, "normalizer `Replace`"),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 10_000_000}}, "normalizer `Prepend`"),
+        ({"pre_tokenizer": {"type": "Metaspace", "replacement": "x", "prepend_scheme": "always", "split": True}},
+         "pre_tokenizer `Metaspace`"),
+        ({"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                      "pad_type_id": 0, "pad_token": "x"}}, "it pads every text"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "model `WordLevel`"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_that_makes_texts_longer_is_refused(folder: Path, change: dict[str, Any], said: str) -> None:
+    file = folder / "tokenizer.json"
+    edited(file, lambda document: document.update(change))
+    assert said in refusal(folder, "CX229")
+    record = PromptRecord("tokenizer.json", ("", ""), ("", "", ""), True, (0, 1))
+    with pytest.raises(UserError, match="CX603") as caught:
+        PromptTokenizer(record, file)
+    assert said in caught.value.message
+
+
+def test_a_tokenizer_of_the_published_parts_is_accepted(folder: Path) -> None:
+    def parts(document: dict[str, Any]) -> None:
+        split = {"type": "Split", "pattern": {"Regex": r"\p{L}+|\p{N}|\s+(?!\S)|\s+"}, "behavior": "Isolated",
+                 "invert": False}  # fmt: skip
+        document["pre_tokenizer"] = {
+            "type": "Sequence",
+            "pretokenizers": [split, {**document["pre_tokenizer"], "use_regex": False}],
+        }
+        document["normalizer"] = {"type": "NFC"}
+
+    edited(folder / "tokenizer.json", parts)
+    assert template(folder, CHATML).plain[0] == "<|im_start|>user\n"
+
+
+def test_a_tokenizer_file_of_any_size_is_not_read(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with (folder / "tokenizer.json").open("wb") as file:
+        file.truncate(20_000_000_000)
+    assert "20,000,000,000 bytes; allowed: 67,108,864" in refusal(folder, "CX229")
+
+
+@pytest.mark.parametrize("length", [[], "long", True, 0, {}])
+def test_settings_of_another_type_are_refused(folder: Path, length: Any) -> None:
+    edited(folder / "tokenizer_config.json", lambda document: document.update(model_max_length=length))
+    assert "model_max_length = " in refusal(folder, "CX103")
 
 
 @pytest.mark.parametrize("stated", [["os", "system"], ["transformers", "AutoModel"], ["transformers", "Nothing"], "x"])

@@ -56,6 +56,18 @@ QUANTIZATION: dict[str, Any] = {
     "runtime": {"diffusion_step_policy": STEP_POLICY},
 }
 
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan", "base_dim": 8, "decoder_base_dim": 8, "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1, "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0,
+    "is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16, "z_dim": 4, "latents_mean": [0.0, 0.1, 0.2, 0.3], "latents_std": [1.0, 1.1, 1.2, 1.3],
+}  # fmt: skip
+SOUND_TOKENIZER: dict[str, Any] = {
+    "_class_name": "Cosmos3AVAEAudioTokenizer", "vocoder_input_dim": 8, "dec_dim": 4, "dec_c_mults": [1, 1, 1, 1, 1],
+    "dec_strides": [2, 4, 5, 6, 8], "dec_out_channels": 2, "hop_size": 1920, "sampling_rate": 48000, "enc_dim": 4,
+    "enc_num_blocks": 1, "enc_c_mults": [1, 1, 1], "enc_latent_dim": 16, "enc_strides": [4, 5, 6],
+}  # fmt: skip
+
 Edit = Callable[[list[TensorSpec]], list[TensorSpec]]
 
 

@@ -14,6 +14,7 @@ import typer
 from fake_checkpoint import (
     QUANTIZATION,
     STEM,
+    VAE,
     quantized_specs,
     transformer_specs,
     write_checkpoint,
@@ -147,6 +148,7 @@ def test_report(tmp_path: Path, app: typer.Typer) -> None:
     )
     write_json(root / "checkpoint.json", {"policy": {"domain_name": "droid\x1b[31m_lerobot"}})
     write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorSpec("w", "BF16", (1_000_000,))])
+    write_json(root / "vae/config.json", VAE)
     result = CliRunner().invoke(app, ["inspect", str(root)])
     assert result.exit_code == 0, result.output
     for words in (

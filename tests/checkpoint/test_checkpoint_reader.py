@@ -21,6 +21,7 @@ from fake_checkpoint import (
     STEP_POLICY,
     TINY,
     TINY_EDGE,
+    VAE,
     quantized_specs,
     transformer_specs,
     weight_file,
@@ -373,6 +374,7 @@ def test_index_without_a_map(tmp_path: Path, value: object) -> None:
 def test_damage_in_another_component_is_found_too(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path)
     vae = write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorSpec("w", "F32", (8,))])
+    write_json(root / "vae/config.json", VAE)
     assert open_checkpoint(root).component_tensors["vae"]["w"].shape == (8,)
     vae.write_bytes(vae.read_bytes()[:-1])
     refuses(root, "CX111", "vae", "is truncated")
