@@ -19,6 +19,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MAX_TEXT_BYTES = 64 * MIB
 """The largest document (JSON, TOML, text) that is read whole unless its reader allows less."""
 
+MAX_NAME_BYTES = 200
+"""Longest name of an output. File systems allow 255, and names of unfinished work are longer than the final one."""
+
 # Neither a pipe without a writer nor a terminal may stop the program, and no child inherits the descriptor.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _KINDS = {
@@ -75,6 +78,25 @@ def problem(path: Path, limit_bytes: int | None = None) -> str | None:
             return None
     except OSError as error:
         return reason(error)
+
+
+def output_problem(path: Path) -> str | None:
+    """Why nothing can be written to ``path``, as a phrase; None where its name and what it leads to allow it.
+
+    Whether it exists, and may be replaced, is for the command to decide.
+    """
+    name = os.fsencode(path.name)
+    if not name or b"\0" in os.fsencode(path):
+        return "it is not a name"
+    if len(name) > MAX_NAME_BYTES:
+        return f"its name is too long: {len(name):,} bytes; allowed: {MAX_NAME_BYTES}"
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # a loop of links, a file in place of a directory, a closed directory, a path too long
+        return reason(error)
+    return None
 
 
 def reason(error: OSError) -> str:

@@ -11,13 +11,15 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+from cosmos_export import files
 from cosmos_export.cli import console
 from cosmos_export.cli.printable import printable
-from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError
+from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError, UserError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -71,11 +73,38 @@ def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
         import traceback
 
         sys.stderr.write(printable("".join(traceback.format_exception(error))))
+    if (cause := _lack_of_memory(error)) is not None:
+        hint = "free memory, or raise the limit of this process (`ulimit -v`, its container's memory)"
+        fail(ToolError("CX804", f"not enough memory: {_one_line(cause)}", hint), as_json)
     if isinstance(error, OSError):
         hint = "free some space" if error.errno == errno.ENOSPC else "run again with `--verbose` to see where"
         fail(ToolError("CX801", str(error), hint), as_json)
-    message = " ".join(f"unexpected {type(error).__name__}: {error}".split())
-    fail(ToolError("CX000", message, _REPORT), as_json)
+    fail(ToolError("CX000", f"unexpected {_one_line(error)}", _REPORT), as_json)
+
+
+def _one_line(error: BaseException) -> str:
+    """Kind and text of ``error``."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+_NO_MEMORY = (
+    "cannot allocate memory", "can't allocate memory", "failed to map segment", "out of memory", "bad_alloc",
+    "can't start new thread", "failed to allocate memory",
+)  # fmt: skip
+"""What libraries say in errors of other kinds where there is none left; loaders and threads need it too."""
+
+
+def _lack_of_memory(error: BaseException | None) -> BaseException | None:
+    """The one of ``error`` and what it came from that says that there is no memory; None where none does."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return error
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def message(error: CosmosExportError) -> str:
@@ -125,6 +154,16 @@ def _signalled(number: int, _: object) -> NoReturn:
     raise SignalledError(number)
 
 
+OUTPUTS = ("output", "dump")
+"""Options of the verbs that name what is written. `run` looks at its own, which may be several, before it generates."""
+
+
+def _require_writable(given: Any) -> None:
+    """UserError CX004 for a name that nothing can be written to, before a verb does any work."""
+    if isinstance(given, Path) and (why := files.output_problem(given)):
+        raise UserError("CX004", f"{str(given)[:300]} cannot be written: {why}", "choose another name")
+
+
 def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
     """``verb`` with the shared options in its signature, and no exception but typer's own getting out."""
     signature = inspect.signature(verb, eval_str=True)
@@ -135,6 +174,8 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
         console.configure(quiet=quiet, verbose=verbose, no_progress=no_progress)
         as_json = takes_json and bool(options["as_json"])
         try:
+            for name in OUTPUTS:
+                _require_writable(options.get(name))
             verb(*args, **options)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.TyperException):

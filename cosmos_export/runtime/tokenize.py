@@ -117,9 +117,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         part = getattr(loaded, name)
         for kind in () if part is None else _kinds(json.loads(part.__getstate__())):
             if kind not in allowed:
-                raise ValueError(
-                    f"its {name} `{shown(kind)}` is not supported; supported: {', '.join(sorted(allowed))}"
-                )
+                raise ValueError(f"its {name} `{kind}` is not supported; supported: {', '.join(sorted(allowed))}")
     model = type(loaded.model).__name__
     if model != "BPE":
         raise ValueError(f"its model `{model}` is not supported; supported: BPE")
