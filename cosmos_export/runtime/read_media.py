@@ -94,8 +94,7 @@ def read_picture(path: Path) -> Clip:
             _refuse(path, "no picture in it")
         if len(frames) > 1:
             _refuse(path, "a clip of several frames where one picture is expected")
-        shots = [_Shot(frame.pts, frame.color_trc) for frame in frames]
-        return Clip(medium.pixels(frames[0]), None, medium.notes(shots))
+        return Clip(medium.pixels(frames[0]), None, medium.notes([]))
 
 
 def read_clip(
@@ -119,16 +118,16 @@ def read_clip(
         return still if each is None else Clip(each(still.frames), None, still.notes)
     with _opened(path, still) as medium:
         kept: list[NDArray[Any]] = []
-        shots: list[_Shot] = []
+        times: list[int | None] = []
         for frame in _end(medium, count) if last else islice(medium.frames(), skip, skip + count):
             image = medium.pixels(frame)
             kept.append(image if each is None else each(image))
-            shots.append(_Shot(frame.pts, frame.color_trc))
+            times.append(frame.pts)
             medium.require_memory(sum(image.nbytes for image in kept), count, frame)
         if not kept:
             _refuse(path, "no frame in it")
         rate = medium.stream.average_rate
-        return Clip(np.concatenate(kept), float(rate) if rate and len(kept) > 1 else None, medium.notes(shots))
+        return Clip(np.concatenate(kept), float(rate) if rate and len(kept) > 1 else None, medium.notes(times))
 
 
 def _end(medium: _Medium, count: int) -> Iterator[Any]:
@@ -231,14 +230,6 @@ class _Bytes:
 
 
 @dataclass(frozen=True)
-class _Shot:
-    """When a frame is shown, and by which curve its values become light."""
-
-    time: int | None
-    curve: int
-
-
-@dataclass(frozen=True)
 class _Medium:
     """An open file, its first video stream, and what EXIF says of how a picture is turned."""
 
@@ -304,17 +295,16 @@ class _Medium:
             size = f"{frame.width} × {frame.height} pixels"
             _refuse(self.path, f"{count} frames of {size}; allowed for all of them: {MAX_CLIP_BYTES:,} bytes")
 
-    def notes(self, shots: Sequence[_Shot]) -> tuple[str, ...]:
-        """What is not read as a player shows it."""
+    def notes(self, times: Sequence[int | None]) -> tuple[str, ...]:
+        """What is not read as a player shows it; ``times``: when each frame is shown."""
         found = []
-        if hdr := _HDR.get(shots[0].curve):
+        if hdr := _HDR.get(self.stream.codec_context.color_trc):
             found.append(f"{self.path.name} is HDR ({hdr}) and is read as if it were SDR: its colours are pale")
         aspect = self.stream.sample_aspect_ratio
         if aspect and aspect != 1:
             ratio = f"{aspect.numerator}:{aspect.denominator}"
             found.append(f"{self.path.name} has pixels of {ratio}, which are taken as square: scale it first")
-        times = [shot.time for shot in shots if shot.time is not None]
-        gaps = [after - before for before, after in pairwise(times)]
+        gaps = [after - before for before, after in pairwise(time for time in times if time is not None)]
         if gaps and max(gaps) > _UNEVEN * max(min(gaps), 0):
             least, most = (float(gap * self.stream.time_base) for gap in (min(gaps), max(gaps)))
             found.append(f"{self.path.name} has frames {least:.3g} to {most:.3g} s apart, which are taken as even")
