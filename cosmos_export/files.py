@@ -71,15 +71,6 @@ def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     return b"".join(parts)
 
 
-def problem(path: Path, limit_bytes: int | None = None) -> str | None:
-    """Why `opened` refuses ``path``, as a phrase; None where it does not. For libraries that open a path themselves."""
-    try:
-        with opened(path, limit_bytes):
-            return None
-    except OSError as error:
-        return reason(error)
-
-
 def output_problem(path: Path) -> str | None:
     """Why nothing can be written to ``path``, as a phrase; None where its name and what it leads to allow it.
 
