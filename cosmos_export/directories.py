@@ -137,11 +137,9 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def open_up(directory: Path) -> None:
-    """Give a directory that was made for this user alone the mode of any other that is made beside it."""
-    example = sibling(directory, "mode")
-    if example is None:
-        return
-    example.mkdir()
+    """Give a directory that was made for this user alone the mode of any other that is made there."""
+    example = directory / ".mode"
+    example.mkdir(exist_ok=True)  # there where a command was killed in the next line
     try:
         directory.chmod(stat.S_IMODE(example.stat().st_mode))
     finally:
