@@ -200,7 +200,8 @@ def main() -> int:
     if arguments.output is not None:
         document = {
             "benchmark": "kills",
-            "command": "python benchmarks/kills.py " + " ".join(sys.argv[1:]),
+            "command": f"python benchmarks/kills.py --kills {arguments.kills} --commands {arguments.commands} "
+            f"--target {arguments.target}",
             "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "threads": 1},
             "versions": {n: metadata.version(n) for n in ("cosmos-export", "torch")},
             "seed": arguments.seed,
