@@ -50,12 +50,13 @@ REQUEST_OPTIONS: Mapping[str, str] = {
     "num_output_frames": "--frames", "height": "--height", "width": "--width", "num_steps": "--steps",
     "num_inference_steps": "--steps", "guidance": "--guidance", "guidance_scale": "--guidance",
     "guidance_interval": "--guidance-interval", "shift": "--shift", "flow_shift": "--shift", "image": "--image",
-    "image_path": "--image", "vision_path": "--image or --video", "video": "--video", "video_path": "--video",
-    "input_path": "--image or --video", "action_path": "--actions", "domain_name": "--embodiment",
+    "image_path": "--image", "vision_path": "--image", "video": "--video", "video_path": "--video",
+    "input_path": "--image", "action_path": "--actions", "domain_name": "--embodiment",
     "view_point": "--viewpoint", "action_chunk_size": "--chunk", "image_size": "--tier",
 }  # fmt: skip
 """Keys of requests as NVIDIA's framework and cookbooks write them, and the option of `run` that says the same. Captions
 of the official recipe have none of them."""
+_CLIPS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
 _OTHER_DOCUMENTS: Mapping[str, str] = {
     **dict.fromkeys(("prompts", "captions", "requests", "inputs", "samples", "items", "messages"), "a list of prompts"),
     **dict.fromkeys(("q01", "q99", "norm_stats", "mean", "std"), "statistics"),
@@ -161,7 +162,8 @@ def _require_caption(document: Mapping[str, Any], where: str) -> None:
 def _option(key: str, value: object) -> str:
     """``value`` as an option of `run`; a long one is left to the reader."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return f"{REQUEST_OPTIONS[key]} {shlex.quote(text) if len(text) <= 40 and text.isprintable() else '…'}"
+    clip = REQUEST_OPTIONS[key] == "--image" and Path(text).suffix.lower() in _CLIPS
+    return f"{'--video' if clip else REQUEST_OPTIONS[key]} {shlex.quote(text) if len(text) <= 40 and text.isprintable() else '…'}"
 
 
 def _no_caption(where: str, found: str, hint: str = "give text, or FILE.json with one caption") -> NoReturn:

@@ -247,8 +247,10 @@ def test_the_parts_of_a_request_are_given_as_options(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         prompts.read_prompt(str(path))
     assert "--mode i2v -p 'A red cube.' --seed 3 --negative … --frames 5" in caught.value.hint
-    with pytest.raises(UserError, match="it is a request"):
-        prompts.read_prompt(json.dumps(REQUEST))
+    for file, option in (("a.png", "--image a.png"), ("a.MP4", "--video a.MP4")):
+        with pytest.raises(UserError, match="it is a request") as caught:
+            prompts.read_prompt(json.dumps({**REQUEST, "vision_path": file}))
+        assert option in caught.value.hint
 
 
 def test_names_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
