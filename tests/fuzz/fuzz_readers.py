@@ -74,6 +74,8 @@ class Reader:
     """Whether the reader changes its files, so that each case begins with a new copy."""
     compared: tuple[str, ...] = ()
     """Patterns of safetensors files that are accepted only where the reference implementation accepts them."""
+    starts: bool = False
+    """Whether it starts processes, which another user may not be able to."""
     resealed: bool = False
     """Whether the manifest is made to fit the changed files, as somebody who can write both would do."""
     share: float = 1.0
@@ -478,12 +480,13 @@ READERS = (
         seeds.checkpoint,
         _tokenizer,
         ("*/text_tokenizer/*", "*/model_index.json"),
+        starts=True,
         confined=False,
         share=0.6,
     ),
     Reader("verify", seeds.graphs_bundle, _verify, unchanged_only=True),
     Reader("verify-command", seeds.graphs_bundle, _verify_command, unchanged_only=True, share=0.5),
-    Reader("show", seeds.graphs_bundle, _show, ("*/manifest.json",)),
+    Reader("show", seeds.graphs_bundle, _show, ("*/manifest.json",), unchanged_only=True),
     Reader("run-prepare", seeds.graphs_bundle, _prepare, unchanged_only=True),
     Reader(
         "run-resealed-manifest", seeds.graphs_bundle, _prepare, ("*/manifest.json", "*/tokenizer.json"), resealed=True

@@ -1,7 +1,7 @@
 """Runs cases, one a line of stdin, in a process with a limit on memory and an alarm: an answer a line of stdout.
 
 What a case does is a function of the reader, the seed and the number. Before the first case of a reader its files are
-read unchanged, which must be accepted, and memory is measured: a case may take 1 GiB more.
+read unchanged, which must be accepted. A case may take 1 GiB of memory more than there is when it begins.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import fuzz_mutations as mutations
 import fuzz_readers as readers
 from fuzz_readers import Call, Outcome, Reader
 
+from cosmos_export.bundle import strict
 from cosmos_export.cli import verbs
 
 MEMORY_BYTES = 1 << 30
@@ -93,7 +94,6 @@ class Worker:
     def __init__(self, seeds: Path, work: Path, memory_bytes: int) -> None:
         self._seeds, self._work, self._memory = seeds, work, memory_bytes
         self._trees: dict[str, mutations.Tree] = {}
-        self._limits: dict[str, int] = {}
         self.audit = Audit()
         self._failure = ""
 
@@ -117,7 +117,6 @@ class Worker:
         if reader.writes:
             tree.rebuild()
         self._trees[reader.name] = tree
-        self._limits[reader.name] = _data_bytes() + self._memory
         return tree
 
     def case(self, reader: Reader, seed: int, number: int) -> dict[str, Any]:
@@ -181,10 +180,14 @@ class Worker:
     def _guarded(self, reader: Reader, call: Call, tree: mutations.Tree) -> Outcome:
         self._failure = ""
         before = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (self._limits[reader.name], before[1]))
+        resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + self._memory, before[1]))
         self.audit.begin(tree.root.parents[3] if reader.confined else None)
         try:
-            with _alarm(ALARM_S), _somebody_else("unreadable" in str(tree.changed)), self._remembering():
+            with (
+                _alarm(ALARM_S),
+                _somebody_else("unreadable" in str(tree.changed) and not reader.starts),
+                self._remembering(),
+            ):
                 found = readers.outcome(reader, call)
         except Hang:
             found = Outcome("hang", said=f"did not end in {ALARM_S:g} s", trace=traceback.format_exc())
@@ -288,16 +291,10 @@ def _reseal(tree: mutations.Tree) -> None:
                     return
                 record["size_bytes"] = file.stat().st_size
                 record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        data = seal(document)
+        data = strict.seal(document)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
-        return
+        return  # it is no manifest any more
     tree.write("x.bundle/manifest.json", data, "resealed")
-
-
-def seal(document: dict[str, Any]) -> bytes:
-    """The bytes of a manifest of these fields, in the form that a reader takes."""
-    text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=True)
-    return text.encode("utf-8") + b"\n"
 
 
 def main() -> None:
