@@ -162,8 +162,10 @@ def _require_caption(document: Mapping[str, Any], where: str) -> None:
 def _option(key: str, value: object) -> str:
     """``value`` as an option of `run`; a long one is left to the reader."""
     text = value if isinstance(value, str) else json.dumps(value)
-    clip = REQUEST_OPTIONS[key] == "--image" and Path(text).suffix.lower() in _CLIPS
-    return f"{'--video' if clip else REQUEST_OPTIONS[key]} {shlex.quote(text) if len(text) <= 40 and text.isprintable() else '…'}"
+    option = REQUEST_OPTIONS[key]
+    if option == "--image" and Path(text).suffix.lower() in _CLIPS:
+        option = "--video"
+    return f"{option} {shlex.quote(text) if len(text) <= 40 and text.isprintable() else '…'}"
 
 
 def _no_caption(where: str, found: str, hint: str = "give text, or FILE.json with one caption") -> NoReturn:
