@@ -159,5 +159,5 @@ def read_codec_configs(components: Mapping[str, Path]) -> Mapping[str, Mapping[s
             file = components[folder] / "config.json"
             config = checked(read_object(file), fields, file)
             relations(config, file)
-            found[folder] = MappingProxyType(config)
+            found[folder] = MappingProxyType({name: value for name, value in config.items() if name not in _LOADER})
     return MappingProxyType(found)
