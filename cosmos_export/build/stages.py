@@ -64,7 +64,8 @@ from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms, load_form
-from cosmos_export.evaluation.parity import Measured, Parity
+from cosmos_export.evaluation.parity import REPORT, Measured, Parity
+from cosmos_export.evaluation.requested import TABLE_LIMIT, StepModels, schedule_problems, table_problems
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, product
 from cosmos_export.ir.graph import Graph, spec_of
@@ -77,7 +78,10 @@ from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 from cosmos_export.plan.sizes import compiler_bytes
+from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
+from cosmos_export.runtime import load_bundle
+from cosmos_export.runtime.onnx_sessions import NAME as ONNX_RUNTIME
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.plan_inspector import PlanExpectation, PlanSummary, check_plan, inspect_plan, narrow_share
 from cosmos_export.targets.plugin_lowering import Plugins
@@ -270,8 +274,14 @@ def _build(
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     record = manifest(result, program, closed, hashed, created)
+
+    def with_requests(root: Path, staged: Manifest) -> Manifest:
+        with stages("requests"):
+            _run_requests(root, staged, parity, plain, program, suffix, result)
+        return manifest(result, program, closed, hashed, created)
+
     with stages("commit", shown=False):
-        result.manifest = writer.commit(record)
+        result.manifest = writer.commit(record, with_requests)
     Cache(plan.options.cache).add(cache_entries(writer, result.manifest, created))
 
 
@@ -431,7 +441,7 @@ def _forms_verdict(name: str, found: FormsComparison) -> Verdict:
             "CX620",
             f"onnx/{name}.onnx, which engines are built from, is not the model that was run: "
             + "; ".join(found.differences[:_NAMED]),
-            "this is a bug of the compiler: please report it with `build --until PASS --dump DIR`",
+            REPORT,
         )
     note = f"{found.same} operations alike, {found.evaluated} written otherwise and evaluated in both forms"
     if found.unknown:
@@ -442,6 +452,50 @@ def _forms_verdict(name: str, found: FormsComparison) -> Verdict:
 
 _NAMED = 3
 """Differences that a message names."""
+
+
+def _run_requests(
+    root: Path,
+    staged: Manifest,
+    parity: Parity | None,
+    plain: Program,
+    program: Program,
+    suffix: str,
+    result: BuildResult,
+) -> None:
+    """Requests through the bundle at ``root``, complete but for its place, as a user's would go; CX621, CX622.
+
+    All that lies between a request and the models: edges, tables, the request record, what runs for which prompt.
+    """
+    plan, scheduler = result.plan, result.plan.checkpoint.scheduler
+    problems = [
+        *schedule_problems(staged, plan.schedule, plan.options.mode, sampling_of(plan.checkpoint)),
+        *table_problems(root, plan.schedule, scheduler),
+    ]
+    if problems:
+        raise FindingError("CX621", f"the bundle is not sampled as the checkpoint says: {'; '.join(problems)}", REPORT)
+    metric = "timesteps, coefficients and time embeddings"
+    result.verdicts.append(Verdict("schedule", "tables", metric, TABLE_LIMIT, "pass", f"{plan.schedule.steps} steps"))
+    found, note = None, result.parity_note
+    if parity is not None:
+        models = None
+        if plan.quantized:
+            models = StepModels(program, root / "onnx", suffix, result.bodies, chains(result.pieces))
+            guided = parity.guided(plain, plan.schedule, scheduler)
+            result.parity += [] if guided is None else [guided]
+        bundle = load_bundle(root, backend=ONNX_RUNTIME, device="cpu")
+        found = parity.requests(bundle, plan.schedule, scheduler, models)
+        note = "no case is noisy in the modalities of the outputs alone"
+    if found is None:
+        result.verdicts.append(Verdict("request", "bundle", "relative L2", None, "not-measured", note))
+        return
+    result.parity.append(found)
+    failed = [measured for measured in result.parity if not measured.passed]
+    if failed:
+        what = "; ".join(f"{m.stage} of mode {m.case}: {m.value:.1e}, allowed {m.limit:.0e}" for m in failed)
+        raise FindingError(
+            "CX622", f"the bundle does not compute what the published implementation computes: {what}", REPORT
+        )
 
 
 class _TowerEngines:
@@ -525,7 +579,7 @@ def _require_parity(measured: Sequence[Measured]) -> None:
         raise FindingError(
             "CX601",
             f"the program does not compute what the published implementation computes: {lines}",
-            "this is a bug of the compiler: please report it with `build --until PASS --dump DIR`",
+            REPORT,
         )
 
 

@@ -63,6 +63,9 @@ class Kept:
     """What the build wants to know of it when it resumes."""
 
 
+Measure = Callable[[Path, Manifest], Manifest]
+
+
 class BundleWriter:
     """Context manager in which a bundle comes into being; only `commit` makes it visible.
 
@@ -186,20 +189,29 @@ class BundleWriter:
         self._require_kept(name)
         return self._kept[name].sha256
 
-    def commit(self, manifest: Manifest) -> Manifest:
-        """Complete ``manifest`` with the files written, write it, and put the bundle in place."""
+    def commit(self, manifest: Manifest, measure: Measure | None = None) -> Manifest:
+        """Complete ``manifest`` with the files written, write it, and put the bundle in place.
+
+        ``measure`` is called with the directory in which the bundle is complete, and the manifest in it. It returns the
+        manifest with what it measured, of the same files, or raises: the bundle is not put in place then.
+        """
         staging = self._open_staging()
         self._drop_unasked(staging)
         complete = replace(manifest, files=tuple(self._records(staging)))
-        data = _checked(complete)
-        with _file_system_errors(self.output):
-            target = staging / MANIFEST_NAME
-            target.write_bytes(data)
-            directories.sync_tree(staging)
-            self._require_inputs()
-            self._require_kept()
-            directories.open_up(staging)
-            self._swap_without_state(staging)
+        target, data = staging / MANIFEST_NAME, _checked(complete)
+        with self._without_state(staging):
+            with _file_system_errors(self.output):
+                target.write_bytes(data)
+            if measure is not None:
+                complete = replace(self._measured(measure, complete), files=complete.files)
+                data = _checked(complete)
+            with _file_system_errors(self.output):
+                target.write_bytes(data)
+                directories.sync_tree(staging)
+                self._require_inputs()
+                self._require_kept()
+                directories.open_up(staging)
+                self._swap(staging)
         self._staging = None
         self._unlock()
         return complete
@@ -400,17 +412,28 @@ class BundleWriter:
                     path = path.parent
                     path.rmdir()
 
-    def _swap_without_state(self, staging: Path) -> None:
-        """Put ``staging`` in place; its records of kept files are there again where that fails."""
+    def _measured(self, measure: Measure, complete: Manifest) -> Manifest:
+        """What ``measure`` makes of the complete bundle. What it finds in one of changed inputs says nothing."""
+        try:
+            return measure(self._open_staging(), complete)
+        except FindingError:
+            self._require_inputs()
+            raise
+
+    @contextlib.contextmanager
+    def _without_state(self, staging: Path) -> Iterator[None]:
+        """``staging`` is a bundle and nothing else; its records of kept files are there again where the block fails."""
         state, aside = staging / _STATE, self._aside(staging)
         if not state.is_dir():
-            self._swap(staging)
+            yield
             return
-        shutil.rmtree(aside, ignore_errors=True)
-        state.rename(aside)
+        with _file_system_errors(self.output):
+            shutil.rmtree(aside, ignore_errors=True)
+            state.rename(aside)
         try:
-            self._swap(staging)
+            yield
         except BaseException:
+            (staging / MANIFEST_NAME).unlink(missing_ok=True)
             aside.rename(state)
             raise
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,21 +13,34 @@ import torch
 
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.diagnostics import CosmosExportError, FindingError
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.followed import Counts, Followed, Roundings
 from cosmos_export.evaluation.models import Model, Value, read_model
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
-from cosmos_export.evaluation.sampled import negative_ids, noisy_modalities, run_loop_model, sampled, step_noise
+from cosmos_export.evaluation.requested import StepModels, request_of, requested, short
+from cosmos_export.evaluation.sampled import (
+    negative_ids,
+    noisy_modalities,
+    run_loop_model,
+    sampled,
+    sampled_by,
+    step_noise,
+)
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, program_dims, run_graph, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform, WeightBinding
+from cosmos_export.runtime import Generator, LoadedBundle
 from cosmos_export.sampling import Schedule
 
 PROGRAM_LIMIT = 1e-5
 """fp32, relative L2: a pass only reorders sums."""
 RUNTIME_LIMIT = 1e-4
 """fp32, relative L2: ONNX Runtime has its own kernels."""
+_LOOPED = 2
+"""Cases that are run where a request has all steps of its schedule."""
+REPORT = "this is a bug of the compiler: please report it with `build --until PASS --dump DIR`"
 LATENT_LIMIT = 0.02
 """1 − cosine of final latents of a quantized loop to those of the unquantized model."""
 PRECISION_LIMIT = 1.5
@@ -79,6 +92,7 @@ class Parity:
         # Nothing generates a row of a modality without rows: there is nothing to compare then.
         self._cases = [c for c in cases if (not c.actions or "action" in modalities) and set(c.outputs) & set(outputs)]
         self._checkpoint = checkpoint
+        self._looped: dict[str, dict[str, torch.Tensor]] = {}
         self._stock = self._reference(torch.float32)
         self._expected = {c.name: self._wanted(self._stock.step(self._inputs(c), c.fps), outputs) for c in self._cases}
 
@@ -255,12 +269,75 @@ class Parity:
             expected = sampled(
                 self._stock, self._inputs(case), negative_ids(self._config), case.fps, schedule, scheduler
             )
-            found = run_loop_model(closed, self._loop_inputs(case, schedule), folder, suffix)
+            found = self._looped[case.name] = run_loop_model(closed, self._loop_inputs(case, schedule), folder, suffix)
             wanted = {k: v for k, v in expected.items() if k in found}
             errors[case.name] = 1 - cosine(found, wanted) if quantized else relative_error(found, wanted)
         if quantized:
             return _worst(f"loop of {schedule.steps} steps", "1 − cosine to unquantized", errors, LATENT_LIMIT)
         return _worst(f"loop of {schedule.steps} steps", "relative L2, fp32", errors, RUNTIME_LIMIT)
+
+    def requests(
+        self, bundle: LoadedBundle, schedule: Schedule, scheduler: Mapping[str, Any], models: StepModels | None
+    ) -> Measured | None:
+        """A short guided request of every mode through ``bundle``, with a prompt and a negative prompt.
+
+        Against the stock model under diffusers' scheduler. A quantized bundle loses what its recipe does: it is held to
+        its own ``models``, which were measured by themselves, run along the program's edges. A closed loop runs its own
+        ``schedule``, and is held to what its models gave when they were measured. None: no case can be compared.
+        """
+        assert bundle.manifest.loop is not None
+        loop = bundle.manifest.loop
+        moved = {latent.removesuffix("_latent") for latent in loop.carried}
+        cases = [case for case in self._cases if noisy_modalities(self._inputs(case)) <= moved]
+        few, negative = short(schedule), negative_ids(self._config)
+        record = bundle.manifest.request
+        if loop.segments:  # where a request has another sound, the loop has run another case
+            alike = [case for case in cases if record.sound is None or requested(case, record) == case]
+            few, cases = schedule, [case for case in alike if case.name in self._looped][:_LOOPED]
+        elif len(set(loop.bodies)) > 1:  # what a step computes in follows from its place in the whole schedule
+            few, cases = schedule, cases[:1]
+        generator = Generator(bundle)
+        errors: dict[str, float] = {}
+        for case in (requested(case, record) for case in cases):
+            inputs = self._inputs(case)
+            samples = {n.replace("_latent", "_sample"): v for n, v in inputs.items() if n.endswith("_latent")}
+            noise = step_noise(samples, few)
+            if loop.segments:
+                expected = self._looped[case.name]
+            elif models is not None:
+                expected = sampled_by(models, loop.carried, inputs, negative, noise, few)
+            else:
+                expected = sampled(self._stock, inputs, negative, case.fps, few, scheduler)
+            request = request_of(case, inputs, negative, noise, few, record.video.temporal)
+            try:
+                latents = generator.generate(request).latents
+            except CosmosExportError as error:
+                raise FindingError(
+                    "CX621", f"a request of mode {request.mode} to the bundle fails: {error.message}", REPORT
+                ) from error
+            found = {f"{n}_sample_final": torch.from_numpy(v) for n, v in latents.items()}
+            errors[request.mode] = relative_error(found, {n: v for n, v in expected.items() if v.numel()})
+        generator.close()
+        return _worst("request", "relative L2 of the latents, fp32", errors, RUNTIME_LIMIT) if errors else None
+
+    def guided(self, program: Program, schedule: Schedule, scheduler: Mapping[str, Any]) -> Measured | None:
+        """The unquantized program of a quantized bundle, guided, on one request; None as for `requests`."""
+        moved = {latent.removesuffix("_latent") for latent in program.loop.carried}
+        case = next((case for case in self._cases if noisy_modalities(self._inputs(case)) <= moved), None)
+        if case is None:
+            return None
+        few, negative, inputs = short(schedule), negative_ids(self._config), self._inputs(case)
+        expected = sampled(self._stock, inputs, negative, case.fps, few, scheduler)
+        samples = {n.replace("_latent", "_sample"): v for n, v in inputs.items() if n.endswith("_latent")}
+        noise = step_noise(samples, few)
+        found = sampled_by(
+            lambda _, now: run_program(program, now, self._weights, compute=torch.float32),
+            program.loop.carried, inputs, negative, noise, few,
+        )  # fmt: skip
+        error = relative_error(found, {n: v for n, v in expected.items() if n in found})
+        return _worst(
+            "guided request, unquantized", "relative L2 of the latents, fp32", {case.name: error}, RUNTIME_LIMIT
+        )
 
     def _loop_inputs(self, case: Case, schedule: Schedule) -> dict[str, torch.Tensor]:
         inputs = self._inputs(case)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.fold_schedule import SCHEDULE
-from cosmos_export.sampling import Schedule
+from cosmos_export.sampling import Schedule, coefficient_table
+from cosmos_export.sampling.solvers import State, distilled_step, guide, unipc_step
 
 _NEGATIVE_LEN = 23
 _NOISE_SEED = 7
@@ -66,6 +68,39 @@ def sampled(
             moved = drivers[name].step(velocity, step, latents[name], return_dict=False, **extra)[0]
             latents[name] = torch.where(_noisy(inputs, name), moved, inputs[f"{name}_latent"])
     return {f"{name}_sample_final": value for name, value in latents.items()}
+
+
+def sampled_by(
+    step: Callable[[int, Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]],
+    carried: Mapping[str, str],
+    inputs: Mapping[str, torch.Tensor],
+    negative: torch.Tensor,
+    noise: Mapping[str, torch.Tensor],
+    schedule: Schedule,
+) -> dict[str, torch.Tensor]:
+    """Final ``*_sample_final`` of ``carried`` latents with rows, by a host's guidance and sampler.
+
+    ``step`` gives the velocities of the step of that number for its inputs; ``noise`` is `step_noise`.
+    """
+    table = coefficient_table(schedule)
+    states = {n: State.start(inputs[n].numpy()) for n in carried if inputs[n].numel()}
+    for i, t in enumerate(schedule.timesteps):
+        latents = {n: torch.from_numpy(np.ascontiguousarray(s.sample)) for n, s in states.items()}
+        now = {**inputs, **latents, "timestep": torch.tensor([float(t)])}
+        found = [step(i, now)]
+        if schedule.guided[i]:
+            found.append(step(i, {**now, "input_ids": negative}))
+        for name, state in states.items():
+            cond, *others = (one[carried[name]].numpy() for one in found)
+            velocity = guide(cond, others[0] if others else None, schedule.guidance)
+            modality = name.removesuffix("_latent")
+            mask = _noisy(inputs, modality).numpy().astype(np.float32)
+            if schedule.sampler == "unipc":
+                states[name] = unipc_step(table[i], state, velocity, mask)
+            else:
+                drawn = noise[f"{modality}_noise"][i].numpy()
+                states[name] = State.start(distilled_step(table[i], state.sample, velocity, drawn, mask))
+    return {n.replace("_latent", "_sample_final"): torch.from_numpy(s.sample) for n, s in states.items()}
 
 
 def noisy_modalities(inputs: Mapping[str, torch.Tensor]) -> set[str]:

@@ -275,7 +275,7 @@ def test_edge(tmp_path: Path, edge: Path) -> None:
     assert not manifest.request.prompt.use_system
     assert manifest.request.sampling.native and manifest.request.sampling.edge
     assert {v.verdict for v in manifest.evaluation} == {"pass"}
-    assert {v.subject for v in manifest.evaluation} == {"transformer", "vae-encoder"}
+    assert {v.subject for v in manifest.evaluation} == {"transformer", "vae-encoder", "tables"}
 
 
 @pytest.mark.usefixtures("captured_once")
@@ -293,8 +293,8 @@ def test_one_alone(tmp_path: Path, omni: Path) -> None:
     manifest = built(omni, tmp_path / "x", components=("vae-encoder",))
     assert set(manifest.streams) == {"vae_encoder"}
     assert not {f.path for f in manifest.files if f.role == "tokenizer"}
-    notes = {v.subject: v.note for v in manifest.evaluation}
-    assert notes == dict.fromkeys(("transformer", "vae-encoder"), "not asked for (--parity never)")
+    notes = {v.subject: v.note for v in manifest.evaluation if v.verdict == "not-measured"}
+    assert notes == dict.fromkeys(("transformer", "vae-encoder", "bundle"), "not asked for (--parity never)")
 
 
 @pytest.mark.parametrize("asked", [None, ("all",)])
@@ -388,7 +388,8 @@ def test_without_memory_each_component_counts_for_itself(
     monkeypatch.setattr(stages, "available_bytes", lambda: 2_000_000)
     manifest = built(omni, tmp_path / "x", parity="auto", components=("vae-decoder",))
     verdicts = {v.subject: v.verdict for v in manifest.evaluation}
-    assert verdicts == {"vae-decoder": "pass", "transformer": "not-measured"}
+    assert verdicts.pop("tables") == "pass"
+    assert verdicts == {"vae-decoder": "pass", "transformer": "not-measured", "bundle": "not-measured"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
