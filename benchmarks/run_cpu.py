@@ -60,7 +60,7 @@ def measure(name: str, checkpoint: Path, bundles: dict[str, Path], arguments: ar
     for run in range(arguments.runs + 1):  # the first warms up
         prompt = f"{PROMPT * arguments.prompt} Take {run}."
         for loop, generator in generators.items():
-            prepared = ask(generator, bundles[loop], prompt, arguments)
+            prepared = ask(generator, prompt, arguments)
             started = time.perf_counter()
             result = generator.generate(prepared.request)
             frames = np.concatenate([media.as_unit(chunk) for chunk in result.video()])
@@ -98,12 +98,12 @@ def measure(name: str, checkpoint: Path, bundles: dict[str, Path], arguments: ar
     return row
 
 
-def ask(generator: Generator, bundle: Path, prompt: str, arguments: argparse.Namespace) -> Prepared:
+def ask(generator: Generator, prompt: str, arguments: argparse.Namespace) -> Prepared:
     manifest = generator.bundle.manifest
     device = bool(manifest.loop and manifest.loop.segments)
     sampling = Overrides() if device else Overrides(steps=arguments.steps)
     sound = manifest.profiles[0].dims["sound_len"].min > 0
-    return prepare(Asked(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1, sound=sound), manifest, bundle)
+    return prepare(Asked(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1, sound=sound), generator.bundle.files)
 
 
 def published(checkpoint: Path, prepared: Prepared, prompt: str, generator: Generator) -> Published:

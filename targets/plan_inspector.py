@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import mmap
+import os
 import re
 import struct
 from collections import Counter
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 from cosmos_export.diagnostics import UserError
 
@@ -147,12 +149,17 @@ class PlanExpectation:
 def read_header(path: Path) -> PlanHeader:
     """The header of the engine at ``path``; a `UserError` if it is no engine or not a whole one."""
     with path.open("rb") as stream:
-        data = stream.read(_HEADER_BYTES)
+        return header_of(stream, path.name)
+
+
+def header_of(stream: BinaryIO, name: str) -> PlanHeader:
+    """The header of the engine ``name`` that ``stream`` reads from its beginning; `UserError` as from `read_header`."""
+    data, actual = stream.read(_HEADER_BYTES), os.fstat(stream.fileno()).st_size
     if len(data) < _HEADER_BYTES or data[:4] != _MAGIC:
-        raise UserError("CX430", f"`{path.name}` is not a TensorRT-RTX engine: no header")
-    size, actual = struct.unpack_from("<Q", data, 16)[0], path.stat().st_size
+        raise UserError("CX430", f"`{name}` is not a TensorRT-RTX engine: no header")
+    size = struct.unpack_from("<Q", data, 16)[0]
     if size != actual:
-        raise UserError("CX430", f"`{path.name}` has {actual} bytes, its header says {size}", "copy or build it again")
+        raise UserError("CX430", f"`{name}` has {actual} bytes, its header says {size}", "copy or build it again")
     major, minor, patch, build = data[24:28]
     version = (major, minor, patch, build)
     bits = data[32] if version in KNOWN_VERSIONS else 0

@@ -16,6 +16,7 @@ from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.files import read_bytes, reason
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
@@ -149,7 +150,7 @@ def _job(
         policy=policy,
     )
     sources = tuple(read_source(text, policy) for text in options.data)
-    tokenizer = PromptTokenizer(prompt, checkpoint.root / prompt.tokenizer)
+    tokenizer = PromptTokenizer(prompt, _tokenizer(checkpoint.root / prompt.tokenizer))
     works = make_requests([source.items for source in sources], setting, tokenizer, prompt.use_system)
     samples = plan_samples(works, options.samples)
     found = coverage(works, samples)
@@ -211,6 +212,13 @@ def _require_memory(checkpoint: Checkpoint) -> None:
             f"--rollout needs the whole model in memory: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free",
             "give clips instead: their latents are noised along the schedule",
         )
+
+
+def _tokenizer(path: Path) -> bytes:
+    try:
+        return read_bytes(path)
+    except OSError as error:
+        raise UserError("CX603", f"cannot read {path}: {reason(error)}", "download the file again") from error
 
 
 def _prompt_record(checkpoint: Checkpoint) -> PromptRecord:

@@ -17,7 +17,7 @@ from typing import Any
 
 from cosmos_export import streams
 from cosmos_export.bundle import EngineRecord, FileRecord, Manifest, PlanCheck, WeightInput, read_bundle
-from cosmos_export.bundle.verify import hash_file
+from cosmos_export.bundle.files import hash_file
 from cosmos_export.bundle.writer import replace_manifest
 from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError

@@ -6,7 +6,7 @@ import threading
 from functools import partial
 
 from cosmos_export.bundle import InputFile
-from cosmos_export.bundle.verify import hash_file
+from cosmos_export.bundle.files import hash_file
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.progress import Progress
 

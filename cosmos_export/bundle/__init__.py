@@ -3,6 +3,7 @@
 Writing is atomic, reading fails closed. Knows the manifest and the file system; imports nothing heavy.
 """
 
+from cosmos_export.bundle.files import BundleFiles, open_bundle
 from cosmos_export.bundle.manifest import (
     MANIFEST_NAME,
     SCHEMA_VERSION,
@@ -36,13 +37,22 @@ from cosmos_export.bundle.manifest import (
     WeightInput,
     parse_manifest,
 )
-from cosmos_export.bundle.verify import Check, Status, VerifyReport, read_bundle, read_manifest, verify_bundle
+from cosmos_export.bundle.verify import (
+    Check,
+    Status,
+    VerifyReport,
+    read_bundle,
+    read_files,
+    read_manifest,
+    verify_bundle,
+)
 from cosmos_export.bundle.writer import BundleWriter
 
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "ActionRecord",
+    "BundleFiles",
     "BundleWriter",
     "CalibrationRecord",
     "Check",
@@ -74,8 +84,10 @@ __all__ = [
     "VideoRecord",
     "Volatile",
     "WeightInput",
+    "open_bundle",
     "parse_manifest",
     "read_bundle",
+    "read_files",
     "read_manifest",
     "verify_bundle",
 ]

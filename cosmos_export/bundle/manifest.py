@@ -22,6 +22,7 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 """The manifest of Super has some tens of kilobytes; what is larger was not written by a build."""
 MAX_PATH_LENGTH = 240
 MAX_PATH_DEPTH = 8
+MAX_NAME_LENGTH = 128
 
 # Each component starts with a letter or digit and ends with neither dot nor anything a file system might drop. The list
 # is one of what is allowed: `..`, absolute paths, backslashes, drive letters, control characters and all Unicode
@@ -45,6 +46,10 @@ InputPath = Annotated[
 Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}", "a SHA-256 digest in lower-case hexadecimal")]
 Bytes = Annotated[int, AtLeast(0)]
 Name = Annotated[str, Pattern(r"[^\x00-\x1f\x7f-\x9f]{1,256}", "a name of at most 256 printable characters")]
+GraphName = Annotated[
+    str, Pattern(rf"(?=[\s\S]{{1,{MAX_NAME_LENGTH}}}$){_COMPONENT}", "a graph's name of letters, digits and ._+-")
+]
+"""Files are named after graphs."""
 Scalar = str | int | float | bool | None
 
 # Names that Windows resolves to devices in every directory, whatever the extension.
@@ -122,9 +127,9 @@ class GraphContract:
 class EdgeRecord:
     """`output` of graph `source` is `input` of graph `target`."""
 
-    source: Name
+    source: GraphName
     output: Name
-    target: Name
+    target: GraphName
     input: Name
     instance: Name | None = None
     """The run of `source` that is meant where it runs more than once: `negative` is the one on the negative prompt."""
@@ -134,7 +139,7 @@ class EdgeRecord:
 class SegmentRecord:
     """A run of steps that needs no host: one graph with the loop inside."""
 
-    graph: Name
+    graph: GraphName
     steps: Annotated[int, AtLeast(1)]
     rows: tuple[Name, ...] = ()
     """Inputs that hold a row for each of its steps, [steps, …]: the noise of a stochastic sampler."""
@@ -149,10 +154,10 @@ class LoopRecord:
     sampler carries goes from one segment to the next along `Manifest.edges`.
     """
 
-    body: Name
+    body: GraphName
     carried: Mapping[str, Name]
     segments: tuple[SegmentRecord, ...] = ()
-    bodies: tuple[Name, ...] = ()
+    bodies: tuple[GraphName, ...] = ()
     """Where a host's steps compute differently: the body of each step of the compiled schedule, like `body` in all but
     its precision."""
 
@@ -164,8 +169,8 @@ class StreamRecord:
     `carried` maps the inputs of `next` to the outputs, of either graph, that they come from.
     """
 
-    first: Name
-    next: Name
+    first: GraphName
+    next: GraphName
     carried: Mapping[str, Name]
 
 
@@ -277,7 +282,7 @@ class EngineRecord:
     """An engine file and the graph it runs."""
 
     name: Name
-    graph: Name
+    graph: GraphName
     path: BundlePath
     profiles: tuple[Name, ...]
     weights: tuple[WeightInput, ...]
@@ -378,10 +383,10 @@ class Manifest:
     target: TargetRecord
     profiles: tuple[ProfileRecord, ...]
     recipe: Name
-    graphs: Mapping[str, GraphContract]
+    graphs: Mapping[GraphName, GraphContract]
     edges: tuple[EdgeRecord, ...]
     loop: LoopRecord | None
-    streams: Mapping[str, StreamRecord]
+    streams: Mapping[GraphName, StreamRecord]
     request: RequestRecord
     engines: tuple[EngineRecord, ...]
     tools: Mapping[str, str]
@@ -391,7 +396,7 @@ class Manifest:
     volatile: Volatile
     precision: PrecisionRecord | None = None
     """None where nothing is quantized."""
-    chains: Mapping[str, tuple[Name, ...]] = field(default_factory=dict)
+    chains: Mapping[GraphName, tuple[GraphName, ...]] = field(default_factory=dict)
     """Graph → the graphs that it was cut into, in the order in which they run. Each takes by name what it reads of the
     graph's inputs and of the outputs of those before it; the graph itself has no model and no engine then."""
     files: tuple[FileRecord, ...] = ()
@@ -445,6 +450,7 @@ class _PathOnly:
 def problems(manifest: Manifest) -> Iterator[StrictError]:
     """What does not hold within ``manifest``, although each field by itself is well formed."""
     yield from _path_problems(manifest)
+    yield from _file_problems(manifest)
     yield from _engine_problems(manifest)
     yield from _edge_problems(manifest)
     yield from _loop_problems(manifest)
@@ -481,7 +487,9 @@ def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
         for dim, span in profile.dims.items():
             if not span.min <= span.opt <= span.max:
                 yield StrictError(f"profiles[{i}].dims", f"{shown(dim)} does not satisfy min <= opt <= max")
+    roles = {record.path: record.role for record in manifest.files}
     sizes = {record.path: record.size_bytes for record in manifest.files}
+    yield from _repeated("engines", "path", [engine.path for engine in manifest.engines])
     profiles = {profile.name for profile in manifest.profiles}
     engines = {engine.name for engine in manifest.engines}
     for i, engine in enumerate(manifest.engines):
@@ -489,16 +497,41 @@ def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
             yield StrictError(f"engines[{i}].graph", f"{shown(engine.graph)} is not a graph of this manifest")
         if engine.path not in sizes:
             yield StrictError(f"engines[{i}].path", f"{shown(engine.path)} is not a file of this manifest")
+        elif roles[engine.path] != "engine":
+            yield _role_problem(f"engines[{i}].path", engine.path, roles[engine.path], "engine")
         for j, weight in enumerate(engine.weights):
             if weight.offset + weight.size_bytes > sizes.get(weight.path, 0):
                 what = f"{shown(weight.name)} is not within a file of this manifest"
                 yield StrictError(f"engines[{i}].weights[{j}]", what)
+            elif roles[weight.path] != "weights":
+                yield _role_problem(f"engines[{i}].weights[{j}].path", weight.path, roles[weight.path], "weights")
         for name in engine.profiles:
             if name not in profiles:
                 yield StrictError(f"engines[{i}].profiles", f"{shown(name)} is not a profile of this manifest")
     for i, check in enumerate(manifest.plan_checks):
         if check.engine not in engines:
             yield StrictError(f"plan_checks[{i}].engine", f"{shown(check.engine)} is not an engine of this manifest")
+
+
+def _role_problem(where: str, path: str, role: str, wanted: str) -> StrictError:
+    return StrictError(where, f"{shown(path)} has the role {shown(role)}, not {shown(wanted)}")
+
+
+def _file_problems(manifest: Manifest) -> Iterator[StrictError]:
+    """Files that other fields name are there, in the role that the field is for."""
+    roles = {record.path: record.role for record in manifest.files}
+    named: list[tuple[str, str, str]] = []
+    if manifest.request.prompt is not None:
+        named.append(("request.prompt.tokenizer", manifest.request.prompt.tokenizer, "tokenizer"))
+    if manifest.precision is not None:
+        named.append(("precision.report", manifest.precision.report, "report"))
+        if manifest.precision.calibration is not None:
+            named.append(("precision.calibration.lineage", manifest.precision.calibration.lineage, "calibration"))
+    for where, path, role in named:
+        if path not in roles:
+            yield StrictError(where, f"{shown(path)} is not a file of this manifest")
+        elif roles[path] != role:
+            yield _role_problem(where, path, roles[path], role)
 
 
 def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
@@ -574,11 +607,12 @@ def _carried_problems(
     if missing:
         return
     inputs = {t.name for t in manifest.graphs[body].inputs}
+    outputs = {source: {t.name for t in manifest.graphs[source].outputs} for source in sources}
     for name, output in carried.items():
         if name not in inputs:
             yield StrictError(f"{where}.carried", f"{shown(body)} has no input {shown(name)}")
         for source in sources:
-            if output not in {t.name for t in manifest.graphs[source].outputs}:
+            if output not in outputs[source]:
                 yield StrictError(f"{where}.carried", f"{shown(source)} has no output {shown(output)}")
 
 

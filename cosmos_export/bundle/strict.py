@@ -151,8 +151,10 @@ def _decode(hint: Any, value: object, where: str) -> object:
     if origin is Mapping:
         if not isinstance(value, dict):
             raise _refusal(hint, value, where)
-        item_hint = get_args(hint)[1]
-        return {_text(key, where): _decode(item_hint, item, _join(where, key)) for key, item in value.items()}
+        key_hint, item_hint = get_args(hint)
+        return {
+            _decode(key_hint, key, where): _decode(item_hint, item, _join(where, key)) for key, item in value.items()
+        }
     return _decode_scalar(hint, value, where)
 
 
@@ -292,7 +294,9 @@ def _schema(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     if origin is tuple:
         return {"type": "array", "items": _schema(get_args(hint)[0], definitions)}
     if origin is Mapping:
-        return {"type": "object", "additionalProperties": _schema(get_args(hint)[1], definitions)}
+        key_hint, item_hint = get_args(hint)
+        names = {} if key_hint is str else {"propertyNames": _schema(key_hint, definitions)}
+        return {"type": "object", **names, "additionalProperties": _schema(item_hint, definitions)}
     return dict(_SCALARS[hint])
 
 

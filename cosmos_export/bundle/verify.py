@@ -1,15 +1,11 @@
 """Verifies a bundle, failing closed, cheap checks first: manifest, directory listing, sizes, then every byte.
 
 A later stage runs only if the earlier ones passed, and a file that was not reached is reported as such, never as good.
-All files are opened relative to one descriptor of the bundle's directory, without following links, and what is hashed
-is what was opened. The path itself may be a symbolic link (`current -> release-7`); nothing in the bundle may be one.
+Files are opened as `cosmos_export.bundle.files` does, and what is hashed is what was opened.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -18,22 +14,11 @@ from enum import Enum
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from cosmos_export.bundle.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    MAX_PATH_DEPTH,
-    FileRecord,
-    Manifest,
-    parse_manifest,
-)
+from cosmos_export.bundle.files import OPEN_DIRECTORY, BundleFiles, hash_file, kind_problem, open_bundle, opened, reason
+from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_PATH_DEPTH, FileRecord, Manifest
 from cosmos_export.bundle.strict import StrictError, shown
-from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
-
-_CHUNK_BYTES = 4 * 1024 * 1024
-# O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 MAX_EXTRA_ENTRIES = 100
 """A directory with more entries that do not belong is reported up to here."""
@@ -65,6 +50,8 @@ class VerifyReport:
     manifest: Manifest | None
     """None unless the manifest is well formed and consistent. It is to be trusted only if `ok`."""
     checks: tuple[Check, ...]
+    files: BundleFiles | None = None
+    """The open bundle, where its manifest is one: what was checked, whatever becomes of its path."""
 
     @property
     def ok(self) -> bool:
@@ -78,93 +65,52 @@ class VerifyReport:
 def verify_bundle(path: Path, progress: Progress | None = None) -> VerifyReport:
     """Check the bundle at ``path``. Only what is no bundle at all raises (CX700); every mismatch is in the report."""
     path = Path(path)
-    with _directory(path) as root:
-        try:
-            manifest = parse_manifest(_read_manifest(root))
-        except StrictError as error:
-            return VerifyReport(path, None, (Check(MANIFEST_NAME, Status.FAIL, str(error)),))
-        passed = Check(MANIFEST_NAME, Status.PASS)
-        wrong, extra = _compare_listing(root, manifest)
-        if wrong or extra:
-            checks = [_unhashed(record, wrong) for record in manifest.files]
-        else:
-            checks = _hash_all(root, manifest, progress or Silent())
-    return VerifyReport(path, manifest, (passed, *checks, *extra))
+    try:
+        files = BundleFiles(path)
+    except StrictError as error:
+        return VerifyReport(path, None, (Check(MANIFEST_NAME, Status.FAIL, str(error)),))
+    return verify_files(files, progress)
 
 
-def read_bundle(path: Path, progress: Progress | None = None) -> Manifest:
-    """The manifest of the bundle at ``path``, after full verification; CX711 if anything is not as listed."""
-    report = verify_bundle(path, progress)
-    if not report.ok or report.manifest is None:
+def verify_files(files: BundleFiles, progress: Progress | None = None) -> VerifyReport:
+    """Check an open bundle, whose manifest is as it was read."""
+    root, manifest = files.descriptor, files.manifest
+    passed = Check(MANIFEST_NAME, Status.PASS)
+    wrong, extra = _compare_listing(root, manifest)
+    if wrong or extra:
+        checks = [_unhashed(record, wrong) for record in manifest.files]
+    else:
+        checks = _hash_all(root, manifest, progress or Silent())
+    return VerifyReport(files.path, manifest, (passed, *checks, *extra), files)
+
+
+def read_files(path: Path | BundleFiles, progress: Progress | None = None) -> BundleFiles:
+    """The bundle at ``path``, after full verification; CX711 if anything is not as listed."""
+    files = path if isinstance(path, BundleFiles) else open_bundle(path)
+    report = verify_files(files, progress)
+    if not report.ok:
         first = report.failures[0]
         more = f" (and {len(report.failures) - 1} more)" if len(report.failures) > 1 else ""
         raise FindingError(
             "CX711",
-            f"{path} fails verification: {shown(first.path)}: {first.detail}{more}",
-            f"do not use it; `cosmos-export bundle verify {path}` lists everything",
+            f"{files.path} fails verification: {shown(first.path)}: {first.detail}{more}",
+            f"do not use it; `cosmos-export bundle verify {files.path}` lists everything",
         )
-    return report.manifest
+    return files
+
+
+def read_bundle(path: Path, progress: Progress | None = None) -> Manifest:
+    """The manifest of the bundle at ``path``, after full verification; CX711 if anything is not as listed."""
+    return read_files(path, progress).manifest
 
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the bundle at ``path``, for looking at: no other file is read. CX711 where it is none."""
-    with _directory(path) as root:
-        try:
-            return parse_manifest(_read_manifest(root))
-        except StrictError as error:
-            hint = f"`cosmos-export bundle verify {path}` lists everything"
-            raise FindingError("CX711", f"{path} fails verification: {MANIFEST_NAME}: {error}", hint) from error
-
-
-def hash_file(descriptor: int, advance: Callable[[int], None] = lambda read: None) -> tuple[int, str]:
-    """Bytes read from ``descriptor`` to its end, and their SHA-256."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
-    size = 0
-    while count := os.readv(descriptor, [buffer]):
-        digest.update(buffer[:count])
-        size += count
-        advance(size)
-    return size, digest.hexdigest()
+    return open_bundle(path).manifest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stages
-
-
-@contextlib.contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(path, _OPEN_DIRECTORY)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError("CX700", f"{path} is not a bundle: {reason}", "name the directory of a bundle") from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _read_manifest(root: int) -> bytes:
-    try:
-        descriptor = os.open(MANIFEST_NAME, _READ, dir_fd=root)
-    except FileNotFoundError:
-        raise UserError("CX700", f"not a bundle: it has no {MANIFEST_NAME}", "name the directory of a bundle") from None
-    except OSError as error:
-        raise StrictError("", f"cannot be opened: {_reason(error)}") from error
-    try:
-        status = os.fstat(descriptor)
-        problem = _kind_problem(status)
-        if problem:
-            raise StrictError("", problem)
-        if status.st_size > MAX_MANIFEST_BYTES:
-            raise StrictError("", f"larger than the {MAX_MANIFEST_BYTES:,} bytes a manifest may have")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_MANIFEST_BYTES + 1)
-    except OSError as error:
-        raise StrictError("", f"cannot be read: {_reason(error)}") from error
-    finally:
-        os.close(descriptor)
 
 
 def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], list[Check]]:
@@ -180,14 +126,14 @@ def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], lis
         elif name in listed:
             seen.add(name)
             record = listed[name]
-            problem = _kind_problem(status)
+            problem = kind_problem(status)
             if not problem and status.st_size != record.size_bytes:
                 problem = f"{status.st_size:,} bytes, the manifest says {record.size_bytes:,}"
             if problem:
                 wrong[name] = problem
         elif name in directories:
             if not stat.S_ISDIR(status.st_mode):
-                extra.append(Check(name, Status.FAIL, _kind_problem(status) or "a file, expected a directory"))
+                extra.append(Check(name, Status.FAIL, kind_problem(status) or "a file, expected a directory"))
         elif name != MANIFEST_NAME:
             extra.append(Check(name, Status.FAIL, "not listed in the manifest"))
     for name in listed:
@@ -208,21 +154,21 @@ def _walk(directory: int, prefix: str, expected: set[str]) -> Iterator[tuple[str
     try:
         names = sorted(os.listdir(directory))
     except OSError as error:
-        yield prefix or ".", f"cannot be listed: {_reason(error)}"
+        yield prefix or ".", f"cannot be listed: {reason(error)}"
         return
     for name in names:
         path = f"{prefix}{name}"
         try:
             status = os.stat(name, dir_fd=directory, follow_symlinks=False)
         except OSError as error:
-            yield path, f"cannot be read: {_reason(error)}"
+            yield path, f"cannot be read: {reason(error)}"
             continue
         yield path, status
         if stat.S_ISDIR(status.st_mode) and path in expected and path.count("/") < MAX_PATH_DEPTH:
             try:
-                inner = os.open(name, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+                inner = os.open(name, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
             except OSError as error:
-                yield path, f"cannot be opened: {_reason(error)}"
+                yield path, f"cannot be opened: {reason(error)}"
                 continue
             try:
                 yield from _walk(inner, f"{path}/", expected)
@@ -253,45 +199,15 @@ def _advance(progress: Progress, before: int, read: int) -> None:
 
 def _hash_one(root: int, record: FileRecord, advance: Callable[[int], None]) -> Check:
     try:
-        with _file(root, record.path) as descriptor:
-            problem = _kind_problem(os.fstat(descriptor))
+        with opened(root, record.path) as descriptor:
+            problem = kind_problem(os.fstat(descriptor))
             if problem:
                 return Check(record.path, Status.FAIL, problem)
             size, digest = hash_file(descriptor, advance)
     except OSError as error:
-        return Check(record.path, Status.FAIL, f"cannot be read: {_reason(error)}")
+        return Check(record.path, Status.FAIL, f"cannot be read: {reason(error)}")
     if size != record.size_bytes:
         return Check(record.path, Status.FAIL, f"{size:,} bytes read, the manifest says {record.size_bytes:,}")
     if digest != record.sha256:
         return Check(record.path, Status.FAIL, f"SHA-256 is {digest}, the manifest says {record.sha256}")
     return Check(record.path, Status.PASS)
-
-
-@contextlib.contextmanager
-def _file(root: int, path: str) -> Iterator[int]:
-    """``path`` opened one component at a time, so that no directory on the way is a link either."""
-    *directories, name = path.split("/")
-    with contextlib.ExitStack() as opened:
-        current = root
-        for directory in directories:
-            current = os.open(directory, _OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=current)
-            opened.callback(os.close, current)
-        descriptor = os.open(name, _READ, dir_fd=current)
-        opened.callback(os.close, descriptor)
-        yield descriptor
-
-
-def _kind_problem(status: os.stat_result) -> str:
-    """Why an entry cannot be a file of a bundle; empty if it can."""
-    if stat.S_ISLNK(status.st_mode):
-        return "a symbolic link"
-    if not stat.S_ISREG(status.st_mode):
-        return "not a regular file"
-    # The file can be rewritten through its other name after it was verified.
-    if status.st_nlink != 1:
-        return f"{status.st_nlink} hard links; a file of a bundle has one name (copy the bundle with `cp -r`)"
-    return ""
-
-
-def _reason(error: OSError) -> str:
-    return "a symbolic link" if error.errno == errno.ELOOP else error.strerror or str(error)

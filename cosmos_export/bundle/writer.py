@@ -26,6 +26,7 @@ from typing import Any, Self
 
 from cosmos_export import directories, files
 from cosmos_export.bundle import strict
+from cosmos_export.bundle.files import hash_file
 from cosmos_export.bundle.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -35,7 +36,6 @@ from cosmos_export.bundle.manifest import (
     problems,
 )
 from cosmos_export.bundle.strict import StrictError
-from cosmos_export.bundle.verify import hash_file
 from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import Stamp

@@ -7,7 +7,6 @@ pipeline (diffusers, ``Cosmos3OmniPipeline``).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.bundle import MANIFEST_NAME, Manifest, RequestRecord, parse_manifest
-from cosmos_export.bundle.manifest import MAX_MANIFEST_BYTES
-from cosmos_export.bundle.strict import StrictError
+from cosmos_export.bundle import BundleFiles, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime.asked import (
@@ -32,7 +29,6 @@ from cosmos_export.runtime.asked import (
 )
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
-from cosmos_export.runtime.media import Mark
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
@@ -40,7 +36,7 @@ from cosmos_export.runtime.scheduling import request_schedule
 from cosmos_export.runtime.tokenize import PromptTokenizer, TokenIds
 from cosmos_export.sampling import Mode, Schedule
 
-__all__ = ["Asked", "Prepared", "noise_shapes", "open_manifest", "prepare"]
+__all__ = ["Asked", "Prepared", "noise_shapes", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class Prepared:
     """What a user may not have meant."""
 
 
-def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
-    """The request that ``asked`` is for the bundle ``manifest`` describes, which lies at ``bundle``.
+def prepare(asked: Asked, files: BundleFiles) -> Prepared:
+    """The request that ``asked`` is for a bundle. Of its files the tokenizer is read, and is what the manifest lists.
 
     UserError with what was found and what is allowed: CX600, CX602, CX603 prompts, CX604 options that do not go
     together, CX606 a schedule that is not the compiled one, CX607 outside all profiles, CX608 size, CX609 frames,
@@ -71,6 +67,7 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     sampling.
     UnsupportedError CX605: the bundle lacks what the mode needs.
     """
+    manifest = files.manifest
     record = request_record(manifest)
     mode = mode_of(asked, manifest, record)
     require_options(asked, mode)
@@ -84,7 +81,7 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     builder = action_stage if mode in ACTION_MODES else video_stage
     stage = builder(asked, manifest, record, mode)
     noise = _read_noise(asked.noise, stage, schedule, record) if asked.noise else {}
-    ids, negative_ids, said = _tokenized(asked, stage, manifest, record, bundle, guided=any(schedule.guided))
+    ids, negative_ids, said = _tokenized(asked, stage, record, files, guided=any(schedule.guided))
     lengths = [len(ids)] if negative_ids is None else [len(ids), len(negative_ids)]
     profile = fit_profile(manifest.profiles, {**stage.dims, "und_len": lengths}, record)
     request = Request(
@@ -116,29 +113,11 @@ def prepare(asked: Asked, manifest: Manifest, bundle: Path) -> Prepared:
     )
 
 
-def open_manifest(bundle: Path) -> tuple[Manifest, Mark]:
-    """The manifest of ``bundle``, and the mark of what is made with it. Reads no other file and verifies none.
-
-    CX618: there is none, or it is damaged.
-    """
-    path = bundle / MANIFEST_NAME
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-        return parse_manifest(data), Mark(hashlib.sha256(data).hexdigest())
-    except OSError as error:
-        raise UserError(
-            "CX618", f"{bundle} is not a bundle: {path.name}: {error.strerror or error}", "name the directory of one"
-        ) from error
-    except StrictError as error:
-        raise UserError("CX618", f"{path}: {error}", f"`cosmos-export bundle verify {bundle}` says more") from error
-
-
 # -- prompts and noise ------------------------------------------------------------------------------------------------
 
 
 def _tokenized(
-    asked: Asked, stage: Stage, manifest: Manifest, record: RequestRecord, bundle: Path, *, guided: bool
+    asked: Asked, stage: Stage, record: RequestRecord, files: BundleFiles, *, guided: bool
 ) -> tuple[TokenIds, TokenIds | None, tuple[str, ...]]:
     """Ids of the prompt and, where it is read, of the negative prompt; and notes on them."""
     if record.prompt is None:
@@ -150,29 +129,12 @@ def _tokenized(
     texts = request_texts(prompt, negative, stage.scene, action=action, metadata=asked.metadata)
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
-    tokenizer = PromptTokenizer(record.prompt, _verified(bundle, record.prompt.tokenizer, manifest))
+    tokenizer = PromptTokenizer(record.prompt, files.read(record.prompt.tokenizer, "tokenizer"))
     ids = [tokenizer(text, system, literal=asked.literal) for text in (texts if guided else texts[:1])]
     control = () if asked.literal else tokenizer.control_tokens(f"{prompt.text}\n{negative.text}")
     names = ", ".join(control[:8])
     note = f"{names} in a prompt: read as control tokens of the model, as published; --literal reads them as text"
     return ids[0], ids[1] if guided else None, (note,) if control else ()
-
-
-def _verified(bundle: Path, name: str, manifest: Manifest) -> Path:
-    """The file ``name`` of ``bundle``, which is what the manifest says; the bundle as a whole is verified later."""
-    path = bundle / name
-    listed = next((record.sha256 for record in manifest.files if record.path == name), None)
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            "CX603", f"cannot read {path}: {error.strerror or error}", "the bundle is incomplete"
-        ) from error
-    if found != listed:
-        raise UserError(
-            "CX603", f"{path} is not the file the manifest lists", f"`cosmos-export bundle verify {bundle}` says more"
-        )
-    return path
 
 
 def noise_shapes(request_dims: Mapping[str, int], record: RequestRecord, mode: Mode) -> dict[str, tuple[int, ...]]:

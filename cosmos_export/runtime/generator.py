@@ -266,7 +266,7 @@ class Generator:
         """
         rows: dict[str, Array] = {}
         manifest, timesteps = self.bundle.manifest, np.array(request.schedule.timesteps, np.float32)
-        tables = read_header(self.bundle.root / SCHEDULE_TABLE).tensors
+        tables = read_header(self.bundle.files.location(SCHEDULE_TABLE, "table")).tensors
         built = np.array_equal(tables["timesteps"].array(), timesteps)
         first = (*self._loop.bodies, self._loop.body)[0]
         for edge in self._edges(self._loop.body):
@@ -276,7 +276,7 @@ class Generator:
             if built and table.dtype == self._session(first).inputs[edge.input]:
                 rows[edge.input] = table[:, None]
                 continue
-            graph = onnx_sessions.open_backend(self.bundle.root, manifest, "cpu").open(edge.source)
+            graph = onnx_sessions.open_backend(self.bundle.files, "cpu").open(edge.source)
             rows[edge.input] = np.stack([graph.run({STEP: t[None]})[edge.output].numpy() for t in timesteps])
             graph.close()
         return rows

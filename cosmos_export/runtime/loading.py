@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_export.bundle import Manifest, read_bundle
+from cosmos_export.bundle import BundleFiles, Manifest, read_files
 from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions, rtx_sessions, torch_sessions
 from cosmos_export.runtime.chains import ChainedBackend
+from cosmos_export.runtime.engine_files import engine_problems
 from cosmos_export.runtime.sessions import Backend
 
 _DEVICES = {
@@ -21,7 +22,7 @@ _DEVICES = {
     torch_sessions.NAME: ("cuda", "cpu"),
 }
 """Kinds of devices of each backend, its default first."""
-_OPEN: dict[str, Callable[[Path, Manifest, str | None], Backend]] = {
+_OPEN: dict[str, Callable[[BundleFiles, str | None], Backend]] = {
     onnx_sessions.NAME: onnx_sessions.open_backend,
     rtx_sessions.NAME: rtx_sessions.open_backend,
     rtx_sessions.FULL_NAME: rtx_sessions.open_full_backend,
@@ -33,29 +34,38 @@ _OPEN: dict[str, Callable[[Path, Manifest, str | None], Backend]] = {
 class LoadedBundle:
     """A verified bundle and the backend that runs it."""
 
-    root: Path
-    manifest: Manifest
+    files: BundleFiles
     backend: Backend
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.files.manifest
 
 
 def load_bundle(
-    path: Path, *, backend: str | None = None, device: str | None = None, progress: Progress | None = None
+    path: Path | BundleFiles,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
 ) -> LoadedBundle:
     """Verify the bundle at ``path``, every byte, and open ``backend`` for it (None: the one it was built for).
+
+    What is used afterwards is what was verified: the directory stays open, and a link to it may change.
 
     UserError CX504: no such backend or device. FindingError CX711: the bundle is not what its manifest says.
     UnsupportedError CX503: the backend is not installed; CX505: it has no device that can run this bundle.
     """
     if backend is not None:
         _require_known(backend, device)
-    manifest = read_bundle(Path(path), progress or Silent())
-    chosen = backend or manifest.target.backend
+    files = read_files(path if isinstance(path, BundleFiles) else Path(path), progress or Silent())
+    for name, problem in engine_problems(files):
+        raise FindingError(
+            "CX711", f"{files.path} fails verification: {shown(name)}: {problem}", "build the bundle again"
+        )
+    chosen = backend or files.manifest.target.backend
     _require_known(chosen, device)
-    return LoadedBundle(Path(path), manifest, _opened(chosen, Path(path), manifest, device))
-
-
-def _opened(name: str, root: Path, manifest: Manifest, device: str | None) -> Backend:
-    return chained(_OPEN[name](root, manifest, device), manifest)
+    return LoadedBundle(files, chained(_OPEN[chosen](files, device), files.manifest))
 
 
 def chained(backend: Backend, manifest: Manifest) -> Backend:

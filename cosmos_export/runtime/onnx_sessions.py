@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from cosmos_export.bundle import Manifest
+from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.diagnostics import ToolError, UnsupportedError
 from cosmos_export.runtime.sessions import Array, Value
 
@@ -100,9 +99,9 @@ class OnnxSession:
 
 @dataclass(frozen=True)
 class OnnxBackend:
-    """The models of the bundle at ``root`` on one device."""
+    """The models of a bundle on one device."""
 
-    root: Path
+    files: BundleFiles
     models: Mapping[str, str]
     """Graph → path of its model in the bundle."""
     device_type: str = "cpu"
@@ -125,12 +124,15 @@ class OnnxBackend:
         options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
         provider = _PROVIDERS[self.device_type]
         settings = {} if self.device_type == "cpu" else {"device_id": self.index}
-        path = self.root / self.models[graph]
+        name = self.models[graph]
+        path = self.files.location(name, "onnx")
         try:
             session = onnxruntime.InferenceSession(str(path), options, [(provider, settings)])
         except Exception as error:  # as in `run`
             raise ToolError(
-                "CX502", f"ONNX Runtime cannot load {path}: {_first_line(error)}", "is there enough memory for it?"
+                "CX502",
+                f"ONNX Runtime cannot load {self.files.path / name}: {_first_line(error)}",
+                "is there enough memory for it?",
             ) from error
         return OnnxSession(graph, session, (self.device_type, self.index))
 
@@ -138,16 +140,16 @@ class OnnxBackend:
         """Nothing is held besides the sessions."""
 
 
-def open_backend(root: Path, manifest: Manifest, device: str | None) -> OnnxBackend:
+def open_backend(files: BundleFiles, device: str | None) -> OnnxBackend:
     """ONNX Runtime for the bundle, on ``cpu`` (the default) or ``cuda[:N]``. UnsupportedError CX503: not installed."""
     kind, _, index = (device or "cpu").partition(":")
     require_provider(kind)
-    return OnnxBackend(root, models(manifest), kind, int(index or 0))
+    return OnnxBackend(files, models(files.manifest), kind, int(index or 0))
 
 
 def models(manifest: Manifest) -> dict[str, str]:
     """Graph → path of the model that ONNX Runtime takes, for the graphs that have one."""
-    listed = {file.path for file in manifest.files}
+    listed = {file.path for file in manifest.files if file.role == "onnx"}
     found = {}
     for graph in manifest.graphs:
         paths = [path for suffix in _SUFFIXES if (path := f"onnx/{graph}{suffix}") in listed]

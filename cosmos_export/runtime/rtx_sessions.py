@@ -11,14 +11,13 @@ import importlib
 import mmap
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import ml_dtypes
 import numpy as np
 
-from cosmos_export.bundle import EngineRecord, Manifest
+from cosmos_export.bundle import BundleFiles, EngineRecord
 from cosmos_export.diagnostics import ToolError, UnsupportedError
 from cosmos_export.runtime.cuda_memory import Device, DeviceMemory, DeviceValue, open_device
 from cosmos_export.runtime.sessions import Array, Value
@@ -59,8 +58,8 @@ class Scratch:
 class Weights:
     """Weights that engines take as inputs: on the device once, whoever reads them, and for as long as someone does."""
 
-    def __init__(self, device: Device, root: Path) -> None:
-        self._device, self._root = device, root
+    def __init__(self, device: Device, files: BundleFiles) -> None:
+        self._device, self._files = device, files
         self._known: WeakValueDictionary[tuple[str, int], DeviceMemory] = WeakValueDictionary()
 
     def of(self, record: EngineRecord) -> dict[str, DeviceMemory]:
@@ -69,9 +68,10 @@ class Weights:
         for weight in record.weights:
             memory = self._known.get((weight.path, weight.offset))
             if memory is None:
-                data = np.memmap(self._root / weight.path, np.uint8, "r", weight.offset, (weight.size_bytes,))
                 memory = DeviceMemory(self._device, weight.size_bytes)
-                self._device.upload(memory.address, data)
+                with self._files.open(weight.path, "weights") as file:
+                    data = np.memmap(file, np.uint8, "r", weight.offset, (weight.size_bytes,))
+                    self._device.upload(memory.address, data)
                 self._known[weight.path, weight.offset] = memory
             found[weight.name] = memory
         return found
@@ -203,18 +203,19 @@ class RtxSession:
 
 
 class RtxBackend:
-    """The engines of the bundle at ``root`` on one GPU."""
+    """The engines of a bundle on one GPU."""
 
-    def __init__(self, trt: Any, device: Device, root: Path, manifest: Manifest, name: str = NAME) -> None:
+    def __init__(self, trt: Any, device: Device, files: BundleFiles, name: str = NAME) -> None:
+        manifest = files.manifest
         self._name, self._title = name, _PACKAGES[name][1]
-        self._trt, self._device, self._root = trt, device, root
+        self._trt, self._device, self._files = trt, device, files
         self._engines: dict[str, EngineRecord] = {record.graph: record for record in manifest.engines}
         loop = manifest.loop
         self._captured = frozenset(segment.graph for segment in loop.segments) if loop else frozenset[str]()
         self._log: deque[str] = deque(maxlen=8)
         self._runtime = trt.Runtime(_logger(trt, self._log))
         self._scratch = Scratch(device)
-        self._weights = Weights(device, root)
+        self._weights = Weights(device, files)
 
     @property
     def name(self) -> str:
@@ -225,15 +226,20 @@ class RtxBackend:
         return f"cuda:{self._device.index}"
 
     def open(self, graph: str) -> RtxSession:
-        path = self._root / self._engines[graph].path
+        name = self._engines[graph].path
         self._log.clear()
         # Mapped: the runtime copies the weights to the device from the page cache, and nothing else holds them.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        with (
+            self._files.open(name, "engine") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+        ):
             engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             said = " | ".join(self._log) or "it logged nothing"
             raise ToolError(
-                "CX502", f"{self._title} cannot load {path}: {said}", "is it installed in the version of the build?"
+                "CX502",
+                f"{self._title} cannot load {self._files.path / name}: {said}",
+                "is it installed in the version of the build?",
             )
         captured = graph in self._captured
         weights = self._weights.of(self._engines[graph])
@@ -245,21 +251,22 @@ class RtxBackend:
         self._device.close()
 
 
-def open_backend(root: Path, manifest: Manifest, device: str | None) -> RtxBackend:
+def open_backend(files: BundleFiles, device: str | None) -> RtxBackend:
     """TensorRT-RTX for the bundle, on ``cuda[:N]``.
 
     UnsupportedError CX503: it is not installed, or in another version than the engines are from; CX505: no such GPU.
     """
-    return _open(NAME, root, manifest, device)
+    return _open(NAME, files, device)
 
 
-def open_full_backend(root: Path, manifest: Manifest, device: str | None) -> RtxBackend:
+def open_full_backend(files: BundleFiles, device: str | None) -> RtxBackend:
     """TensorRT for the bundle; errors as `open_backend`."""
-    return _open(FULL_NAME, root, manifest, device)
+    return _open(FULL_NAME, files, device)
 
 
-def _open(name: str, root: Path, manifest: Manifest, device: str | None) -> RtxBackend:
+def _open(name: str, files: BundleFiles, device: str | None) -> RtxBackend:
     module, title, extra, package = _PACKAGES[name]
+    manifest = files.manifest
     if not manifest.engines:
         waits = any(file.path == "finish.sh" for file in manifest.files)
         hint = "run its finish.sh on the GPU" if waits else "`--backend onnxruntime` runs its models"
@@ -277,7 +284,7 @@ def _open(name: str, root: Path, manifest: Manifest, device: str | None) -> RtxB
             f"pip install {package}=={built}, or build the bundle again",
         )  # fmt: skip
     _, _, index = (device or "cuda").partition(":")
-    return RtxBackend(trt, open_device(int(index or 0), manifest.target.compute_capability), root, manifest, name)
+    return RtxBackend(trt, open_device(int(index or 0), manifest.target.compute_capability), files, name)
 
 
 def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -35,15 +35,15 @@ TokenIds = NDArray[np.int64]
 class PromptTokenizer:
     """Prompts into ids: the pieces of the chat template around the text, tokenized as one, and the ids that follow."""
 
-    def __init__(self, record: PromptRecord, file: Path) -> None:
-        """``file`` is the record's tokenizer. CX603: it cannot be read; CX802: `tokenizers` is not installed."""
+    def __init__(self, record: PromptRecord, data: bytes) -> None:
+        """``data`` is the record's tokenizer. CX603: it is none; CX802: `tokenizers` is not installed."""
         for name, pieces, count in (("plain", record.plain, 2), ("system", record.system, 3)):
             if len(pieces) != count:
                 raise UserError(
                     "CX603", f"the bundle's template `{name}` has {len(pieces)} pieces, not {count}", "build it again"
                 )
         self._record = record
-        self._tokenizer = _load(file)
+        self._tokenizer = _load(data, record.tokenizer)
 
     def __call__(self, text: str, system: str | None = None, *, literal: bool = False) -> TokenIds:
         """int64 [und_len] ids of ``text`` from the user, after the message ``system`` where there is one.
@@ -98,17 +98,23 @@ class PromptTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in ``path``, of the kinds whose work grows with the text alone.
+    """The tokenizer in ``path``. ValueError as from `parse_tokenizer`, and for a file that cannot be read."""
+    try:
+        return parse_tokenizer(files.read_bytes(path, MAX_TOKENIZER_BYTES))
+    except OSError as error:
+        raise ValueError(files.reason(error)) from error
+
+
+def parse_tokenizer(data: bytes) -> Tokenizer:
+    """The tokenizer that ``data`` is, of the kinds whose work grows with the text alone.
 
     A tokenizer file is a program: a normalizer that replaces one letter by two, forty times in a row, takes more memory
     than there is for a word. ValueError with a phrase for a file that is refused, or that the library cannot read.
     """
     from tokenizers import Tokenizer
 
-    try:
-        data = files.read_bytes(path, MAX_TOKENIZER_BYTES)
-    except OSError as error:
-        raise ValueError(files.reason(error)) from error
+    if len(data) > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{len(data):,} bytes; allowed: {MAX_TOKENIZER_BYTES:,}")
     try:
         loaded: Tokenizer = Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception for every failure
@@ -138,7 +144,7 @@ def _kinds(part: Any) -> Iterator[str]:
                 yield from _kinds(inner)
 
 
-def _load(path: Path) -> Tokenizer:
+def _load(data: bytes, name: str) -> Tokenizer:
     try:
         import tokenizers  # noqa: F401
     except ImportError as error:
@@ -146,8 +152,8 @@ def _load(path: Path) -> Tokenizer:
             "CX802", "reading a prompt needs tokenizers, which is not installed", "pip install '.[run]' in the checkout"
         ) from error
     try:
-        return load_tokenizer(path)
+        return parse_tokenizer(data)
     except ValueError as error:
         raise UserError(
-            "CX603", f"{path} is not a tokenizer: {error}", "`cosmos-export bundle verify` tells whether it is damaged"
+            "CX603", f"{name} is not a tokenizer: {error}", "`cosmos-export bundle verify` tells whether it is damaged"
         ) from error

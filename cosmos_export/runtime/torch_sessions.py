@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
-from cosmos_export.bundle import Manifest
+from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.bundle.strict import AtLeast, decode
-from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
 from cosmos_export.runtime.sessions import PROMPT, Array, Value
 
@@ -218,13 +218,13 @@ def _forget(session: TorchSession | LoopSession) -> None:
 
 
 class TorchBackend:
-    """The graphs of the bundle at ``root`` on one device.
+    """The graphs of a bundle on one device.
 
     They are compiled for the sizes of a request, but for any length of its prompts: a new prompt compiles nothing.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, device: torch.device, settings: Settings | None = None) -> None:
-        self._root, self._manifest, self._device, self._settings = root, manifest, device, settings
+    def __init__(self, files: BundleFiles, device: torch.device, settings: Settings | None = None) -> None:
+        self._files, self._device, self._settings = files, device, settings
         self._weights: dict[tuple[Path, int], torch.Tensor] = {}
 
     @property
@@ -240,18 +240,18 @@ class TorchBackend:
         from cosmos_export.targets.inductor import Executable, Settings
 
         try:
-            document = read_object(self._root / "graphs" / f"{graph}.json")
+            document = parse_object(self._files.read(f"graphs/{graph}.json", "graph"))
             loop = document.pop("loop", None)
             if document.keys() != {"graph"}:
                 raise ValueError(f"its document has the fields {shown(sorted(document))}")
-            own = read_graph(document["graph"], self._root / "onnx")
+            own = read_graph(document["graph"], Path("onnx"))
             if loop is not None:
                 loop, tables = decode(LoopDocument, loop, "loop"), self._loop_tables(graph)
                 loop.check(own, {name: array.shape for name, array in tables.items()})
             weights = {name: self._weight(node.meta["weight"]) for name, node in own.weights.items()}
         except (UserError, OSError, ValueError) as error:  # of memmap, too, where a file is too short
-            raise ToolError("CX502", f"graph `{graph}` of {self._root} cannot be loaded: {error}") from error
-        settings = replace(self._settings or Settings(), open_dims=prompt_dims(graph, own, self._manifest))
+            raise ToolError("CX502", f"graph `{graph}` of {self._files.path} cannot be loaded: {error}") from error
+        settings = replace(self._settings or Settings(), open_dims=prompt_dims(graph, own, self._files.manifest))
         executable = Executable(own, weights, self._device, settings)
         if loop is None:
             return TorchSession(graph, executable)
@@ -261,15 +261,20 @@ class TorchBackend:
         )
 
     def _loop_tables(self, graph: str) -> dict[str, Array]:
-        from safetensors.numpy import load_file
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
 
-        return dict(load_file(self._root / "tables" / f"{graph}.safetensors"))
+        try:
+            return dict(load(self._files.read(f"tables/{graph}.safetensors", "table")))
+        except SafetensorError as error:
+            raise ValueError(f"its table: {error}") from error
 
     def _weight(self, binding: Any) -> torch.Tensor:
         (source,) = binding.sources
         key = (source.file, source.offset)
         if key not in self._weights:
-            self._weights[key] = load_weight(source, self._device)
+            with self._files.open(source.file.as_posix(), "weights") as file:
+                self._weights[key] = load_weight(source, self._device, file)
         return self._weights[key]
 
     def close(self) -> None:
@@ -290,8 +295,8 @@ def prompt_dims(name: str, graph: Graph, manifest: Manifest) -> frozenset[str]:
 _PIECE_BYTES = 64 << 20
 
 
-def load_weight(source: Any, device: torch.device) -> torch.Tensor:
-    """A weight on ``device``, straight from its file; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
+def load_weight(source: Any, device: torch.device, file: BinaryIO | Path) -> torch.Tensor:
+    """A weight on ``device``, straight from ``file``; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
     import torch
 
     from cosmos_export.ir.spec import INT4
@@ -304,19 +309,19 @@ def load_weight(source: Any, device: torch.device) -> torch.Tensor:
     if not target.numel():
         return result
     # Private pages that nothing writes to: torch wants memory that could be written.
-    mapped = np.memmap(source.file, np.uint8, "c", source.offset, (target.numel(),))
+    mapped = np.memmap(file, np.uint8, "c", source.offset, (target.numel(),))
     for start in range(0, target.numel(), _PIECE_BYTES):
         piece = slice(start, start + _PIECE_BYTES)
         target[piece].copy_(torch.from_numpy(mapped[piece]))
     return result
 
 
-def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBackend:
+def open_backend(files: BundleFiles, device: str | None) -> TorchBackend:
     """PyTorch for the bundle, on ``cuda[:N]`` or ``cpu``.
 
     UnsupportedError CX503: torch is not installed; CX505: the bundle has no graphs for it, or there is no such GPU.
     """
-    if not (root / "graphs").is_dir():
+    if not any(file.role == "graph" for file in files.manifest.files):
         raise UnsupportedError(
             "CX505",
             "this bundle has no graphs for PyTorch",
@@ -335,4 +340,4 @@ def open_backend(root: Path, manifest: Manifest, device: str | None) -> TorchBac
             "`--device cpu` runs the same graphs, slowly",
         )  # fmt: skip
     chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
-    return TorchBackend(root, manifest, chosen)
+    return TorchBackend(files, chosen)

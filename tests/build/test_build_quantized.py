@@ -20,7 +20,7 @@ from cosmos_export.build.driver import build
 from cosmos_export.build.options import resolve
 from cosmos_export.build.precision import activation_ranges
 from cosmos_export.build.quantize import quantize
-from cosmos_export.bundle import read_bundle
+from cosmos_export.bundle import BundleFiles, read_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.strict_json import read_object
@@ -276,8 +276,8 @@ def test_through_pytorch(tmp_path: Path, fp8: Path, recipe: str | None) -> None:
     values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
     tokens = np.arange(12, dtype=np.int64)
     asked = Request("t2v", tokens, tokens[:5], Schedule(**values), 5, 4, 4, 24.0, seed=3)
-    backend = TorchBackend(tmp_path / "x", manifest, torch.device("cpu"), Settings(compiled=False))
-    mine = Generator(LoadedBundle(tmp_path / "x", manifest, backend)).generate(asked).latents["vision"]
+    backend = TorchBackend(BundleFiles(tmp_path / "x"), torch.device("cpu"), Settings(compiled=False))
+    mine = Generator(LoadedBundle(BundleFiles(tmp_path / "x"), backend)).generate(asked).latents["vision"]
     theirs = Generator(load_bundle(tmp_path / "x", backend="onnxruntime")).generate(asked).latents["vision"]
     cosine = float((mine * theirs).sum() / np.linalg.norm(mine) / np.linalg.norm(theirs))
     assert cosine > 0.99, cosine

@@ -7,9 +7,18 @@ from pathlib import Path
 from cosmos_export import bundle
 from cosmos_export.bundle import BundleWriter, Manifest
 
+
+def engine(size_bytes: int, capability_bits: int = 0, version: bytes = bytes(4)) -> bytes:
+    """What begins as an engine of TensorRT-RTX does: magic, size, version, and capabilities."""
+    header = bytearray(64)
+    header[:4], header[16:24], header[24:28] = b"vtrt", size_bytes.to_bytes(8, "little"), version
+    header[32] = capability_bits
+    return bytes(header) + b"x" * (size_bytes - 64)
+
+
 FILES = {
-    "engines/generator.plan": ("engine", b"generator engine " * 1000),
-    "engines/reasoner.plan": ("engine", b"reasoner engine " * 500),
+    "engines/generator.plan": ("engine", engine(17_000)),
+    "engines/reasoner.plan": ("engine", engine(8_000)),
     "tokenizer/tokenizer.json": ("tokenizer", b"{}"),
     "empty.txt": ("note", b""),
 }

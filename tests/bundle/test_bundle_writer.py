@@ -211,7 +211,7 @@ def test_only_the_files_announced_are_committed(tmp_path: Path, entry: str) -> N
 
 
 def test_an_inconsistent_manifest_is_never_written(tmp_path: Path) -> None:
-    with pytest.raises(InternalError, match=r"CX709.*'engines/reasoner\.plan' is not a file"):  # noqa: SIM117
+    with pytest.raises(InternalError, match=r"CX709.*'tokenizer/tokenizer\.json' is not a file"):  # noqa: SIM117
         with BundleWriter(tmp_path / "x") as writer:
             writer.path("engines/generator.plan", "engine").write_bytes(b"1")
             writer.commit(bundle_samples.manifest())

@@ -46,7 +46,8 @@ def loaded(graph: Graph, folder: Path) -> tuple[Graph, dict[str, torch.Tensor]]:
     write_weights(folder / "g.weights", stored, "weights", Silent())
     document = graph_document(graph, "g.weights", lambda b: (stored[b].offset, stored[b].size_bytes))
     again = read_graph(json.loads(json.dumps(document)), folder)
-    weights = {name: load_weight(node.meta["weight"].sources[0], CPU) for name, node in again.weights.items()}
+    sources = {name: node.meta["weight"].sources[0] for name, node in again.weights.items()}
+    weights = {name: load_weight(source, CPU, source.file) for name, source in sources.items()}
     return again, weights
 
 

@@ -31,7 +31,7 @@ class Subject:
         return self.generator.bundle.manifest
 
     def prepare(self, asked: Asked) -> Prepared:
-        return prepare(asked, self.manifest, self.bundle)
+        return prepare(asked, self.generator.bundle.files)
 
 
 class Subjects:

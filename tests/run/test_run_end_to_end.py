@@ -208,7 +208,7 @@ def test_nan_is_stopped_where_it_appears(subjects: Subjects, loop: str, graph: s
     subject = subjects("omni", **options)
     loaded = subject.generator.bundle
     poisoned: Any = Poisoned(loaded, graph, call)
-    generator = Generator(LoadedBundle(loaded.root, loaded.manifest, poisoned))
+    generator = Generator(LoadedBundle(loaded.files, poisoned))
     with pytest.raises(FindingError, match="NaN") as caught:
         generator.generate(subject.prepare(asked()).request)
     assert caught.value.code == "CX665"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import run_samples
 from run_samples import DISTILLED, EDGE, EULER, MARK, ROBOT, SMALL, UNIPC, manifest
 from safetensors.numpy import save_file
 
-from cosmos_export.bundle import DimRecord, PolicyRecord
+from cosmos_export.bundle import BundleFiles, DimRecord, PolicyRecord
 from cosmos_export.cli import run
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.runtime import canvas, embodiments, media, read_media
-from cosmos_export.runtime.frontend import Asked, open_manifest, prepare
+from cosmos_export.runtime.frontend import Asked, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
 
@@ -37,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(files: Path, found: Any = None, **options: Any) -> Any:
     paths = {k: files / v if k in ("image", "video", "actions", "noise", "action_stats") else v
              for k, v in options.items()}  # fmt: skip
-    return prepare(Asked(**{"prompt": "A cube.", **paths}), found or manifest(), files)
+    return prepare(Asked(**{"prompt": "A cube.", **paths}), BundleFiles(files, found or manifest()))
 
 
 def refused(code: str, files: Path, found: Any = None, **options: Any) -> CosmosExportError:
@@ -379,28 +379,30 @@ def test_zero_is_a_value(files: Path, option: str) -> None:
     refused("CX604", files, **{option: 0})
 
 
-def test_open_manifest(files: Path, tmp_path: Path) -> None:
-    data = manifest().to_bytes()
-    (tmp_path / "manifest.json").write_bytes(data)
-    found, mark = open_manifest(tmp_path)
-    assert found == manifest()
-    assert mark.bundle_id == hashlib.sha256(data).hexdigest()
-    for damage in (data[:-10], b"{}"):
-        (tmp_path / "manifest.json").write_bytes(damage)
-        with pytest.raises(UserError, match="bundle verify") as caught:
-            open_manifest(tmp_path)
-        assert caught.value.code == "CX618"
-    with pytest.raises(UserError, match="is not a bundle"):
-        open_manifest(tmp_path / "nothing")
-
-
 def test_a_tokenizer_that_was_changed(tmp_path: Path) -> None:
+    """Whatever is there instead, the answer comes at once: no pipe is waited for, no device is read."""
     root = run_samples.tokenizer(tmp_path)
     path = root / run_samples.TOKENIZER
-    path.write_bytes(path.read_bytes() + b" ")
-    refused("CX603", root)
-    path.unlink()
-    refused("CX603", root)
+    plain = path.read_bytes()
+
+    def sparse() -> None:
+        with path.open("wb") as file:
+            file.truncate(20_000_000_000)
+
+    for change in (
+        lambda: path.write_bytes(plain + b" "),
+        lambda: path.write_bytes(plain[:-1] + b" "),
+        lambda: None,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to("/dev/zero"),
+        lambda: path.mkdir(),
+        sparse,
+    ):
+        change()
+        with pytest.raises(FindingError, match=r"tokenizer\.json") as caught:
+            ask(root)
+        assert caught.value.code == "CX711"
+        path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
+from cosmos_export.bundle import BundleFiles, FileRecord, Manifest, read_bundle, verify_bundle
 from cosmos_export.bundle.strict import decode
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.ir.graph import Graph
@@ -67,7 +69,7 @@ def same_requests(
     limit: float,
 ) -> None:
     """``asked``: frames and seeds of requests, one after another, which are those of ONNX Runtime."""
-    mine = Generator(LoadedBundle(built, manifest, TorchBackend(built, manifest, device, settings)))
+    mine = Generator(LoadedBundle(BundleFiles(built), TorchBackend(BundleFiles(built), device, settings)))
     theirs = Generator(load_bundle(built, backend="onnxruntime"))
     for frames, seed in asked:
         own = replace(request(manifest, frames), seed=seed)
@@ -94,7 +96,7 @@ def test_requests_on_the_gpu(built: Path, manifest: Manifest) -> None:
 
 
 def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:
-    backend = TorchBackend(built, manifest, CPU, EAGER)
+    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
     first, second = backend.open("denoise_1"), backend.open("denoise_2")
     shared = {t.data_ptr() for t in first._executable._fixed.values()}
     own = {t.data_ptr() for t in second._executable._fixed.values()}
@@ -104,7 +106,7 @@ def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:
 
 def test_the_lengths_of_prompts_are_open(built: Path, manifest: Manifest) -> None:
     """In every graph that reads a prompt or what was made of it, by the manifest's edges; sizes of a video are not."""
-    backend = TorchBackend(built, manifest, CPU, EAGER)
+    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
     found = {name: backend.open(name)._executable.settings.open_dims for name in manifest.graphs}
     assert found["reasoner"] == {"und_len"} and found["denoise_1"] == {"und_len", "negative_und_len"}
     assert found["denoise_2"] == {"und_len"} and found["conditioning"] == set()
@@ -124,14 +126,14 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
     with pytest.raises(CosmosExportError, match="no CUDA device 63") as caught:
         load_bundle(built, device="cuda:63")
     assert caught.value.code == "CX505" and "--device cpu" in caught.value.hint
-    backend = TorchBackend(built, manifest, CPU, EAGER)
+    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
     session = backend.open("generator")
     with pytest.raises(CosmosExportError) as caught:
         session.run({name: np.zeros((2, 3)) for name in session.inputs})
     assert caught.value.code == "CX501"
     with pytest.raises(CosmosExportError) as caught:
         backend.open("absent")
-    assert caught.value.code == "CX502"
+    assert caught.value.code == "CX711"
 
 
 @pytest.mark.parametrize(
@@ -149,10 +151,46 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
 def test_a_damaged_graph_is_refused(built: Path, manifest: Manifest, tmp_path: Path, change: object, said: str) -> None:
     document = json.loads((built / "graphs/generator.json").read_text())
     change(document["graph"])  # type: ignore[operator]
+    data = json.dumps(document).encode()
     (tmp_path / "graphs").mkdir()
-    (tmp_path / "graphs/generator.json").write_text(json.dumps(document))
-    with pytest.raises(CosmosExportError, match=said):
-        TorchBackend(tmp_path, manifest, CPU, EAGER).open("generator")
+    (tmp_path / "graphs/generator.json").write_bytes(data)
+    listed = FileRecord("graphs/generator.json", len(data), hashlib.sha256(data).hexdigest(), "graph")
+    with pytest.raises(CosmosExportError, match=said) as caught:
+        TorchBackend(BundleFiles(tmp_path, replace(manifest, files=(listed,))), CPU, EAGER).open("generator")
+    assert caught.value.code == "CX502"
+
+
+def test_a_graph_is_the_one_the_manifest_lists(built: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Neither a graph nor what is beside it is looked for: a name that leads out of the bundle leads nowhere."""
+    shutil.copytree(built, tmp_path / "x.bundle")
+    shutil.copytree(built / "graphs", tmp_path / "outside")
+    backend = TorchBackend(BundleFiles(tmp_path / "x.bundle"), CPU, EAGER)
+    path = tmp_path / "x.bundle/graphs/reasoner.json"
+    path.write_bytes(path.read_bytes().replace(b"{", b"{ ", 1))
+    for name in ("../../outside/reasoner", "reasoner"):
+        with pytest.raises(CosmosExportError) as caught:
+            backend.open(name)
+        assert caught.value.code == "CX711"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+def test_a_link_that_changes_after_verification(built: Path, manifest: Manifest, tmp_path: Path, backend: str) -> None:
+    """`current -> release-7`: sessions are opened late, and are those of the bundle that was verified."""
+    other, link = tmp_path / "release-8", tmp_path / "current"
+    shutil.copytree(built, other)
+    for path in other.glob("onnx/*.weights"):
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    link.symlink_to(built)
+    loaded = load_bundle(link, backend=backend, device="cpu")
+    if backend == "inductor":
+        loaded = LoadedBundle(loaded.files, TorchBackend(loaded.files, CPU, EAGER))
+    link.unlink()
+    link.symlink_to(other)
+    found, wanted = (
+        Generator(one).generate(request(manifest, 1)).latents["vision"]
+        for one in (loaded, load_bundle(built, backend="onnxruntime"))
+    )
+    assert np.linalg.norm(found - wanted) < 2e-5 * np.linalg.norm(wanted)
 
 
 LOOP = {"steps": 2, "carried": {"a": "b"}, "rows": [], "taken": ["a"], "returned": ["a"]}

@@ -46,7 +46,7 @@ def pipeline(bundle: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def tokenizer(bundle: Path) -> PromptTokenizer:
-    return PromptTokenizer(run_samples.prompt_record(), bundle / run_samples.TOKENIZER)
+    return PromptTokenizer(run_samples.prompt_record(), (bundle / run_samples.TOKENIZER).read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -275,8 +275,6 @@ def test_bad_text() -> None:
 
 
 def test_damaged_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / run_samples.TOKENIZER).write_text("{}")
     with pytest.raises(UserError) as caught:
-        PromptTokenizer(run_samples.prompt_record(), tmp_path / run_samples.TOKENIZER)
+        PromptTokenizer(run_samples.prompt_record(), b"{}")
     assert caught.value.code == "CX603"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from fake_gpu import FakeCuda
 import cosmos_export.runtime.cuda_memory as cuda_memory
 import cosmos_export.runtime.rtx_sessions as rtx_sessions
 from cosmos_export.build.driver import build
-from cosmos_export.bundle import Manifest, read_bundle
+from cosmos_export.bundle import BundleFiles, Manifest, read_bundle
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
@@ -60,11 +61,12 @@ class Gpu:
     """A generator on the stand-in, and what happened there."""
 
     def __init__(self, root: Path, manifest: Manifest, **options: Any) -> None:
+        files = BundleFiles(root, manifest)
         self.cuda = FakeCuda(**options)
         self.trt, self.engines = fake_gpu.fake_trt(self.cuda, root, manifest)
         device = cuda_memory.connect(self.cuda, 0, manifest.target.compute_capability)
-        self.backend = RtxBackend(self.trt, device, root, manifest)
-        self.generator = Generator(LoadedBundle(root, manifest, chained(self.backend, manifest)))
+        self.backend = RtxBackend(self.trt, device, files)
+        self.generator = Generator(LoadedBundle(files, chained(self.backend, manifest)))
 
 
 def transformer(shared: Path, name: str, **options: Any) -> Path:
@@ -86,6 +88,21 @@ def external(shared: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)
         return transformer(shared, "rtx.external", parity="never", weights="external")
+
+
+def test_a_link_that_changes_after_verification(external: Path, tmp_path: Path) -> None:
+    """Engines and the weights that they take are those of the directory that was opened."""
+    other, link, manifest = tmp_path / "release-8", tmp_path / "current", read_bundle(external)
+    shutil.copytree(external, other)
+    for path in (*other.glob("onnx/*.weights"), *other.glob("engines/*.engine")):
+        path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    link.symlink_to(external)
+    gpu = Gpu(link, manifest)
+    link.unlink()
+    link.symlink_to(other)
+    found = gpu.generator.generate(request(manifest)).latents["vision"]
+    wanted = Gpu(external, manifest).generator.generate(request(manifest)).latents["vision"]
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_weights_that_are_inputs_lie_on_the_device_once(external: Path) -> None:
@@ -268,7 +285,7 @@ def test_an_engine_that_does_not_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch)
 def test_engines_of_another_version_are_refused(built: Path, manifest: Manifest) -> None:
     other = replace(manifest, tools={**manifest.tools, "tensorrt_rtx": "1.2.3"})
     with pytest.raises(CosmosExportError, match=r"is installed; the engines are of 1\.2\.3") as caught:
-        rtx_sessions.open_backend(built, other, None)
+        rtx_sessions.open_backend(BundleFiles(built, other), None)
     assert caught.value.code == "CX503"
 
 

@@ -1,0 +1,180 @@
+"""The files of one bundle, always those of the directory that was opened and as its manifest lists them.
+
+Everything is opened relative to one descriptor of the bundle's directory, one component at a time and without following
+links, so a link to the bundle that is changed later changes nothing. A name is never a path: a file is opened only if
+the manifest lists it, in the role that its reader expects. The path of the bundle itself may be a symbolic link
+(`current -> release-7`); nothing in the bundle may be one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
+from cosmos_export.bundle.strict import StrictError, shown
+from cosmos_export.diagnostics import FindingError, UserError
+
+MAX_DOCUMENT_BYTES = 256 << 20
+"""The largest file that `BundleFiles.read` takes into memory."""
+_CHUNK_BYTES = 4 * 1024 * 1024
+# O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DESCRIPTORS = Path("/proc/self/fd")
+
+
+class BundleFiles:
+    """A bundle whose manifest was read, and whose directory stays open for as long as this object lives."""
+
+    def __init__(self, path: Path, manifest: Manifest | None = None) -> None:
+        """Open the bundle at ``path`` and read its manifest, unless it is given.
+
+        UserError CX700 where there is none; `StrictError` where it is not a manifest.
+        """
+        self.path = Path(path)
+        self.descriptor = _open_directory(self.path)
+        weakref.finalize(self, os.close, self.descriptor)
+        data = b"" if manifest is not None else _read_manifest(self.descriptor)
+        self.manifest = manifest if manifest is not None else parse_manifest(data)
+        self.bundle_id = hashlib.sha256(data or self.manifest.to_bytes()).hexdigest()
+        """SHA-256 of the manifest: what names this bundle."""
+        self._records = {record.path: record for record in self.manifest.files}
+
+    def record(self, name: str, role: str) -> FileRecord:
+        """What the manifest says of the file ``name``; FindingError CX711 where it lists none in this role."""
+        found = self._records.get(name)
+        if found is None or found.role != role:
+            what = "is not in the manifest" if found is None else f"has the role {shown(found.role)}, not `{role}`"
+            raise self._changed(name, what)
+        return found
+
+    @contextlib.contextmanager
+    def open(self, name: str, role: str) -> Iterator[BinaryIO]:
+        """The file ``name``, unbuffered. FindingError CX711 where it is not as listed: another size, no plain file."""
+        record = self.record(name, role)
+        with contextlib.ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(opened(self.descriptor, name))
+                status = os.fstat(descriptor)
+            except OSError as error:
+                raise self._changed(name, reason(error)) from error
+            problem = kind_problem(status)
+            if not problem and status.st_size != record.size_bytes:
+                problem = f"has {status.st_size:,} bytes, the manifest says {record.size_bytes:,}"
+            if problem:
+                raise self._changed(name, problem)
+            yield stack.enter_context(open(descriptor, "rb", 0, closefd=False))
+
+    def read(self, name: str, role: str) -> bytes:
+        """All of the file ``name``, which is what the manifest lists; FindingError CX711 otherwise."""
+        record = self.record(name, role)
+        if record.size_bytes > MAX_DOCUMENT_BYTES:
+            raise self._changed(name, f"has {record.size_bytes:,} bytes; read into memory: {MAX_DOCUMENT_BYTES:,}")
+        with self.open(name, role) as file:
+            data = b"".join(iter(lambda: file.read(_CHUNK_BYTES), b""))
+        if hashlib.sha256(data).hexdigest() != record.sha256:
+            raise self._changed(name, "is not the file the manifest lists")
+        return data
+
+    def location(self, name: str, role: str) -> Path:
+        """A path of the file ``name`` for libraries that open paths: through the open directory where the system has
+        such paths. FindingError CX711 as from `open`."""
+        with self.open(name, role):
+            pass
+        pinned = _DESCRIPTORS / str(self.descriptor)
+        if pinned.is_dir():
+            return pinned / name
+        resolved = self.path.resolve()
+        if not os.path.samestat(resolved.stat(), os.fstat(self.descriptor)):
+            raise self._changed(".", "is another directory than the one that was verified")
+        return resolved / name
+
+    def _changed(self, name: str, what: str) -> FindingError:
+        return FindingError(
+            "CX711",
+            f"{self.path} fails verification: {shown(name)}: {what}",
+            f"do not use it; `cosmos-export bundle verify {self.path}` lists everything",
+        )
+
+
+def open_bundle(path: Path) -> BundleFiles:
+    """The bundle at ``path``, its manifest read and nothing else. CX700: there is none; CX711: it is damaged."""
+    try:
+        return BundleFiles(path)
+    except StrictError as error:
+        hint = f"`cosmos-export bundle verify {path}` lists everything"
+        raise FindingError("CX711", f"{path} fails verification: {MANIFEST_NAME}: {error}", hint) from error
+
+
+def hash_file(descriptor: int, advance: Callable[[int], None] = lambda read: None) -> tuple[int, str]:
+    """Bytes read from ``descriptor`` to its end, and their SHA-256."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    size = 0
+    while count := os.readv(descriptor, [buffer]):
+        digest.update(buffer[:count])
+        size += count
+        advance(size)
+    return size, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def opened(root: int, path: str) -> Iterator[int]:
+    """``path`` opened one component at a time, so that no directory on the way is a link either."""
+    *directories, name = path.split("/")
+    with contextlib.ExitStack() as stack:
+        current = root
+        for directory in directories:
+            current = os.open(directory, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=current)
+            stack.callback(os.close, current)
+        descriptor = os.open(name, _READ, dir_fd=current)
+        stack.callback(os.close, descriptor)
+        yield descriptor
+
+
+def kind_problem(status: os.stat_result) -> str:
+    """Why an entry cannot be a file of a bundle; empty if it can."""
+    if stat.S_ISLNK(status.st_mode):
+        return "a symbolic link"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    # The file can be rewritten through its other name after it was verified.
+    if status.st_nlink != 1:
+        return f"{status.st_nlink} hard links; a file of a bundle has one name (copy the bundle with `cp -r`)"
+    return ""
+
+
+def reason(error: OSError) -> str:
+    return "a symbolic link" if error.errno == errno.ELOOP else error.strerror or str(error)
+
+
+def _open_directory(path: Path) -> int:
+    try:
+        return os.open(path, OPEN_DIRECTORY)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        said = getattr(error, "strerror", None) or str(error)
+        raise UserError("CX700", f"{path} is not a bundle: {said}", "name the directory of a bundle") from error
+
+
+def _read_manifest(root: int) -> bytes:
+    try:
+        with opened(root, MANIFEST_NAME) as descriptor, open(descriptor, "rb", closefd=False) as file:
+            status = os.fstat(descriptor)
+            problem = kind_problem(status)
+            if problem:
+                raise StrictError("", problem)
+            if status.st_size > MAX_MANIFEST_BYTES:
+                raise StrictError("", f"larger than the {MAX_MANIFEST_BYTES:,} bytes a manifest may have")
+            return file.read(MAX_MANIFEST_BYTES + 1)
+    except FileNotFoundError:
+        raise UserError("CX700", f"not a bundle: it has no {MANIFEST_NAME}", "name the directory of a bundle") from None
+    except OSError as error:
+        raise StrictError("", f"cannot be opened: {reason(error)}") from error

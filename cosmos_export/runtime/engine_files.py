@@ -1,0 +1,39 @@
+"""Engine files of a bundle against its manifest, by their headers: what verification of bytes cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cosmos_export.bundle import BundleFiles, Check, Status, VerifyReport
+from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.runtime.rtx_sessions import NAME
+from cosmos_export.targets.plan_inspector import header_of
+
+
+def engine_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:
+    """Path of each engine that is not one for the manifest's target, and why.
+
+    Only engines of TensorRT-RTX have a header that is known; where its version is not, magic and size are compared.
+    """
+    target = files.manifest.target
+    for engine in files.manifest.engines if target.backend == NAME else ():
+        try:
+            with files.open(engine.path, "engine") as file:
+                header = header_of(file, engine.path)
+        except (UserError, FindingError) as error:
+            yield engine.path, error.message
+            continue
+        found = header.compute_capabilities
+        if found and target.compute_capability not in found:
+            wanted = f"the target {target.name} has {target.compute_capability}"
+            yield engine.path, f"is for compute capability {', '.join(found)}; {wanted}"
+
+
+def with_engines(report: VerifyReport) -> VerifyReport:
+    """``report`` of a bundle that verifies, with what is wrong with its engines."""
+    if not report.ok or report.files is None:
+        return report
+    wrong = dict(engine_problems(report.files))
+    checks = (Check(c.path, Status.FAIL, wrong[c.path]) if c.path in wrong else c for c in report.checks)
+    return replace(report, checks=tuple(checks))
