@@ -1,7 +1,8 @@
 """The manifest: the schema of ``manifest.json``, the only entry point of a bundle, and what must hold within it.
 
 The classes are the schema; ``docs/manifest.schema.json`` is generated from them by ``make schema``.
-Everything but ``volatile`` is a function of the inputs, the options and the tools.
+Everything but ``volatile`` is a function of the inputs, the options and the tools. The file is a sealed document:
+one canonical form, with a digest of the rest in it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 from cosmos_export.bundle import strict
 from cosmos_export.bundle.strict import AtLeast, Pattern, StrictError, shown
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 """The manifest of Super has some tens of kilobytes; what is larger was not written by a build."""
@@ -401,16 +402,22 @@ class Manifest:
     graph's inputs and of the outputs of those before it; the graph itself has no model and no engine then."""
     files: tuple[FileRecord, ...] = ()
     """Left empty by the build: `BundleWriter.commit` fills it in."""
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
     def to_bytes(self) -> bytes:
-        """The canonical form, as written to ``manifest.json``."""
-        return strict.canonical(self)
+        """The canonical form with its digest, as written to ``manifest.json``."""
+        return strict.seal(strict.encode(self))
 
 
 def schema_text() -> str:
     """The JSON Schema of a manifest, as checked in. It cannot say what `problems` says."""
     schema = strict.json_schema(Manifest, f"cosmos-export bundle manifest, version {SCHEMA_VERSION}")
+    fields = schema["$defs"]["Manifest"]
+    fields["properties"][strict.DIGEST] = {
+        "type": "string", "pattern": "^[0-9a-f]{64}$",
+        "description": "the SHA-256 of the canonical form of all other fields",
+    }  # fmt: skip
+    fields["required"].append(strict.DIGEST)
     return json.dumps(schema, indent=2) + "\n"
 
 
@@ -421,8 +428,12 @@ def parse_manifest(data: bytes) -> Manifest:
     document = strict.parse_object(data)
     version = document.get("schema_version")
     if isinstance(version, int) and not isinstance(version, bool) and version != SCHEMA_VERSION:
-        raise StrictError("schema_version", f"{shown(version)} is not {SCHEMA_VERSION}, the version this reader knows")
-    manifest = strict.decode(Manifest, document)
+        reads = f"is not {SCHEMA_VERSION}, the version this reader knows"
+        raise StrictError("schema_version", f"{shown(version)} {reads}; build the bundle again")
+    if strict.DIGEST not in document:
+        raise StrictError("", f"field `{strict.DIGEST}` is missing")
+    manifest = strict.decode(Manifest, {name: v for name, v in document.items() if name != strict.DIGEST})
+    strict.check_seal(document, data)
     for problem in problems(manifest):
         raise problem
     return manifest

@@ -10,6 +10,7 @@ Knows nothing of bundles.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -107,6 +108,33 @@ def canonical(value: object) -> bytes:
     """The one byte form of ``value``: UTF-8, sorted keys, two-space indent, one newline at the end."""
     text = json.dumps(encode(value), sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode("utf-8")
+
+
+DIGEST = "digest"
+"""The field of a sealed document that holds the SHA-256 of the canonical form of all its other fields."""
+
+
+def seal(document: Mapping[str, Any]) -> bytes:
+    """``document`` in its canonical form with its digest, which replaces one that it has."""
+    rest = {name: value for name, value in document.items() if name != DIGEST}
+    return canonical({**rest, DIGEST: hashlib.sha256(canonical(rest)).hexdigest()})
+
+
+def check_seal(document: Mapping[str, Any], data: bytes) -> None:
+    """``data``, which was parsed to ``document``, is its canonical form byte for byte, with the digest of the rest."""
+    rest = {name: value for name, value in document.items() if name != DIGEST}
+    try:
+        plain, found = canonical(document), hashlib.sha256(canonical(rest)).hexdigest()
+    except (ValueError, RecursionError) as error:  # a lone surrogate; nested too deeply
+        raise StrictError("", f"cannot be written: {type(error).__name__}") from None
+    if plain != data:
+        raise StrictError("", f"not in canonical form: byte {_first_difference(plain, data):,} differs")
+    if document.get(DIGEST) != found:
+        raise StrictError(DIGEST, f"{shown(document.get(DIGEST))} is not the SHA-256 of the rest, {found}")
+
+
+def _first_difference(a: bytes, b: bytes) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def json_schema(cls: type, title: str) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def in_a_child(work: Callable[[], object], kill_after: float | None = None) -> i
 def contents(bundle: Path) -> dict[str, Any]:
     """The manifest but for what may differ: the digests of all files are in it."""
     manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_bytes())
-    del manifest["volatile"]
+    del manifest["volatile"], manifest["digest"]
     return manifest
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 
 from cosmos_export.bundle import Status, read_bundle, verify_bundle
 from cosmos_export.bundle import verify as verifying
-from cosmos_export.bundle.manifest import MAX_MANIFEST_BYTES
+from cosmos_export.bundle.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from cosmos_export.bundle.strict import StrictError, seal
 from cosmos_export.diagnostics import ExitCode, FindingError, UserError
 
 
@@ -36,7 +38,7 @@ def failures(path: Path) -> dict[str, str]:
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads((path / "manifest.json").read_bytes())
     change(document)
-    (path / "manifest.json").write_text(json.dumps(document))
+    (path / "manifest.json").write_bytes(seal(document))
 
 
 def test_a_good_bundle(bundle: Path) -> None:
@@ -208,7 +210,44 @@ def test_huge_manifest_is_not_read(bundle: Path) -> None:
     assert failures(bundle) == {"manifest.json": f"larger than the {MAX_MANIFEST_BYTES:,} bytes a manifest may have"}
 
 
-def test_a_changed_manifest_of_the_same_form_is_not_noticed(bundle: Path) -> None:
+def flips(count: int, size: int) -> list[tuple[int, int]]:
+    chosen = random.Random(0)
+    return [(chosen.randrange(size), 1 << chosen.randrange(8)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.slow)])
+def test_no_bit_of_a_manifest_can_flip(bundle: Path, count: int) -> None:
+    data = (bundle / "manifest.json").read_bytes()
+    for at, bit in flips(count, len(data)):
+        changed = bytearray(data)
+        changed[at] ^= bit
+        with pytest.raises(StrictError):
+            parse_manifest(bytes(changed))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-1],
+        lambda data: data[:-1] + b" ",
+        lambda data: data + b"\n",
+        lambda data: b" " + data,
+        lambda data: data.replace(b"\n", b"\r\n"),
+        lambda data: data.replace(b"12.5", b"12.50"),
+        lambda data: data.replace(b'"omni"', b'"\\u006fmni"'),
+        lambda data: json.dumps(json.loads(data)).encode(),
+        lambda data: b"\xef\xbb\xbf" + data,
+    ],
+)
+def test_a_manifest_has_one_form(bundle: Path, change: Callable[[bytes], bytes]) -> None:
+    path = bundle / "manifest.json"
+    changed = change(path.read_bytes())
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    assert list(failures(bundle)) == ["manifest.json"]
+
+
+def test_a_manifest_that_was_sealed_again_is_not_noticed(bundle: Path) -> None:
     """The limit stated in docs/bundle.md: without a signature nothing vouches for the manifest itself."""
     edit(bundle, lambda d: d["volatile"].update(build_seconds=0.5))
     assert verify_bundle(bundle).ok

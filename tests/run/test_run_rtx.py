@@ -63,7 +63,7 @@ class Gpu:
     def __init__(self, root: Path, manifest: Manifest, **options: Any) -> None:
         files = BundleFiles(root, manifest)
         self.cuda = FakeCuda(**options)
-        self.trt, self.engines = fake_gpu.fake_trt(self.cuda, root, manifest)
+        self.trt, self.engines = fake_gpu.fake_trt(self.cuda, root.resolve(), manifest)
         device = cuda_memory.connect(self.cuda, 0, manifest.target.compute_capability)
         self.backend = RtxBackend(self.trt, device, files)
         self.generator = Generator(LoadedBundle(files, chained(self.backend, manifest)))
