@@ -1,14 +1,13 @@
 """The scale table: what calibration found of a checkpoint's activations, and of which data.
 
 A directory with ``scales.safetensors`` (the numbers) and ``lineage.json`` (where they come from, with the hash of the
-former). Nothing in it is a weight, and nothing in it depends on the format that will be made of it: an observed range
-becomes a scale of FP8 or of NVFP4 by a division. Reading fails closed.
+former and of itself). Nothing in it is a weight, and nothing in it depends on the format that will be made of it: an
+observed range becomes a scale of FP8 or of NVFP4 by a division. Reading fails closed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,17 +23,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export import files
+from cosmos_export.bundle.strict import DIGEST, StrictError, check_seal, parse_object, seal
 from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
-from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import Inputs, unchanged
 
 SCALES_FILE, LINEAGE_FILE, RECIPE_FILE = "scales.safetensors", "lineage.json", "recipe.toml"
-VERSION = 1
+VERSION = 2
 
 _INPUT, _PRE = ".input_amax", ".pre_quant_scale"
 _DOWN, _UP = ".low_rank_down", ".low_rank_up"
@@ -148,8 +148,7 @@ def write_scale_table(table: ScaleTable, directory: Path, *, force: bool = False
             "scales_sha256": digest,
             "lineage": dict(table.lineage),
         }
-        text = json.dumps(lineage, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write(folder / LINEAGE_FILE, [text.encode()])
+        _write(folder / LINEAGE_FILE, [seal(lineage)])
 
 
 def require_output(directory: Path, force: bool) -> None:
@@ -174,11 +173,7 @@ def _read(directory: Path) -> ScaleTable:
     """The table in ``directory``. CX310: it is none, or damaged, or of another version; CX1xx: a file is unreadable."""
     if not (directory / LINEAGE_FILE).is_file():
         raise UserError("CX310", f"{directory} is not a scale table: it has no {LINEAGE_FILE}", _CALIBRATE)
-    document = read_object(directory / LINEAGE_FILE)
-    if document.keys() != {"format", "version", "checkpoint", "scales_sha256", "lineage"}:
-        _damaged(f"{LINEAGE_FILE} has the keys {shown(sorted(document))}")
-    if document["version"] != VERSION:
-        _damaged(f"version {shown(document['version'])}; this cosmos-export reads {VERSION}")
+    document = _read_lineage(directory / LINEAGE_FILE)
     if not isinstance(document["lineage"], dict) or not isinstance(document["checkpoint"], str):
         _damaged(f"{LINEAGE_FILE} does not say what was calibrated")
     file = directory / SCALES_FILE
@@ -212,6 +207,24 @@ def _read(directory: Path) -> ScaleTable:
         MappingProxyType(document["lineage"]),
         MappingProxyType({linear: (parts[_DOWN], parts[_UP]) for linear, parts in low_rank.items()}),
     )
+
+
+def _read_lineage(path: Path) -> dict[str, Any]:
+    """The sealed document in ``path``: what it says belongs to the numbers, and none of it was changed."""
+    try:
+        data = files.read_bytes(path)
+    except OSError as error:
+        raise UserError("CX310", f"cannot read {path}: {files.reason(error)}", _CALIBRATE) from error
+    try:
+        document = parse_object(data)
+        if document.get("version") != VERSION or isinstance(document["version"], bool):
+            _damaged(f"version {shown(document.get('version'))}; this cosmos-export reads {VERSION}")
+        if document.keys() != {"format", "version", "checkpoint", "scales_sha256", "lineage", DIGEST}:
+            _damaged(f"{LINEAGE_FILE} has the keys {shown(sorted(document))}")
+        check_seal(document, data)
+    except StrictError as error:
+        _damaged(f"{LINEAGE_FILE}: {error}")
+    return document
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> str:

@@ -3,7 +3,7 @@
 `decode` is for documents written by strangers. It accepts exactly one form: every field present, no other field, no
 duplicate key, no coercion between types, no number that is not finite. Every failure is a `StrictError` that names the
 place, and nothing else is ever raised. A field of type ``Any`` takes anything.
-`encode` writes the one canonical form; `json_schema` describes it.
+`encode` writes the one canonical form; `json_schema` describes it; `seal` puts a digest of the rest into a document.
 Knows nothing of bundles.
 """
 

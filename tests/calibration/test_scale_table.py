@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cosmos_export.bundle.strict import canonical, seal
 from cosmos_export.calibration.table import (
     LINEAGE_FILE,
     SCALES_FILE,
@@ -113,11 +114,55 @@ def test_damage_is_found(tmp_path: Path, checkpoint: Checkpoint) -> None:
     numbers.write_bytes(good_numbers[:-1])
     refused("CX111", lambda: read_scale_table(scales))
     numbers.write_bytes(good_numbers)
-    for key, value in {"version": 2, "checkpoint": "abc", "lineage": [], "more": 1}.items():
-        lineage.write_text(json.dumps({**json.loads(good_lineage), key: value}))
+    for key, value in {"version": 1, "checkpoint": "abc", "lineage": [], "more": 1}.items():
+        lineage.write_bytes(seal({**json.loads(good_lineage), key: value}))
         refused("CX310", lambda: read_scale_table(scales))
     lineage.write_text(good_lineage)
     assert read_scale_table(scales).checkpoint == checkpoint_identity(checkpoint)
+
+
+LINEAGE = {
+    "sources": [{"count": 3, "licence": "OpenMDW1.1", "origin": "own", "files": ["a.mp4", "b.mp4"]}, {"count": 0}],
+    "settings": {"steps": 35, "shift": None, "hears": True, "margin": 1.05},
+    "passes": [{"mode": "t2v", "rows": [1, 2, 3]}],
+}
+
+
+def changes(value: Any) -> Iterator[Any]:
+    """``value`` with one leaf, key or item of it changed, in every way."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            rest = {k: v for k, v in value.items() if k != key}
+            yield from (rest, {**rest, f"{key}_": item})
+            yield from ({**value, key: changed} for changed in changes(item))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield value[:i] + value[i + 1 :]
+            yield from ([*value[:i], changed, *value[i + 1 :]] for changed in changes(item))
+        yield [*value, 1]
+    yield from (other for other in (None, True, 0, 7, 2.5, "x", [], {}) if other != value or other is not value)
+
+
+def test_nothing_that_a_table_says_of_its_data_can_change(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    scales = tmp_path / "scales"
+    write_scale_table(table_of(checkpoint, lineage=LINEAGE), scales)
+    path = scales / LINEAGE_FILE
+    good = path.read_bytes()
+    document = json.loads(good)
+    tried = 0
+    for changed in changes(LINEAGE):
+        if json.dumps(changed) != json.dumps(LINEAGE):
+            tried += 1
+            path.write_bytes(canonical({**document, "lineage": changed}))
+            assert LINEAGE_FILE in refused("CX310", lambda: read_scale_table(scales)) or not isinstance(changed, dict)
+    assert tried > 150
+    for at in range(0, len(good), 7):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        refused("CX310", lambda: read_scale_table(scales))
+    path.write_bytes(good[:-1])
+    refused("CX310", lambda: read_scale_table(scales))
+    path.write_bytes(good)
+    assert dict(read_scale_table(scales).lineage) == LINEAGE
 
 
 def test_nothing_is_replaced_unasked(tmp_path: Path, checkpoint: Checkpoint) -> None:
