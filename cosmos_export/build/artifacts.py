@@ -25,7 +25,7 @@ from cosmos_export.build.keys import (
 )
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.bundle import BundleWriter, Manifest, PlanCheck, WeightInput
-from cosmos_export.bundle.verify import hash_file
+from cosmos_export.bundle.files import hash_file
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop

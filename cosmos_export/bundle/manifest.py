@@ -8,6 +8,7 @@ one canonical form, with a digest of the rest in it.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from cosmos_export.bundle import strict
-from cosmos_export.bundle.strict import AtLeast, Pattern, StrictError, shown
+from cosmos_export.bundle.strict import AtLeast, AtMost, Pattern, StrictError, shown
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -24,6 +25,8 @@ MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 MAX_PATH_LENGTH = 240
 MAX_PATH_DEPTH = 8
 MAX_NAME_LENGTH = 128
+MAX_STEPS = 1000
+"""Steps of a schedule."""
 
 # Each component starts with a letter or digit and ends with neither dot nor anything a file system might drop. The list
 # is one of what is allowed: `..`, absolute paths, backslashes, drive letters, control characters and all Unicode
@@ -46,6 +49,10 @@ InputPath = Annotated[
 ]
 Sha256 = Annotated[str, Pattern(r"[0-9a-f]{64}", "a SHA-256 digest in lower-case hexadecimal")]
 Bytes = Annotated[int, AtLeast(0)]
+Width = Annotated[int, AtLeast(1), AtMost(1 << 20)]
+"""A width of the model or a step of one of its grids: memory is asked for by their products."""
+Extent = Annotated[int, AtLeast(0), AtMost(1 << 26)]
+"""A value of a dynamic dimension."""
 Name = Annotated[str, Pattern(r"[^\x00-\x1f\x7f-\x9f]{1,256}", "a name of at most 256 printable characters")]
 GraphName = Annotated[
     str, Pattern(rf"(?=[\s\S]{{1,{MAX_NAME_LENGTH}}}$){_COMPONENT}", "a graph's name of letters, digits and ._+-")
@@ -94,9 +101,9 @@ class TargetRecord:
 class DimRecord:
     """The range of one dynamic dimension."""
 
-    min: Bytes
-    opt: Bytes
-    max: Bytes
+    min: Extent
+    opt: Extent
+    max: Extent
 
 
 @dataclass(frozen=True)
@@ -141,7 +148,7 @@ class SegmentRecord:
     """A run of steps that needs no host: one graph with the loop inside."""
 
     graph: GraphName
-    steps: Annotated[int, AtLeast(1)]
+    steps: Annotated[int, AtLeast(1), AtMost(MAX_STEPS)]
     rows: tuple[Name, ...] = ()
     """Inputs that hold a row for each of its steps, [steps, …]: the noise of a stochastic sampler."""
 
@@ -180,12 +187,12 @@ class VideoRecord:
     """Latent video of the model: channels, and what one latent (row or column, frame) and one token (rows or columns of
     latents) stand for."""
 
-    channels: Annotated[int, AtLeast(1)]
-    spatial: Annotated[int, AtLeast(1)]
+    channels: Width
+    spatial: Width
     """Pixels a latent row or column."""
-    temporal: Annotated[int, AtLeast(1)]
+    temporal: Width
     """Frames a latent frame, but for the first, which is one."""
-    patch: Annotated[int, AtLeast(1)]
+    patch: Width
     """Latent rows or columns a token."""
     base_fps: float
     fps_modulation: bool
@@ -196,10 +203,10 @@ class VideoRecord:
 class SoundRecord:
     """Latent sound of the model."""
 
-    channels: Annotated[int, AtLeast(1)]
+    channels: Width
     latent_fps: float
-    sampling_rate: Annotated[int, AtLeast(1)]
-    hop: Annotated[int, AtLeast(1)]
+    sampling_rate: Width
+    hop: Width
     """Samples a latent."""
 
 
@@ -207,8 +214,8 @@ class SoundRecord:
 class ActionRecord:
     """Actions of the model: width of a row with its padding, and how many embodiment domains there are."""
 
-    dim: Annotated[int, AtLeast(1)]
-    domains: Annotated[int, AtLeast(1)]
+    dim: Width
+    domains: Width
 
 
 @dataclass(frozen=True)
@@ -463,9 +470,12 @@ def problems(manifest: Manifest) -> Iterator[StrictError]:
     yield from _path_problems(manifest)
     yield from _file_problems(manifest)
     yield from _engine_problems(manifest)
+    yield from _dim_problems(manifest)
     yield from _edge_problems(manifest)
     yield from _loop_problems(manifest)
     yield from _chain_problems(manifest)
+    yield from _request_problems(manifest)
+    yield from _schedule_problems(manifest)
 
 
 def _path_problems(manifest: Manifest) -> Iterator[StrictError]:
@@ -519,6 +529,8 @@ def _engine_problems(manifest: Manifest) -> Iterator[StrictError]:
         for name in engine.profiles:
             if name not in profiles:
                 yield StrictError(f"engines[{i}].profiles", f"{shown(name)} is not a profile of this manifest")
+    if manifest.engines and manifest.target.compute_capability is None:
+        yield StrictError("target.compute_capability", "engines are for one, and the target has none")
     for i, check in enumerate(manifest.plan_checks):
         if check.engine not in engines:
             yield StrictError(f"plan_checks[{i}].engine", f"{shown(check.engine)} is not an engine of this manifest")
@@ -558,8 +570,11 @@ def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
             yield StrictError(f"edges[{i}]", f"{shown(edge.source)} has no output {shown(edge.output)}")
         if target is None:
             yield StrictError(f"edges[{i}]", f"{shown(edge.target)} has no input {shown(edge.input)}")
-        if source is not None and target is not None and not _connects(source, target):
-            yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
+        if source is not None and target is not None:
+            # Another run of the source has sizes of its own, which have names of their own.
+            fits = _same(source, target) if edge.instance is None else _connects(source, target)
+            if not fits:
+                yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
         if fed[edge.target, edge.input] > 1:
             yield StrictError(f"edges[{i}]", f"input {shown(edge.input)} of {shown(edge.target)} has two edges")
 
@@ -617,14 +632,17 @@ def _carried_problems(
         yield StrictError(where, f"{shown(name)} is not a graph of this manifest")
     if missing:
         return
-    inputs = {t.name for t in manifest.graphs[body].inputs}
-    outputs = {source: {t.name for t in manifest.graphs[source].outputs} for source in sources}
+    inputs = {t.name: t for t in manifest.graphs[body].inputs}
+    outputs = {source: {t.name: t for t in manifest.graphs[source].outputs} for source in sources}
     for name, output in carried.items():
         if name not in inputs:
             yield StrictError(f"{where}.carried", f"{shown(body)} has no input {shown(name)}")
         for source in sources:
             if output not in outputs[source]:
                 yield StrictError(f"{where}.carried", f"{shown(source)} has no output {shown(output)}")
+            elif name in inputs and not _same(outputs[source][output], inputs[name]):
+                what = f"{_form(outputs[source][output])} cannot be {_form(inputs[name])}"
+                yield StrictError(f"{where}.carried", what)
 
 
 def _connects(source: Tensor, target: Tensor) -> bool:
@@ -633,6 +651,92 @@ def _connects(source: Tensor, target: Tensor) -> bool:
         return False
     pairs = zip(source.dims, target.dims, strict=True)
     return all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
+
+
+def _same(source: Tensor, target: Tensor) -> bool:
+    """Equal type, and equal dims as they are written."""
+    return source.dtype == target.dtype and source.dims == target.dims
+
+
+_DIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_DIMS = re.compile(r"[A-Za-z0-9_ +*/()\-]+")
+_NEGATIVE = "negative_"
+"""What the name of a size of the negative prompt begins with."""
+
+
+def _dim_problems(manifest: Manifest) -> Iterator[StrictError]:
+    """Dims of graphs are expressions over the dims that all profiles have."""
+    for i, profile in enumerate(manifest.profiles):
+        if profile.dims.keys() != manifest.profiles[0].dims.keys():
+            yield StrictError(f"profiles[{i}].dims", "not the dims of the first profile")
+    known = manifest.profiles[0].dims.keys() if manifest.profiles else ()
+    for name, graph in manifest.graphs.items():
+        for tensor in (*graph.inputs, *graph.outputs):
+            for dim in tensor.dims:
+                if isinstance(dim, int):
+                    continue
+                where = f"graphs.{shown(name)}"
+                if not _DIMS.fullmatch(dim):
+                    yield StrictError(where, f"{shown(dim)} of {shown(tensor.name)} is not an expression over dims")
+                for used in _DIM.findall(dim):
+                    if used.removeprefix(_NEGATIVE) not in known:
+                        yield StrictError(where, f"{shown(used)} of {shown(tensor.name)} is not a dim of the profiles")
+
+
+def _request_problems(manifest: Manifest) -> Iterator[StrictError]:
+    """What requests are told of the model is what its loop takes."""
+    request, graphs = manifest.request, manifest.graphs
+    names = [manifest.loop.body, *(s.graph for s in manifest.loop.segments)] if manifest.loop is not None else []
+    taken = {t.name: t for name in names if name in graphs for t in graphs[name].inputs}
+    widths = {
+        "vision": (1, request.video.channels),
+        "sound": (0, request.sound.channels if request.sound else None),
+        "action": (1, request.action.dim if request.action else None),
+    }
+    for name, tensor in taken.items():
+        kind, _, what = name.rpartition("_")
+        if what in ("latent", "sample") and kind in widths:
+            axis, width = widths[kind]
+            if len(tensor.dims) <= axis or tensor.dims[axis] != width:
+                yield StrictError("request", f"{width} channels of {kind}; the loop takes {_form(tensor)}")
+    rates = {"video.base_fps": request.video.base_fps}
+    if request.sound is not None:
+        rates["sound.latent_fps"] = request.sound.latent_fps
+    for name, rate in rates.items():
+        if not 0 < rate <= _MAX_RATE:
+            yield StrictError(f"request.{name}", f"{rate:g} is outside 0 … {_MAX_RATE}")
+    prompt = request.prompt
+    if prompt is not None and (len(prompt.plain), len(prompt.system)) != (2, 3):
+        yield StrictError("request.prompt", "a template has 2 pieces, and 3 with a system message")
+
+
+_MAX_RATE = 1_000_000
+
+
+def _schedule_problems(manifest: Manifest) -> Iterator[StrictError]:
+    """The schedule that was compiled: numbers, one for each step, and as many steps as the loop takes."""
+    steps = manifest.options.get("schedule.steps")
+    if steps is None:
+        return
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 1 <= steps <= MAX_STEPS:
+        yield StrictError("options.schedule.steps", f"{shown(steps)} is not a number of steps, 1 … {MAX_STEPS}")
+        return
+    for name, count in (("sigmas", steps + 1), ("timesteps", steps)):
+        values = manifest.options.get(f"schedule.{name}", ())
+        if not isinstance(values, tuple) or any(not _number(value) for value in values):
+            yield StrictError(f"options.schedule.{name}", "not numbers")
+        elif len(values) not in (0, count):
+            yield StrictError(f"options.schedule.{name}", f"{len(values)} numbers, {count} for {steps} steps")
+    if manifest.loop is None:
+        return
+    if manifest.loop.segments and sum(segment.steps for segment in manifest.loop.segments) != steps:
+        yield StrictError("loop.segments", f"not the {steps} steps of the schedule")
+    if len(manifest.loop.bodies) not in (0, steps):
+        yield StrictError("loop.bodies", f"{len(manifest.loop.bodies)} bodies for {steps} steps")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _form(tensor: Tensor) -> str:

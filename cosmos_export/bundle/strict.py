@@ -64,6 +64,20 @@ class AtLeast:
         return {"minimum": self.minimum}
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """Annotation of a number: not above ``maximum``."""
+
+    maximum: int
+
+    def check(self, value: object, where: str) -> None:
+        if isinstance(value, int | float) and value > self.maximum:
+            raise StrictError(where, f"{shown(value)} is more than {self.maximum:,}")
+
+    def schema(self) -> dict[str, Any]:
+        return {"maximum": self.maximum}
+
+
 def shown(value: object, limit: int = 80) -> str:
     """``value`` as it may appear in a message or on a terminal: escaped to ASCII, and short."""
     try:

@@ -148,7 +148,7 @@ def of_the_new(checkpoint: Path, folder: Path) -> Path:
 def contents(bundle: Path) -> dict[str, Any]:
     assert verify_bundle(bundle).ok
     manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_bytes())
-    del manifest["volatile"]
+    del manifest["volatile"], manifest["digest"]
     return manifest
 
 

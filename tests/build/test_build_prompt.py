@@ -266,7 +266,7 @@ def test_a_tokenizer_that_makes_texts_longer_is_refused(folder: Path, change: di
     assert said in refusal(folder, "CX229")
     record = PromptRecord("tokenizer.json", ("", ""), ("", "", ""), True, (0, 1))
     with pytest.raises(UserError, match="CX603") as caught:
-        PromptTokenizer(record, file)
+        PromptTokenizer(record, file.read_bytes())
     assert said in caught.value.message
 
 

@@ -24,13 +24,16 @@ FILES = {
 }
 
 
+DIMS = {"und_len": (1, 512, 4096), "frames": (1, 31, 31), "height": (30, 30, 30), "width": (52, 52, 52)}
+
+
 def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5) -> Manifest:
     key = ("und_len", 8, 128)
     return Manifest(
         model=bundle.Model(id="a", variant="omni", revision=None, geometry={"layers": 2, "eps": 1e-6, "moe": False}),
         inputs=(bundle.InputFile("transformer/model file.safetensors", 10, "0" * 64),),
         target=bundle.TargetRecord("rtx-pro-6000", "tensorrt-rtx", "12.0"),
-        profiles=(bundle.ProfileRecord("480p", {"und_len": bundle.DimRecord(1, 512, 4096)}),),
+        profiles=(bundle.ProfileRecord("480p", {name: bundle.DimRecord(*span) for name, span in DIMS.items()}),),
         recipe="bf16",
         graphs={
             "reasoner": bundle.GraphContract(

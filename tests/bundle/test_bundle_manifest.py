@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cosmos_export.bundle import manifest as manifests
 from cosmos_export.bundle import parse_manifest, strict
 from cosmos_export.bundle.manifest import MAX_MANIFEST_BYTES, FileRecord, check_path, schema_text
 from cosmos_export.bundle.strict import StrictError
+from cosmos_export.cli.bundle import _facts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,3 +286,128 @@ def test_an_accepted_path_stays_inside(path: str) -> None:
 def test_decode_refuses_what_is_not_a_dataclass_field() -> None:
     with pytest.raises(StrictError, match=r"^\[\] is an array, expected an object$"):
         strict.decode(FileRecord, [])
+
+
+# -- fields against each other ----------------------------------------------------------------------------------------
+
+
+def changed(place: list[Any], value: Any) -> dict[str, Any]:
+    result = document()
+    inner = result
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return result
+
+
+SCHEDULE = {
+    "schedule.steps": 2, "schedule.sigmas": [1.0, 0.5, 0.0], "schedule.timesteps": [1000.0, 500.0],
+}  # fmt: skip
+
+
+def test_a_schedule_that_fits_is_taken() -> None:
+    data = strict.seal(document() | {"options": SCHEDULE})
+    assert parse_manifest(data).options["schedule.steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule.steps": 0}, "not a number of steps"),
+        ({"schedule.steps": True}, "not a number of steps"),
+        ({"schedule.steps": "2"}, "not a number of steps"),
+        ({"schedule.steps": 10**9}, "not a number of steps"),
+        ({"schedule.sigmas": [1.0, 0.5]}, "2 numbers, 3 for 2 steps"),
+        ({"schedule.sigmas": [1.0, "0.5", 0.0]}, "not numbers"),
+        ({"schedule.sigmas": 1.0}, "not numbers"),
+        ({"schedule.timesteps": [1.0]}, "1 numbers, 2 for 2 steps"),
+        ({"schedule.timesteps": [1.0, None]}, "not numbers"),
+        ({"schedule.timesteps": [1.0, False]}, "not numbers"),
+    ],
+)
+def test_schedules_that_are_none(options: dict[str, Any], said: str) -> None:
+    assert said in reason(document() | {"options": SCHEDULE | options})
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (["request", "video", "channels"], 10**9, "is more than 1,048,576"),
+        (["request", "video", "base_fps"], 0.0, "is outside 0"),
+        (["request", "video", "base_fps"], -7.0, "is outside 0"),
+        (["request", "action", "dim"], 10**9, "is more than 1,048,576"),
+        (["request", "prompt", "plain"], ["a"], "a template has 2 pieces"),
+        (["request", "prompt", "system"], ["a", "b"], "a template has 2 pieces"),
+        (["profiles", 0, "dims", "frames", "max"], 10**12, "is more than"),
+        (["graphs", "generator", "inputs", 1, "dims", 1], "rows", "'rows' of 'latents' is not a dim of the profiles"),
+        (["graphs", "generator", "inputs", 1, "dims", 1], "f'{frames}'", "is not an expression over dims"),
+        (["graphs", "generator", "inputs", 0, "dims", 0], "frames", "cannot be 'und_key_0'"),
+        (["graphs", "generator", "outputs", 0, "dims", 0], 8, "loop.carried: 'velocity'"),
+        (["loop", "bodies"], ["generator"] * 3, "3 bodies for 2 steps"),
+        (["loop", "segments"], [{"graph": "generator", "steps": 3, "rows": []}], "not the 2 steps"),
+        (["target", "compute_capability"], None, "the target has none"),
+    ],
+)
+def test_fields_that_contradict_each_other(place: list[Any], value: Any, said: str) -> None:
+    assert said in reason(changed(place, value) | {"options": SCHEDULE})
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("vision", 1), ("sound", 0), ("action", 1)])
+def test_requests_are_told_the_widths_that_the_loop_takes(kind: str, axis: int) -> None:
+    found = document()
+    found["request"]["sound"] = {"channels": 4, "latent_fps": 25.0, "sampling_rate": 48000, "hop": 1920}
+    width = {"vision": 16, "sound": 4, "action": 64}[kind]
+    for value in (width, width + 1):
+        dims: list[Any] = ["frames", "frames", "frames"]
+        dims[axis] = value
+        tensors = found["graphs"]["generator"]
+        tensors["inputs"][1:] = [{"name": f"{kind}_latent", "dtype": "float32", "dims": dims}]
+        tensors["outputs"] = [{"name": "velocity", "dtype": "float32", "dims": dims}]
+        found["loop"]["carried"] = {f"{kind}_latent": "velocity"}
+        if value == width:
+            assert parse_manifest(strict.seal(found))
+        else:
+            assert f"channels of {kind}" in reason(found)
+
+
+def test_many_tensors_take_time_in_proportion() -> None:
+    """Each is looked up, and none is searched for: 16,000 took 11 s."""
+    count = 16_000
+    found = document()
+    tensors = [{"name": f"t{i}", "dtype": "float32", "dims": ["frames"]} for i in range(count)]
+    outputs = [{**tensor, "name": f"o{i}"} for i, tensor in enumerate(tensors)]
+    found["graphs"]["generator"]["inputs"][1:] = tensors
+    found["graphs"]["generator"]["outputs"] = outputs
+    found["loop"]["carried"] = {f"t{i}": f"o{i}" for i in range(count)}
+    data, start = strict.seal(found), time.process_time()
+    assert len(parse_manifest(data).loop.carried) == count  # type: ignore[union-attr]
+    assert time.process_time() - start < 5
+
+
+CODE = "__import__('os').mkdir({!r})"
+
+
+def leaves(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*at, key))
+    if not isinstance(value, dict | list):
+        yield at
+
+
+def test_no_text_of_a_manifest_is_code(tmp_path: Path) -> None:
+    """In every place it is text that is taken as such, or refused; shown and taken for a request, it is never run."""
+    mark, taken = tmp_path / "ran", set()
+    code = CODE.format(str(mark))
+    for place in leaves(document()):
+        found = changed(list(place), code)
+        try:
+            manifest = parse_manifest(strict.seal(found))
+            taken.add(place[0])
+        except StrictError:
+            continue
+        finally:
+            assert not mark.exists(), place
+        _facts(manifest)
+        assert not mark.exists(), place
+    assert "graphs" in taken and "files" in taken

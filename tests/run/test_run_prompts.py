@@ -65,7 +65,7 @@ def merging(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
     trained.add_tokens(["<think>", "<|im_end|>>"])
     file = tmp_path_factory.mktemp("merging") / "tokenizer.json"
     trained.save(str(file))
-    return PromptTokenizer(run_samples.prompt_record(), file)
+    return PromptTokenizer(run_samples.prompt_record(), file.read_bytes())
 
 
 @pytest.mark.parametrize("system", [None, "You are helpful.\n"])

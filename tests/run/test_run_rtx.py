@@ -172,7 +172,7 @@ def test_bodies_of_a_loop_take_turns_on_the_device(cut: Path, monkeypatch: pytes
         return session
 
     monkeypatch.setattr(type(loaded.backend), "open", lambda self, graph: recorded(graph))
-    found = Generator(replace(loaded, manifest=turns), resident=False).generate(request(manifest))
+    found = Generator(LoadedBundle(BundleFiles(cut, turns), loaded.backend), resident=False).generate(request(manifest))
     assert [e for e in events if "reasoner" not in e and "conditioning" not in e] == [
         "open other", "close other", "open generator", "close generator"
     ]  # fmt: skip

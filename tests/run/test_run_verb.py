@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import cosmos_export.runtime
 from cosmos_export import cli
-from cosmos_export.bundle import DimRecord, Manifest
+from cosmos_export.bundle import BundleFiles, DimRecord, Manifest
 from cosmos_export.runtime import media
 from cosmos_export.runtime.request import Request
 
@@ -68,8 +68,8 @@ class Run:
             def generate(self, request: Request, progress: Any) -> Generated:
                 return Generated(request, outer.broken, outer.chunked)
 
-        def load_bundle(path: Path, *, backend: str | None, device: str | None, progress: Any) -> Any:
-            return path, backend, device
+        def load_bundle(files: BundleFiles, *, backend: str | None, device: str | None, progress: Any) -> Any:
+            return files.path, backend, device
 
         monkeypatch.setattr(cosmos_export.runtime, "Generator", Generator, raising=False)
         monkeypatch.setattr(cosmos_export.runtime, "load_bundle", load_bundle, raising=False)
