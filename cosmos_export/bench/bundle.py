@@ -68,6 +68,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
 
     UserError CX672: no such workload or profile, or one that the bundle's modalities and sizes do not allow.
     """
+    from cosmos_export.bundle import open_verdicts
     from cosmos_export.runtime import Generator, load_bundle
 
     check_runs(request.runs, request.warm_up, request.dry_run)
@@ -126,6 +127,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
         machine=machine(),
         during=watch.summary(),
         command=command,
+        verdicts=open_verdicts(manifest),
     )
 
 

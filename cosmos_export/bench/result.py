@@ -14,6 +14,7 @@ from typing import Any
 
 from cosmos_export import files
 from cosmos_export.bench.published import published_cells, target_of
+from cosmos_export.bundle import Open
 from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.requirements import installed_release
@@ -107,6 +108,8 @@ class Measurement:
     baselines: tuple[Baseline, ...] = ()
     baselines_left_out: tuple[str, ...] = ()
     """What a reader would expect to be compared with and is not there, and why."""
+    verdicts: Open | None = None
+    """Of a bundle: what its build left open."""
 
     @property
     def request_s(self) -> float:
@@ -132,6 +135,7 @@ class Measurement:
             "baselines": [self._beside(b) for b in self.baselines], "baselines_left_out": list(self.baselines_left_out),
             "published": cells, "during": self.during and dict(self.during),
             "machine": dict(self.machine),
+            **({} if self.verdicts is None else {"verdicts": dataclasses.asdict(self.verdicts)}),
         }  # fmt: skip
 
     def _beside(self, baseline: Baseline) -> dict[str, Any]:

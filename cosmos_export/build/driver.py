@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.build.allocator import keep_freed_memory
+from cosmos_export.build.coverage import require_coverage
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.overall import Overall, expected_seconds
 from cosmos_export.build.planned import bundle_bytes
 from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
-from cosmos_export.diagnostics import ToolError, UserError
+from cosmos_export.diagnostics import FindingError, ToolError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 
@@ -34,10 +35,11 @@ def build(
     progress: Progress | None = None,
     begins: Callable[[Plan], None] = lambda plan: None,
     fails: Callable[[Path | None], None] = lambda left: None,
+    found: Callable[[BuildResult, FindingError], None] = lambda result, error: None,
 ) -> BuildResult:
     """Compile ``options.checkpoint``; returns what was done. The bundle appears under its name when all of it is right.
     ``begins`` is told what the request was resolved to, before any work; ``fails``, where an error ends it, where
-    finished files were kept, or None.
+    finished files were kept, or None; ``found``, where a finding ends it, what was measured until then.
 
     Raises UserError and UnsupportedError before any work for what cannot be built; FindingError where the results are
     not what the published implementation computes (CX601) or the engines not what was planned (CX450): then no bundle
@@ -46,18 +48,26 @@ def build(
     progress = progress or Silent()
     keep_freed_memory()
     plan = resolve(options)
+    if options.output is not None:
+        require_coverage(plan)
     begins(plan)
     for note in checkpoint_notes(plan.checkpoint):  # now, and again at the end of a long report
         _log.warning("%s", note)
     with blamed("the build", *plan.inputs):
         if options.output is not None:
-            return _bundle(plan, options.output, progress, fails)
+            return _bundle(plan, options.output, progress, fails, found)
         result = _compile_only(plan, progress)
         plan.require_inputs()
         return result
 
 
-def _bundle(plan: Plan, output: Path, progress: Progress, fails: Callable[[Path | None], None]) -> BuildResult:
+def _bundle(
+    plan: Plan,
+    output: Path,
+    progress: Progress,
+    fails: Callable[[Path | None], None],
+    found: Callable[[BuildResult, FindingError], None],
+) -> BuildResult:
     options = plan.options
     writer = BundleWriter(output, options.force, _required_bytes(plan), progress, options.resume, plan.require_inputs)
     try:
@@ -69,7 +79,7 @@ def _bundle(plan: Plan, output: Path, progress: Progress, fails: Callable[[Path 
             expected = expected_seconds(plan)
             # Here too, as a finding that a changed input explains costs no file that was kept.
             with _full_disk(writer, plan), blamed("the build", *plan.inputs), Overall(progress, expected) as overall:
-                return build_bundle(plan, writer, overall)
+                return build_bundle(plan, writer, overall, found)
     except BaseException as error:
         if writer.left is not None:
             finished = writer.all_kept()

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
 from cosmos_export.build.options import Plan
 from cosmos_export.build.precision import insert
@@ -50,6 +51,16 @@ SEEN_BYTES = 2 * 10**9
 
 
 @dataclass(frozen=True)
+class Alike:
+    """Steps that compute in one way, which are one body of a host's loop."""
+
+    count: int
+    measured: tuple[int, ...]
+    """Those whose velocity was measured, by their index in the schedule."""
+    first: int
+
+
+@dataclass(frozen=True)
 class Losses:
     """What a quantized build loses."""
 
@@ -58,6 +69,13 @@ class Losses:
     limits: StepLimits
     note: str
     """What the latents are that it was measured on."""
+    alike: tuple[Alike, ...] = ()
+
+    @property
+    def seen(self) -> str:
+        """Of how many steps of each kind the velocity was measured."""
+        kinds = (f"{len(a.measured)} of {a.count} that compute as step {a.first + 1}" for a in self.alike)
+        return f"measured: {', '.join(kinds)}"
 
     @property
     def worst_linears(self) -> list[LinearLoss]:
@@ -85,25 +103,36 @@ class Losses:
         return problems
 
 
-def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights, *, rollout: bool) -> Losses:
+def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights, *, unsampled: str = "") -> Losses:
     """Both gates on one request. ``plain`` is labelled and not quantized.
 
-    With ``rollout`` the latents of each step come from the unquantized model's own sampling. Without (a model too large
-    to sample here) there is the first step alone, whose latents are noise by right. A model of more than `RUN_BYTES` is
-    not run: the linears of its first layers are measured on that step, and no step as a whole.
+    The latents of each step come from the unquantized model's own sampling. Where that is ``unsampled``, for that
+    reason, there is the first step of every way in which steps compute, on noise in place of its latents. A model of
+    more than `RUN_BYTES` is not run then: the linears of its first layers are measured on those steps, and no step as a
+    whole.
     """
     config, schedule = plan.checkpoint.geometry.config, plan.schedule
     fitting = [case for case in CASES if set(case.outputs) & set(plan.outputs)]
     case = next((case for case in fitting if case.name == _CASE), fitting[0])
     inputs = case.inputs(config, plan.modalities)
-    count = schedule.steps if rollout else 1
-    chosen = sorted({round(float(i)) for i in np.linspace(0, count - 1, min(count, _STEPS))})
-    recorded = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
-    note = f"steps {', '.join(str(i + 1) for i in chosen)} of {schedule.steps} of an unquantized rollout, {case.name}"
-    if not rollout:
-        note += "; the model is too large to sample here, so that only the first step, whose latents are noise, is seen"
+    keys = plan.precision.step_keys()
+    first = {keys.index(key) for key in keys}
+    if unsampled:
+        chosen = sorted(first)
+        recorded = [(at, {**inputs, "timestep": torch.tensor([float(schedule.timesteps[at])])}) for at in chosen]
+    else:
+        spread = {round(float(i)) for i in np.linspace(0, schedule.steps - 1, min(schedule.steps, _STEPS))}
+        chosen = sorted(spread | {at for at in first if not any(keys[i] == keys[at] for i in spread)})
+        recorded = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
+    numbers = ", ".join(str(i + 1) for i in chosen)
+    note = f"steps {numbers} of {schedule.steps} of an unquantized rollout, {case.name}"
+    if unsampled:
+        note = (
+            f"steps {numbers} of {schedule.steps}, the first of each way in which they compute, on noise in place of "
+            f"their latents ({case.name}); nothing was sampled, as the transformer was not compared: {unsampled}"
+        )
     seen_of = None
-    if not rollout and weight_bytes(plain) > RUN_BYTES:
+    if unsampled and weight_bytes(plain) > RUN_BYTES:
         seen_of = first_linears(plain, SEEN_BYTES)
         note = (
             f"the first {seen_of.linears} of {seen_of.of} linears at the first step ({case.name}), whose latents are "
@@ -111,7 +140,6 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
             "seen"
         )
     watched = plain if seen_of is None else seen_of.program
-    keys = plan.precision.step_keys()
     programs: dict[int, Program] = {}
 
     def quantized(step: int) -> Program:
@@ -120,20 +148,25 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
             insert(programs[keys[step]], ranges, step)
         return programs[keys[step]]
 
-    # Steps that compute alike are seen on their own latents, or on the first ones where none of theirs are recorded.
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for key in dict.fromkeys(keys):
-        seen = tuple(index for index, (at, _) in enumerate(recorded) if keys[at] == key) or (0,)
-        alike.setdefault(seen, []).append(keys.index(key))
+    # Steps that compute alike are seen on their own latents, but for those of a model that is read as seldom as can be.
+    groups = (
+        [(sorted(first), recorded[:1])]
+        if seen_of is not None
+        else [([at], [(index, given) for index, given in recorded if keys[index] == keys[at]]) for at in sorted(first)]
+    )
     linears: dict[tuple[str, str], LinearLoss] = {}
-    for seen, steps_of in alike.items():
-        forms, latents = {step: quantized(step) for step in steps_of}, [recorded[index][1] for index in seen]
+    for steps_of, on in groups:
+        forms, latents = {step: quantized(step) for step in steps_of}, [given for _, given in on]
         for loss in linear_losses(watched, forms, latents, weights, whole=seen_of is None):
             linears.setdefault((loss.site, loss.scheme), loss)
     narrow = plan.precision.schemes & {"int4", "nvfp4"}
     limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
     steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights)
-    return Losses(tuple(linears.values()), tuple(steps), limits, note)
+    alike = tuple(
+        Alike(keys.count(keys[at]), tuple(loss.step for loss in steps if keys[loss.step] == keys[at]), at)
+        for at in sorted(first)
+    )
+    return Losses(tuple(linears.values()), tuple(steps), limits, note, alike)
 
 
 def require_losses(losses: Losses, loops: Sequence[Measured], plan: Plan) -> None:
@@ -180,7 +213,7 @@ def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
         linears,
         Verdict(
             "G2", "steps", metric, losses.limits.median,
-            "fail" if problems else "pass", "; ".join([*problems, losses.note]),
+            "fail" if problems else "pass", "; ".join([*problems, losses.seen, losses.note]),
         ),
     )  # fmt: skip
 
@@ -201,6 +234,9 @@ def loss_document(losses: Losses, plan: Plan) -> dict[str, Any]:
         "overrides": list(plan.precision.overrides),
         "measured_on": losses.note,
         "limits": {"steps": asdict(losses.limits)},
+        "alike": [
+            {"first": a.first, "steps": a.count, "measured": list(a.measured)} for a in losses.alike
+        ],
         "linears": [
             {
                 "tower": loss.tower, "kind": loss.kind, "layer": loss.layer, "scheme": loss.scheme,
@@ -219,12 +255,17 @@ def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
+def loss_texts(losses: Losses, plan: Plan) -> tuple[str, str]:
+    """The report as JSON and as a page."""
+    document = loss_document(losses, plan)
+    return json.dumps(document, indent=1, allow_nan=False) + "\n", loss_page(document)
+
+
 def write_losses(losses: Losses, plan: Plan, writer: BundleWriter) -> None:
     """The report in both forms, and a copy of the calibration's lineage."""
-    document = loss_document(losses, plan)
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    writer.path(REPORT_JSON, "report").write_text(text, encoding="utf-8")
-    writer.path(REPORT_PAGE, "report").write_text(loss_page(document), encoding="utf-8")
+    document, page = loss_texts(losses, plan)
+    writer.path(REPORT_JSON, "report").write_text(document, encoding="utf-8")
+    writer.path(REPORT_PAGE, "report").write_text(page, encoding="utf-8")
     if plan.options.calibration is not None:
         data = (plan.options.calibration / LINEAGE_FILE).read_bytes()
         writer.path(LINEAGE, "calibration").write_bytes(data)

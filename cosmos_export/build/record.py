@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import cosmos_export
+from cosmos_export.build.coverage import coverage_verdicts
 from cosmos_export.build.cuts import chains
 from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.build.losses import loss_values, loss_verdicts, precision_record
@@ -109,7 +110,7 @@ def manifest(
             "passes": tuple(program.history),
             **_ignored_adapters(checkpoint),
         },
-        evaluation=_verdicts(result),
+        evaluation=verdicts(result),
         plan_checks=tuple(engine.check for engine in result.engines),
         volatile=Volatile(
             created=created,
@@ -184,9 +185,11 @@ def _version(module: str) -> str:
         return str(getattr(import_module(module), "__version__", "unknown"))
 
 
-def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
+def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
+    """What was measured of a build and what was not, as a manifest has it."""
     measured = [
-        Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over) for m in result.parity
+        Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over)
+        for m in (*result.parity, *result.quality)
     ]
     notes = {"transformer": result.parity_note, **result.codec_parity_notes}
     missing = [
@@ -197,4 +200,4 @@ def _verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         for e in result.engines
     ]
     lost = () if result.losses is None else loss_verdicts(result.losses)
-    return (*measured, *result.verdicts, *lost, *missing, *engines)
+    return (*measured, *result.verdicts, *lost, *coverage_verdicts(result.plan), *missing, *engines)

@@ -35,6 +35,7 @@ from cosmos_export.build.artifacts import (
 from cosmos_export.build.builders import Builders
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.build.coverage import coverage_note
 from cosmos_export.build.cuts import Pieces, chains, cut_graphs, cut_notes
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.build.inputs import InputHashes
@@ -147,8 +148,10 @@ def compile_only(plan: Plan, progress: Progress) -> BuildResult:
     return result
 
 
-def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildResult:
-    """Every stage, into ``writer``; commits the bundle."""
+def build_bundle(
+    plan: Plan, writer: BundleWriter, progress: Progress, found: Callable[[BuildResult, FindingError], None]
+) -> BuildResult:
+    """Every stage, into ``writer``; commits the bundle. ``found`` is told what was measured where a finding ends it."""
     result = BuildResult(plan)
     memory = None if plan.memory_budget is None else plan.memory_budget - compiler_bytes(plan.layers)
     with result.meter, InputHashes(plan.checkpoint) as hashes, Builders(memory, progress) as builders:
@@ -157,14 +160,19 @@ def build_bundle(plan: Plan, writer: BundleWriter, progress: Progress) -> BuildR
             builders.require_none_failed()
             hashes.require_readable()
 
-        _build(plan, writer, result, _Stages(result, builders.progress, nothing_failed), hashes, builders)
+        try:
+            _build(plan, writer, result, _Stages(result, builders.progress, nothing_failed), hashes, builders)
+        except FindingError as error:
+            result.peak_memory_bytes = _peak_memory()
+            found(result, error)
+            raise
     return result
 
 
 def _build(
     plan: Plan, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes, builders: Builders
 ) -> None:
-    result.notes += [*checkpoint_notes(plan.checkpoint), *_mismatches(plan)]
+    result.notes += [*checkpoint_notes(plan.checkpoint), *_mismatches(plan), *filter(None, [coverage_note(plan)])]
     with stages("tokenizer"):
         result.prompt = write_tokenizer(plan, writer)
     codec_builds: list[dict[str, Future[Engine]]] = []
@@ -252,7 +260,7 @@ def _build(
     engines.submit(*program.graphs, *closed)
     if plan.quantized:
         with stages("gates"):
-            result.losses = measure_losses(plain, plan, ranges, weights, rollout=parity is not None)
+            result.losses = measure_losses(plain, plan, ranges, weights, unsampled=result.parity_note)
             write_losses(result.losses, plan, writer)
         require_losses(result.losses, result.quality, plan)
         return_freed_memory()

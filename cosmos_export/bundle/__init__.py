@@ -18,6 +18,7 @@ from cosmos_export.bundle.manifest import (
     LoopRecord,
     Manifest,
     Model,
+    Open,
     PlanCheck,
     Planned,
     PolicyRecord,
@@ -35,6 +36,7 @@ from cosmos_export.bundle.manifest import (
     VideoRecord,
     Volatile,
     WeightInput,
+    open_verdicts,
     parse_manifest,
 )
 from cosmos_export.bundle.verify import (
@@ -65,6 +67,7 @@ __all__ = [
     "LoopRecord",
     "Manifest",
     "Model",
+    "Open",
     "PlanCheck",
     "Planned",
     "PolicyRecord",
@@ -85,6 +88,7 @@ __all__ = [
     "Volatile",
     "WeightInput",
     "open_bundle",
+    "open_verdicts",
     "parse_manifest",
     "read_bundle",
     "read_files",

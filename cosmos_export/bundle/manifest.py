@@ -416,6 +416,42 @@ class Manifest:
         return strict.seal(strict.encode(self))
 
 
+@dataclass(frozen=True)
+class Open:
+    """What a bundle's build leaves open, each a line of text."""
+
+    failed: tuple[str, ...]
+    """What it found wrong; the bundle was written all the same."""
+    not_measured: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """Both, for a reader; empty where there is nothing to say."""
+        said = {"this bundle failed checks of its build": self.failed, "not measured": self.not_measured}
+        return "; ".join(f"{what}: {'; '.join(lines)}" for what, lines in said.items() if lines)
+
+
+def open_verdicts(manifest: Manifest) -> Open:
+    """The verdicts of ``manifest`` that are not a pass; those with one reason together."""
+    lines: dict[str, dict[str, list[str]]] = {"fail": {}, "not-measured": {}}
+    for v in manifest.evaluation:
+        if v.verdict in lines:
+            lines[v.verdict].setdefault(v.note, []).append(f"{v.stage} of {v.subject}")
+    for check in manifest.plan_checks:
+        if not check.passed:
+            lines["fail"].setdefault(check.found, []).append(f"plan of {check.engine}")
+    failed, not_measured = (
+        tuple(_printable(f"{', '.join(what)}{f' ({note})' * bool(note)}") for note, what in reasons.items())
+        for reasons in lines.values()
+    )
+    return Open(failed, not_measured)
+
+
+def _printable(text: str) -> str:
+    """A manifest may hold anything, escape sequences of the terminal included."""
+    return text if text.isprintable() else ascii(text)
+
+
 def schema_text() -> str:
     """The JSON Schema of a manifest, as checked in. It cannot say what `problems` says."""
     schema = strict.json_schema(Manifest, f"cosmos-export bundle manifest, version {SCHEMA_VERSION}")

@@ -131,6 +131,8 @@ def register(app: typer.Typer) -> None:
                 Path(arguments[0]), workload, profile, tokens, backend, device, runs, warm_up, dry_run
             )  # fmt: skip
             found = measure_bundle(bundle, console.progress(), command)
+        if found.verdicts is not None:
+            console.log_open(found.verdicts)
         document = found.document()
         if output is not None:
             write(document, output)

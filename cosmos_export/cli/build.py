@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cosmos_export.build.options import Plan
     from cosmos_export.build.stages import BuildResult
     from cosmos_export.bundle import Planned
+    from cosmos_export.diagnostics import FindingError
 
 
 def register(app: typer.Typer) -> None:
@@ -171,15 +172,26 @@ def register(app: typer.Typer) -> None:
             if left is None:
                 console.set_resume_command(None)
 
-        result = run(options, console.progress(), begins, fails)
+        def found(result: BuildResult, error: FindingError) -> None:
+            if output is None:
+                return
+            written = _write_evidence(output, result, error)
+            if written:
+                console.log(f"what was measured: {', '.join(map(str, written))}", logging.WARNING)
+
+        result = run(options, console.progress(), begins, fails, found)
         document = _document(result, output)
         if output is not None:
-            _write_report(output, document)
+            _write_beside(output, "build.json", _json(document))
+            for name in _EVIDENCE:  # of an earlier build, which failed
+                with suppress(OSError):
+                    _beside(output, name).unlink(missing_ok=True)
         if as_json:
             console.emit_json(document)
         else:
             _print(result)
-        console.verdict(_verdict(result, output), True)
+        failed = result.manifest is not None and any(v.verdict == "fail" for v in result.manifest.evaluation)
+        console.verdict(_verdict(result, output), not failed)
 
 
 def interval(text: str | None) -> tuple[float, float] | None:
@@ -327,6 +339,9 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
         proof = f"{len(result.parity)} stages within their limits of diffusers"
     engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
     components = "".join(f" + {name}" for name in result.plan.components)
+    failed = [f"{v.stage} of {v.subject} failed: {v.note}" for v in result.manifest.evaluation if v.verdict == "fail"]
+    if failed:
+        return f"built {output}, with failures that were only to be reported: {'; '.join(failed)}"
     return f"built {output}: transformer{components}, {engines}{proof}"
 
 
@@ -340,28 +355,59 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
         for w in result.losses.worst_linears
     ]
     problems = [f"{f.site}: {f.relative:.4f} > {f.limit:.4f}" for f in result.losses.failed_linears]
-    quality = {m.stage: {"metric": m.metric, "value": m.value, "limit": m.limit} for m in result.quality}
+    quality = {
+        m.stage: {"metric": m.metric, "value": m.value if isfinite(m.value) else None, "limit": m.limit}
+        for m in result.quality
+    }
     problems += result.losses.step_problems
     return {**loss_values(result.losses), "worst": worst, "problems": problems, "loops": quality}
 
 
-def _write_report(output: Path, document: Mapping[str, Any]) -> None:
-    """What ``--json`` prints, beside the bundle: seconds, bytes and peak memory of every stage. The bundle itself has
-    nothing that differs between two builds of the same inputs but for a part of its manifest."""
+_EVIDENCE = ("quantization.json", "quantization.html")
+"""What a build that a gate ended leaves beside `build.json`: the report that would be in its bundle."""
+
+
+def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:
+    """What a build measured until ``error`` ended it, beside the bundle that there is not; the paths."""
+    from cosmos_export.build.losses import loss_texts
+
+    failed = {"code": error.code, "message": error.message, "hint": error.hint}
+    texts = {"build.json": _json({**_document(result, None), "failed": failed})}
+    if result.losses is not None:
+        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.plan), strict=True))
+    return [path for name, text in texts.items() if (path := _write_beside(output, name, text)) is not None]
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+
+def _beside(output: Path, name: str) -> Path:
     output = Path(os.path.abspath(output))  # noqa: PTH100 - as the bundle's writer sees it
-    path = output.with_name(f"{output.name}.build.json")
+    return output.with_name(f"{output.name}.{name}")
+
+
+def _write_beside(output: Path, name: str, text: str) -> Path | None:
+    """``text`` beside the bundle. ``build.json`` is what ``--json`` prints, with seconds, bytes and peak memory of each
+    stage: the bundle itself has nothing that differs between two builds of the same inputs but for a part of its
+    manifest. None, and a warning, where it cannot be written."""
+    path = _beside(output, name)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
-    except OSError as error:  # the bundle is there, and whole
+    except OSError as error:  # the bundle is there, and whole; or there is none, and the command says why
         logging.getLogger("cosmos_export").warning("the report %s was not written: %s", path, error)
+        return None
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+    return path
 
 
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
+    from cosmos_export.build.record import verdicts
+
     return {
         "output": None if output is None else str(output),
         "passes": [
@@ -378,7 +424,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "stage": m.stage,
                 "subject": m.subject,
                 "metric": m.metric,
-                "value": m.value,
+                "value": m.value if isfinite(m.value) else None,
                 "limit": m.limit,
                 "case": m.case,
                 "passed": m.passed,
@@ -393,6 +439,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
         "components": list(result.plan.components),
         "not_compared": _not_compared(result),
         "notes": result.notes,
+        "verdicts": [asdict(verdict) for verdict in verdicts(result)],
         "engines": [
             {
                 "graph": e.graph,

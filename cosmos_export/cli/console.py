@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
+    from cosmos_export.bundle import Open
+
 PIPED_WIDTH = 200
 """Columns of output that goes to a file or a pipe: wide enough that no table wraps."""
 
@@ -85,6 +87,12 @@ def err() -> Console:
 def log(message: str, level: int = logging.INFO) -> None:
     """A line on stderr. ``--quiet`` leaves warnings and errors, ``--verbose`` adds debug lines."""
     _logger.log(level, "%s", message)
+
+
+def log_open(verdicts: Open) -> None:
+    """What the build of a bundle that is about to be used left open, in one line; ``--quiet`` leaves what failed."""
+    if verdicts.line:
+        log(verdicts.line, logging.WARNING if verdicts.failed else logging.INFO)
 
 
 def verdict(text: str, ok: bool) -> None:

@@ -31,7 +31,8 @@ from cosmos_export.targets.weights import read_source
 
 pytestmark = pytest.mark.xdist_group("codes")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-V2V = CASES[3:4]
+CASE = CASES[6:7]
+"""Inverse dynamics: of all, the one whose codes differ on this checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def large_branches(shared: Path, omni: Path) -> Path:
 
     def make() -> None:
         harness.copy_checkpoint(omni, path)
-        generator, file = torch.Generator().manual_seed(0), path / "transformer" / WEIGHTS
+        generator, file = torch.Generator().manual_seed(3), path / "transformer" / WEIGHTS
         tensors = {}
         for name, value in load_file(file).items():
             drawn = torch.randn(value.shape, generator=generator)
@@ -71,7 +72,7 @@ class Compared:
 
 def compared(checkpoint: Path, output: Path, **options: Any) -> Compared:
     patch = pytest.MonkeyPatch()
-    patch.setattr(stages, "Parity", partial(Parity, cases=V2V))
+    patch.setattr(stages, "Parity", partial(Parity, cases=CASE))
     patch.setattr(stages, "capture", harness.remembered_capture)
     try:
         request = harness.transformer_only(checkpoint, output, quality="report", steps=8, **options)
@@ -83,7 +84,7 @@ def compared(checkpoint: Path, output: Path, **options: Any) -> Compared:
     made = quantize(plain, plan, activation_ranges(plan))
     (name, program), *_ = [*made.variants.items(), (plain.loop.body, made.program)]
     weights = read_weights(read_source)
-    parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights, cases=V2V)
+    parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights, cases=CASE)
     return Compared(result, output / "onnx", program, name, parity)
 
 
@@ -101,7 +102,7 @@ def g0_of(result: BuildResult) -> list[Measured]:
 
 
 def test_codes_that_fall_to_the_other_side_are_no_bug(fp8: Compared) -> None:
-    """Run freely, two runtimes were 2.4e-3 apart on such a checkpoint, by four codes of 218,592."""
+    """Run freely, the two runtimes are 1.3e-2 apart on this checkpoint, by two codes of 21,120."""
     measured = g0_of(fp8.result)
     assert [m.limit for m in measured] == [RUNTIME_LIMIT] * 2
     assert all(m.value < 1e-5 for m in measured)

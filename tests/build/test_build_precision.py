@@ -14,11 +14,13 @@ import pytest
 import torch
 
 import cosmos_export.build.stages as stages
+from cosmos_export.build.coverage import coverage_note, coverage_verdicts
 from cosmos_export.build.driver import build
 from cosmos_export.build.options import resolve
 from cosmos_export.build.stages import BuildResult
-from cosmos_export.bundle import read_bundle, verify_bundle
+from cosmos_export.bundle import open_verdicts, read_bundle, verify_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
+from cosmos_export.cli.build import _verdict, _write_evidence
 from cosmos_export.diagnostics import CosmosExportError, FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -328,6 +330,13 @@ def test_what_is_measured_is_in_the_bundle(tmp_path: Path, omni: Path, scales: P
     assert not any(site[:3] == ("gen", "mlp.down", 0) for site in sites)
     assert all(one["passed"] and 15 < one["sqnr_db"] < 60 for one in document["linears"])
     assert document["steps"] and document["overrides"] == ["gen.mlp.down[0:1]=bf16"]
+    # Nothing is sampled, and still a step of each body is seen: 16-bit activations in the first and last three.
+    assert document["alike"] == [
+        {"first": 0, "steps": 6, "measured": [0]}, {"first": 3, "steps": 2, "measured": [3]},
+    ]  # fmt: skip
+    assert [step["step"] for step in document["steps"]] == [0, 3]
+    assert document["steps"][1]["relative"] > 1.1 * document["steps"][0]["relative"]
+    assert "--parity never" in document["measured_on"] and "too large" not in document["measured_on"]
     page = (tmp_path / "x/report/quantization.html").read_text()
     assert page.startswith("<!doctype html>") and "attention.qkv" in page and "<script" not in page
     manifest = result.manifest
@@ -335,16 +344,83 @@ def test_what_is_measured_is_in_the_bundle(tmp_path: Path, omni: Path, scales: P
     assert manifest.precision.table["gen.mlp.down[1:3]@3:5"] == "fp8"
     assert manifest.loop.bodies == ("generator",) * 3 + ("generator_2",) * 2 + ("generator",) * 3
     verdicts = {v.stage: v for v in manifest.evaluation}
-    assert verdicts["G1"].verdict == "pass" and "G2" in verdicts
+    assert verdicts["G1"].verdict == "pass"
+    assert "1 of 6 that compute as step 1, 1 of 2 that compute as step 4" in verdicts["G2"].note
+    assert verdicts["coverage"].verdict == "not-measured"  # the tests' table does not say what it saw
     lineage = json.loads((tmp_path / "x/calibration/lineage.json").read_text())
     assert lineage["checkpoint"] == read_scale_table(scales).checkpoint
 
 
-def test_a_loss_beyond_the_limit_ends_the_build(tmp_path: Path, omni: Path) -> None:
+def test_a_loss_beyond_the_limit_ends_the_build_and_leaves_its_evidence(tmp_path: Path, omni: Path) -> None:
+    written: list[Path] = []
+
+    def found(result: BuildResult, error: FindingError) -> None:
+        written.extend(_write_evidence(tmp_path / "x", result, error))
+
+    options = {"parity": "never", "quality": "enforce", "steps": 8}
     with pytest.raises(FindingError) as caught:
-        quantized(omni, tmp_path / "x", "int4", quality="enforce")
+        build(harness.transformer_only(omni, tmp_path / "x", recipe="int4", **options), found=found)
     assert caught.value.code == "CX362" and "--set '" in caught.value.hint and "--quality report" in caught.value.hint
-    assert harness.leftovers(tmp_path) == []
+    names = ["x.build.json", "x.quantization.html", "x.quantization.json"]
+    assert harness.leftovers(tmp_path) == sorted(path.name for path in written) == names
+    document = json.loads((tmp_path / "x.build.json").read_text())
+    assert document["failed"]["code"] == "CX362" and document["gates"]["problems"]
+    assert {v["stage"]: v["verdict"] for v in document["verdicts"]}["G2"] == "fail"
+    report = json.loads((tmp_path / "x.quantization.json").read_text())
+    assert report["problems"] and report["steps"]
+
+
+def test_a_loss_that_is_only_reported_is_the_last_line(tmp_path: Path, omni: Path) -> None:
+    result = quantized(omni, tmp_path / "x", "int4", steps=1)
+    assert result.losses is not None and result.losses.step_problems and result.manifest is not None
+    said = _verdict(result, tmp_path / "x")
+    assert "failures that were only to be reported: G2 of steps failed: the median step is" in said
+    assert said.startswith(f"built {tmp_path / 'x'}") and "within their limits" not in said
+    assert open_verdicts(result.manifest).line.startswith("this bundle failed checks of its build: G2 of steps (the")
+
+
+SEEN = {
+    modality: {quarter: {"cond": 1, "uncond": 1} for quarter in ("0-25 %", "25-50 %", "50-75 %", "75-100 %")}
+    for modality in ("vision", "sound")
+}
+
+
+@pytest.mark.parametrize(
+    ("seen", "schedules", "missing"),
+    [
+        (SEEN, ["t2v: unipc on karras, 8 steps, guidance 6"], ""),
+        ({"vision": SEEN["vision"]}, [], "sound"),
+        (SEEN, ["i2v: unipc on karras, 8 steps, guidance 6"], "mode t2v (it saw i2v)"),
+        ({**SEEN, "sound": {**SEEN["sound"], "50-75 %": {"cond": 1}}}, [], "sound at 50-75 % of the steps (uncond)"),
+        ({**SEEN, "vision": {"0-25 %": {"cond": 1, "uncond": 1}}}, [], "vision at 25-50 % of the steps (cond, uncond)"),
+        ({**SEEN, "vision": 3}, "t2v", "vision"),
+    ],
+)
+def test_what_the_scale_table_never_saw(
+    tmp_path: Path, omni: Path, scales: Path, seen: Any, schedules: Any, missing: str
+) -> None:
+    table = read_scale_table(scales)
+    lineage = {"coverage": seen, "schedules": schedules}
+    write_scale_table(replace(table, lineage=lineage), tmp_path / "table")
+    profiles = ("256p-9f+sound",)
+    asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": profiles}
+    plan = resolve(harness.transformer_only(omni, tmp_path / "x", quality="report", **asked))
+    note = coverage_note(plan)
+    assert (missing in note) if missing else not note
+    (verdict,) = coverage_verdicts(plan)
+    assert verdict.verdict == ("fail" if missing else "pass")
+    if missing:
+        with pytest.raises(FindingError) as caught:
+            build(harness.transformer_only(omni, tmp_path / "x", **asked))
+        assert caught.value.code == "CX327" and missing in caught.value.message
+        assert "--quality report" in caught.value.hint
+
+
+def test_a_modality_that_no_request_can_have_needs_no_ranges(tmp_path: Path, omni: Path, scales: Path) -> None:
+    lineage = {"coverage": {"vision": SEEN["vision"]}, "schedules": []}
+    write_scale_table(replace(read_scale_table(scales), lineage=lineage), tmp_path / "table")
+    asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": ("256p-9f",)}
+    assert not coverage_note(resolve(harness.transformer_only(omni, tmp_path / "x", **asked)))
 
 
 # -- planted mistakes -------------------------------------------------------------------------------------------------

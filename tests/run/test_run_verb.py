@@ -6,6 +6,7 @@ import hashlib
 import json
 import sys
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors import safe_open
 
 import cosmos_export.runtime
 from cosmos_export import cli
-from cosmos_export.bundle import BundleFiles, DimRecord, Manifest
+from cosmos_export.bundle import BundleFiles, DimRecord, Manifest, Verdict
 from cosmos_export.runtime import media
 from cosmos_export.runtime.request import Request
 
@@ -110,6 +111,23 @@ def test_a_prompt_into_a_video(run: Run, tmp_path: Path) -> None:
     assert lines[-1] == str(tmp_path / "out.mp4")
     assert "t2v: 9 frames at 24 a second of 80 × 48 pixels; 35 steps (karras), guidance 6 in 35;" in err
     assert run.loaded == [(run.root, None, None)]
+
+
+def test_what_the_build_left_open_is_said(run: Run, tmp_path: Path) -> None:
+    found = manifest()
+    failed = Verdict("G2", "steps", "relative L2", 0.03, "fail", "the median step is 11.9% off\x1b[2J")
+    missed = [Verdict("engine", name, "relative L2", None, "not-measured", "needs a GPU") for name in ("a", "b")]
+    run.bundle(replace(found, evaluation=(failed, *missed)))
+    code, out, err = run("-o", tmp_path / "x.mp4", "--json", "--quiet")
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "G2" in line]
+    assert "this bundle failed checks of its build: " in line and "G2 of steps (the median step is 11.9% off" in line
+    assert "not measured: engine of a, engine of b (needs a GPU)" in line and "\x1b" not in err
+    verdicts = json.loads(out)["verdicts"]
+    assert len(verdicts["failed"]) == len(verdicts["not_measured"]) == 1
+    run.bundle(replace(found, evaluation=(), plan_checks=()))
+    _, out, err = run("-o", tmp_path / "y.mp4", "--json")
+    assert json.loads(out)["verdicts"] == {"failed": [], "not_measured": []} and "measured" not in err
 
 
 def test_an_image(run: Run, tmp_path: Path) -> None:
