@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ MAX_JSON_BYTES = 16 * files.MIB
 MAX_JSON_VALUES = 1_000_000
 """Most values in one, counted before it is parsed: an empty list takes 2 bytes in a file and 64 in memory. The header
 of the largest published shard has some 20,000."""
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class DuplicateKeyError(ValueError):
@@ -54,9 +58,20 @@ def parse_document(text: bytes, *, finite: bool = True) -> Any:
         raise ValueError(f"up to {count:,} values; allowed: {MAX_JSON_VALUES:,}")
     number = _finite if finite else None
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=number, parse_constant=number)
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_float=number, parse_constant=number)
+        if _SURROGATE.search(text):
+            _require_characters(value)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    return value
+
+
+def _require_characters(value: Any) -> None:
+    """ValueError where a text in ``value`` has half of a character: other readers of JSON refuse it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a character: {shown(error.object[error.start : error.end])}") from None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -146,9 +146,16 @@ BAD_HEADERS: dict[str, tuple[object, str, str]] = {
     "name is empty": ({"": entry(0, 10)}, "CX112", "is not a tensor name"),
     "metadata of numbers": ({"__metadata__": {"a": 1}, "a": entry(0, 10)}, "CX112", "not a map of strings"),
     "NaN": (b'{"a":NaN}', "CX112", "not JSON"),
+    "half of a character": (b'{"__metadata__":{"a":"x\\ud800y"}}', "CX112", "half of a character"),
+    "half of a character in a name": (b'{"__metadata__":{"\\uDFFF":"y"}}', "CX112", "half of a character"),
     "too deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "CX112", "nested too deeply"),
     "a number of 5,000 digits": (b'{"a":' + b"9" * 5000 + b"}", "CX112", "not JSON"),
 }
+
+
+def test_a_character_of_two_halves_is_one(tmp_path: Path) -> None:
+    header = b'{"__metadata__":{"a":"\\ud83e\\udd16 \\\\ud800"},"b":{"dtype":"U8","shape":[10],"data_offsets":[0,10]}}'
+    assert read_header(raw_file(tmp_path / "x.safetensors", header, DATA)).metadata == {"a": "\U0001f916 \\ud800"}
 
 
 @pytest.mark.parametrize("case", BAD)
