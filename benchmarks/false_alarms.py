@@ -81,7 +81,10 @@ def measured(subject: Subject, folder: Path) -> dict[str, Any]:
         prompts = folder / "prompts.txt"
         prompts.write_text("A robot arm folds a red towel.\nRain on a window.\n", encoding="utf-8")
         overrides = Overrides(steps=STEPS)
-        calibrate(CalibrateOptions(checkpoint, scales, (str(prompts),), modalities=("vision",), overrides=overrides))
+        made = CalibrateOptions(
+            checkpoint, scales, (str(prompts),), modalities=("vision",), latents="rollout", overrides=overrides
+        )
+        calibrate(made)
         options |= {"calibration": scales, "modalities": ("vision",)}
     started = time.perf_counter()
     try:
