@@ -8,11 +8,13 @@ disk space, and deleting a bundle frees all of it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from typing import Annotated, Any
 
 from cosmos_export import files
 from cosmos_export.bundle import strict
+from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
 
 _CHUNK_BYTES = 1 << 24
@@ -111,15 +114,23 @@ class Cache:
 
     def prune(self, everything: bool = False) -> list[Entry]:
         """Forget the entries whose file is gone or of another size, or all of them; returns them. Files that are called
-        like entries and are none go with all of them, and nothing else of the directory does."""
+        like entries and are none go with all of them, and nothing else of the directory does. CX486: it cannot be
+        changed."""
         if self.folder is None or not self.folder.is_dir():
             return []
-        with self._locked():
-            gone = [entry for entry in self.entries() if everything or not entry.present]
-            names = {f"{entry.key}.json" for entry in gone}
-            for path in (*self._files(_FILE), *self._files(_PARTIAL)):
-                if path.name in names or _PARTIAL.fullmatch(path.name) or (everything and not path.is_dir()):
-                    path.unlink(missing_ok=True)
+        try:
+            with self._locked():
+                gone = [entry for entry in self.entries() if everything or not entry.present]
+                names = {f"{entry.key}.json" for entry in gone}
+                for path in (*self._files(_FILE), *self._files(_PARTIAL)):
+                    if path.name in names or _PARTIAL.fullmatch(path.name) or (everything and not path.is_dir()):
+                        path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                "CX486",
+                f"the cache in {self.folder} cannot be changed: {files.reason(error)}",
+                "see who may write to it",
+            ) from error
         return gone
 
     def _files(self, pattern: re.Pattern[str]) -> list[Path]:
@@ -142,9 +153,16 @@ class Cache:
         """The folder, to be changed by this process alone."""
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("w") as lock:
+        path = self.folder / ".lock"
+        # A pipe would be waited for, and a link would lead to a file that is not the cache's.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        try:
+            if not stat.S_ISREG(os.fstat(lock).st_mode):
+                raise files.FileRefusedError(errno.EINVAL, f"{path.name} is not a regular file")
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield self.folder
+        finally:
+            os.close(lock)
 
 
 def nearest(name: str, components: Mapping[str, str], entries: list[Entry]) -> Entry | None:

@@ -137,3 +137,19 @@ def test_an_entry_that_could_not_be_read_back_is_not_written(cache: Cache) -> No
     assert len(cache.entries()) == 1
     cache.add([Entry(**odd)])
     assert len(cache.entries()) == 2
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_a_lock_that_is_no_file_is_not_waited_for(cache: Cache, tmp_path: Path, kind: str) -> None:
+    assert cache.folder is not None
+    lock = cache.folder / ".lock"
+    lock.unlink()
+    if kind == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to("/dev/zero" if kind == "device" else tmp_path / "elsewhere")
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["cache", "prune", "--all", "--cache", str(cache.folder)])
+        assert result.exit_code == 2 and "CX486" in result.stderr
+    cache.add([Entry(KEY, "generator", COMPONENTS, "/x", 6, "0" * 64, {}, "")])
+    assert cache.find(KEY) is not None and not (tmp_path / "elsewhere").exists()
