@@ -111,7 +111,11 @@ class Tree:
 
     def same(self) -> bool:
         """Whether the mutations have cancelled out."""
-        return all(_same(self.root / name, self.pristine / name) for name in self.changed)
+        return not any(self.differs(name) for name in self.changed)
+
+    def differs(self, name: str) -> bool:
+        """Whether ``name`` is not what it was."""
+        return not _same(self.root / name, self.pristine / name)
 
 
 def _same(path: Path, origin: Path) -> bool:

@@ -65,7 +65,7 @@ class Reader:
     files: tuple[str, ...] = ("*",)
     """Patterns of names that are changed."""
     unchanged_only: bool = False
-    """Whether accepting any change is wrong."""
+    """Whether accepting any change of these files is wrong."""
     confined: bool = True
     """Whether nothing outside the tree may be touched."""
     tools: tuple[str, ...] = ()
