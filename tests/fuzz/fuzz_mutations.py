@@ -23,6 +23,8 @@ CANARY = "__import__('os').system('touch CANARY')"
 """Python that leaves a trace where it is evaluated; the worker's audit hook sees the call."""
 OUTSIDE = "outside"
 """Name of folders beside and above a tree that no reader of a bundle may touch."""
+MAX_BYTES = 1 << 25
+"""Of what is repeated: mutations of mutations would grow without end."""
 _PATHS = (
     f"../{OUTSIDE}/secret", f"../../{OUTSIDE}/secret", f"../../../{OUTSIDE}/secret", f"../{OUTSIDE}/secret.json",
     f"../../{OUTSIDE}/secret.json", f"x/../../{OUTSIDE}/secret", "/dev/zero", "/dev/stdin", "CON", "nul.txt", "a\\b",
@@ -230,7 +232,7 @@ def mutate_value(random: Random, document: Any) -> tuple[Any, str]:
             if random.random() < 0.5:
                 del holder[key]
                 return document, f"{shown} deleted"
-            times = random.choice((1, 2, 50, 20_000))
+            times = min(random.choice((1, 2, 50, 20_000)), 1 + MAX_BYTES // len(dump(old)))
             holder[key:key] = [old] * times
             return document, f"{shown} repeated {times} times"
         case 1 if isinstance(holder, dict):
@@ -362,9 +364,11 @@ def mutate_text(random: Random, data: bytes) -> tuple[bytes, str]:
     if len(lines) < 2 or random.random() < 0.4:
         text = random.choice((*_TEXTS, *_PATHS)).encode("utf-8", "surrogatepass")
         at = random.randrange(len(data) + 1)
-        options = ((text, "replaced"), (data[:at] + text + data[at:], "inserted"), (data * 3000, "3000 times"))
+        options = [(text, "replaced"), (data[:at] + text + data[at:], "inserted")]
+        if len(data) * 3000 <= MAX_BYTES:
+            options.append((data * 3000, "3000 times"))
         changed, what = random.choice(options)
-        return changed[: 1 << 25], f"text {what}: {text[:40]!r}"
+        return changed, f"text {what}: {text[:40]!r}"
     one, other = random.randrange(len(lines)), random.randrange(len(lines))
     match random.randrange(3):
         case 0:

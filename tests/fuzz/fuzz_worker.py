@@ -161,7 +161,8 @@ class Worker:
             return Outcome("wrong", said="accepted, although it is not what was written")
         for name in changed:
             path = tree.root / name
-            regular = path.exists() and not mutations.is_special(path)
+            known = (tree.pristine / name).is_file()  # what was added need not be read
+            regular = known and path.exists() and not mutations.is_special(path)
             if reader.is_compared(name) and regular and not readers.reference_accepts(path):
                 return Outcome("wrong", said=f"{name} is accepted, and the reference refuses it")
         return Outcome("accepted")
@@ -280,7 +281,7 @@ def _reseal(tree: mutations.Tree) -> None:
     import hashlib
 
     path = tree.root / "x.bundle" / "manifest.json"
-    if mutations.is_special(path) if os.path.lexists(path) else True:
+    if not os.path.lexists(path) or mutations.is_special(path) or path.stat().st_size > mutations.MAX_BYTES:
         return
     try:
         document = json.loads(path.read_bytes())
@@ -303,6 +304,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     worker = Worker(seeds, work, memory)
+    resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + 4 * memory, resource.RLIM_INFINITY))
     for line in sys.stdin:
         asked = json.loads(line)
         reader = readers.BY_NAME[asked["reader"]]
