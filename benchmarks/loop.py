@@ -21,7 +21,8 @@ from typing import Any
 
 import onnx
 
-from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.forms import close_loop
+from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
+from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
-from cosmos_export.passes.base import CannotApply, Pass, PassResult
+from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
 
 UND, GEN = "und", "gen"
 QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "attention.core"
@@ -46,6 +48,11 @@ class Precision:
         """The scheme at ``step``; the reasoner has one for all."""
         return self.schemes[step if len(self.schemes) > 1 else 0]
 
+    def __str__(self) -> str:
+        runs = [(scheme, len(list(same))) for scheme, same in groupby(self.schemes)]
+        schemes = ", ".join(scheme if count == 1 else f"{scheme} x{count}" for scheme, count in runs)
+        return f"{self.site}: {schemes}" + (f"; prefix {self.prefix}" if self.prefix != UNQUANTIZED else "")
+
 
 class AssignPrecision(Pass):
     """Every linear of a layer, and every attention, is told its scheme for each step. Nothing else changes.
@@ -56,18 +63,33 @@ class AssignPrecision(Pass):
     activation ``mlp.down``; what is none of these (heads, embeddings of time) has no scheme. The layer is the number of
     attentions before the site. The label lies on the weight, and on the attention itself, and outlives copies; that of
     the generator's attention says in which type keys and values of the prompt come, ``attention.kv`` of the reasoner.
+    A program that has labels keeps its sites, and they get their schemes anew: once the loop is closed they would not
+    be found again.
     Refused: a linear that is two of these, as its one weight would need two schemes (CX220).
     Numerical effect: none.
     """
 
     name = "assign_precision"
+    law = "labels only: what each product is, and its scheme at each step"
+    effect = Effect.LABELS
 
-    def __init__(self, over_steps: OverSteps) -> None:
+    def __init__(self, over_steps: OverSteps, towers: Mapping[str, str] | None = None) -> None:
+        """``towers``: checkpoint tensor → ``und`` or ``gen``, as the reader of checkpoints says; None: not compared."""
         self._over_steps = over_steps
+        self._towers = towers
+
+    def ensures(self, program: Program) -> None:
+        """Dataflow and the reader of checkpoints agree on the tower of every site (InternalError CX360)."""
+        wrong = [] if self._towers is None else misplaced(program, self._towers)
+        if wrong:
+            raise InternalError("CX360", f"sites are given to the wrong tower: {'; '.join(wrong[:3])}")
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
-        for tower, graph in towers_of(program).items():
+        known = [(node, node.meta["precision"]) for g in program.graphs.values() for node in g.nodes if _labelled(node)]
+        for owner, label in known:
+            self._label(owner, label.tower, label.kind, label.layer, result)
+        for tower, graph in towers_of(program).items() if not known else ():
             depth: dict[Node, int] = {}
             for node in graph.nodes:
                 inputs = [depth[n] for n in node.all_input_nodes]
@@ -81,14 +103,16 @@ class AssignPrecision(Pass):
                     result.decline(node, "no part of a layer")
                     continue
                 layer = depth[node] - int(kind != QKV)
-                owner = node if kind == CORE else node.args[1]
-                found = Precision(tower, kind, layer, self._over_steps(tower, kind, layer))
-                if tower == GEN and kind == CORE:
-                    found = replace(found, prefix=self._over_steps(UND, PREFIX, layer)[0])
-                if owner.meta.get("precision") != found:
-                    owner.meta["precision"] = found
-                    result.changes[f"{tower}.{kind}"] += 1
+                self._label(node if kind == CORE else node.args[1], tower, kind, layer, result)
         return result
+
+    def _label(self, owner: Node, tower: str, kind: str, layer: int, result: PassResult) -> None:
+        found = Precision(tower, kind, layer, self._over_steps(tower, kind, layer))
+        if tower == GEN and kind == CORE:
+            found = replace(found, prefix=self._over_steps(UND, PREFIX, layer)[0])
+        if owner.meta.get("precision") != found:
+            owner.meta["precision"] = found
+            result.changes[f"{tower}.{kind}"] += 1
 
     def _kind(self, program: Program, graph: Graph, node: Node) -> str | None:
         found = [
@@ -104,6 +128,23 @@ class AssignPrecision(Pass):
         if len(found) > 1:
             raise CannotApply(self.name, node, f"is {' and '.join(found)} at once")
         return found[0] if found else None
+
+
+def _labelled(node: Node) -> bool:
+    return "precision" in node.meta and (is_weight(node) or is_op(node, *_ATTENTION))
+
+
+def misplaced(program: Program, towers: Mapping[str, str]) -> list[str]:
+    """Sites whose tower by dataflow differs from that of their checkpoint tensors in ``towers``, described."""
+    found = []
+    for graph in program.graphs.values():
+        for node in graph.weights.values():
+            precision: Precision | None = node.meta.get("precision")
+            if precision is None:
+                continue
+            wrong = [key for key in node.meta["weight"].keys if towers.get(key) != precision.tower]
+            found += [f"{precision.site}: {key} is of the {towers.get(key, 'unknown')} tower" for key in wrong[:1]]
+    return found
 
 
 def towers_of(program: Program) -> dict[str, Graph]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import ClassVar
 
 from cosmos_export.diagnostics import UserError
@@ -35,18 +36,42 @@ class PassResult:
         self.declined.append(Declined(describe(node), reason))
 
 
+class Effect(Enum):
+    """What a pass does to the values that a program computes."""
+
+    LABELS = "labels"
+    """Nothing: it only says something about nodes."""
+    EXACT = "exact"
+    """The same function; sums may be taken in another order."""
+    INTERFACE = "interface"
+    """The same function of other inputs and outputs, as where the sampler moves into the loop."""
+    ROUNDS = "rounds"
+    """Values are rounded to a narrower type, as a recipe asks."""
+
+
 class Pass(ABC):
     """One rewrite. Stateless; running it twice changes nothing the second time.
 
-    ``removes`` lists operations that are illegal in every program after it.
+    Only `pipeline.run_passes` calls the three methods, in their order, with the verifier behind them. A docstring
+    states the rewrite as an equation, when it does not apply, and its numerical effect.
     """
 
     name: ClassVar[str]
+    law: ClassVar[str]
+    """The rewrite as an equation, for the list of passes in the documentation."""
+    effect: ClassVar[Effect] = Effect.EXACT
     removes: ClassVar[frozenset[object]] = frozenset()
+    """Operations that are illegal in every program after this pass."""
+
+    def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
+        """Raise `CannotApply` where ``program`` has not the property that the rewrite needs."""
 
     @abstractmethod
     def run(self, program: Program) -> PassResult:
         """Rewrite ``program`` in place."""
+
+    def ensures(self, program: Program) -> None:  # noqa: B027 - the verifier says most of it
+        """Raise InternalError where the rewritten ``program`` has not the property that this pass promises."""
 
 
 class CannotApply(UserError):

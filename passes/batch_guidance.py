@@ -14,7 +14,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate, TensorSpec
-from cosmos_export.passes.base import CannotApply, Pass, PassResult
+from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
 from cosmos_export.passes.rewriting import BINARY, UNARY
 
 NEGATIVE = "negative"
@@ -46,6 +46,8 @@ class BatchGuidance(Pass):
     """
 
     name = "batch_guidance"
+    law = "generator(x, K), generator(x, K') = one run on the rows of both, each attending to its own prompt"
+    effect = Effect.INTERFACE
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
@@ -12,6 +12,9 @@ from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import Size, evaluate
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_weight, spec_of
 from cosmos_export.ir.ops import aten
+from cosmos_export.ir.program import Edge, Loop, Program
+from cosmos_export.ir.spec import Rate
+from cosmos_export.passes.base import Pass, PassResult
 
 _RESHAPES = (aten.view.default, aten.reshape.default)
 
@@ -71,17 +74,73 @@ def _bytes(node: Node, sizes: Mapping[str, int]) -> int:
     return count * spec.dtype.itemsize
 
 
-def cut_graph(graph: Graph, before: Sequence[Node], names: Sequence[str]) -> list[Graph]:
-    """``graph`` as graphs ``names``, a new one from each of the nodes ``before`` on.
+Cuts = Callable[[str, Graph], Sequence[Node]]
+"""Name and graph → the nodes from which on a new piece begins; none where the graph stays whole."""
+
+
+class CutGraph(Pass):
+    """A graph becomes several that run one after the other.
 
         graph(x)  =  last(x, …, second(x, first(x)))
 
-    Each takes by name what it reads of the inputs and of the results of those before it, and has its own weights and
-    constants; what crosses has the name of the node that it was, or another where an output has that name. An output of
-    ``graph`` is an output of the one that computes it, or of the last where none does. Where one reads a dim that
-    nothing it takes shows, it also takes an input that does.
-    Numerical effect: none, the same operations run.
+    Each piece takes by name what it reads of the inputs and of the results of those before it, and has its own weights
+    and constants; what crosses has the name of the node that it was, or another where an output has that name. An output
+    of the graph is an output of the piece that computes it, or of the last where none does. Where a piece reads a dim
+    that nothing it takes shows, it also takes an input that does. The pieces are ``NAME_part_1``, ``NAME_part_2`` …;
+    edges join them, and other graphs to them.
+    Left alone: a graph for which ``cuts`` names no node. Numerical effect: none, the same operations run.
     """
+
+    name = "cut_graph"
+    law = "graph(x) = last(x, …, second(x, first(x)))"
+
+    def __init__(self, cuts: Cuts) -> None:
+        self._cuts = cuts
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        graphs: dict[str, Graph] = {}
+        for name, graph in program.graphs.items():
+            before = self._cuts(name, graph)
+            if not before:
+                graphs[name] = graph
+                continue
+            pieces = cut(graph, before, [f"{name}_part_{index + 1}" for index in range(len(before) + 1)])
+            graphs |= {piece.name: piece for piece in pieces}
+            self._join(program, name, pieces)
+            result.changes["pieces"] += len(pieces)
+        program.graphs = graphs
+        return result
+
+    @staticmethod
+    def _join(program: Program, name: str, pieces: Sequence[Graph]) -> None:
+        """Edges of the graph ``name`` become edges of its ``pieces``, and what crosses gets its own."""
+        edges, fed = [], {edge.input for edge in program.edges if edge.target == name}
+        for edge in program.edges:
+            sources = [piece.name for piece in pieces if edge.output in piece.outputs] if edge.source == name else []
+            targets = [piece.name for piece in pieces if edge.input in piece.inputs] if edge.target == name else []
+            edges += [
+                replace(edge, source=source, target=target)
+                for source in sources or [edge.source]
+                for target in targets or [edge.target]
+            ]
+        for index, piece in enumerate(pieces):
+            for given in piece.inputs:
+                maker = next((one.name for one in pieces[:index] if given in one.outputs), None)
+                if maker is not None and given not in fed and given not in program.rates:
+                    edges.append(Edge(maker, given, piece.name, given))
+        program.edges = edges
+        if program.loop.body == name:
+            program.loop = replace(program.loop, body=pieces[-1].name)
+
+
+def alone(name: str, graph: Graph) -> Program:
+    """``graph`` as a program of its own, whose inputs all come from the caller. The graph is shared, not copied."""
+    return Program({name: graph}, {}, dict.fromkeys(graph.inputs, Rate.CARRIED), Loop(name, {}))
+
+
+def cut(graph: Graph, before: Sequence[Node], names: Sequence[str]) -> list[Graph]:
+    """``graph`` as graphs ``names``, a new one from each of the nodes ``before`` on."""
     starts = {node: index + 1 for index, node in enumerate(before)}
     part_of: dict[Node, int] = {}
     part = 0

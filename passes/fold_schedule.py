@@ -23,6 +23,7 @@ class FoldSchedule(Pass):
     """
 
     name = "fold_schedule"
+    law = "generator(x, t) = generator'(x, schedule(t))"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

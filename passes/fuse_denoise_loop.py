@@ -8,7 +8,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate
-from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.base import Effect, Pass, PassResult
 from cosmos_export.passes.batch_guidance import NEGATIVE
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
 from cosmos_export.sampling import Schedule, Segment
@@ -31,6 +31,8 @@ class FuseDenoiseLoop(Pass):
     """
 
     name = "fuse_denoise_loop"
+    law = "sampler(x, generator(x)) = one body of a loop that carries the sampler's state in fp32"
+    effect = Effect.INTERFACE
 
     def __init__(self, schedule: Schedule, segment: Segment) -> None:
         self._schedule = schedule

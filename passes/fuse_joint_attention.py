@@ -23,6 +23,7 @@ class FuseJointAttention(Pass):
     """
 
     name = "fuse_joint_attention"
+    law = "attention over joined keys does not depend on their order"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

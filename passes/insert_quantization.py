@@ -15,7 +15,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Format, LowRank, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.passes.assign_precision import Precision, towers_of
-from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.base import Effect, Pass, PassResult
 
 BF16, FP8, FP8_W8A16, INT4, NVFP4 = "bf16", "fp8", "fp8-w8a16", "int4", "nvfp4"
 FP8_ATTENTION = "fp8-attention"
@@ -108,6 +108,8 @@ class InsertQuantization(Pass):
     """
 
     name = "insert_quantization"
+    law = "x·Wᵀ = q(x)·q(W)ᵀ up to the scheme; without a quantized site, the same program"
+    effect = Effect.ROUNDS
 
     def __init__(self, ranges: Ranges | None = None, step: int = 0) -> None:
         self._ranges = ranges or Ranges()

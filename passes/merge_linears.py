@@ -24,6 +24,7 @@ class MergeLinears(Pass):
     """
 
     name = "merge_linears"
+    law = "x·Aᵀ, x·Bᵀ = parts of x·[A; B]ᵀ"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -34,6 +34,7 @@ class Normalize(Pass):
     """
 
     name = "normalize"
+    law = "primitives = the building block they spell: `rms_norm`, `rotary`, `swiglu`, `attention`"
     removes: ClassVar[frozenset[object]] = frozenset({
         aten.rsqrt.default, aten.mean.dim, aten.scaled_dot_product_attention.default, aten.slice_scatter.default,
         aten.select_scatter.default,

@@ -9,7 +9,7 @@ from cosmos_export.ir.graph import Graph, Node, is_input, is_op, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.assign_precision import Precision
-from cosmos_export.passes.base import CannotApply, Pass, PassResult
+from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
 from cosmos_export.passes.insert_quantization import FP8, Ranges
 
 _NARROW = torch.float8_e4m3fn
@@ -31,6 +31,8 @@ class QuantizePrefix(Pass):
     """
 
     name = "quantize_prefix"
+    law = "keys and values of the prompt cross from reasoner to generator in FP8, where asked"
+    effect = Effect.ROUNDS
 
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges

@@ -48,6 +48,7 @@ class ShiftRope(Pass):
     """
 
     name = "shift_rope"
+    law = "positions p + c against i = p against i − c"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -32,6 +32,7 @@ class SliceOutputs(Pass):
     """
 
     name = "slice_outputs"
+    law = "slice(f(x)) = f(slice(x)) for row-wise f"
 
     def __init__(self, outputs: Collection[str] | None = None) -> None:
         self._outputs = outputs

@@ -32,6 +32,7 @@ class SplitTowers(Pass):
     """
 
     name = "split_towers"
+    law = "joint(ids, x, t) = generator(x, t, reasoner(ids), conditioning(request))"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -8,27 +8,31 @@ them there, by the pass that a build runs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cosmos_export.build.loop import close_loop
+from cosmos_export.build.forms import close_loop
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, is_op, is_weight, spec_of
+from cosmos_export.ir.dims import Dim, bind, evaluate
+from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
+from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.serialize import graph_document, read_graph
-from cosmos_export.ir.spec import INT4, Part, TensorSpec, WeightBinding, WeightSource
-from cosmos_export.passes.assign_precision import UNQUANTIZED, AssignPrecision, Precision
-from cosmos_export.passes.base import PassResult
-from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges, linears_of
+from cosmos_export.ir.spec import INT4, Part, Rate, TensorSpec, WeightBinding, WeightSource
+from cosmos_export.ir.verifier import verify
+from cosmos_export.passes.assign_precision import UNQUANTIZED, Precision
+from cosmos_export.passes.batch_guidance import NEGATIVE, NEGATIVE_LEN
+from cosmos_export.passes.fold_schedule import SCHEDULE
+from cosmos_export.passes.insert_quantization import Ranges, linears_of
+from cosmos_export.passes.pipeline import CAPTURE, PassOptions, passes_of, run_passes
+from cosmos_export.passes.split_towers import CONDITIONING, REASONER
 from cosmos_export.plan import Workload
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.recipe import Assignment
@@ -41,7 +45,7 @@ _INT4_DEVIATION = 4.0
 """Of integers from −8 to 7, all as likely, about."""
 _AMAX = 5.0
 """Range of activations, which norms keep near one."""
-_SITES = "sites"
+_PROGRAMS = "programs"
 _WRITE = "write them with `python benchmarks/geometry.py -o DIR`"
 TINY: Mapping[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
@@ -54,18 +58,28 @@ PROMPT_DIMS = frozenset({"und_len", NEGATIVE_LEN})
 GUIDED, PLAIN = "step-guided", "step-plain"
 """Bodies of the loop: both branches in one run, and one branch."""
 
-Site = tuple[str, str, int]
-"""Tower, kind and layer, as recipes name places."""
-
 
 @dataclass(frozen=True)
 class GeometryGraphs:
-    """The graphs of a request: what runs once a prompt, once a request, and once a step."""
+    """The graphs of a request: what runs once per prompt, once per request, and once per step."""
 
-    graphs: Mapping[str, Graph]
-    """``reasoner``, ``conditioning`` where the model has actions, and the bodies `GUIDED` and `PLAIN`."""
-    sites: Mapping[str, Mapping[str, Site]]
-    """By graph: the site that each weight of a layer, and each of the generator's attentions, is."""
+    programs: Mapping[str, Program]
+    """`GUIDED` and `PLAIN` → the program whose loop runs steps of that kind by itself, with every site labelled."""
+
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """``reasoner``, ``conditioning`` where the model has actions, and the bodies `GUIDED` and `PLAIN`."""
+        found = {}
+        for kind, program in self.programs.items():
+            found |= {name: one for name, one in program.graphs.items() if name not in (SCHEDULE, program.loop.body)}
+            found[kind] = program.graphs[program.loop.body]
+        return found
+
+    @property
+    def layers(self) -> int:
+        """Layers of the towers, by their labels."""
+        labels = [node.meta["precision"] for graph in self.graphs.values() for node in _labelled(graph)]
+        return max((label.layer for label in labels), default=-1) + 1
 
 
 def modalities_of(workload: Workload, geometry: Geometry) -> tuple[str, ...]:
@@ -88,7 +102,6 @@ def capture_graphs(
 ) -> GeometryGraphs:
     """Capture ``geometry`` and close its loop for ``schedule``, without any weight."""
     from cosmos_export.capture.model import capture
-    from cosmos_export.passes.pipeline import default_passes, run_passes
 
     if tiny:
         geometry = tiny_geometry(geometry)
@@ -97,74 +110,126 @@ def capture_graphs(
         for name, tensor in expected_tensors(geometry).items()
     }
     program = capture(geometry.config, sources, modalities=modalities)
-    run_passes(program, default_passes())
-    AssignPrecision(lambda tower, kind, layer: (UNQUANTIZED,)).run(program)
-    graphs = {name: graph for name, graph in program.graphs.items() if name not in ("schedule", program.loop.body)}
+    options = PassOptions(over_steps=lambda tower, kind, layer: (UNQUANTIZED,))
+    run_passes(program, passes_of(options, "form", "towers", "sites"))
+    programs = {}
     for closed in close_loop(program, schedule).values():
-        body = closed.graphs[closed.loop.body]
-        guided = any(name.startswith("negative_") for name in body.inputs)
-        graphs.setdefault(GUIDED if guided else PLAIN, body)
-    return GeometryGraphs(graphs, {name: _sites(graph) for name, graph in graphs.items()})
+        guided = any(edge.instance == NEGATIVE for edge in closed.edges)
+        programs.setdefault(GUIDED if guided else PLAIN, closed)
+    return GeometryGraphs(programs)
 
 
-def _sites(graph: Graph) -> dict[str, Site]:
-    owners = [n for n in graph.nodes if "precision" in n.meta and (is_weight(n) or is_op(n, ops.JOINT_ATTENTION))]
-    labels: dict[str, Precision] = {node.name: node.meta["precision"] for node in owners}
-    return {name: (label.tower, label.kind, label.layer) for name, label in labels.items()}
+def _labelled(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes if "precision" in n.meta and (is_weight(n) or is_op(n, ops.JOINT_ATTENTION))]
 
 
-def quantized(graph: Graph, sites: Mapping[str, Site], assignment: Assignment, step: int) -> Graph:
-    """``graph`` as a build with the recipe of ``assignment`` has it at ``step``."""
-    result = graph.copy()
+def quantized(program: Program, assignment: Assignment, step: int) -> Program:
+    """A copy of the labelled ``program`` as a build with the recipe of ``assignment`` has it at ``step``, with ranges
+    that no data was seen for."""
     amax: dict[str, float] = {}
     attention: dict[tuple[int, str], float] = {}
-    for node in result.nodes:
-        if node.name not in sites:
-            continue
-        tower, kind, layer = sites[node.name]
-        node.meta["precision"] = Precision(tower, kind, layer, assignment.over_steps(tower, kind, layer))
+    for node in (node for graph in program.graphs.values() for node in _labelled(graph)):
         if is_weight(node):
             amax |= {f"{linear}.input_amax": _AMAX for linear in linears_of(node.meta["weight"])}
         else:
-            attention |= {(layer, operand): _AMAX for operand in "qkv"}
-    InsertQuantization(Ranges(amax, attention=attention), step).rewrite(result, PassResult())
-    return result
+            attention |= {(node.meta["precision"].layer, operand): _AMAX for operand in "qkv"}
+    options = PassOptions(
+        over_steps=assignment.over_steps, ranges=Ranges(amax, attention=attention), step=step
+    )  # fmt: skip
+    copy = program.copy()
+    run_passes(copy, passes_of(options, "sites", "numbers"))
+    return copy
 
 
 def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
-    """A document a graph, weights as shapes alone, and one of their sites."""
+    """One document per graph, with weights as shapes alone, and one of what joins them and what their sites are."""
     folder.mkdir(parents=True, exist_ok=True)
+    documents: dict[str, Any] = {
+        name: graph_document(graph, "random.weights", lambda binding: (0, _bytes(binding.shape, binding.dtype)))
+        for name, graph in found.graphs.items()
+    }
+    documents[_PROGRAMS] = {kind: _program_document(kind, program) for kind, program in found.programs.items()}
     paths = []
-    for name, graph in found.graphs.items():
-        document = graph_document(graph, "random.weights", lambda binding: (0, _bytes(binding.shape, binding.dtype)))
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
-        paths.append(path)
-    paths.append(folder / f"{_SITES}.json")
-    paths[-1].write_text(json.dumps(found.sites, separators=(",", ":")), encoding="utf-8")
+    for name, document in documents.items():
+        paths.append(folder / f"{name}.json")
+        paths[-1].write_text(json.dumps(document, separators=(",", ":")), encoding="utf-8")
     return paths
 
 
+def _program_document(kind: str, program: Program) -> dict[str, Any]:
+    """What a program is besides its graphs. The schedule's graph, which makes tables, is not measured and left out:
+    what it hands on is given by the caller."""
+    graphs = {name: graph for name, graph in program.graphs.items() if name != SCHEDULE}
+    given = [edge.input for edge in program.edges if edge.source == SCHEDULE]
+    return {
+        "graphs": {name: kind if name == program.loop.body else name for name in graphs},
+        "edges": [[e.source, e.output, e.target, e.input, e.instance] for e in program.edges if e.source != SCHEDULE],
+        "dims": [[dim.name, dim.min, dim.max, dim.meaning] for dim in program.dims.values()],
+        "rates": {name: rate.name for name, rate in program.rates.items()} | dict.fromkeys(given, Rate.STEP.name),
+        "loop": program.loop.body,
+        "carried": dict(program.loop.carried),
+        "sites": {name: _sites(graph) for name, graph in graphs.items()},
+    }
+
+
+def _sites(graph: Graph) -> dict[str, tuple[str, str, int]]:
+    """Tower, kind and layer of every labelled value, as recipes name places."""
+    labels: dict[str, Precision] = {node.name: node.meta["precision"] for node in _labelled(graph)}
+    return {name: (label.tower, label.kind, label.layer) for name, label in labels.items()}
+
+
 def read_graphs(folder: Path) -> GeometryGraphs:
-    """What `write_graphs` wrote; UserError CX671 where there is nothing."""
-    paths = {path.stem: path for path in sorted(folder.glob("*.json"))} if folder.is_dir() else {}
-    if _SITES not in paths:
+    """What `write_graphs` wrote; UserError CX671 where there is nothing, or what does not fit together."""
+    path = folder / f"{_PROGRAMS}.json"
+    if not path.is_file():
         raise UserError("CX671", f"{folder} has no graphs", _WRITE)
-    places = read_object(paths.pop(_SITES))
-    sites = {graph: _read_sites(graph, named) for graph, named in places.items()}
-    return GeometryGraphs({name: read_graph(read_object(path), folder) for name, path in paths.items()}, sites)
+    graphs: dict[str, Graph] = {}
+    programs = {}
+    for kind, document in read_object(path).items():
+        try:
+            programs[kind] = _program(kind, document, lambda name: graphs.get(name) or _graph(name, folder, graphs))
+            verify(programs[kind], stage=f"reading {kind}")
+        except (ValueError, KeyError, TypeError, AttributeError, InternalError) as error:
+            raise UserError("CX671", f"{path.name}: {kind}: {error}", _WRITE) from error
+    return GeometryGraphs(programs)
 
 
-def _read_sites(graph: str, named: object) -> dict[str, Site]:
-    found: dict[str, Site] = {}
-    for name, site in named.items() if isinstance(named, dict) else [("", named)]:
-        match site:
-            case [str(tower), str(kind), int(layer)] if not isinstance(layer, bool):
-                found[name] = (tower, kind, layer)
-            case _:
-                where = f"{_SITES}.json: {shown(name)} of graph {shown(graph)}"
-                raise UserError("CX671", f"{where} is {shown(site)}, expected tower, kind and layer", _WRITE)
-    return found
+def _graph(name: str, folder: Path, known: dict[str, Graph]) -> Graph:
+    if name not in (REASONER, CONDITIONING, GUIDED, PLAIN):
+        raise ValueError(f"no graph is called {name!r}")
+    known[name] = read_graph(read_object(folder / f"{name}.json"), folder)
+    return known[name]
+
+
+def _program(kind: str, document: Mapping[str, Any], graph: Callable[[str], Graph]) -> Program:
+    if kind not in (GUIDED, PLAIN):
+        raise ValueError(f"no kind of step is called {kind!r}")
+    graphs = {_text(name): graph(_text(file)) for name, file in document["graphs"].items()}
+    for name, sites in document["sites"].items():
+        nodes = {node.name: node for node in graphs[name].nodes}
+        for node, (tower, place, layer) in sites.items():
+            label = Precision(_text(tower), _text(place), _integer(layer), (UNQUANTIZED,))
+            nodes[node].meta["precision"] = label
+    return Program(
+        graphs=graphs,
+        dims={n: Dim(_text(n), _integer(low), _integer(high), _text(why)) for n, low, high, why in document["dims"]},
+        rates={name: Rate[_text(rate)] for name, rate in document["rates"].items()},
+        loop=Loop(_text(document["loop"]), {name: _text(value) for name, value in document["carried"].items()}),
+        edges=[Edge(*map(_text, edge)) for edge in document["edges"]],
+        history=[CAPTURE],
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a text")
+    return value
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{shown(value)} is not a small whole number")
+    return value
 
 
 def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -15,7 +15,7 @@ from cosmos_export.plan import Workload, parse_workload, published_subject
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import HANDED_ON, UNQUANTIZED, Assignment, load_recipe, resolve_recipe
+from cosmos_export.targets.recipe import UNQUANTIZED, Assignment, load_recipe, resolve_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +113,6 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         load_recipe(request.recipe), request.places, load_target(TARGET), layers=geometry.num_hidden_layers,
         steps=schedule.steps, distilled=schedule.sampler == "distilled-sde",
     )  # fmt: skip
-    if any(assignment.scheme("und", HANDED_ON, layer) != UNQUANTIZED for layer in range(assignment.layers)):
-        place = f"und.{HANDED_ON}"
-        raise UserError("CX672", f"keys and values of a geometry's prompt are in {UNQUANTIZED}", f"leave {place} out")
     if device.type == "cuda":
         import torch
 
@@ -184,12 +181,13 @@ def _require_graphs(found: GeometryGraphs, folder: Path, assignment: Assignment,
     """UserError CX671 where graphs that were captured elsewhere are not those of the request."""
     from cosmos_export.bench.geometry import GUIDED, PLAIN
 
-    layers = max((layer for named in found.sites.values() for _, _, layer in named.values()), default=-1) + 1
     bodies = {GUIDED if guided else PLAIN for guided in schedule.guided}
     missing = sorted({REASONER, *bodies} - found.graphs.keys())
     hint = "write them for this size with `python benchmarks/geometry.py -o DIR`"
-    if layers != assignment.layers:
-        raise UserError("CX671", f"{folder} has graphs of {layers} layers, the size has {assignment.layers}", hint)
+    if found.layers != assignment.layers:
+        raise UserError(
+            "CX671", f"{folder} has graphs of {found.layers} layers, the size has {assignment.layers}", hint
+        )
     if missing:
         raise UserError("CX671", f"{folder} has no {' and no '.join(missing)}, which the workload runs", hint)
 
@@ -215,17 +213,19 @@ def _parts(
     The body of most of the guided (plain) steps has the plain name, others also that of their schemes.
     """
     from cosmos_export.bench import geometry as geometries
+    from cosmos_export.passes.fold_schedule import SCHEDULE
 
     alone, length = request.workload == REASONER, dims["und_len"]
-    for name, graph in found.graphs.items():
-        if name in (geometries.GUIDED, geometries.PLAIN):
+    first = geometries.quantized(next(iter(found.programs.values())), assignment, 0)
+    for name, graph in first.graphs.items():
+        if name in (SCHEDULE, first.loop.body):
             continue
         runs = {name: (length, 1)}
         if name == REASONER and any(schedule.guided) and not alone:
             runs["reasoner-negative"] = (dims["negative_und_len"], 1)
         runs = {label: run for label, run in runs.items() if not request.only or label in request.only}
         if runs and (name == REASONER or not alone):
-            yield _Part(geometries.quantized(graph, found.sites[name], assignment, 0), runs)
+            yield _Part(graph, runs)
     steps: dict[str, dict[int, list[int]]] = {}
     for step, (guided, key) in enumerate(zip(schedule.guided, assignment.step_keys(), strict=True)):
         name = geometries.GUIDED if guided else geometries.PLAIN
@@ -235,8 +235,8 @@ def _parts(
         for same in by_key.values():
             label = name if same is usual else f"{name}/{_schemes_at(assignment, same[0])}"
             if not request.only or label in request.only:
-                graph = geometries.quantized(found.graphs[name], found.sites[name], assignment, same[0])
-                yield _Part(graph, {label: (length, len(same))}, in_loop=True)
+                program = geometries.quantized(found.programs[name], assignment, same[0])
+                yield _Part(program.graphs[program.loop.body], {label: (length, len(same))}, in_loop=True)
 
 
 def _schemes_at(assignment: Assignment, step: int) -> str:

@@ -105,16 +105,18 @@ def check_numerics(
 
 
 def quantized(plain: Program, scheme: str, inputs: Tensors, weights: Weights) -> Program:
-    """``plain`` with every linear of the layers in ``scheme``, scales from one request."""
+    """A copy of ``plain`` with every linear of the layers in ``scheme``, scales from one request."""
     from cosmos_export.evaluation.gates import observe_inputs
-    from cosmos_export.passes.assign_precision import AssignPrecision
-    from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+    from cosmos_export.passes.insert_quantization import Ranges
+    from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
     from cosmos_export.targets.recipe import LINEARS, UNQUANTIZED
 
+    options = PassOptions(
+        over_steps=lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,),
+        ranges=Ranges(observe_inputs(plain, inputs, weights)) if scheme == "fp8" else Ranges(),
+    )
     program = plain.copy()
-    AssignPrecision(lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,)).run(program)
-    ranges = Ranges(observe_inputs(plain, inputs, weights)) if scheme == "fp8" else Ranges({})
-    InsertQuantization(ranges).run(program)
+    run_passes(program, passes_of(options, "sites", "numbers"))
     return program
 
 

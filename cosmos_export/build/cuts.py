@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cosmos_export.build.forms import Pieces, cut
 from cosmos_export.build.options import Plan
 from cosmos_export.build.precision import planned_type
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.spec import Format
-from cosmos_export.passes.cut_graph import cut_graph, narrow_places
+from cosmos_export.passes.cut_graph import narrow_places
+from cosmos_export.passes.pipeline import Watch
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
 from cosmos_export.targets.onnx_lowering import external_nodes
 from cosmos_export.targets.partition import partition
 from cosmos_export.targets.weights import size_bytes
 
-Pieces = Mapping[str, tuple[Graph, ...]]
-"""Graph → what it is lowered as: itself, or the graphs it was cut into, in the order in which they run."""
-
 _SCHEMES = {None: "bf16", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
 
 
-def cut_graphs(graphs: Mapping[str, Graph], plan: Plan) -> Pieces:
+def cut_graphs(graphs: Mapping[str, Graph], plan: Plan, watch: Watch | None = None) -> Pieces:
     """Every one of ``graphs`` in as many pieces as the plan's memory budget needs."""
-    return {name: _cut(name, graph, plan) for name, graph in graphs.items()}
+    return cut(graphs, lambda name, graph: _places(graph, plan), watch=watch)
 
 
-def _cut(name: str, graph: Graph, plan: Plan) -> tuple[Graph, ...]:
+def _places(graph: Graph, plan: Plan) -> list[Node]:
+    """The nodes of ``graph`` from which on another engine begins."""
     limit = None if plan.memory_budget is None else largest_part(plan.memory_budget, plan.layers)
     given = external_nodes(graph) if plan.options.weights == "external" else frozenset[Node]()
 
@@ -35,13 +35,12 @@ def _cut(name: str, graph: Graph, plan: Plan) -> tuple[Graph, ...]:
 
     whole = sum(held(node) for node in graph.weights.values())
     if limit is None or whole <= limit:
-        return (graph,)
+        return []
     sizes = {dim: max(profile.dims[dim].max for profile in plan.profiles) for dim in plan.profiles[0].dims}
     first, places = narrow_places(graph, sizes, held)
     pieces = [first, *(place.weight_size for place in places)]
     cuts = partition(pieces, [0.0, *(float(place.crossing_bytes) for place in places)], limit)
-    names = [f"{name}_part_{index + 1}" for index in range(len(cuts) + 1)]
-    return tuple(cut_graph(graph, [places[cut - 1].node for cut in cuts], names)) if cuts else (graph,)
+    return [places[index - 1].node for index in cuts]
 
 
 def chains(pieces: Pieces) -> dict[str, tuple[str, ...]]:

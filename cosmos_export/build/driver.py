@@ -18,7 +18,7 @@ from cosmos_export.build.planned import bundle_bytes
 from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.selection import tokenizer_bytes
 from cosmos_export.bundle import BundleWriter
-from cosmos_export.diagnostics import FindingError, ToolError, UserError
+from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 
@@ -116,11 +116,7 @@ def _resumed(writer: BundleWriter) -> str:
 
 def _compile_only(plan: Plan, progress: Progress) -> BuildResult:
     from cosmos_export.build.stages import compile_only
-    from cosmos_export.passes.pipeline import pass_names
 
-    if plan.options.until not in pass_names():
-        names = ", ".join(pass_names())
-        raise UserError("CX222", f"there is no pass `{plan.options.until}`", f"passes, in order: {names}")
     return compile_only(plan, progress)
 
 

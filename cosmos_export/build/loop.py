@@ -1,4 +1,4 @@
-"""The loop closed for a schedule: guidance and sampler in the generator's graph, and the tables that drive it.
+"""What drives a closed loop: the tables of its schedule, and what its model takes.
 
 Steps with and without the unconditional branch have different bodies. A schedule that has both is a chain of loops, one
 a segment, that hand the sampler's state on.
@@ -6,7 +6,7 @@ a segment, that hand the sampler's state on.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -16,36 +16,11 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
-from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.base import Pass
-from cosmos_export.passes.batch_guidance import BatchGuidance
 from cosmos_export.passes.fold_schedule import TIME_EMBEDDING
-from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
 from cosmos_export.passes.sampler import COEFFICIENTS
-from cosmos_export.sampling import Schedule, Segment, coefficient_table
+from cosmos_export.sampling import Schedule, coefficient_table
 
 LOOP_TABLES = (TIME_EMBEDDING, COEFFICIENTS)
-_LOOP = "denoise"
-
-
-def close_loop(program: Program, schedule: Schedule, segments: Sequence[Segment] | None = None) -> dict[str, Program]:
-    """For each of ``segments`` (all of the schedule), a copy of ``program`` whose loop runs it by itself, verified.
-
-    Under the name of the model that it becomes: ``denoise``, or where there are several ``denoise_1``, ``denoise_2``, …
-    """
-    segments = segments or schedule.segments
-    names = [f"{_LOOP}_{i}" for i in range(1, len(segments) + 1)] if len(segments) > 1 else [_LOOP]
-    return {name: _close(program, schedule, segment) for name, segment in zip(names, segments, strict=True)}
-
-
-def _close(program: Program, schedule: Schedule, segment: Segment) -> Program:
-    closed = program.copy()
-    passes: list[Pass] = [BatchGuidance()] if segment.guided else []
-    for step in [*passes, FuseDenoiseLoop(schedule, segment)]:
-        step.run(closed)
-        closed.history.append(step.name)
-        verify(closed, stage=step.name)
-    return closed
 
 
 def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cosmos_export.build.forms import quantize_copy
 from cosmos_export.build.options import Plan
-from cosmos_export.build.precision import insert
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
 from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE
 from cosmos_export.diagnostics import FindingError
@@ -35,7 +35,7 @@ from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.passes.pipeline import PassOptions
 from cosmos_export.report.losses import loss_page
 
 REPORT_JSON, REPORT_PAGE = "report/quantization.json", "report/quantization.html"
@@ -103,8 +103,8 @@ class Losses:
         return problems
 
 
-def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights, *, unsampled: str = "") -> Losses:
-    """Both gates on one request. ``plain`` is labelled and not quantized.
+def measure_losses(plain: Program, plan: Plan, passes: PassOptions, weights: Weights, *, unsampled: str = "") -> Losses:
+    """Both gates on one request. ``plain`` is labelled and not quantized; ``passes`` say how it would be.
 
     The latents of each step come from the unquantized model's own sampling. Where that is ``unsampled``, for that
     reason, there is the first step of every way in which steps compute, on noise in place of its latents. A model of
@@ -144,8 +144,7 @@ def measure_losses(plain: Program, plan: Plan, ranges: Ranges, weights: Weights,
 
     def quantized(step: int) -> Program:
         if keys[step] not in programs:
-            programs[keys[step]] = plain.copy()
-            insert(programs[keys[step]], ranges, step)
+            programs[keys[step]] = quantize_copy(plain, passes, step)
         return programs[keys[step]]
 
     # Steps that compute alike are seen on their own latents, but for those of a model that is read as seldom as can be.

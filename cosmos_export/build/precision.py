@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import torch
 
 from cosmos_export.build.options import Plan
 from cosmos_export.calibration.table import SCALES_FILE, read_scale_table
-from cosmos_export.checkpoint import Checkpoint, quantized_linears
+from cosmos_export.checkpoint import Checkpoint, Tower, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import InternalError
-from cosmos_export.evaluation.gates import misplaced_towers, wrong_scales
+from cosmos_export.evaluation.gates import wrong_scales
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
@@ -25,35 +23,25 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.assign_precision import AssignPrecision
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
-from cosmos_export.passes.quantize_prefix import QuantizePrefix
+from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.passes.pipeline import PassOptions
 from cosmos_export.targets.onnx_lowering import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _INPUT = ".input_amax"
 _ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
 _WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+_TOWERS = {Tower.REASONER: "und", Tower.GENERATOR: "gen"}
 
 
-def assign(program: Program, plan: Plan) -> None:
-    """Label the sites of ``program`` with the plan's schemes; CX360: dataflow and the reader disagree on a tower."""
-    step = AssignPrecision(plan.precision.over_steps)
-    step.run(program)
-    program.history.append(step.name)
-    towers = {name: expected.tower for name, expected in plan.checkpoint.expected.items()}
-    wrong = misplaced_towers(program, towers)
-    if wrong:
-        raise InternalError("CX360", f"sites are given to the wrong tower: {'; '.join(wrong[:3])}")
-
-
-def insert(program: Program, ranges: Ranges, step: int) -> None:
-    """Quantize the labelled ``program`` as its sites compute from ``step`` on."""
-    for rewrite in (InsertQuantization(ranges, step), QuantizePrefix(ranges)):
-        if rewrite.run(program).modified:
-            program.history.append(rewrite.name)
-            verify(program, stage=rewrite.name)
+def pass_options(plan: Plan) -> PassOptions:
+    """What the passes of a build are told."""
+    if not plan.quantized:
+        return PassOptions(plan.options.outputs, schedule=plan.schedule)
+    towers = {name: _TOWERS.get(expected.tower, "") for name, expected in plan.checkpoint.expected.items()}
+    return PassOptions(
+        plan.options.outputs, plan.precision.over_steps, towers, activation_ranges(plan), schedule=plan.schedule
+    )
 
 
 def require_scales(programs: Iterable[Program], plan: Plan) -> None:
@@ -73,33 +61,6 @@ def require_scales(programs: Iterable[Program], plan: Plan) -> None:
     wrong = [line for program in programs for line in wrong_scales(program, linears, attention)]
     if wrong:
         raise InternalError("CX363", f"{len(wrong)} scales of activations are not those of their ranges: {wrong[0]}")
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A program whose sites compute as a plan says."""
-
-    program: Program
-    """As most steps compute; the unquantized program itself where nothing is quantized."""
-    variants: Mapping[str, Program]
-    """For a host's loop: the program with another body, by that body's name."""
-    bodies: tuple[str, ...]
-    """The body of every step, where there are several."""
-
-
-def quantize(plain: Program, plan: Plan, ranges: Ranges) -> Quantized:
-    """``plain``, labelled, once for every way in which steps compute."""
-    keys, body = plan.precision.step_keys(), plain.loop.body
-    by_count = [key for key, _ in Counter(keys).most_common()]
-    names = {key: body if i == 0 else f"{body}_{i + 1}" for i, key in enumerate(by_count)}
-    programs = {}
-    for key, name in names.items():
-        programs[name] = plain.copy()
-        insert(programs[name], ranges, keys.index(key))
-    if plan.options.loop == "device" or len(names) == 1:
-        return Quantized(programs[body], {}, ())
-    variants = {name: program for name, program in programs.items() if name != body}
-    return Quantized(programs[body], variants, tuple(names[key] for key in keys))
 
 
 def activation_ranges(plan: Plan) -> Ranges:

@@ -36,24 +36,17 @@ from cosmos_export.build.builders import Builders
 from cosmos_export.build.cache import Cache
 from cosmos_export.build.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.build.coverage import coverage_note
-from cosmos_export.build.cuts import Pieces, chains, cut_graphs, cut_notes
+from cosmos_export.build.cuts import chains, cut_graphs, cut_notes
 from cosmos_export.build.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.build.forms import Forms, Pieces, make_forms
 from cosmos_export.build.inputs import InputHashes
 from cosmos_export.build.keys import plugin_nodes
-from cosmos_export.build.loop import LOOP_TABLES, close_loop, loop_inputs, loop_tables
+from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.build.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.build.metering import Meter
 from cosmos_export.build.options import ENGINE_BACKENDS, Plan
 from cosmos_export.build.planned import builder_memory, gates_memory
-from cosmos_export.build.precision import (
-    activation_ranges,
-    assign,
-    insert,
-    layer_weights,
-    planned_types,
-    quantize,
-    require_scales,
-)
+from cosmos_export.build.precision import layer_weights, pass_options, planned_types, require_scales
 from cosmos_export.build.record import manifest
 from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.build.schedule import schedule_table, timesteps
@@ -75,9 +68,11 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec, WeightSource
 from cosmos_export.ir.text import print_program
 from cosmos_export.memory import available_bytes
+from cosmos_export.passes.base import Effect
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
+from cosmos_export.passes.cut_graph import CutGraph
 from cosmos_export.passes.fold_schedule import SCHEDULE
-from cosmos_export.passes.pipeline import Report, default_passes, run_passes
+from cosmos_export.passes.pipeline import CAPTURE, PassOptions, Report, passes_of, require_pass, run_passes
 from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
@@ -137,12 +132,19 @@ class BuildResult:
 def compile_only(plan: Plan, progress: Progress) -> BuildResult:
     """The graphs up to ``--until``, and their text; compared with diffusers' after each pass if that is asked for."""
     result = BuildResult(plan)
+    passes = pass_options(plan)
+    require_pass(plan.options.until, _everything(passes, plan))
     with result.meter:
         stages, parity = _Stages(result, progress), None
         if plan.options.parity == "always":
             with stages("parity", "reference"):
                 parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, read_weights(read_source))
-        _compile(plan, weight_sources(plan.checkpoint.tensors), parity, result, stages)
+        watch = _Watch(plan, parity, result, stages)
+        plain = _compile(plan, weight_sources(plan.checkpoint.tensors), passes, watch, stages)
+        forms = _forms(plain, plan, passes, watch)
+        others = {name: variant.graphs[variant.loop.body] for name, variant in forms.variants.items()}
+        if plan.options.until == CutGraph.name:
+            cut_graphs({**forms.program.graphs, **others}, plan, watch)
         _require_parity(result.parity)
     result.peak_memory_bytes = _peak_memory()
     return result
@@ -192,29 +194,22 @@ def _build(
     if not result.parity_note:
         with stages("parity", "reference"):
             parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights)
-    program = _compile(plan, sources, parity, result, stages)
+    passes, watch = pass_options(plan), _Watch(plan, parity, result, stages)
+    program = _compile(plan, sources, passes, watch, stages)
     with stages("time table"):
         coefficients = torch.from_numpy(coefficient_table(plan.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
         writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
-    closed: Mapping[str, Program] = {}
-    variants: Mapping[str, Program] = {}
     with stages("quantization"):
         plain = program
-        if plan.quantized:
-            assign(plain, plan)
-            ranges = activation_ranges(plan)
-            quantized = quantize(plain, plan, ranges)
-            program, variants, result.bodies = quantized.program, quantized.variants, quantized.bodies
-        if plan.options.loop == "device":
-            closed = close_loop(plain, plan.schedule, plan.segments)
-            for segment in closed.values() if plan.quantized else ():
-                insert(segment, ranges, segment.loop.start)
+        forms = _forms(plain, plan, passes, watch)
+        program, variants, closed = forms.program, forms.variants, forms.closed
+        result.bodies = forms.bodies
         if plan.quantized:
             require_scales((program, *variants.values(), *closed.values()), plan)
     with stages("cuts"):
         others = {name: variant.graphs[variant.loop.body] for name, variant in variants.items()}
-        result.pieces = cut_graphs({**program.graphs, **others}, plan)
+        result.pieces = cut_graphs({**program.graphs, **others}, plan, watch)
         result.notes += cut_notes(result.pieces)
     _compare_codecs(result, writer, stages)
     if parity is None:
@@ -260,7 +255,7 @@ def _build(
     engines.submit(*program.graphs, *closed)
     if plan.quantized:
         with stages("gates"):
-            result.losses = measure_losses(plain, plan, ranges, weights, unsampled=result.parity_note)
+            result.losses = measure_losses(plain, plan, passes, weights, unsampled=result.parity_note)
             write_losses(result.losses, plan, writer)
         require_losses(result.losses, result.quality, plan)
         return_freed_memory()
@@ -345,43 +340,61 @@ def _peak_memory() -> int:
 
 
 def _compile(
-    plan: Plan, sources: Mapping[str, WeightSource], parity: Parity | None, result: BuildResult, stages: _Stages
+    plan: Plan, sources: Mapping[str, WeightSource], passes: PassOptions, watch: _Watch, stages: _Stages
 ) -> Program:
-    options = plan.options
-    dump = _Dump(options.dump, result)
+    """The program that all forms are made from: captured, taken apart, and labelled where it is to be quantized."""
     with stages("capture"):
         program = capture(plan.checkpoint.geometry.config, sources, modalities=plan.modalities)
-
-    def compare(stage: str) -> None:
-        dump(program)
-        if parity is not None:
-            with stages("parity", f"of {stage}"):
-                result.parity.append(parity.program(program, stage))
-
-    def after_each(_: Program, report: Report) -> None:
-        result.passes.append(report)
-        result.meter.add("passes", report.seconds)
-        compare(report.name)
-
-    compare("capture")
-    run_passes(program, default_passes(options.outputs), until=options.until, after_each=after_each)
-    result.program = program
+    watch.captured(program)
+    run_passes(program, passes_of(passes, "form", "towers", "sites"), until=plan.options.until, after_each=watch)
     return program
 
 
-class _Dump:
-    """Writes the program's text after each pass where a directory is given."""
+def _forms(plain: Program, plan: Plan, passes: PassOptions, watch: _Watch) -> Forms:
+    segments = plan.segments if plan.options.loop == "device" else ()
+    return make_forms(
+        plain, passes, plan.precision.step_keys(), segments, until=plan.options.until, watch=watch
+    )  # fmt: skip
 
-    def __init__(self, folder: Path | None, result: BuildResult) -> None:
-        self._folder = folder
-        self._result = result
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
-    def __call__(self, program: Program) -> None:
+def _everything(passes: PassOptions, plan: Plan) -> PassOptions:
+    """Options under which every pass that some form of the program goes through has something to do."""
+    segments = plan.segments if plan.options.loop == "device" else ()
+    segment = next((one for one in segments if one.guided), segments[0] if segments else None)
+    return replace(passes, segment=segment, cuts=None if plan.memory_budget is None else lambda *_: ())
+
+
+class _Watch:
+    """Sees the program after every pass: reports it, writes its text, and compares it with the published model."""
+
+    def __init__(self, plan: Plan, parity: Parity | None, result: BuildResult, stages: _Stages) -> None:
+        self._parity, self._result, self._stages = parity, result, stages
+        self._folder = plan.options.dump
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def captured(self, program: Program) -> None:
+        self._result.program = program
+        self._dump(program)
+        self._compare(program, CAPTURE)
+
+    def __call__(self, program: Program, report: Report) -> None:
+        self._result.passes.append(report)
+        self._result.meter.add("passes", report.seconds)
+        self._dump(program, report.form)
+        if report.effect is Effect.EXACT and not report.form:
+            self._compare(program, report.name)
+
+    def _compare(self, program: Program, stage: str) -> None:
+        if self._parity is not None:
+            with self._stages("parity", f"of {stage}"):
+                self._result.parity.append(self._parity.program(program, stage))
+
+    def _dump(self, program: Program, form: str = "") -> None:
         if self._folder is None:
             return
-        path = self._folder / f"{len(self._result.dumps):02d}-{program.history[-1]}.txt"
+        name = f"{len(self._result.dumps):02d}-{program.history[-1]}{f'-{form}' if form else ''}.txt"
+        path = self._folder / name
         path.write_text(print_program(program), encoding="utf-8")
         self._result.dumps.append(path)
 

@@ -230,7 +230,8 @@ def _print(result: BuildResult) -> None:
     for report in result.passes:
         changes = ", ".join(f"{count} × {kind}" for kind, count in report.result.changes.items()) or "nothing"
         declined = ", ".join(f"{d.where}: {d.reason}" for d in report.result.declined)
-        passes.add_row(report.name, changes, declined or "–", f"{report.seconds:.2f}")
+        name = f"{report.name} ({report.form})" if report.form else report.name
+        passes.add_row(name, changes, declined or "–", f"{report.seconds:.2f}")
     out.print(passes)
     if result.parity:
         table = Table(
@@ -413,6 +414,7 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
         "passes": [
             {
                 "name": r.name,
+                "form": r.form,
                 "changes": dict(r.result.changes),
                 "declined": [{"where": d.where, "reason": d.reason} for d in r.result.declined],
                 "seconds": round(r.seconds, 3),

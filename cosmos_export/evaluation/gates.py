@@ -13,7 +13,6 @@ from math import inf, isfinite, log10, sqrt
 import numpy as np
 import torch
 
-from cosmos_export.checkpoint import Tower
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.interpreter import Tensors, Weights, compute_value, run_program
@@ -51,20 +50,6 @@ def watch_linears(see: Observer) -> Callable[[Node, Mapping[Node, torch.Tensor]]
             see(node, values[node.args[0]], values[node.args[1]], values[node])
 
     return observe
-
-
-def misplaced_towers(program: Program, towers: Mapping[str, Tower]) -> list[str]:
-    """Sites that the compiler gives to another tower than the reader of checkpoints: two accounts that must agree."""
-    names = {"und": Tower.REASONER, "gen": Tower.GENERATOR}
-    found = []
-    for graph in program.graphs.values():
-        for node in graph.weights.values():
-            precision = node.meta.get("precision")
-            if precision is None:
-                continue
-            wrong = [key for key in node.meta["weight"].keys if towers.get(key) is not names[precision.tower]]
-            found += [f"{precision.site}: {key} is of the {towers.get(key, 'unknown')} tower" for key in wrong[:1]]
-    return found
 
 
 def wrong_scales(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from cosmos_export.cli.doctor import register as register_doctor
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.doctor import Facts, State, examine
 from cosmos_export.ir import ops
+from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.plan import published_subject
 from cosmos_export.progress import Silent
@@ -137,6 +139,45 @@ def test_a_recipe_is_changed_as_in_a_build(graphs: Path) -> None:
     assert found.recipe == "fp8 --set gen=fp8"
 
 
+def test_what_the_prompt_hands_on_is_in_fp8_where_asked(graphs: Path) -> None:
+    """As in a build, by the pass of builds: both runs of the reasoner hand on FP8, and the body takes it."""
+    found, schedule = read_graphs(graphs / "tiny-vision"), geometry_schedule(asked(graphs))[1]
+    places = ("und.attention.kv=fp8",)
+    assignment = resolve_recipe(load_recipe("bf16"), places, load_target("h100"), layers=2, steps=schedule.steps)
+    program = quantized(found.programs[GUIDED], assignment, 9)
+    narrow = {torch.float8_e4m3fn}
+    assert {spec_of(node).dtype for node in program.graphs["reasoner"].outputs.values()} == narrow
+    body = program.graphs[program.loop.body].inputs
+    assert {spec_of(body[edge.input]).dtype for edge in program.edges if edge.source == "reasoner"} == narrow
+    assert measure_geometry(asked(graphs, places=places), Silent()).recipe == f"bf16 --set {places[0]}"
+
+
+@pytest.mark.parametrize("damage", ["site", "edge", "rate", "graph", "kind", "loop", "layer"])
+def test_documents_that_do_not_fit_together(graphs: Path, tmp_path: Path, damage: str) -> None:
+    folder = shutil.copytree(graphs / "tiny-vision", tmp_path / "graphs")
+    path = folder / "programs.json"
+    document = json.loads(path.read_text())
+    program = document[GUIDED]
+    if damage == "site":
+        program["sites"]["generator"]["nowhere"] = ["gen", "mlp.down", 0]
+    elif damage == "layer":
+        next(iter(program["sites"]["generator"].values()))[2] = "0"
+    elif damage == "edge":
+        program["edges"].pop()
+    elif damage == "rate":
+        program["rates"]["input_ids"] = "SOMETIMES"
+    elif damage == "graph":
+        program["graphs"]["more"] = "../../passwords"
+    elif damage == "kind":
+        document["step-other"] = program
+    else:
+        program["carried"]["vision_sample"] = "nowhere"
+    path.write_text(json.dumps(document))
+    with pytest.raises(CosmosExportError, match=r"programs\.json: ") as caught:
+        read_graphs(folder)
+    assert caught.value.code == "CX671" and "benchmarks/geometry.py" in caught.value.hint
+
+
 @pytest.mark.parametrize(
     ("recipe", "step", "products", "attentions"),
     [
@@ -150,7 +191,8 @@ def test_the_products_of_a_geometry_are_those_of_its_recipe(
     """Read from the carried documents: two layers of QKV, output, gate and up, down; no projection of patches."""
     found, workload = read_graphs(graphs / "tiny-vision"), geometry_schedule(asked(graphs))[1]
     assignment = resolve_recipe(load_recipe(recipe), (), load_target("h100"), layers=2, steps=workload.steps)
-    graph = quantized(found.graphs[PLAIN], found.sites[PLAIN], assignment, step)
+    program = quantized(found.programs[PLAIN], assignment, step)
+    graph = program.graphs[program.loop.body]
     assert Counter(planned_types(graph).values()) == products
     assert len(graph.calls(ops.JOINT_ATTENTION_FP8)) == attentions
     assert len(graph.calls(aten.linear.default)) > 8  # what no recipe is for
@@ -163,7 +205,7 @@ def test_the_products_of_a_geometry_are_those_of_its_recipe(
         ({"recipe": "int8"}, "CX350"), ({"recipe": "fp4"}, "CX352"),
         ({"workload": "t9v-480p"}, "CX481"), ({"device": "cuda:63"}, "CX505"), ({"folder": Path("nowhere")}, "CX671"),
         ({"dry_run": False, "runs": 5, "warm_up": 1}, "CX671"),
-        ({"places": ("und.attention.kv=fp8",)}, "CX672"), ({"places": ("gen.mlp=int9",)}, "CX353"),
+        ({"places": ("gen.mlp=int9",)}, "CX353"),
         ({"kernels": frozenset({"fast"})}, "CX672"), ({"attention": "magic"}, "CX672"),
     ],
 )  # fmt: skip

@@ -42,6 +42,12 @@ def edge_bundle(shared: Path, edge: Path) -> harness.Built:
     return harness.command_line_build(shared, "edge.bundle", edge, *harness.TRANSFORMER_ONLY)
 
 
+@pytest.fixture(scope="session")
+def scales(shared: Path, omni: Path) -> Path:
+    """Ranges of every activation of ``omni``."""
+    return harness.scale_table(omni, shared / "omni-scales")
+
+
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in this process share one capture of each checkpoint; everything after it is done every time."""

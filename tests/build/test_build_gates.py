@@ -92,8 +92,8 @@ class Perturb(Pass):
 def test_a_pass_that_changes_the_results(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    passes = stages.default_passes
-    monkeypatch.setattr(stages, "default_passes", lambda outputs: [*passes(outputs), Perturb(factor)])
+    passes = stages.passes_of
+    monkeypatch.setattr(stages, "passes_of", lambda *asked: [*passes(*asked), Perturb(factor)])
     with pytest.raises(FindingError) as caught:
         build(harness.transformer_only(omni, tmp_path / "x"))
     assert (caught.value.code, caught.value.exit_code) == ("CX601", 1)
@@ -109,14 +109,14 @@ def test_an_older_bundle_outlives_a_build_that_fails(
     output = tmp_path / "x"
     build(harness.transformer_only(omni, output, parity="never", steps=2))
     before = (output / "manifest.json").read_bytes()
-    passes = stages.default_passes
-    monkeypatch.setattr(stages, "default_passes", lambda outputs: [*passes(outputs), Perturb(2.0)])
+    passes = stages.passes_of
+    monkeypatch.setattr(stages, "passes_of", lambda *asked: [*passes(*asked), Perturb(2.0)])
     with pytest.raises(FindingError):
         build(harness.transformer_only(omni, output, force=True))
     assert (output / "manifest.json").read_bytes() == before
     assert verify_bundle(output).ok
     assert harness.leftovers(tmp_path) == ["x"]
-    monkeypatch.setattr(stages, "default_passes", passes)
+    monkeypatch.setattr(stages, "passes_of", passes)
     build(harness.transformer_only(omni, output, parity="never", steps=3, force=True))
     assert (output / "manifest.json").read_bytes() != before
     assert verify_bundle(output).ok

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cosmos_export.build import stages
+from cosmos_export.build import forms, stages
 from cosmos_export.build.driver import _required_bytes, build
 from cosmos_export.build.options import BuildOptions, Plan, resolve
 from cosmos_export.build.planned import bundle_bytes, parts
@@ -167,8 +167,8 @@ def first_rows(loop_tables: Any) -> Any:
 def forgetful(close_loop: Any) -> Any:
     """A later segment takes the samples alone; the sampler's memory begins as zeros again."""
 
-    def wrong(*arguments: Any) -> Any:
-        closed = close_loop(*arguments)
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        closed = close_loop(*arguments, **options)
         for program in closed.values():
             samples = tuple(n for n in program.loop.carried if n.endswith("_sample"))
             program.loop = replace(program.loop, taken=samples)
@@ -177,11 +177,13 @@ def forgetful(close_loop: Any) -> Any:
     return wrong
 
 
-@pytest.mark.parametrize(("function", "bug"), [("loop_tables", first_rows), ("close_loop", forgetful)])
+@pytest.mark.parametrize(
+    ("function", "bug"), [((stages, "loop_tables"), first_rows), ((forms, "close_loop"), forgetful)]
+)
 def test_a_segment_that_does_not_go_on_where_the_last_one_ended_is_found(
-    tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, function: str, bug: Any
+    tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, function: tuple[Any, str], bug: Any
 ) -> None:
-    monkeypatch.setattr(stages, function, bug(getattr(stages, function)))
+    monkeypatch.setattr(*function, bug(getattr(*function)))
     with pytest.raises(FindingError, match="loop of 6 steps"):
         built(omni, tmp_path / "x", parity="always", steps=6, guidance_interval=(900.0, 1000.0))
     assert not (tmp_path / "x").exists()

@@ -17,10 +17,8 @@ from cosmos_export.evaluation.models import Model, Value
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.assign_precision import AssignPrecision
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
-from cosmos_export.passes.pipeline import default_passes, run_passes
+from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.passes.pipeline import PassOptions, default_passes, passes_of, run_passes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx_lowering import lower
 from cosmos_export.targets.weights import layout, read_source, write_weights
@@ -70,14 +68,14 @@ class Tiny:
         return observe_inputs(self.program, self.wide, self.weights)
 
     def assigned(self, over_steps: Any) -> Program:
-        program = self.program.copy()
-        AssignPrecision(over_steps).run(program)
-        return program
+        return self._after(PassOptions(over_steps=over_steps), "sites")
 
     def quantized(self, scheme: str, ranges: Ranges | None = None) -> Program:
-        program = self.assigned(uniform(scheme))
-        InsertQuantization(ranges or self.ranges).run(program)
-        verify(program, stage=scheme)
+        return self._after(PassOptions(over_steps=uniform(scheme), ranges=ranges or self.ranges), "sites", "numbers")
+
+    def _after(self, options: PassOptions, *phases: str) -> Program:
+        program = self.program.copy()
+        run_passes(program, passes_of(options, *phases))
         return program
 
     def run(self, program: Program) -> dict[str, torch.Tensor]:

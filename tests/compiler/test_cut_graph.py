@@ -15,12 +15,14 @@ from quantized import Tiny
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import bind
-from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
-from cosmos_export.passes.cut_graph import cut_graph, narrow_places
+from cosmos_export.ir.text import print_program
+from cosmos_export.passes.cut_graph import cut, narrow_places
+from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx_lowering import lower
 from cosmos_export.targets.partition import partition
@@ -36,13 +38,25 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def pieces_of(graph: Graph, share: float) -> list[Graph]:
-    """``graph`` cut so that no piece has more than ``share`` of its weights."""
+def places_of(graph: Graph, share: float) -> list[Node]:
+    """Where ``graph`` is cut so that no piece has more than ``share`` of its weights."""
     first, places = narrow_places(graph, SIZES, lambda node: size_bytes(node.meta["weight"]))
     sizes = [first, *(place.weight_size for place in places)]
     cuts = partition(sizes, [0.0, *(float(place.crossing_bytes) for place in places)], share * sum(sizes))
-    names = [f"{graph.name}_part_{index + 1}" for index in range(len(cuts) + 1)]
-    return cut_graph(graph, [places[cut - 1].node for cut in cuts], names)
+    return [places[cut - 1].node for cut in cuts]
+
+
+def cut_program(program: Program, share: float) -> Program:
+    """A copy of ``program`` by the pass, with both towers cut."""
+    copy = program.copy()
+    options = PassOptions(cuts=lambda name, graph: places_of(graph, share) if name in CUT else ())
+    (report,) = run_passes(copy, passes_of(options, "cut"))
+    assert report.result.changes["pieces"] == len(copy.graphs) - len(program.graphs) + len(CUT)
+    return copy
+
+
+def pieces_of(program: Program, name: str, share: float) -> list[Graph]:
+    return [graph for piece, graph in cut_program(program, share).graphs.items() if piece.startswith(f"{name}_part_")]
 
 
 def binding_of(program: Program, tiny: Tiny) -> dict[str, int]:
@@ -72,7 +86,7 @@ def test_chained_is_whole_in_the_interpreter(tiny: Tiny, scheme: str, share: flo
     binding, expected = binding_of(program, tiny), whole_run(program, tiny)
     for name in CUT:
         graph = program.graphs[name]
-        pieces = pieces_of(graph, share)
+        pieces = pieces_of(program, name, share)
         assert len(pieces) > (3 if share == 0 else 1)
         known = {i: expected[name][i] for i in graph.inputs}
         for piece in pieces:
@@ -80,6 +94,22 @@ def test_chained_is_whole_in_the_interpreter(tiny: Tiny, scheme: str, share: flo
         for output in graph.outputs:
             assert torch.equal(known[output], expected[name][output]), (name, output)
         assert sum(len(piece.calls()) for piece in pieces) == len(graph.calls())
+
+
+@pytest.mark.parametrize("scheme", ["bf16", "fp8"])
+def test_a_cut_program_runs_by_its_edges(tiny: Tiny, scheme: str) -> None:
+    """Edges reach the pieces that make and read a value, and what crosses has its own."""
+    program = tiny.quantized(scheme) if scheme != "bf16" else tiny.program
+    expected = whole_run(program, tiny)
+    pieces = cut_program(program, 0.3)
+    found = whole_run(pieces, tiny)
+    made = {name: value for graph in found.values() for name, value in graph.items()}
+    for output in program.graphs["generator"].outputs:
+        assert torch.equal(made[output], expected["generator"][output]), output
+    assert pieces.loop.body == list(pieces.graphs)[-1]
+    again = pieces.copy()
+    run_passes(again, passes_of(PassOptions(cuts=lambda *_: ()), "cut"))
+    assert print_program(again) == print_program(pieces)
 
 
 def session(model: onnx.ModelProto, path: Path) -> onnxruntime.InferenceSession:
@@ -109,7 +139,7 @@ def test_chained_is_whole_in_onnx_runtime(tiny: Tiny, scheme: str) -> None:
 
         known: dict[str, Any] = {i: inputs[name][i].numpy() for i in graph.inputs}
         whole = run(graph, known)
-        for piece in pieces_of(graph, 0.3):
+        for piece in pieces_of(program, name, 0.3):
             known |= run(piece, known)
         for output in graph.outputs:
             assert np.array_equal(known[output], whole[output]), (name, output)
@@ -119,7 +149,7 @@ def test_what_crosses_is_the_stream_and_tables(tiny: Tiny) -> None:
     """One value a row, no wider than the model, where a piece takes attention whole."""
     hidden = tiny.config["hidden_size"]
     for name in CUT:
-        pieces = pieces_of(tiny.program.graphs[name], 0.36)
+        pieces = pieces_of(tiny.program, name, 0.36)
         own = set(tiny.program.graphs[name].inputs)
         for piece in pieces[1:]:
             crossing = [spec_of(node) for i, node in piece.inputs.items() if i not in own]
@@ -140,7 +170,7 @@ def test_partition() -> None:
 
 def test_cutting_nowhere_is_the_graph(tiny: Tiny) -> None:
     graph = tiny.program.graphs["generator"]
-    (whole,) = cut_graph(graph, [], ["generator"])
+    (whole,) = cut(graph, [], ["generator"])
     assert list(whole.inputs) == [i for i, node in graph.inputs.items() if node.users]
     assert list(whole.outputs) == list(graph.outputs)
     assert [n.name for n in whole.calls()] == [n.name for n in graph.calls()]
@@ -159,7 +189,7 @@ def run_cut(graph: Graph, before: Any) -> dict[str, torch.Tensor]:
     """The pieces one after the other, by name as a runtime does it."""
     given = {"x": torch.tensor([1.0, -2.0, 3.0, 0.5])}
     made: dict[str, torch.Tensor] = {}
-    for piece in cut_graph(graph, [before], ["a", "b"]):
+    for piece in cut(graph, [before], ["a", "b"]):
         results = run_graph(piece, {name: given[name] for name in piece.inputs}, lambda _: torch.zeros(0), {})
         made |= {name: value for name, value in results.items() if name in graph.outputs}
         given |= results

@@ -13,7 +13,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from tiny_cosmos import Case, Compiled, Tensors, request, stock_forward
 
-from cosmos_export.build.loop import close_loop, loop_tables
+from cosmos_export.build.forms import close_loop
+from cosmos_export.build.loop import loop_tables
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import run_graph, run_loop, run_program

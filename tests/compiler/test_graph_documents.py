@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,10 +271,10 @@ def test_growing_sizes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda p: p.write_text('{"step": 3}'), lambda p: p.write_text('{"step": {"w": [1, 2]}}')]
+    "text", ['{"step-guided": 3}', '{"step-plain": {}}', '{"other": {}}', '{"step-plain": {"graphs": {"a": "../x"}}}']
 )
-def test_places_of_weights_beside_documents_are_read_as_strictly(tmp_path: Path, change: Callable[[Path], Any]) -> None:
-    change(tmp_path / "sites.json")
+def test_what_joins_graphs_is_read_as_strictly(tmp_path: Path, text: str) -> None:
+    (tmp_path / "programs.json").write_text(text)
     with pytest.raises(UserError) as caught:
         read_graphs(tmp_path)
-    assert caught.value.code == "CX671" and "tower, kind and layer" in caught.value.message
+    assert caught.value.code == "CX671" and "benchmarks/geometry.py" in caught.value.hint

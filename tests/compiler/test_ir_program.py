@@ -19,7 +19,17 @@ from cosmos_export.ir.interpreter import read_weights, run_graph, run_program
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.rates import rates_of, sources_of
-from cosmos_export.ir.spec import Rate, TensorSpec, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import (
+    Format,
+    LowRank,
+    Packing,
+    Part,
+    Rate,
+    TensorSpec,
+    Transform,
+    WeightBinding,
+    WeightSource,
+)
 from cosmos_export.ir.text import print_graph, print_program
 from cosmos_export.ir.verifier import verify
 
@@ -377,6 +387,7 @@ edge first.t -> body.t
 loop body: y <- y_next
 
 unused spare: nothing reads it
+file 0: absent
 graph first {
   %x: float32[rows, 4] = input
   %exp_default: float32[rows, 4] = aten.exp(%x)
@@ -386,8 +397,8 @@ graph first {
 graph body {
   %t: float32[rows, 4] = input
   %y: float32[rows, 3] = input
-  %w: float32[3, 4] = weight w
-  %m: bool[6] = constant
+  %w: float32[3, 4] = weight w@0+0:float32[3x4]
+  %m: bool[6] = constant [True, True, True, True, True, True]
   %linear_default: float32[rows, 3] = aten.linear(%t, %w)  # head
   %add_tensor: float32[rows, 3] = aten.add.Tensor(%linear_default, %y)
   %neg_default: float32[rows, 3] = aten.neg(%add_tensor)
@@ -399,6 +410,133 @@ graph body {
 }
 """
     )
+
+
+def _source(**changes: Any) -> Callable[[Program], None]:
+    def change(p: Program) -> None:
+        node = p.graphs["body"].weights["w"]
+        bound = node.meta["weight"]
+        node.meta["weight"] = replace(bound, sources=(replace(bound.sources[0], **changes),))
+
+    return change
+
+
+def _packed(**changes: Any) -> Callable[[Program], None]:
+    base = Packing(Format.INT4, Part.VALUES, torch.bfloat16, 32)
+
+    def change(p: Program) -> None:
+        packing = replace(base, **changes)
+        node = p.graphs["body"].weights["w"]
+        node.meta["weight"] = replace(binding("w", 3, 64), packing=packing, dtype=packing.stored)
+
+    return change
+
+
+def _loop(**changes: Any) -> Callable[[Program], None]:
+    return lambda p: setattr(p, "loop", replace(p.loop, **changes))
+
+
+def _edge(**changes: Any) -> Callable[[Program], None]:
+    return lambda p: p.edges.append(replace(p.edges.pop(), **changes))
+
+
+def _node(which: int, **changes: Any) -> Callable[[Program], None]:
+    def change(p: Program) -> None:
+        for name, value in changes.items():
+            setattr(p.graphs["body"].calls()[which], name, value)
+
+    return change
+
+
+def _meta(key: str, value: Any) -> Callable[[Program], None]:
+    return lambda p: p.graphs["body"].weights["w"].meta.update({key: value})
+
+
+def _constant(value: torch.Tensor) -> Callable[[Program], None]:
+    return lambda p: p.graphs["body"].constants["m"].meta.update(constant=value)
+
+
+OTHER = WeightSource("other", Path("absent"), 8, F32, (1, 64))
+CHANGES: dict[str, Callable[[Program], None]] = {
+    "nothing": lambda p: None,
+    "dim name": lambda p: p.dims.update(rows=Dim("columns", 0, 9, "rows of it")),
+    "dim minimum": lambda p: p.dims.update(rows=Dim("rows", 1, 9, "rows of it")),
+    "dim maximum": lambda p: p.dims.update(rows=Dim("rows", 0, 8, "rows of it")),
+    "rate": lambda p: p.rates.update(x=Rate.REQUEST),
+    "edge source": _edge(source="third"),
+    "edge output": _edge(output="u"),
+    "edge target": _edge(target="third"),
+    "edge input": _edge(input="u"),
+    "edge instance": _edge(instance="negative"),
+    "loop body": _loop(body="first"),
+    "loop carried": _loop(carried={"y": "z"}),
+    "loop rows": _loop(rows=("t",)),
+    "loop taken": _loop(taken=("y",)),
+    "loop returned": _loop(returned=("y",)),
+    "loop steps": _loop(steps=4),
+    "loop start": _loop(start=1, steps=3),
+    "unused": lambda p: p.unused_keys.update(more="nothing"),
+    "graph order": lambda p: p.graphs.update(first=p.graphs.pop("first")),
+    "graph name": lambda p: p.graphs.update(third=p.graphs.pop("body")),
+    "operation": _node(1, target=aten.sub.Tensor),
+    "operand": _node(1, args=(1.0, 2)),
+    "operand type": _node(1, args=(1, 2)),
+    "operand text": _node(1, args=("rows", 2)),
+    "operand dim": _node(1, args=(N, 2)),
+    "operand option": _node(1, kwargs={"alpha": 2}),
+    "node name": _node(1, name="renamed"),
+    "node type": lambda p: p.graphs["body"].calls()[0].meta.update(spec=TensorSpec(torch.bfloat16, (N, 3))),
+    "node shape": lambda p: p.graphs["body"].calls()[0].meta.update(spec=TensorSpec(F32, (P, 3))),
+    "output": lambda p: p.graphs["body"].set_outputs(
+        {**p.graphs["body"].outputs, "more": p.graphs["body"].inputs["t"]}
+    ),
+    "constant value": _constant(torch.tensor([1.0, 2.0, 4.0])),
+    "constant type": _constant(torch.tensor([1, 2, 3])),
+    "large constant": _constant(torch.arange(9.0)),
+    "large constant's last value": _constant(torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 7, 9])),
+    "label": _meta("precision", "gen.mlp.down[0]: fp8"),
+    "weight key": _source(key="v"),
+    "weight offset": _source(offset=4),
+    "weight type": _source(dtype=torch.bfloat16),
+    "weight shape": _source(shape=(4, 3)),
+    "weight scale": _source(scale=OTHER),
+    "weight's scale's place": _source(scale=replace(OTHER, offset=16)),
+    "transform": _meta("weight", WeightBinding((OTHER, OTHER), Transform.CONCATENATE, F32)),
+    "other transform": _meta("weight", WeightBinding((OTHER, OTHER), Transform.INTERLEAVE, F32)),
+    "packing": _packed(),
+    "packing part": _packed(part=Part.SCALE),
+    "packing format": _packed(format=Format.FP8),
+    "packing type": _packed(dtype=torch.float16),
+    "packing group": _packed(group=64),
+    "packing divisor": _packed(divisor=OTHER),
+    "packing low rank": _packed(low_rank=LowRank(OTHER, (OTHER,))),
+    "packing other low rank": _packed(low_rank=LowRank(OTHER, (replace(OTHER, key="up"),))),
+}
+
+
+def test_two_programs_that_differ_never_print_alike() -> None:
+    texts: dict[str, str] = {}
+    for name, change in CHANGES.items():
+        program = two_graphs()
+        program.graphs["body"].add_constant("m", torch.tensor([1.0, 2.0, 3.0]))
+        change(program)
+        text = print_program(program)
+        alike = [other for other, known in texts.items() if known == text]
+        assert not alike, f"{name} prints as {alike[0]}"
+        texts[name] = text
+
+
+def test_weights_of_two_files_do_not_print_alike() -> None:
+    """Files of one name in two folders; where the checkpoint is does not matter."""
+
+    def text(*folders: str) -> str:
+        graph = Graph("g")
+        for i, folder in enumerate(folders):
+            bound = binding("w", 2)
+            graph.add_weight(f"w{i}", replace(bound, sources=(replace(bound.sources[0], file=Path(folder, "m")),)))
+        return print_program(Program({"g": graph}, {}, {}, Loop("g", {})))
+
+    assert text("a", "a") == text("b", "b") != text("a", "b") == text("x/a", "x/b")
 
 
 def test_an_empty_program_has_a_text() -> None:
