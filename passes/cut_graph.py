@@ -84,10 +84,10 @@ class CutGraph(Pass):
         graph(x)  =  last(x, …, second(x, first(x)))
 
     Each piece takes by name what it reads of the inputs and of the results of those before it, and has its own weights
-    and constants; what crosses has the name of the node that it was, or another where an output has that name. An output
-    of the graph is an output of the piece that computes it, or of the last where none does. Where a piece reads a dim
-    that nothing it takes shows, it also takes an input that does. The pieces are ``NAME_part_1``, ``NAME_part_2`` …;
-    edges join them, and other graphs to them.
+    and constants; what crosses has the name of the node that it was, or another where an output has that name. An
+    output of the graph is an output of the piece that computes it, or of the last where none does. Where a piece reads
+    a dim that nothing it takes shows, it also takes an input that does. The pieces are ``NAME_part_1``,
+    ``NAME_part_2`` …; edges join them, and other graphs to them.
     Left alone: a graph for which ``cuts`` names no node. Numerical effect: none, the same operations run.
     """
 
@@ -131,7 +131,8 @@ class CutGraph(Pass):
                     edges.append(Edge(maker, given, piece.name, given))
         program.edges = edges
         if program.loop.body == name:
-            program.loop = replace(program.loop, body=pieces[-1].name)
+            names = tuple(piece.name for piece in pieces)
+            program.loop = replace(program.loop, body=names[-1], pieces=names)
 
 
 def alone(name: str, graph: Graph) -> Program:

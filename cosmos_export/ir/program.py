@@ -43,6 +43,8 @@ class Loop:
     steps: int | None = None
     taken: tuple[str, ...] = ()
     returned: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
+    """The graphs that the body was cut into, in order. ``body`` is then the last of them."""
 
     @property
     def span(self) -> slice:

@@ -108,7 +108,7 @@ def _loop(program: Program) -> Iterator[str]:
     yield f"loop {loop.body}: {', '.join(f'{k} <- {v}' for k, v in loop.carried.items())}"
     if loop.steps is not None:
         yield f"loop steps {loop.start}..{loop.start + loop.steps}"
-    for what in ("rows", "taken", "returned"):
+    for what in ("rows", "taken", "returned", "pieces"):
         names: tuple[str, ...] = getattr(loop, what)
         if names:
             yield f"loop {what} {', '.join(names)}"

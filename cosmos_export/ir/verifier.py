@@ -21,7 +21,8 @@ def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = (
     * each weight is bound to data of its shape, is read, and is bound under one name in a graph;
     * each edge joins an output to an input of equal type and shape, and none runs backwards: no value of the reasoner
       follows from a value of the generator;
-    * the loop's carried values are inputs and outputs of its body, and it takes and returns no others.
+    * the loop's carried values are inputs and outputs of its body, or of the pieces it was cut into, and it takes and
+      returns no others.
 
     Raises InternalError (CX201) naming the first offending node.
     """
@@ -44,8 +45,11 @@ def verify(program: Program, *, stage: str = "", forbidden: Iterable[object] = (
     body = program.graphs.get(program.loop.body)
     if body is None:
         _fail(stage, f"loop body `{program.loop.body}`", "is not a graph")
+    parts = [program.graphs[name] for name in program.loop.pieces if name in program.graphs] or [body]
+    if program.loop.pieces and (len(parts) < len(program.loop.pieces) or parts[-1] is not body):
+        _fail(stage, f"loop pieces {', '.join(program.loop.pieces)}", "are not graphs that end with the body")
     for carried, result in program.loop.carried.items():
-        if carried not in body.inputs or result not in body.outputs:
+        if not any(carried in part.inputs for part in parts) or not any(result in part.outputs for part in parts):
             _fail(stage, f"loop value `{carried}` → `{result}`", "is not an input and an output of the body")
     for name in (*program.loop.taken, *program.loop.returned):
         if name not in program.loop.carried:

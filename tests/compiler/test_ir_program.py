@@ -294,8 +294,9 @@ def test_join_is_a_semilattice_in_which_step_and_request_make_carried() -> None:
         for b in rates:
             assert a.join(b) is b.join(a)
             assert all(a.join(b).join(c) is a.join(b.join(c)) for c in rates)
-    assert Rate.STEP.join(Rate.PROMPT) is Rate.STEP.join(Rate.REQUEST) is Rate.CARRIED
+    assert Rate.STEP.join(Rate.PROMPT) is Rate.STEP.join(Rate.REQUEST) is Rate.STEP.join(Rate.BRANCH) is Rate.CARRIED
     assert Rate.PROMPT.join(Rate.REQUEST) is Rate.BRANCH
+    assert [rate for rate in rates if rate.follows_prompt] == [Rate.PROMPT, Rate.BRANCH]
 
 
 def test_rates_follow_edges() -> None:
@@ -473,6 +474,7 @@ CHANGES: dict[str, Callable[[Program], None]] = {
     "loop rows": _loop(rows=("t",)),
     "loop taken": _loop(taken=("y",)),
     "loop returned": _loop(returned=("y",)),
+    "loop pieces": _loop(pieces=("first", "body")),
     "loop steps": _loop(steps=4),
     "loop start": _loop(start=1, steps=3),
     "unused": lambda p: p.unused_keys.update(more="nothing"),

@@ -18,7 +18,7 @@ from sketch import ops
 from tiny_cosmos import BACKBONES, Case, assert_close, request, stock_forward
 
 import cosmos_export.passes.pipeline
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.ir.graph import Node, is_constant, is_input, is_weight
 from cosmos_export.ir.interpreter import run_program
 from cosmos_export.ir.ops import aten
