@@ -144,7 +144,17 @@ def output_that_is_no_value(p: Program) -> None:
     p.graphs["body"].set_outputs({"y_next": p.graphs["body"].outputs["y_next"], "z": 3})  # type: ignore[dict-item]
 
 
+def lost_piece(p: Program) -> None:
+    p.loop = replace(p.loop, pieces=("first", "second", "body"))
+
+
+def last_piece_is_another(p: Program) -> None:
+    p.loop = replace(p.loop, pieces=("body", "first"))
+
+
 BREACHES: list[tuple[Callable[[Program], None], str]] = [
+    (lost_piece, "loop pieces first, second, body are not graphs that end with the body"),
+    (last_piece_is_another, "loop pieces body, first are not graphs that end with the body"),
     (wrong_spec, "graph `body`, node `linear_default` (no module) says float32[rows, 4], but its operands give "
                  "float32[rows, 3]"),
     (no_spec, "graph `body`, node `linear_default` (no module) has no spec"),
