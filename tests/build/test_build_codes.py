@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import cosmos_export.build.stages as stages
 from cosmos_export.build.driver import build
-from cosmos_export.build.precision import activation_ranges, quantize
+from cosmos_export.build.forms import make_forms
+from cosmos_export.build.precision import pass_options
 from cosmos_export.build.stages import BuildResult
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.followed import DIVISION
@@ -81,7 +82,7 @@ def compared(checkpoint: Path, output: Path, **options: Any) -> Compared:
         patch.undo()
     plan, plain = result.plan, result.program
     assert plain is not None
-    made = quantize(plain, plan, activation_ranges(plan))
+    made = make_forms(plain, pass_options(plan), plan.precision.step_keys())
     (name, program), *_ = [*made.variants.items(), (plain.loop.body, made.program)]
     weights = read_weights(read_source)
     parity = Parity(plan.checkpoint, plan.modalities, plan.outputs, weights, cases=CASE)

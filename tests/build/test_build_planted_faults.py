@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import cosmos_export.build.artifacts as artifacts
+import cosmos_export.build.precision as precision
 import cosmos_export.build.stages as stages
 import cosmos_export.targets.weights as weights
 from cosmos_export.build.driver import build
@@ -211,7 +212,7 @@ def test_in_the_ranges_of_inputs(
     tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: Patch, factor: float
 ) -> None:
     """Those of queries, keys and values."""
-    made = stages.activation_ranges
+    made = precision.activation_ranges
 
     def wrong(plan: Any) -> Any:
         found = made(plan)
@@ -219,7 +220,7 @@ def test_in_the_ranges_of_inputs(
         assert every != found.amax
         return replace(found, amax=every)
 
-    monkeypatch.setattr(stages, "activation_ranges", wrong)
+    monkeypatch.setattr(precision, "activation_ranges", wrong)
     error = refused(edge, tmp_path / "x", recipe="fp8", calibration=edge_scales, quality="report", steps=8)
     assert error.code == "CX363"
 
