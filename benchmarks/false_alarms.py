@@ -22,11 +22,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from cosmos_export.build.calibrate import CalibrateOptions, calibrate
-from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint
+from cosmos_export.compile.driver import build
+from cosmos_export.compile.options import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.sampling import Overrides
 
@@ -84,7 +84,7 @@ def measured(subject: Subject, folder: Path) -> dict[str, Any]:
         made = CalibrateOptions(
             checkpoint, scales, (str(prompts),), modalities=("vision",), latents="rollout", overrides=overrides
         )
-        calibrate(made)
+        calibrate_checkpoint(made)
         options |= {"calibration": scales, "modalities": ("vision",)}
     started = time.perf_counter()
     try:

@@ -107,12 +107,12 @@ def load() -> None:
     import diffusers
     import onnx.checker
 
-    import cosmos_export.build.stages
     import cosmos_export.calibration.calibrate
-    import cosmos_export.calibration.quantize
+    import cosmos_export.calibration.write_quantized
+    import cosmos_export.compile.stages
 
     assert diffusers.Cosmos3OmniTransformer and diffusers.Cosmos3OmniPipeline
-    assert onnx.checker and cosmos_export.build.stages and cosmos_export.calibration.quantize
+    assert onnx.checker and cosmos_export.compile.stages and cosmos_export.calibration.write_quantized
 
 
 def contents(result: Path) -> dict[str, Any]:

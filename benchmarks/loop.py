@@ -21,12 +21,12 @@ from typing import Any
 
 import onnx
 
-from cosmos_export.build.forms import close_loop
-from cosmos_export.build.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.compile.forms import close_loop
+from cosmos_export.compile.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.ir import ops
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
@@ -36,8 +36,8 @@ from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Silent
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
+from cosmos_export.targets.engine_inspector import inspect_engine
 from cosmos_export.targets.onnx_loop import lower_loop
-from cosmos_export.targets.plan_inspector import inspect_plan
 from cosmos_export.targets.profiles import input_shapes, parse_profile
 from cosmos_export.targets.tensorrt_rtx import build_engine
 from cosmos_export.targets.weights import layout, read_source, write_weights
@@ -79,7 +79,7 @@ def measure_segment(
         path, work / "loop.engine", target=load_target(arguments.target),
         profiles=[input_shapes(parse_profile(arguments.profile), spec)],
     )  # fmt: skip
-    graph = inspect_plan(report.path).graphs[0]
+    graph = inspect_engine(report.path).graphs[0]
     planned = len(body.calls(ops.JOINT_ATTENTION))
     print(
         f"| {steps} | {report.size_bytes / 2**20:.1f} MiB | {len(graph.attention)} | {planned} | "

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 
-import cosmos_export.build.stages as stages
-from cosmos_export.build.artifacts import Engine
-from cosmos_export.build.driver import build
-from cosmos_export.build.losses import Losses
-from cosmos_export.build.options import BuildOptions, Plan
+import cosmos_export.compile.stages as stages
+from cosmos_export.compile.artifacts import Engine
+from cosmos_export.compile.driver import build
+from cosmos_export.compile.losses import Losses
+from cosmos_export.compile.options import BuildOptions, Job
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError
 from cosmos_export.ir.program import Program
 from cosmos_export.targets import load_target
@@ -142,7 +142,7 @@ def row(size: str, checkpoint: Path, scales: Path, target: str, recipe: str, wor
 
 def described(engine: Engine) -> dict[str, Any]:
     """What is in one engine."""
-    graphs = engine.plan.graphs
+    graphs = engine.summary.graphs
     return {
         "graph": engine.graph,
         "gemms": dict(graphs[0].gemm_types()) if graphs else {},
@@ -169,10 +169,10 @@ def share_what_targets_share() -> None:
             captures[key] = capture(config, sources, **options)
         return captures[key].copy()
 
-    def measured(plain: Program, plan: Plan, *arguments: Any, **options: Any) -> Losses:
-        key = (plan.checkpoint.root, *plan.precision.table().items())
+    def measured(plain: Program, job: Job, *arguments: Any, **options: Any) -> Losses:
+        key = (job.checkpoint.root, *job.precision.table().items())
         if key not in losses:
-            losses[key] = measure(plain, plan, *arguments, **options)
+            losses[key] = measure(plain, job, *arguments, **options)
         return losses[key]
 
     stages.capture, stages.measure_losses = remembered, measured

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.compile.driver import build
+from cosmos_export.compile.options import BuildOptions
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedRequest,
@@ -36,8 +36,8 @@ from cosmos_export.evaluation.pipeline import (
     run_published,
 )
 from cosmos_export.runtime import Generator, Result, load_bundle, media
-from cosmos_export.runtime.frontend import Asked, Prepared, prepare
-from cosmos_export.runtime.inputs import Noise, sizes
+from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
+from cosmos_export.runtime.step_inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -103,7 +103,9 @@ def ask(generator: Generator, prompt: str, arguments: argparse.Namespace) -> Pre
     device = bool(manifest.loop and manifest.loop.segments)
     sampling = Overrides() if device else Overrides(steps=arguments.steps)
     sound = manifest.profiles[0].dims["sound_len"].min > 0
-    return prepare(Asked(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1, sound=sound), generator.bundle.files)
+    return prepare(
+        GenerateOptions(prompt, NEGATIVE, mode="t2v", sampling=sampling, seed=1, sound=sound), generator.bundle.files
+    )
 
 
 def published(checkpoint: Path, prepared: Prepared, prompt: str, generator: Generator) -> Published:

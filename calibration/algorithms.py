@@ -33,7 +33,7 @@ Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found, by linear of the layer."""
 
     pre_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Found:
 
 
 Rows = Mapping[str, torch.Tensor]
-Search = Callable[[nn.Module, Mapping[str, Sequence[str]], Rows, Rows], Found]
+Search = Callable[[nn.Module, Mapping[str, Sequence[str]], Rows, Rows], SearchResult]
 """Of a layer, the linears that read each tensor, rows of it [n, K], and the mean |x| of its channels [K]."""
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cosmos_export.calibration.algorithms import Found
+from cosmos_export.calibration.algorithms import SearchResult
 from cosmos_export.calibration.formats import INT4_GROUP, Inputs, dequantized, quantized_weight, require_shape
 
 _ALPHAS = tuple(i / 10 for i in range(11))
@@ -24,7 +24,7 @@ def search_pre_scales(
     readers: Mapping[str, Sequence[str]],
     rows: Mapping[str, torch.Tensor],
     means: Mapping[str, torch.Tensor],
-) -> Found:
+) -> SearchResult:
     """Pre-scales of linears of ``layer``. ``readers``: the linears that read the input of each key of the others."""
     result: dict[str, torch.Tensor] = {}
     for name, linears in readers.items():
@@ -33,7 +33,7 @@ def search_pre_scales(
             continue
         found = search(weights, rows[name], means[name])
         result |= dict.fromkeys(linears, found)
-    return Found(result)
+    return SearchResult(result)
 
 
 def search(weights: Sequence[torch.Tensor], rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

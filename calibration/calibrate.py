@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 import cosmos_export
 from cosmos_export.bundle import RequestRecord
 from cosmos_export.calibration.algorithms import Algorithm
-from cosmos_export.calibration.coverage import Coverage, Sample
+from cosmos_export.calibration.coverage import Coverage, ForwardPass
 from cosmos_export.calibration.encode import Encoder, SoundEncoder
-from cosmos_export.calibration.inputs import Latents, noised, step_inputs
 from cosmos_export.calibration.layers import Entrance, LayerSource
+from cosmos_export.calibration.noised_inputs import Latents, noised, step_inputs
 from cosmos_export.calibration.observers import Observer
-from cosmos_export.calibration.requests import Work, read_latents
+from cosmos_export.calibration.requests import CalibrationRequest, read_latents
 from cosmos_export.calibration.rollout import Rollout
 from cosmos_export.calibration.sources import Source
 from cosmos_export.calibration.stream import LayerResult, Workspace, run_layers, zero_ranges
@@ -31,8 +31,8 @@ from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, read_media
-from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import Request
+from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.stamps import Inputs
 from cosmos_export.targets.stored_recipe import recipe_text
 
@@ -44,15 +44,15 @@ _PLANNED = ("mode", "frames", "height", "width", "fps", "sound")
 
 
 @dataclass(frozen=True)
-class Job:
+class CalibrationJob:
     """Everything a calibration depends on."""
 
     checkpoint: Checkpoint
     identity: str
     record: RequestRecord
     sources: tuple[Source, ...]
-    works: tuple[Work, ...]
-    samples: tuple[Sample, ...]
+    works: tuple[CalibrationRequest, ...]
+    samples: tuple[ForwardPass, ...]
     coverage: Coverage
     observer: Observer
     algorithm: Algorithm
@@ -84,7 +84,7 @@ class Job:
         }
 
 
-def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) -> ScaleTable:
+def calibrate(job: CalibrationJob, workspace: Workspace, progress: Progress | None = None) -> ScaleTable:
     """The scale table of ``job``. What ``workspace`` holds of an earlier run of the same job is not done again.
 
     CX321: an activation is not finite; CX323: a tensor was never anything but zero.
@@ -116,7 +116,7 @@ def calibrate(job: Job, workspace: Workspace, progress: Progress | None = None) 
     )
 
 
-def _recipe(job: Job, results: Sequence[LayerResult]) -> str:
+def _recipe(job: CalibrationJob, results: Sequence[LayerResult]) -> str:
     """The schemes that a search chose, as a recipe; empty where it chose none."""
     schemes = {f"layers.{i}.{name}": scheme for i, one in enumerate(results) for name, scheme in one.schemes.items()}
     if not schemes:
@@ -126,7 +126,7 @@ def _recipe(job: Job, results: Sequence[LayerResult]) -> str:
     return recipe_text(job.checkpoint, schemes, f"Chosen within {bits:g} bits a weight", summary)
 
 
-def lineage(job: Job) -> dict[str, Any]:
+def lineage(job: CalibrationJob) -> dict[str, Any]:
     """What the table was made of; no paths, and the same for the same data."""
     return {
         "tool": {"name": "cosmos-export", "version": cosmos_export.__version__},
@@ -142,7 +142,7 @@ def lineage(job: Job) -> dict[str, Any]:
     }
 
 
-def _source(job: Job, number: int, source: Source) -> dict[str, Any]:
+def _source(job: CalibrationJob, number: int, source: Source) -> dict[str, Any]:
     works = [work for work in job.works if work.source == number]
     return {
         "name": source.name,
@@ -167,11 +167,11 @@ def _counted(values: Sequence[str]) -> dict[str, int]:
     return {value: values.count(value) for value in sorted(set(values))}
 
 
-def _schedule(work: Work) -> str:
+def _schedule(work: CalibrationRequest) -> str:
     return work.request.schedule.text(work.request.mode)
 
 
-def _rows(work: Work, record: RequestRecord) -> int:
+def _rows(work: CalibrationRequest, record: RequestRecord) -> int:
     request, patch = work.request, record.video.patch
     frames = (request.frames - 1) // record.video.temporal + 1
     return frames * -(-request.height // patch) * -(-request.width // patch)
@@ -180,7 +180,7 @@ def _rows(work: Work, record: RequestRecord) -> int:
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def _enter_all(job: Job, workspace: Workspace, report: Progress) -> None:
+def _enter_all(job: CalibrationJob, workspace: Workspace, report: Progress) -> None:
     """Every sample that has not entered: its clean latents, noised to its step, through what is before the layers."""
     numbered = [(index, sample) for index, sample in enumerate(job.samples) if workspace.passed(index) is None]
     if not numbered:
@@ -207,7 +207,9 @@ def _enter_all(job: Job, workspace: Workspace, report: Progress) -> None:
 class _AtStep:
     """Latents of a request at its steps: noised from clean ones, or as a rollout passed through them."""
 
-    def __init__(self, work: Work, record: RequestRecord, clean: Latents, passed: Mapping[int, Latents]) -> None:
+    def __init__(
+        self, work: CalibrationRequest, record: RequestRecord, clean: Latents, passed: Mapping[int, Latents]
+    ) -> None:
         self._work, self._record, self._clean, self._passed = work, record, clean, passed
 
     def __call__(self, step: int, seed: int) -> Latents:
@@ -219,7 +221,7 @@ class _AtStep:
 class _Makers:
     """What makes latents; each is loaded when it is first needed."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: CalibrationJob) -> None:
         self._job = job
         self._encoder: Encoder | None = None
         self._sound_encoder: SoundEncoder | None = None
@@ -227,7 +229,7 @@ class _Makers:
         self._last: tuple[tuple[Any, ...], NDArray[np.float32]] | None = None
         """The latent that was encoded last, and what it is of: the three readings of an action follow each other."""
 
-    def latents(self, work: Work, steps: Sequence[int], seed: int) -> _AtStep:
+    def latents(self, work: CalibrationRequest, steps: Sequence[int], seed: int) -> _AtStep:
         """Of ``work``, for ``steps``."""
         record = self._job.record
         if work.latents == "rollout":
@@ -246,7 +248,7 @@ class _Makers:
             clean["action"] = rows
         return _AtStep(work, record, clean, {})
 
-    def _encoded(self, work: Work) -> NDArray[np.float32]:
+    def _encoded(self, work: CalibrationRequest) -> NDArray[np.float32]:
         request = work.request
         key = (work.clip, work.image, work.canvas, request.frames, request.height, request.width, request.mode == "v2v")
         if self._last is None or self._last[0] != key:
@@ -255,7 +257,7 @@ class _Makers:
         # An action's canvas is padded; its latents are those of the content.
         return self._last[1][..., : request.height, : request.width]
 
-    def _heard(self, work: Work) -> NDArray[np.float32]:
+    def _heard(self, work: CalibrationRequest) -> NDArray[np.float32]:
         """The latents of the sound of ``work``'s clip, over the time of its frames."""
         request, sound = work.request, self._job.record.sound
         assert sound is not None and work.clip is not None
@@ -271,7 +273,7 @@ class _Makers:
         return self._rollout(request, steps)
 
 
-def pixels(work: Work, record: RequestRecord) -> canvas.Float:
+def pixels(work: CalibrationRequest, record: RequestRecord) -> canvas.Float:
     """float32 [3, frames, H, W] in [−1, 1]: the clip or picture of ``work`` on its canvas."""
     request, spatial = work.request, record.video.spatial
     height, width = request.height * spatial, request.width * spatial
@@ -299,7 +301,7 @@ def workspace_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.calibrating")
 
 
-def require_workspace_space(job: Job, output: Path) -> None:
+def require_workspace_space(job: CalibrationJob, output: Path) -> None:
     """There is room for the hidden states of all samples beside ``output``; CX348."""
     geometry, states = job.checkpoint.geometry, 0
     for sample in job.samples:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cosmos_export.calibration.requests import Work
+from cosmos_export.calibration.requests import CalibrationRequest
 from cosmos_export.diagnostics import FindingError
 
 Branch = Literal["cond", "uncond"]
@@ -20,7 +20,7 @@ RANGES = 4
 
 
 @dataclass(frozen=True)
-class Sample:
+class ForwardPass:
     """A forward pass: the request ``work`` at ``step`` on ``branch``."""
 
     work: int
@@ -28,7 +28,7 @@ class Sample:
     branch: Branch
 
 
-def plan_samples(works: Sequence[Work], count: int) -> list[Sample]:
+def plan_samples(works: Sequence[CalibrationRequest], count: int) -> list[ForwardPass]:
     """At most ``count`` different passes, in the order of their requests.
 
     Requests with the same modalities have at least a pass for each of their cells where ``count`` allows it, and of the
@@ -39,7 +39,7 @@ def plan_samples(works: Sequence[Work], count: int) -> list[Sample]:
         groups.setdefault(modalities(work), []).append(index)
     cells = [_cells(works, members) for members in groups.values()]
     least = [len(own) for own in cells]
-    found: set[Sample] = set()
+    found: set[ForwardPass] = set()
     left, requests = count, len(works)
     for own, needed, members in zip(cells, least, groups.values(), strict=True):
         spare = max(left - sum(least), 0)
@@ -49,8 +49,8 @@ def plan_samples(works: Sequence[Work], count: int) -> list[Sample]:
     return sorted(found, key=lambda s: (s.work, s.step, s.branch))
 
 
-def _passes(cells: Sequence[_Cell], count: int) -> set[Sample]:
-    found: set[Sample] = set()
+def _passes(cells: Sequence[_Cell], count: int) -> set[ForwardPass]:
+    found: set[ForwardPass] = set()
     for number in range(count):
         at, round_ = number % len(cells), number // len(cells)
         branch, requests = cells[at]
@@ -58,7 +58,7 @@ def _passes(cells: Sequence[_Cell], count: int) -> set[Sample]:
         steps = requests[index]
         # The ends of a schedule come first: nowhere do ranges differ as much.
         place = _van_der_corput(round_) if at != _last_cell(cells) else 1 - _van_der_corput(round_)
-        found.add(Sample(index, steps[min(int(place * len(steps)), len(steps) - 1)], branch))
+        found.add(ForwardPass(index, steps[min(int(place * len(steps)), len(steps) - 1)], branch))
     return found
 
 
@@ -66,7 +66,7 @@ _Cell = tuple[Branch, dict[int, list[int]]]
 """A branch, and the steps in a part of the schedule at which each request has it."""
 
 
-def _cells(works: Sequence[Work], members: Sequence[int]) -> list[_Cell]:
+def _cells(works: Sequence[CalibrationRequest], members: Sequence[int]) -> list[_Cell]:
     """Parts of the schedule in order with guidance's first branch, then with its second."""
     cells: dict[tuple[Branch, int], dict[int, list[int]]] = {}
     branches: tuple[Branch, ...] = ("cond", "uncond")
@@ -99,7 +99,7 @@ Coverage = dict[str, dict[str, dict[str, int]]]
 """Passes by modality, part of the schedule, and branch."""
 
 
-def coverage(works: Sequence[Work], samples: Sequence[Sample]) -> Coverage:
+def coverage(works: Sequence[CalibrationRequest], samples: Sequence[ForwardPass]) -> Coverage:
     """What ``samples`` cover. Cells that no request can fill are left out; those that could be and are not are 0."""
     result: Coverage = {}
     for work in works:
@@ -122,7 +122,7 @@ def part(step: int, steps: int) -> str:
     return f"{index * 100 // RANGES}-{(index + 1) * 100 // RANGES} %"
 
 
-def modalities(work: Work) -> tuple[str, ...]:
+def modalities(work: CalibrationRequest) -> tuple[str, ...]:
     """What ``work`` has rows of."""
     request = work.request
     return ("vision", *(["sound"] if request.sound else []), *(["action"] if request.action is not None else []))

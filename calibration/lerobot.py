@@ -21,10 +21,9 @@ import numpy as np
 
 from cosmos_export import files
 from cosmos_export.calibration.columns import Columns, choose_columns
-from cosmos_export.calibration.sources import ClipPart, Found, Item, Options
+from cosmos_export.calibration.sources import ClipPart, Item, Options, SourceContent
 from cosmos_export.checkpoint.strict_json import parse_object, read_object, shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.runtime.asked import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.embodiments import (
     EMBODIMENTS,
     Actions,
@@ -33,6 +32,7 @@ from cosmos_export.runtime.embodiments import (
     embodiment,
     require_width,
 )
+from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.prompts import text_prompt
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class _Rows:
     tasks: np.ndarray | None
 
 
-def read_lerobot(root: Path, options: Options) -> Found:
+def read_lerobot(root: Path, options: Options) -> SourceContent:
     """Windows of the episodes of the data set at ``root``.
 
     CX342: it is not as its info.json says, its camera's video is missing, the order of its columns is not known, or its
@@ -139,7 +139,7 @@ def read_lerobot(root: Path, options: Options) -> Found:
     if cut:
         notes.append(f"{cut} of {total} values of actions are beyond the 1 % and 99 % quantiles and cut off there")
     used_files = (root / "meta" / "info.json", task_file, *episode_files, *rows)
-    return Found("lerobot", tuple(items), used_files, tuple(notes))
+    return SourceContent("lerobot", tuple(items), used_files, tuple(notes))
 
 
 def _robot(root: Path, info: Mapping[str, Any]) -> Embodiment:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosmos_export.calibration.algorithms import FORMATS, Found, Rows
+from cosmos_export.calibration.algorithms import FORMATS, Rows, SearchResult
 from cosmos_export.calibration.formats import require_shape
 
 _CONFIGS = {"int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8": "FP8_DEFAULT_CFG"}
@@ -42,12 +42,12 @@ class _Sites(nn.Module):
 
 def search_pre_scales(
     layer: nn.Module, readers: Mapping[str, Sequence[str]], rows: Rows, _: Rows, *, rank: int = 0
-) -> Found:
+) -> SearchResult:
     """Pre-scales for INT4 by ``awq_lite``; with a ``rank`` by ``svdquant``, which makes them first."""
     mtq = _modelopt()
     fitting = {name: members for name, members in readers.items() if _fits(layer, members)}
     if not fitting:
-        return Found()
+        return SearchResult()
     sites, inputs = _Sites(layer, fitting), [rows[name] for name in fitting]
     algorithm: Any = {"method": "svdquant", "lowrank": rank} if rank else {"method": "awq_lite", "alpha_step": 0.1}
     config = {"quant_cfg": mtq.INT4_AWQ_CFG["quant_cfg"], "algorithm": algorithm}
@@ -64,12 +64,12 @@ def search_pre_scales(
             up = linear.weight_quantizer.svdquant_lora_b.detach().float()
             sizes = [layer.get_parameter(f"{name}.weight").shape[0] for name in members]
             low_rank |= {name: (down, part.clone()) for name, part in zip(members, up.split(sizes), strict=True)}
-    return Found(pre_scales, low_rank)
+    return SearchResult(pre_scales, low_rank)
 
 
 def choose_schemes(
     layer: nn.Module, readers: Mapping[str, Sequence[str]], rows: Rows, _: Rows, *, bits: float
-) -> Found:
+) -> SearchResult:
     """A scheme for each linear with ``bits`` an average weight, by ``auto_quantize``.
 
     ModelOpt weighs a format by the squared change of each output times the squared gradient of a loss. A layer by
@@ -100,7 +100,7 @@ def choose_schemes(
         )
     chosen = {key.removesuffix(".quant_recipe"): recipe for key, recipe in state["best"]["recipe"].items()}
     names = {f"linears.{i}": members for i, members in enumerate(readers.values())}
-    return Found(schemes={n: _scheme(chosen[key]) for key, members in names.items() for n in members})
+    return SearchResult(schemes={n: _scheme(chosen[key]) for key, members in names.items() for n in members})
 
 
 def _modelopt() -> Any:

@@ -21,10 +21,10 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.embodiments import Embodiment, embodiment, require_width
 from cosmos_export.runtime.fitting import fit_profile
-from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
 from cosmos_export.runtime.request import ActionPart, Request
 from cosmos_export.runtime.scenes import KEPT_LATENTS
+from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.runtime.tokenize import PromptTokenizer
 from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, resolve_schedule
 
@@ -60,7 +60,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Work:
+class CalibrationRequest:
     """One request, and where its clean latents come from."""
 
     name: str
@@ -79,7 +79,7 @@ class Work:
 
 def make_requests(
     sources: Sequence[Sequence[Item]], setting: Setting, tokenizer: PromptTokenizer, use_system: bool
-) -> list[Work]:
+) -> list[CalibrationRequest]:
     """A request for each item, and for each of the three modes that actions can be read in.
 
     CX343: a clip at another rate than is said; CX344: a clip too short, or latents of another model; CX346: a prompt
@@ -87,7 +87,7 @@ def make_requests(
     """
     items = [(number, item) for number, source in enumerate(sources) for item in source]
     lenders = [item for _, item in items if item.clip is not None and item.actions is None]
-    works: list[Work] = []
+    works: list[CalibrationRequest] = []
     for index, (number, item) in enumerate(items):
         for mode in _modes(item, index, setting):
             lender = lenders[index % len(lenders)] if lenders else None
@@ -122,10 +122,10 @@ def _work(
     setting: Setting,
     tokenizer: PromptTokenizer,
     use_system: bool,
-) -> Work:
+) -> CalibrationRequest:
     schedule = resolve_schedule(setting.sampling, mode, _overrides(setting.overrides, mode))
     base = Request(mode, _NO_IDS, None, schedule, 1, 1, 1, setting.record.video.base_fps)
-    work = Work(f"{item.name} ({mode})", source, base, "encoded")
+    work = CalibrationRequest(f"{item.name} ({mode})", source, base, "encoded")
     if mode in ACTION_MODES:
         work, scene = _action(item, work, setting)
     elif item.latents is not None:
@@ -166,7 +166,9 @@ def _overrides(asked: Overrides, mode: Mode) -> Overrides:
 # -- videos and images ------------------------------------------------------------------------------------------------
 
 
-def _video(item: Item, work: Work, lender: Item | None, setting: Setting) -> tuple[Work, Scene]:
+def _video(
+    item: Item, work: CalibrationRequest, lender: Item | None, setting: Setting
+) -> tuple[CalibrationRequest, Scene]:
     mode, video = work.request.mode, setting.record.video
     clip, image, latents = item.clip, item.image, work.latents
     fps = item.fps
@@ -255,7 +257,7 @@ def _rate(item: Item, clip: ClipPart, found: float | None, asked: float | None) 
 # -- actions ----------------------------------------------------------------------------------------------------------
 
 
-def _action(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
+def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[CalibrationRequest, Scene]:
     """An embodiment's actions and the clip they go with, on the canvas of the published pipeline."""
     record, video = setting.record, setting.record.video
     if record.action is None:
@@ -319,7 +321,7 @@ def _tier(own: int, setting: Setting) -> int:
 # -- recorded latents -------------------------------------------------------------------------------------------------
 
 
-def _from_file(item: Item, work: Work, setting: Setting) -> tuple[Work, Scene]:
+def _from_file(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[CalibrationRequest, Scene]:
     latents = _recorded(item, setting)
     video = setting.record.video
     _, _, frames, height, width = latents["vision"].shape

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import RequestRecord
-from cosmos_export.calibration.inputs import Latents, step_inputs
+from cosmos_export.calibration.noised_inputs import Latents, step_inputs
 from cosmos_export.capture.adapter import JointStep
-from cosmos_export.runtime.inputs import Noise, initial_latents, noisy, request_inputs, sizes
 from cosmos_export.runtime.request import Request
-from cosmos_export.sampling import State, coefficient_table, distilled_step, guide, unipc_step
+from cosmos_export.runtime.step_inputs import Noise, initial_latents, noisy, request_inputs, sizes
+from cosmos_export.sampling import SolverState, coefficient_table, distilled_step, guide, unipc_step
 
 Velocity = dict[str, NDArray[np.float32]]
 
@@ -39,7 +39,7 @@ class Rollout:
         noise = Noise(request, shapes)
         samples = initial_latents(request, noise, inputs, None)
         rows = {name for name, value in samples.items() if value.size}
-        states = {name: State.start(value) for name, value in samples.items() if name in rows}
+        states = {name: SolverState.start(value) for name, value in samples.items() if name in rows}
         stochastic = request.schedule.sampler == "distilled-sde"
         fresh = noise.steps(request.schedule.steps) if stochastic else {}
         found: dict[int, Latents] = {}
@@ -54,7 +54,7 @@ class Rollout:
                 mask = noisy(name, inputs)
                 if stochastic:
                     sample = distilled_step(row, state.sample, velocity[name], fresh[name][step], mask)
-                    states[name] = State.start(sample)
+                    states[name] = SolverState.start(sample)
                 else:
                     states[name] = unipc_step(row, state, velocity[name], mask)
         return found

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from cosmos_export import files
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.asked import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.embodiments import ActionFile, Actions, Embodiment, embodiment, read_actions
+from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 from cosmos_export.runtime.read_media import MAX_FILE_BYTES
 from cosmos_export.sampling import MODES, Mode
@@ -102,7 +102,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceContent:
     """What a reader makes of a source."""
 
     kind: str
@@ -257,7 +257,7 @@ _CONVERT: Mapping[str, Callable[[str, str], Any]] = {
 # -- readers ----------------------------------------------------------------------------------------------------------
 
 
-def _reader(path: Path) -> Callable[[Path, Options], Found]:
+def _reader(path: Path) -> Callable[[Path, Options], SourceContent]:
     if path.is_dir():
         if (path / "meta" / "info.json").exists():
             from cosmos_export.calibration.lerobot import read_lerobot
@@ -275,26 +275,26 @@ def _reader(path: Path) -> Callable[[Path, Options], Found]:
     return _READERS[suffix]
 
 
-def _read_text(path: Path, options: Options) -> Found:
+def _read_text(path: Path, options: Options) -> SourceContent:
     """One prompt a line."""
     lines = _decoded(path).splitlines()
     items = [
         Item(f"{path.name}:{number}", text_prompt(line.strip())) for number, line in enumerate(lines, 1) if line.strip()
     ]
-    return Found("prompts", tuple(items), (path,))
+    return SourceContent("prompts", tuple(items), (path,))
 
 
-def _read_lines(path: Path, options: Options) -> Found:
+def _read_lines(path: Path, options: Options) -> SourceContent:
     """One object a line."""
     items = []
     for number, line in enumerate(_decoded(path).splitlines(), 1):
         if line.strip():
             name = f"{path.name}:{number}"
             items.append(_item(name, _object(path, number, line), path.parent))
-    return Found("jsonl", tuple(items), (path,))
+    return SourceContent("jsonl", tuple(items), (path,))
 
 
-def _read_json(path: Path, options: Options) -> Found:
+def _read_json(path: Path, options: Options) -> SourceContent:
     """A caption, an object or a list of objects as in ``.jsonl``, or actions."""
     rows = document = _json(path)
     if isinstance(document, dict) and not _PROMPT_KEYS & document.keys():
@@ -302,15 +302,15 @@ def _read_json(path: Path, options: Options) -> Found:
     if isinstance(rows, list) and rows and isinstance(rows[0], list):
         file = _model_actions(path)
         item = Item(path.name, Prompt(""), actions=file.values, embodiment=file.embodiment)
-        return Found("actions", (item,), (path,))
+        return SourceContent("actions", (item,), (path,))
     if isinstance(document, list):
         entries = [_checked(path, number, entry) for number, entry in enumerate(document, 1)]
         items = tuple(_item(f"{path.name}:{n}", entry, path.parent) for n, entry in enumerate(entries, 1))
-        return Found("json", items, (path,))
+        return SourceContent("json", items, (path,))
     entry = _checked(path, 1, document)
     if _PROMPT_KEYS & entry.keys():
-        return Found("json", (_item(path.name, entry, path.parent),), (path,))
-    return Found("caption", (Item(path.name, read_prompt(str(path))),), (path,))
+        return SourceContent("json", (_item(path.name, entry, path.parent),), (path,))
+    return SourceContent("caption", (Item(path.name, read_prompt(str(path))),), (path,))
 
 
 def _json(path: Path) -> Any:
@@ -333,16 +333,16 @@ def _model_actions(path: Path) -> ActionFile:
     return file
 
 
-def _read_latents(path: Path, options: Options) -> Found:
+def _read_latents(path: Path, options: Options) -> SourceContent:
     """Latents as `cosmos-export run --save-latents` writes them."""
-    return Found("latents", (Item(path.name, Prompt(""), latents=path),), ())
+    return SourceContent("latents", (Item(path.name, Prompt(""), latents=path),), ())
 
 
-def _read_medium(path: Path, options: Options) -> Found:
-    return Found("media", (_medium(path),), ())
+def _read_medium(path: Path, options: Options) -> SourceContent:
+    return SourceContent("media", (_medium(path),), ())
 
 
-def _read_folder(path: Path, options: Options) -> Found:
+def _read_folder(path: Path, options: Options) -> SourceContent:
     """Pictures and clips, each with the text or caption beside it that has its name."""
     items: list[Item] = []
     beside_them: list[Path] = []
@@ -357,7 +357,7 @@ def _read_folder(path: Path, options: Options) -> Found:
             beside_them.append(beside[0])
             notes += [f"{other.name} is not read: {beside[0].name} is beside {medium.name} too" for other in beside[1:]]
         items.append(item)
-    return Found("media", tuple(items), tuple(beside_them), tuple(notes))
+    return SourceContent("media", tuple(items), tuple(beside_them), tuple(notes))
 
 
 _BESIDE = (".txt", ".json")
@@ -383,7 +383,7 @@ def _medium(path: Path) -> Item:
     return Item(path.name, Prompt(""), clip=ClipPart(path))
 
 
-_READERS: Mapping[str, Callable[[Path, Options], Found]] = {
+_READERS: Mapping[str, Callable[[Path, Options], SourceContent]] = {
     ".txt": _read_text,
     ".jsonl": _read_lines,
     ".json": _read_json,

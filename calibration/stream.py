@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from cosmos_export import directories
-from cosmos_export.calibration.algorithms import Array, Found, Search
+from cosmos_export.calibration.algorithms import Array, Search, SearchResult
 from cosmos_export.calibration.layers import Hidden, LayerSource
 from cosmos_export.calibration.observers import Observation, Observer, choose_range
-from cosmos_export.calibration.watch import Seen, Watch
+from cosmos_export.calibration.watch import Seen, Watched
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.strict_json import optional_object
 from cosmos_export.diagnostics import FindingError, UserError
@@ -149,7 +149,7 @@ class Workspace:
         found = {name: float.fromhex(value) for name, value in ranges.items()}
         return LayerResult(found, called(_PRE), {name: (down[name], up[name]) for name in down}, schemes)
 
-    def finish(self, layer: int, ranges: Mapping[str, float], found: Found) -> LayerResult:
+    def finish(self, layer: int, ranges: Mapping[str, float], found: SearchResult) -> LayerResult:
         """Write the result of ``layer``, and return it."""
         self._require_inputs()
         tensors = {f"{_PRE}{name}": scale for name, scale in found.pre_scales.items()}
@@ -180,7 +180,7 @@ def run_layers(
     """
     report = progress or Silent()
     report.begin(_TASK, source.count * len(samples))
-    watch, results = Watch(observer.counts, rows if search is not None else 0), []
+    watch, results = Watched(observer.counts, rows if search is not None else 0), []
     for layer in range(source.count):
         result = workspace.result(layer)
         if result is None:
@@ -199,7 +199,7 @@ def run_layers(
     return results
 
 
-def _through(module: nn.Module, hidden: Hidden, watch: Watch) -> tuple[Hidden, Seen]:
+def _through(module: nn.Module, hidden: Hidden, watch: Watched) -> tuple[Hidden, Seen]:
     with torch.no_grad(), watch.on(module) as seen:
         und, gen = module(hidden.und, hidden.gen, hidden.rotary)
     return Hidden(und, gen, hidden.rotary), seen
@@ -218,7 +218,7 @@ def _require_finite(seen: Seen, layer: int, sample: str) -> None:
 
 def _found(
     module: nn.Module, workspace: Workspace, samples: int, observer: Observer, search: Search | None
-) -> tuple[dict[str, float], Found]:
+) -> tuple[dict[str, float], SearchResult]:
     merged: dict[str, Observation] = {}
     readers: Mapping[str, Sequence[str]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
@@ -233,7 +233,7 @@ def _found(
             sums[name] = sums[name] + total if name in sums else total
     ranges = {name: choose_range(observer, observation) for name, observation in merged.items()}
     if search is None:
-        return ranges, Found()
+        return ranges, SearchResult()
     means = {name: (total[:-1] / total[-1]).float() for name, total in sums.items()}
     return ranges, search(module, readers, {name: torch.cat(kept) for name, kept in rows.items()}, means)
 

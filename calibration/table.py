@@ -27,7 +27,7 @@ from cosmos_export.bundle.strict import DIGEST, StrictError, check_seal, parse_o
 from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
 from cosmos_export.checkpoint.safetensors_header import read_header
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
@@ -136,7 +136,7 @@ def write_scale_table(table: ScaleTable, directory: Path, *, force: bool = False
         tensors |= {f"{name}{_PRE}": scale for name, scale in sorted(table.pre_scales.items())}
         for name, (down, up) in sorted(table.low_rank.items()):
             tensors |= {f"{name}{_DOWN}": down, f"{name}{_UP}": up}
-        specs = [TensorSpec(name, "F32", value.shape) for name, value in tensors.items()]
+        specs = [TensorHeader(name, "F32", value.shape) for name, value in tensors.items()]
         parts = (tensors[spec.name].astype("<f4").tobytes() for spec in specs)
         digest = _write(folder / SCALES_FILE, chain([encode_header(specs)], parts))
         if table.recipe:

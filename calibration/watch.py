@@ -32,7 +32,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Watch:
+class Watched:
     """What to remember: distributions (``count``), and for a search ``rows`` of each sample."""
 
     count: bool = False

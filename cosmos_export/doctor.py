@@ -37,7 +37,7 @@ _ANYWHERE = ("tensorrt-rtx", "onnxruntime")
 """Backends that build without the GPU."""
 
 
-class State(Enum):
+class CheckState(Enum):
     OK = "ok"
     NOTE = "note"
     """Worth knowing; nothing fails of it."""
@@ -49,7 +49,7 @@ class Finding:
     """One line of the checklist."""
 
     check: str
-    state: State
+    state: CheckState
     found: str
     hint: str = ""
 
@@ -99,7 +99,7 @@ def examine(found: Facts, target: Target | None) -> Iterator[Finding]:
 def _machine(found: Facts) -> Iterator[Finding]:
     linux = found.system.startswith("Linux")
     yield Finding(
-        "system", State.OK if linux else State.BLOCKER, f"{found.system}, Python {found.python}",
+        "system", CheckState.OK if linux else CheckState.BLOCKER, f"{found.system}, Python {found.python}",
         "" if linux else "the builders and the runtime are for Linux",
     )  # fmt: skip
     memory = found.memory_bytes
@@ -110,25 +110,33 @@ def _machine(found: Facts) -> Iterator[Finding]:
             if enough
             else "a build of Nano takes 10 GiB, in BF16 16; close programs, or bound it with `build --memory-budget`"
         )
-        yield Finding("memory", State.OK if enough else State.NOTE, f"{memory / _GIB:.1f} GiB available", hint)
+        yield Finding(
+            "memory", CheckState.OK if enough else CheckState.NOTE, f"{memory / _GIB:.1f} GiB available", hint
+        )
     enough = found.disk_bytes >= _LEAST_DISK
     hint = "" if enough else "a bundle of Nano takes 41 GiB in FP8; `--output` may be on another disk"
-    yield Finding("disk", State.OK if enough else State.NOTE, f"{found.disk_bytes / _GIB:.1f} GiB free", hint)
+    yield Finding("disk", CheckState.OK if enough else CheckState.NOTE, f"{found.disk_bytes / _GIB:.1f} GiB free", hint)
 
 
 def _cards(found: Facts) -> Iterator[Finding]:
     if not found.gpus:
-        yield Finding("gpu", State.NOTE, "none", "TensorRT-RTX engines build here all the same; running them needs one")
+        yield Finding(
+            "gpu", CheckState.NOTE, "none", "TensorRT-RTX engines build here all the same; running them needs one"
+        )
     for gpu in found.gpus:
         total = f", {gpu.memory_bytes / _GIB:.0f} GiB" if gpu.memory_bytes else ""
-        yield Finding("gpu", State.OK, f"{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}{total}")
+        yield Finding(
+            "gpu", CheckState.OK, f"{gpu.index}: {gpu.name}, compute capability {gpu.compute_capability}{total}"
+        )
         if gpu.mig:
-            yield Finding("gpu", State.NOTE, f"{gpu.index}: in MIG mode", "an instance has a part of the card's rate")
+            yield Finding(
+                "gpu", CheckState.NOTE, f"{gpu.index}: in MIG mode", "an instance has a part of the card's rate"
+            )
     drivers = {gpu.driver for gpu in found.gpus}
     for driver in sorted(drivers):
         new = driver.partition(".")[0].isdigit() and int(driver.partition(".")[0]) >= _LEAST_DRIVER
         hint = "" if new else f"CUDA 13 needs driver {_LEAST_DRIVER} or later"
-        yield Finding("driver", State.OK if new else State.BLOCKER, driver, hint)
+        yield Finding("driver", CheckState.OK if new else CheckState.BLOCKER, driver, hint)
 
 
 _CUDA_RUNTIMES = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
@@ -144,8 +152,12 @@ def _cuda(found: Facts, target: Target | None) -> Finding:
         hint = (
             "PyTorch's index has builds with CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130"
         )
-        return Finding("cuda", State.BLOCKER if needed else State.NOTE, f"torch {torch} is built for CPUs alone", hint)
-    return Finding("cuda", State.OK, ", ".join(runtimes) or "no CUDA package: that of the system, or none is needed")
+        return Finding(
+            "cuda", CheckState.BLOCKER if needed else CheckState.NOTE, f"torch {torch} is built for CPUs alone", hint
+        )
+    return Finding(
+        "cuda", CheckState.OK, ", ".join(runtimes) or "no CUDA package: that of the system, or none is needed"
+    )
 
 
 def _compile(found: Facts) -> Finding:
@@ -153,15 +165,17 @@ def _compile(found: Facts) -> Finding:
     if missing:
         return Finding(
             "compiler",
-            State.NOTE,
+            CheckState.NOTE,
             f"{', '.join(missing)} not installed",
             'to build: pip install ".[compile]" in the checkout',
         )
     others = other_releases("compile", found.versions)
     if others:
         said = f"{', '.join(others)}: capture is made for what is in brackets"
-        return Finding("compiler", State.NOTE, said, 'to build: pip install ".[compile]" in the checkout')
-    return Finding("compiler", State.OK, ", ".join(f"{name} {found.versions[name]}" for name in ("torch", "diffusers")))
+        return Finding("compiler", CheckState.NOTE, said, 'to build: pip install ".[compile]" in the checkout')
+    return Finding(
+        "compiler", CheckState.OK, ", ".join(f"{name} {found.versions[name]}" for name in ("torch", "diffusers"))
+    )
 
 
 def _matching(found: Facts) -> list[Target]:
@@ -177,7 +191,7 @@ def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
     if target.compute_capability is not None and not here:
         anywhere = target.backend in _ANYWHERE
         yield Finding(
-            name, State.NOTE, f"no GPU of compute capability {target.compute_capability} here",
+            name, CheckState.NOTE, f"no GPU of compute capability {target.compute_capability} here",
             "engines build here, and run there" if anywhere else "the bundle builds here and is finished there",
         )  # fmt: skip
     for backend in (target.backend, *target.other_backends):
@@ -185,15 +199,17 @@ def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
             version = found.versions.get(package)
             # What finishes elsewhere is not missing here.
             needed = asked and backend == target.backend and (backend in _ANYWHERE or bool(here))
-            state = State.OK if version else State.BLOCKER if needed else State.NOTE
+            state = CheckState.OK if version else CheckState.BLOCKER if needed else CheckState.NOTE
             hint = "" if version else f'pip install ".[{extra}]" in the checkout'
             yield Finding(name, state, f"{backend}: {package} {version or 'not installed'}", hint)
     for gpu in here:
         if gpu.free_bytes is not None and gpu.memory_bytes and gpu.free_bytes < 0.5 * gpu.memory_bytes:
             free = f"{gpu.free_bytes / _GIB:.0f} of {gpu.memory_bytes / _GIB:.0f} GiB free"
-            yield Finding(name, State.NOTE, f"GPU {gpu.index}: {free}", "another process holds the rest: `nvidia-smi`")
+            yield Finding(
+                name, CheckState.NOTE, f"GPU {gpu.index}: {free}", "another process holds the rest: `nvidia-smi`"
+            )
     for trap in target.traps:
-        yield Finding(name, State.NOTE, f"known trap: {trap}")
+        yield Finding(name, CheckState.NOTE, f"known trap: {trap}")
 
 
 _VARIABLES: Mapping[str, Callable[[str], str]] = {
@@ -210,11 +226,11 @@ def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
     for name, judge in _VARIABLES.items():
         hint = judge(found.environment[name]) if name in found.environment else ""
         if hint:
-            yield Finding("environment", State.NOTE, f"{name}={found.environment[name]}", hint)
+            yield Finding("environment", CheckState.NOTE, f"{name}={found.environment[name]}", hint)
     if found.compiler is None and any("inductor" in (t.backend, *t.other_backends) for t in targets):
         yield Finding(
             "environment",
-            State.NOTE,
+            CheckState.NOTE,
             "no C++ compiler",
             "`torch.compile` on a CPU needs g++; on a GPU, too, for launchers",
         )

@@ -29,7 +29,7 @@ _PRODUCT = re.compile(r"([HQ]GMMA)\.(\d+)x(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
-class Loop:
+class MachineLoop:
     """A loop that has products of matrix units, in clocks of a multiprocessor that runs one program."""
 
     instructions: int
@@ -44,7 +44,7 @@ class Loop:
         return self.matrix_clocks / max(self.matrix_clocks, self.issue_clocks, self.exponential_clocks)
 
 
-def loops(cubin: bytes, warps: int) -> list[Loop]:
+def loops(cubin: bytes, warps: int) -> list[MachineLoop]:
     """Of ``cubin``, for Hopper, in the order of the code; programs of ``warps`` warps."""
     found = []
     for body in _bodies(_disassembled(cubin)):
@@ -54,7 +54,9 @@ def loops(cubin: bytes, warps: int) -> list[Loop]:
             clocks = sum(2 * int(p[2]) * int(p[3]) * int(p[4]) / _FLOPS_A_CLOCK[p[1]] for p in products)
             exponentials = sum(name.startswith("MUFU") for name in body)
             each = warps / SCHEDULERS
-            found.append(Loop(len(body), groups * clocks, each * len(body), each * _EXPONENTIAL_CLOCKS * exponentials))
+            found.append(
+                MachineLoop(len(body), groups * clocks, each * len(body), each * _EXPONENTIAL_CLOCKS * exponentials)
+            )
     return found
 
 

@@ -16,7 +16,7 @@ from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
 
 UND, GEN = "und", "gen"
 QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "attention.core"
-PREFIX, UNQUANTIZED = "attention.kv", "bf16"
+PROMPT_KV, UNQUANTIZED = "attention.kv", "bf16"
 
 OverSteps = Callable[[str, str, int], tuple[str, ...]]
 """Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
@@ -109,7 +109,7 @@ class AssignPrecision(Pass):
     def _label(self, owner: Node, tower: str, kind: str, layer: int, result: PassResult) -> None:
         found = Precision(tower, kind, layer, self._over_steps(tower, kind, layer))
         if tower == GEN and kind == CORE:
-            found = replace(found, prefix=self._over_steps(UND, PREFIX, layer)[0])
+            found = replace(found, prefix=self._over_steps(UND, PROMPT_KV, layer)[0])
         if owner.meta.get("precision") != found:
             owner.meta["precision"] = found
             result.changes[f"{tower}.{kind}"] += 1

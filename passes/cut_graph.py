@@ -20,7 +20,7 @@ _RESHAPES = (aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
-class Place:
+class CutPlace:
     """A place where a graph can be cut: before ``node``."""
 
     node: Node
@@ -30,7 +30,9 @@ class Place:
     """Of the weights that are read from here to the next place."""
 
 
-def narrow_places(graph: Graph, sizes: Mapping[str, int], weigh: Callable[[Node], float]) -> tuple[float, list[Place]]:
+def narrow_places(
+    graph: Graph, sizes: Mapping[str, int], weigh: Callable[[Node], float]
+) -> tuple[float, list[CutPlace]]:
     """The places of ``graph`` where less crosses than around them, in order, and the size of the weights before them.
 
     ``sizes``: what dims are taken to be. ``weigh``: the size of a weight. One that several operations read counts for
@@ -56,7 +58,7 @@ def narrow_places(graph: Graph, sizes: Mapping[str, int], weigh: Callable[[Node]
         crossing.append(now)
     chosen = [i for i in range(1, len(order)) if i not in quantized and _narrow(crossing, i)]
     spans = zip(chosen, [*chosen[1:], len(order)], strict=True)
-    places = [Place(order[i], crossing[i], sum(weight_at[i:end])) for i, end in spans]
+    places = [CutPlace(order[i], crossing[i], sum(weight_at[i:end])) for i, end in spans]
     return sum(weight_at[: chosen[0]] if chosen else weight_at), places
 
 

@@ -231,8 +231,8 @@ def _write_whole(path: Path, data: bytes) -> None:
 def _layers(trt: Any, logger: Any, path: Path) -> list[Any]:
     """What the engine inspector says of each layer of the engine at ``path``; empty where it does not load."""
     runtime = trt.Runtime(logger)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        engine = runtime.deserialize_cuda_engine(plan)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         return []
     inspector = engine.create_engine_inspector()

@@ -64,7 +64,7 @@ def lower(
 
 
 EXTERNAL_BYTES = 1 << 20
-"""Weights from here on are inputs of an engine whose weights are external; smaller ones are part of its plan."""
+"""Weights from here on are inputs of an engine whose weights are external; smaller ones are part of it."""
 
 
 def external_weights(graph: Graph) -> dict[str, WeightBinding]:
@@ -354,7 +354,7 @@ def _linear(low: Lowering, node: Node) -> str:
 
 
 def gemm_name(node: Node) -> str:
-    """What the product of the linear ``node`` is called in its model, and in the plan of an engine made from it."""
+    """What the product of the linear ``node`` is called in its model, and in an engine made from it."""
     return f"gemm_{node.name}"
 
 

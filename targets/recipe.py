@@ -33,10 +33,10 @@ LINEARS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
 reads, and that read an activation."""
 CORE = "attention.core"
 """The two products of attention itself."""
-HANDED_ON = "attention.kv"
+PROMPT_KV = "attention.kv"
 """Keys and values that the reasoner hands to the generator."""
-KINDS = (*LINEARS, CORE, HANDED_ON)
-_ONLY: Mapping[str, str] = MappingProxyType({CORE: "gen", HANDED_ON: "und"})
+KINDS = (*LINEARS, CORE, PROMPT_KV)
+_ONLY: Mapping[str, str] = MappingProxyType({CORE: "gen", PROMPT_KV: "und"})
 """Kinds that one tower has alone: the reasoner's attention is as short as the prompt and runs once."""
 UNQUANTIZED = "bf16"
 """The model's own type."""
@@ -52,7 +52,7 @@ _SCHEMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         **dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)),
         CORE: (UNQUANTIZED, "fp8-attention"),
-        HANDED_ON: (UNQUANTIZED, "fp8"),
+        PROMPT_KV: (UNQUANTIZED, "fp8"),
     }
 )
 

@@ -80,7 +80,7 @@ class EngineFacts:
     outputs: tuple[EngineTensor, ...]
     profiles: int
     attention: int
-    """Attention operations the graph was parsed into: as many fused kernels are due in each profile of the plan."""
+    """Attention operations the graph was parsed into: as many fused kernels are due in each profile of the engine."""
     parse_s: float
     build_s: float
     peak_memory_bytes: int

@@ -21,8 +21,8 @@ OUTSIDE = ("passes", "kernels", "calibration", "targets")
 # Each part may import those of lower levels (and itself), and nothing else of this project.
 LEVELS = {
     "cli": 8,
-    "bench": 7,  # a geometry is compiled as a build compiles it
-    "build": 6,
+    "bench": 7,  # a geometry is compiled as a job is
+    "compile": 6,
     **dict.fromkeys(["evaluation", "report"], 5),  # the build measures and reports itself
     "calibration": 4,  # its inputs are requests, and the front end of requests is the runtime's
     **dict.fromkeys(["runtime", "plan", "doctor"], 3),

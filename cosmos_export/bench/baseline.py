@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from cosmos_export.bench.clock import timed
-from cosmos_export.bench.result import Baseline, Component
+from cosmos_export.bench.result import Baseline, MeasuredPart
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Schedule
@@ -105,7 +105,7 @@ def _measure(name: str, model: nn.Module, request: BaselineRequest) -> Baseline:
         if calls:
             step = stock_step(model, request, branches)
             samples = timed(step, request.device, request.runs, request.warm_up)
-            components.append(Component(label, tuple(samples), calls))
+            components.append(MeasuredPart(label, tuple(samples), calls))
     covers = "the transformer, whose every forward runs the reasoner, guidance and the scheduler; no codec"
     return Baseline(name, "bf16", tuple(components), 2 * guided + plain, covers)
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_export.bench.clock import Watch
+from cosmos_export.bench.clock import CardWatch
 from cosmos_export.bench.measure import FEWEST_RUNS, REASONER, check_runs
-from cosmos_export.bench.result import Component, Measurement, machine
+from cosmos_export.bench.result import MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Schedule
@@ -94,7 +94,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     before = 1 + request.warm_up  # the first run compiles
     progress.begin("measure", before + request.runs)
     try:
-        with Watch(_index(loaded.backend.device)) as watch:
+        with CardWatch(_index(loaded.backend.device)) as watch:
             for number in range(before + request.runs):
                 watch.keeps = number >= before
                 found = run(number)
@@ -118,7 +118,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
         backend=loaded.backend.name,
         device=loaded.backend.device,
         card=_card_of(loaded.backend.device),
-        components=tuple(Component(part, tuple(values)) for part, values in samples.items()),
+        components=tuple(MeasuredPart(part, tuple(values)) for part, values in samples.items()),
         steps=steps,
         forwards=steps + guided,
         extrapolated="",
@@ -156,8 +156,8 @@ def numbered_requests(
     lacks is refused here."""
     import numpy as np
 
-    from cosmos_export.runtime.asked import ENCODER
     from cosmos_export.runtime.embodiments import EMBODIMENTS
+    from cosmos_export.runtime.generate_options import ENCODER
     from cosmos_export.runtime.request import ActionPart, Request
 
     if name not in KINDS:
@@ -216,7 +216,7 @@ def _whole(generator: Generator, request: Request) -> dict[str, float]:
 
 
 def _decoded(result: Result, generator: Generator, request: Request) -> bool:
-    from cosmos_export.runtime.asked import DECODER, SOUND_DECODER
+    from cosmos_export.runtime.generate_options import DECODER, SOUND_DECODER
 
     manifest, decoded = generator.bundle.manifest, False
     if DECODER in manifest.streams and request.action is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def timed(
-    function: Callable[[], Any], device: torch.device, runs: int, warm_up: int, watch: Watch | None = None
+    function: Callable[[], Any], device: torch.device, runs: int, warm_up: int, watch: CardWatch | None = None
 ) -> list[float]:
     """Seconds of each of ``runs`` calls, each to its end on the device; the first call, which compiles, is no run.
 
@@ -40,7 +40,7 @@ def timed(
 
 
 @dataclass(frozen=True)
-class Sample:
+class CardSample:
     """A GPU at one moment; what it does not report is None."""
 
     sm_clock_mhz: float | None
@@ -49,11 +49,11 @@ class Sample:
     temperature_c: float | None
 
 
-Read = Callable[[], Sample | None]
+Read = Callable[[], CardSample | None]
 _PERIOD_S = 0.2
 
 
-class Watch:
+class CardWatch:
     """Reads a GPU's clocks, power and temperature again and again, beside what is measured.
 
     Through NVML where the package nvidia-ml-py is installed, else with the driver's own tool. ``index`` None: no GPU.
@@ -64,13 +64,13 @@ class Watch:
         self._read, self._period = read, period_s
         if read is None and index is not None:
             self._read, self.source = _reader(index)
-        self._samples: list[Sample] = []
+        self._samples: list[CardSample] = []
         self.keeps = True
         """Whether what is read now is kept: while a GPU waits for the host it says nothing of the work."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> CardWatch:
         if self._read is not None:
             self._thread.start()
         return self
@@ -94,7 +94,7 @@ class Watch:
         if not self._samples:
             return None
         quantities = {}
-        for one in fields(Sample):
+        for one in fields(CardSample):
             values = [value for s in self._samples if (value := getattr(s, one.name)) is not None]
             spread = {"median": statistics.median(values), "min": min(values), "max": max(values)} if values else None
             quantities[one.name] = spread
@@ -112,7 +112,7 @@ def _reader(index: int) -> tuple[Read, str]:
     except Exception:  # not installed, or no driver: NVML's own exceptions are not known without it
         return _by_tool(index), "nvidia-smi"
 
-    def read() -> Sample | None:
+    def read() -> CardSample | None:
         def asked(function: Callable[..., Any], *arguments: Any) -> float | None:
             try:
                 return float(function(handle, *arguments))
@@ -120,7 +120,7 @@ def _reader(index: int) -> tuple[Read, str]:
                 return None
 
         power = asked(nvml.nvmlDeviceGetPowerUsage)
-        return Sample(
+        return CardSample(
             asked(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
             asked(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
             power / 1e3 if power is not None else None,
@@ -143,10 +143,10 @@ def _handle(nvml: Any, index: int) -> Any:
 def _by_tool(index: int) -> Read:
     from cosmos_export.targets.gpu import gpus
 
-    def read() -> Sample | None:
+    def read() -> CardSample | None:
         found = next((gpu for gpu in gpus() if gpu.index == index), None)
         if found is None:
             return None
-        return Sample(found.sm_clock_mhz, found.memory_clock_mhz, found.power_w, found.temperature_c)
+        return CardSample(found.sm_clock_mhz, found.memory_clock_mhz, found.power_w, found.temperature_c)
 
     return read

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from cosmos_export.build.forms import close_loop
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.compile.forms import close_loop
 from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Dim, bind, evaluate
@@ -69,7 +69,7 @@ class GeometryGraphs:
     @property
     def graphs(self) -> dict[str, Graph]:
         """``reasoner``, ``conditioning`` where the model has actions, and the bodies `GUIDED` and `PLAIN`."""
-        found = {}
+        found: dict[str, Graph] = {}
         for kind, program in self.programs.items():
             found |= {name: one for name, one in program.graphs.items() if name not in (SCHEDULE, program.loop.body)}
             found[kind] = program.graphs[program.loop.body]
@@ -112,7 +112,7 @@ def capture_graphs(
     program = capture(geometry.config, sources, modalities=modalities)
     options = PassOptions(over_steps=lambda tower, kind, layer: (UNQUANTIZED,))
     run_passes(program, passes_of(options, "form", "towers", "sites"))
-    programs = {}
+    programs: dict[str, Program] = {}
     for closed in close_loop(program, schedule).values():
         guided = any(edge.instance == NEGATIVE for edge in closed.edges)
         programs.setdefault(GUIDED if guided else PLAIN, closed)
@@ -123,7 +123,7 @@ def _labelled(graph: Graph) -> list[Node]:
     return [n for n in graph.nodes if "precision" in n.meta and (is_weight(n) or is_op(n, ops.JOINT_ATTENTION))]
 
 
-def quantized(program: Program, assignment: Assignment, step: int) -> Program:
+def quantize_geometry(program: Program, assignment: Assignment, step: int) -> Program:
     """A copy of the labelled ``program`` as a build with the recipe of ``assignment`` has it at ``step``, with ranges
     that no data was seen for."""
     amax: dict[str, float] = {}
@@ -297,6 +297,7 @@ def random_inputs(graph: Graph, dims: Mapping[str, int], device: torch.device) -
 
 
 __all__ = [
-    "GUIDED", "PLAIN", "PROMPT_DIMS", "GeometryGraphs", "capture_graphs", "dims_of", "modalities_of", "quantized",
-    "random_inputs", "random_weight", "random_weights", "read_graphs", "tiny_geometry", "write_graphs",
+    "GUIDED", "PLAIN", "PROMPT_DIMS", "GeometryGraphs", "capture_graphs", "dims_of", "modalities_of",
+    "quantize_geometry", "random_inputs", "random_weight", "random_weights", "read_graphs",
+    "tiny_geometry", "write_graphs",
 ]  # fmt: skip

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baselines, require_diffusers
-from cosmos_export.bench.clock import Watch, timed
-from cosmos_export.bench.result import Baseline, Component, Measurement, machine
+from cosmos_export.bench.clock import CardWatch, timed
+from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import Workload, parse_workload, published_subject
 from cosmos_export.progress import Progress
@@ -126,16 +126,16 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     progress.end("graphs")
     dims = geometries.dims_of(workload, tiny=request.dry_run)
     parts = list(_parts(found, assignment, schedule, dims, request))
-    components: list[Component] = []
+    components: list[MeasuredPart] = []
     progress.begin("measure", len(parts))
-    with Watch(device.index or 0 if device.type == "cuda" else None) as watch:
+    with CardWatch(device.index or 0 if device.type == "cuda" else None) as watch:
         watch.keeps = False
         for number, part in enumerate(parts):
             run = _Graph(part.graph, device, request, kernels=request.kernels if part.in_loop else frozenset())
             try:
                 for name, (length, count) in part.runs.items():
                     samples = run.samples({**dims, "und_len": length}, watch)
-                    components.append(Component(name, tuple(samples), count))
+                    components.append(MeasuredPart(name, tuple(samples), count))
             finally:
                 run.close()
             progress.update("measure", number + 1)
@@ -216,7 +216,7 @@ def _parts(
     from cosmos_export.passes.fold_schedule import SCHEDULE
 
     alone, length = request.workload == REASONER, dims["und_len"]
-    first = geometries.quantized(next(iter(found.programs.values())), assignment, 0)
+    first = geometries.quantize_geometry(next(iter(found.programs.values())), assignment, 0)
     for name, graph in first.graphs.items():
         if name in (SCHEDULE, first.loop.body):
             continue
@@ -235,7 +235,7 @@ def _parts(
         for same in by_key.values():
             label = name if same is usual else f"{name}/{_schemes_at(assignment, same[0])}"
             if not request.only or label in request.only:
-                program = geometries.quantized(found.programs[name], assignment, same[0])
+                program = geometries.quantize_geometry(found.programs[name], assignment, same[0])
                 yield _Part(program.graphs[program.loop.body], {label: (length, len(same))}, in_loop=True)
 
 
@@ -258,7 +258,7 @@ class _Graph:
         self._executable = Executable(graph, geometries.random_weights(graph, device), device, settings)
         self._graph, self._device, self._request = graph, device, request
 
-    def samples(self, dims: Mapping[str, int], watch: Watch) -> list[float]:
+    def samples(self, dims: Mapping[str, int], watch: CardWatch) -> list[float]:
         from cosmos_export.bench import geometry as geometries
 
         inputs = geometries.random_inputs(self._graph, dims, self._device)

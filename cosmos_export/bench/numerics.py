@@ -89,7 +89,7 @@ def check_numerics(
     inputs = case.inputs(geometry.config, ("vision",))
     found, rounding = [], 0.0
     for recipe, scheme in (("bf16", None), ("fp8-w8a16", "fp8-w8a16"), ("fp8", "fp8")):
-        program = plain if scheme is None else quantized(plain, scheme, inputs, weights)
+        program = plain if scheme is None else quantize_linears(plain, scheme, inputs, weights)
         values = {} if scheme is None else widened(program, stored)
         oracle = _stock(model, values, device, torch.float32, inputs)
         ours = relative_error(run_compiled(program, inputs, weights, device, compiled=compiled), oracle)
@@ -104,7 +104,7 @@ def check_numerics(
     return found
 
 
-def quantized(plain: Program, scheme: str, inputs: Tensors, weights: Weights) -> Program:
+def quantize_linears(plain: Program, scheme: str, inputs: Tensors, weights: Weights) -> Program:
     """A copy of ``plain`` with every linear of the layers in ``scheme``, scales from one request."""
     from cosmos_export.evaluation.gates import observe_inputs
     from cosmos_export.passes.insert_quantization import Ranges

@@ -30,7 +30,7 @@ _PACKAGES = (
 
 
 @dataclass(frozen=True)
-class Component:
+class MeasuredPart:
     """One part of a request: seconds of each measured call, and how often a request has it."""
 
     name: str
@@ -58,7 +58,7 @@ class Baseline:
     name: str
     recipe: str
     """What it computes in: beside a measurement in another precision it says so."""
-    components: tuple[Component, ...]
+    components: tuple[MeasuredPart, ...]
     forwards: int
     covers: str
 
@@ -71,7 +71,7 @@ class Baseline:
         return _forward_s(self.components, self.forwards)
 
 
-def _forward_s(components: Sequence[Component], forwards: int) -> float | None:
+def _forward_s(components: Sequence[MeasuredPart], forwards: int) -> float | None:
     steps = [c for c in components if c.name.startswith(("step", "denoise"))]
     return sum(c.total_s for c in steps) / forwards if steps and forwards else None
 
@@ -89,7 +89,7 @@ class Measurement:
     backend: str
     device: str
     card: str | None
-    components: tuple[Component, ...]
+    components: tuple[MeasuredPart, ...]
     steps: int
     forwards: int
     """Runs of the generator in a request: one a step and branch."""
@@ -150,7 +150,7 @@ class Measurement:
         }  # fmt: skip
 
 
-def _row(c: Component) -> dict[str, Any]:
+def _row(c: MeasuredPart) -> dict[str, Any]:
     return {
         "name": c.name, "calls": c.calls, "median_s": c.median_s, "p5_s": c.percentile_s(0.05),
         "p95_s": c.percentile_s(0.95), "samples_s": list(c.samples_s),

@@ -67,7 +67,7 @@ _DEVICE_NAMES = frozenset(
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelRecord:
     """The model the bundle was built from."""
 
     id: Name
@@ -323,7 +323,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class PlanCheck:
+class EngineCheck:
     """What the engine really contains against what was planned."""
 
     engine: Name
@@ -386,7 +386,7 @@ class PrecisionRecord:
 class Manifest:
     """A bundle: what it was built from, what is in it, and what was measured."""
 
-    model: Model
+    model: ModelRecord
     inputs: tuple[InputFile, ...]
     target: TargetRecord
     profiles: tuple[ProfileRecord, ...]
@@ -400,7 +400,7 @@ class Manifest:
     tools: Mapping[str, str]
     options: Mapping[str, Scalar | tuple[Scalar, ...]]
     evaluation: tuple[Verdict, ...]
-    plan_checks: tuple[PlanCheck, ...]
+    plan_checks: tuple[EngineCheck, ...]
     volatile: Volatile
     precision: PrecisionRecord | None = None
     """None where nothing is quantized."""

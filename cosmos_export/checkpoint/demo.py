@@ -17,7 +17,7 @@ from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, Tower, expected_tensors
 from cosmos_export.checkpoint.output import give_back, new_directory, require_space
 from cosmos_export.checkpoint.published import PUBLISHED
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json, write_shards
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
 
@@ -136,11 +136,11 @@ def write_demo_checkpoint(
     expected = expected_tensors(geometry)
     config, vision = components.reasoner(geometry, dtype, true_size)
     parts = [
-        components.Component(
+        components.DemoComponent(
             "transformer",
             "diffusion_pytorch_model",
             components.transformer_config(geometry),
-            tuple(TensorSpec(tensor.name, dtype, tensor.shape) for tensor in expected.values()),
+            tuple(TensorHeader(tensor.name, dtype, tensor.shape) for tensor in expected.values()),
         ),
         components.vae(geometry, dtype, true_size),
         *([components.sound_tokenizer(geometry, dtype, true_size)] if geometry.sound_gen else []),
@@ -161,7 +161,7 @@ def write_demo_checkpoint(
 
 
 def _write_component(
-    root: Path, part: components.Component, geometry: Geometry, options: DemoOptions, progress: Progress | None
+    root: Path, part: components.DemoComponent, geometry: Geometry, options: DemoOptions, progress: Progress | None
 ) -> dict[str, str]:
     folder, report = root / part.folder, progress or Silent()
     folder.mkdir()
@@ -205,7 +205,7 @@ def hidden_sums(geometry: Geometry) -> dict[str, int]:
 
 def _root_index(
     weight_maps: dict[str, dict[str, str]],
-    parts: list[components.Component],
+    parts: list[components.DemoComponent],
     expected: dict[str, ExpectedTensor],
     geometry: Geometry,
 ) -> dict[str, Any]:

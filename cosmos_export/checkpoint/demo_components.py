@@ -15,7 +15,7 @@ from typing import Any
 
 from cosmos_export.checkpoint.geometry import EDGE_BACKBONE, Geometry
 from cosmos_export.checkpoint.published import PROJECTOR_WIDTH, SOUND_WIDTHS, VAE_WIDTHS, VISION_WIDTHS
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -45,16 +45,16 @@ _CHAT_TEMPLATE = """\
 
 
 @dataclass(frozen=True)
-class Component:
+class DemoComponent:
     """A folder of the checkpoint: what its configuration says and which tensors it has."""
 
     folder: str
     stem: str
     config: Mapping[str, Any] | None
-    tensors: tuple[TensorSpec, ...]
+    tensors: tuple[TensorHeader, ...]
 
 
-def vae(geometry: Geometry, dtype: str, true_size: bool = False) -> Component:
+def vae(geometry: Geometry, dtype: str, true_size: bool = False) -> DemoComponent:
     """The video autoencoder, at an eighth of a percent of its published size unless ``true_size``; compression and
     interface are the same."""
     from diffusers import AutoencoderKLWan
@@ -71,7 +71,7 @@ def vae(geometry: Geometry, dtype: str, true_size: bool = False) -> Component:
     return _diffusers_component("vae", AutoencoderKLWan, arguments, dtype)
 
 
-def sound_tokenizer(geometry: Geometry, dtype: str, true_size: bool = False) -> Component:
+def sound_tokenizer(geometry: Geometry, dtype: str, true_size: bool = False) -> DemoComponent:
     """The audio autoencoder, narrow unless ``true_size``; 1,920 samples a latent frame as published."""
     from diffusers import Cosmos3AVAEAudioTokenizer
 
@@ -173,7 +173,7 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(_CHAT_TEMPLATE, encoding="utf-8")
 
 
-def reasoner(geometry: Geometry, dtype: str, true_size: bool = False) -> tuple[dict[str, Any], Component]:
+def reasoner(geometry: Geometry, dtype: str, true_size: bool = False) -> tuple[dict[str, Any], DemoComponent]:
     """Root ``config.json`` and the vision encoder with which transformers loads the reasoner; narrow unless
     ``true_size``."""
     widths = VISION_WIDTHS[geometry.family] if true_size else {}
@@ -209,7 +209,7 @@ def _root_config(architecture: str, model_type: str, dtype: str) -> dict[str, An
     }
 
 
-def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], Component]:
+def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], DemoComponent]:
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLVisionModel
 
@@ -228,10 +228,10 @@ def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) ->
     config |= {"text_config": text, "vision_config": vision}
     with torch.device("meta"):
         model = Qwen3VLVisionModel(Qwen3VLConfig(vision_config=dict(vision), text_config=dict(text)).vision_config)
-    return config, Component("vision_encoder", "model", vision, _specs(model.state_dict(), dtype))
+    return config, DemoComponent("vision_encoder", "model", vision, _specs(model.state_dict(), dtype))
 
 
-def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], Component]:
+def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], DemoComponent]:
     """Edge keeps the encoder under its names in the whole model, projector included, and gives it no configuration."""
     import torch
     from transformers import Cosmos3EdgeConfig
@@ -262,16 +262,16 @@ def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) ->
     state = {
         f"model.{part}.{name}": value for part, model in parts.items() for name, value in model.state_dict().items()
     }
-    return config, Component("vision_encoder", "model", None, _specs(state, dtype))
+    return config, DemoComponent("vision_encoder", "model", None, _specs(state, dtype))
 
 
-def _diffusers_component(folder: str, model_class: Any, arguments: dict[str, Any], dtype: str) -> Component:
+def _diffusers_component(folder: str, model_class: Any, arguments: dict[str, Any], dtype: str) -> DemoComponent:
     import torch
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's, about a weight norm that diffusers uses
         model = model_class(**arguments)
-    return Component(folder, "diffusion_pytorch_model", _plain_config(model), _specs(model.state_dict(), dtype))
+    return DemoComponent(folder, "diffusion_pytorch_model", _plain_config(model), _specs(model.state_dict(), dtype))
 
 
 def _plain_config(model: Any) -> dict[str, Any]:
@@ -279,5 +279,5 @@ def _plain_config(model: Any) -> dict[str, Any]:
     return config
 
 
-def _specs(state: Mapping[str, Any], dtype: str) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, dtype, tuple(value.shape)) for name, value in state.items())
+def _specs(state: Mapping[str, Any], dtype: str) -> tuple[TensorHeader, ...]:
+    return tuple(TensorHeader(name, dtype, tuple(value.shape)) for name, value in state.items())

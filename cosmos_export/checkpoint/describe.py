@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, Part, Tower
+from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, TensorPart, Tower
 from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.reader import Checkpoint
 
@@ -84,8 +84,8 @@ def describe(checkpoint: Checkpoint) -> Summary:
         towers={tower.value: _tower(checkpoint, tower) for tower in Tower},
         shared={
             part.value: _size(checkpoint, (tensor for tensor in expected if tensor.part is part))
-            for part in Part
-            if part is not Part.LAYERS and any(tensor.part is part for tensor in expected)
+            for part in TensorPart
+            if part is not TensorPart.LAYERS and any(tensor.part is part for tensor in expected)
         },
         transformer=_size(checkpoint, expected),
         transformer_tensors=len(expected),
@@ -111,7 +111,7 @@ def describe(checkpoint: Checkpoint) -> Summary:
 
 def _tower(checkpoint: Checkpoint, tower: Tower) -> TowerSize:
     tensors = [
-        tensor for tensor in checkpoint.expected.values() if tensor.tower is tower and tensor.part is Part.LAYERS
+        tensor for tensor in checkpoint.expected.values() if tensor.tower is tower and tensor.part is TensorPart.LAYERS
     ]
     linears = [tensor for tensor in tensors if tensor.linear]
     size = _size(checkpoint, tensors)

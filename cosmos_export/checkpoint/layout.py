@@ -22,7 +22,7 @@ class Tower(StrEnum):
     GENERATOR = "generator"
 
 
-class Part(StrEnum):
+class TensorPart(StrEnum):
     """What a tensor is for, in the units that sizes are reported in."""
 
     LAYERS = "layers"
@@ -43,7 +43,7 @@ class ExpectedTensor:
     name: str
     shape: tuple[int, ...]
     tower: Tower
-    part: Part
+    part: TensorPart
     kind: str = ""
     layer: int = 0
 
@@ -72,28 +72,28 @@ def expected_tensors(geometry: Geometry) -> dict[str, ExpectedTensor]:
 def _tensors(geometry: Geometry) -> Iterator[ExpectedTensor]:
     hidden, vocab = geometry.hidden_size, geometry.vocab_size
     reasoner, generator = Tower.REASONER, Tower.GENERATOR
-    yield ExpectedTensor("embed_tokens.weight", (vocab, hidden), reasoner, Part.EMBED)
+    yield ExpectedTensor("embed_tokens.weight", (vocab, hidden), reasoner, TensorPart.EMBED)
     for index in range(geometry.num_hidden_layers):
         yield from _layer(geometry, index, reasoner)
         yield from _layer(geometry, index, generator)
-    yield ExpectedTensor("norm.weight", (hidden,), reasoner, Part.LAYERS)
-    yield ExpectedTensor("norm_moe_gen.weight", (hidden,), generator, Part.LAYERS)
-    yield ExpectedTensor("lm_head.weight", (vocab, hidden), reasoner, Part.LM_HEAD)
+    yield ExpectedTensor("norm.weight", (hidden,), reasoner, TensorPart.LAYERS)
+    yield ExpectedTensor("norm_moe_gen.weight", (hidden,), generator, TensorPart.LAYERS)
+    yield ExpectedTensor("lm_head.weight", (vocab, hidden), reasoner, TensorPart.LM_HEAD)
     patch = geometry.patch_latent_dim
-    yield from _affine("proj_in", patch, hidden, Part.VISION)
-    yield from _affine("proj_out", hidden, patch, Part.VISION)
-    yield from _affine("time_embedder.linear_1", TIME_PROJECTION, hidden, Part.TIME)
-    yield from _affine("time_embedder.linear_2", hidden, hidden, Part.TIME)
+    yield from _affine("proj_in", patch, hidden, TensorPart.VISION)
+    yield from _affine("proj_out", hidden, patch, TensorPart.VISION)
+    yield from _affine("time_embedder.linear_1", TIME_PROJECTION, hidden, TensorPart.TIME)
+    yield from _affine("time_embedder.linear_2", hidden, hidden, TensorPart.TIME)
     if geometry.action_gen and geometry.action_dim is not None:
         domains, action = geometry.num_embodiment_domains, geometry.action_dim
         for name, width in (("action_proj_in", hidden), ("action_proj_out", action)):
-            yield ExpectedTensor(f"{name}.fc.weight", (domains, hidden * action), generator, Part.ACTION)
-            yield ExpectedTensor(f"{name}.bias.weight", (domains, width), generator, Part.ACTION)
-        yield ExpectedTensor("action_modality_embed", (hidden,), generator, Part.ACTION)
+            yield ExpectedTensor(f"{name}.fc.weight", (domains, hidden * action), generator, TensorPart.ACTION)
+            yield ExpectedTensor(f"{name}.bias.weight", (domains, width), generator, TensorPart.ACTION)
+        yield ExpectedTensor("action_modality_embed", (hidden,), generator, TensorPart.ACTION)
     if geometry.sound_gen and geometry.sound_dim is not None:
-        yield from _affine("audio_proj_in", geometry.sound_dim, hidden, Part.SOUND)
-        yield from _affine("audio_proj_out", hidden, geometry.sound_dim, Part.SOUND)
-        yield ExpectedTensor("audio_modality_embed", (hidden,), generator, Part.SOUND)
+        yield from _affine("audio_proj_in", geometry.sound_dim, hidden, TensorPart.SOUND)
+        yield from _affine("audio_proj_out", hidden, geometry.sound_dim, TensorPart.SOUND)
+        yield ExpectedTensor("audio_modality_embed", (hidden,), generator, TensorPart.SOUND)
 
 
 def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTensor]:
@@ -103,10 +103,10 @@ def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTen
     query, key_value = geometry.query_width, geometry.key_value_width
 
     def norm(name: str, shape: tuple[int, ...]) -> ExpectedTensor:
-        return ExpectedTensor(f"{prefix}{name}.weight", shape, tower, Part.LAYERS)
+        return ExpectedTensor(f"{prefix}{name}.weight", shape, tower, TensorPart.LAYERS)
 
     def linear(name: str, out: int, inner: int, kind: str) -> ExpectedTensor:
-        return ExpectedTensor(f"{prefix}{name}.weight", (out, inner), tower, Part.LAYERS, kind, index)
+        return ExpectedTensor(f"{prefix}{name}.weight", (out, inner), tower, TensorPart.LAYERS, kind, index)
 
     attention = (
         ("self_attn.add_q_proj" if gen else "self_attn.to_q", query, hidden, "attention.qkv"),
@@ -118,7 +118,7 @@ def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTen
     for name, out, inner, kind in attention:
         yield linear(name, out, inner, kind)
         if geometry.attention_bias:
-            yield ExpectedTensor(f"{prefix}{name}.bias", (out,), tower, Part.LAYERS)
+            yield ExpectedTensor(f"{prefix}{name}.bias", (out,), tower, TensorPart.LAYERS)
     if gen:
         yield norm("self_attn.norm_added_q", head)
         yield norm("self_attn.norm_added_k", head)
@@ -134,7 +134,7 @@ def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTen
     yield linear(f"mlp{suffix}.down_proj", hidden, ffn, "mlp.down")
 
 
-def _affine(name: str, inner: int, out: int, part: Part) -> Iterator[ExpectedTensor]:
+def _affine(name: str, inner: int, out: int, part: TensorPart) -> Iterator[ExpectedTensor]:
     yield ExpectedTensor(f"{name}.weight", (out, inner), Tower.GENERATOR, part)
     yield ExpectedTensor(f"{name}.bias", (out,), Tower.GENERATOR, part)
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import dtypes
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 
 _CHUNK = 1 << 20
 """Elements generated at a time. Part of what the bytes are: each chunk has its own seed."""
@@ -34,12 +34,12 @@ _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dt
 
 def produce(
     seed: int, fan_in: Mapping[str, int] | None = None, on_bytes: Callable[[int], None] = lambda _: None
-) -> Callable[[TensorSpec], Iterator[memoryview]]:
+) -> Callable[[TensorHeader], Iterator[memoryview]]:
     """A producer for ``write_shards``. ``fan_in``: by name, where no shape shows it; ``on_bytes``: told of each piece's
     size."""
     known = fan_in or {}
 
-    def pieces(spec: TensorSpec) -> Iterator[memoryview]:
+    def pieces(spec: TensorHeader) -> Iterator[memoryview]:
         mean, scale = statistics(spec, known.get(spec.name))
         work = partial(_chunk, seed, spec, np.float32(mean), np.float32(scale))
         for raw in _in_order(work, -(-spec.elements // _CHUNK)):
@@ -49,7 +49,7 @@ def produce(
     return pieces
 
 
-def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
+def produce_heads(seed: int) -> Callable[[TensorHeader], Iterator[memoryview]]:
     """A producer of the first pages of each tensor: no two are alike, and a builder that stores equal constants once
     stores them all. The rest of each is for the writer to leave out.
 
@@ -57,7 +57,7 @@ def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
     so few weights have, no error could be told from chance.
     """
 
-    def head(spec: TensorSpec) -> Iterator[memoryview]:
+    def head(spec: TensorHeader) -> Iterator[memoryview]:
         few = min(spec.elements, _HEAD_BYTES // (dtypes.BITS[spec.dtype] // 8))
         values = _chunk(seed, replace(spec, shape=(few,)), np.float32(0), np.float32(1), 0).view(_NUMPY[spec.dtype])
         size = np.float32(1.0 if len(spec.shape) == 1 else _HEAD)
@@ -66,7 +66,7 @@ def produce_heads(seed: int) -> Callable[[TensorSpec], Iterator[memoryview]]:
     return head
 
 
-def _chunk(seed: int, spec: TensorSpec, mean: np.float32, scale: np.float32, index: int) -> NDArray[np.uint8]:
+def _chunk(seed: int, spec: TensorHeader, mean: np.float32, scale: np.float32, index: int) -> NDArray[np.uint8]:
     digest = hashlib.sha256(f"{seed}/{spec.name}/{index}".encode()).digest()
     generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
     values = generator.standard_normal(min(_CHUNK, spec.elements - index * _CHUNK), dtype=np.float32)
@@ -91,7 +91,7 @@ def _in_order(work: Callable[[int], NDArray[np.uint8]], count: int) -> Iterator[
             yield pending.popleft().result()
 
 
-def statistics(spec: TensorSpec, fan_in: int | None = None) -> tuple[float, float]:
+def statistics(spec: TensorHeader, fan_in: int | None = None) -> tuple[float, float]:
     """Mean and standard deviation of a tensor, by what its name and shape say it is."""
     leaf = spec.name.rsplit(".", 1)[-1]
     if leaf == "weight_g":

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint import pipeline_config, schedule, variants
+from cosmos_export.checkpoint import pipeline_config, scheduler_config, variants
 from cosmos_export.checkpoint.adapters import CONFIG, MERGE_HINT, find_adapters
 from cosmos_export.checkpoint.codec_configs import read_codec_configs
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
@@ -104,8 +104,8 @@ def _read(root: Path, inputs: Inputs) -> Checkpoint:
     config = read_object(components["transformer"] / "config.json")
     geometry = parse_geometry(config)
     quantization = parse_quantization(config)
-    scheduler = schedule.read_scheduler(components["scheduler"])
-    sigmas = schedule.distilled_sigmas(root, scheduler)
+    scheduler = scheduler_config.read_scheduler(components["scheduler"])
+    sigmas = scheduler_config.distilled_sigmas(root, scheduler)
     policy = _policy(root)
     codecs = read_codec_configs(components)
     shards = {name: read_shards(components[name], stem) for name, stem in WEIGHT_STEMS.items() if name in components}

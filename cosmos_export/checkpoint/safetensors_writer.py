@@ -24,7 +24,7 @@ _METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorHeader:
     """A tensor to be written."""
 
     name: str
@@ -40,10 +40,10 @@ class TensorSpec:
         return self.elements * dtypes.BITS[self.dtype] // 8
 
 
-Produce = Callable[[TensorSpec], Iterable[bytes | memoryview]]
+Produce = Callable[[TensorHeader], Iterable[bytes | memoryview]]
 
 
-def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _METADATA) -> bytes:
+def encode_header(specs: Sequence[TensorHeader], metadata: Mapping[str, str] = _METADATA) -> bytes:
     """Length and header of a file that holds ``specs`` in this order, and ``metadata`` in its own."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -56,9 +56,9 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str] = _ME
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def split_shards(specs: Sequence[TensorSpec], shard_size: int) -> list[list[TensorSpec]]:
+def split_shards(specs: Sequence[TensorHeader], shard_size: int) -> list[list[TensorHeader]]:
     """Consecutive tensors in files of at most ``shard_size`` bytes; a larger tensor gets a file of its own."""
-    shards: list[list[TensorSpec]] = [[]]
+    shards: list[list[TensorHeader]] = [[]]
     filled = 0
     for spec in specs:
         if shards[-1] and filled + spec.size_bytes > shard_size:
@@ -76,7 +76,7 @@ def shard_names(stem: str, count: int) -> list[str]:
 
 
 def write_shards(
-    folder: Path, stem: str, specs: Sequence[TensorSpec], produce: Produce, shard_size: int, *, sparse: bool = False
+    folder: Path, stem: str, specs: Sequence[TensorHeader], produce: Produce, shard_size: int, *, sparse: bool = False
 ) -> dict[str, str]:
     """Writes the files, and their index when there are several. Returns which file holds which tensor.
 
@@ -101,7 +101,7 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, specs: Sequence[TensorSpec], produce: Produce, sparse: bool) -> None:
+def _write_file(path: Path, specs: Sequence[TensorHeader], produce: Produce, sparse: bool) -> None:
     with path.open("wb") as file:
         file.write(encode_header(specs))
         for spec in specs:

@@ -20,10 +20,10 @@ from cosmos_export.kernels.description import PLUGINS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cosmos_export.build.artifacts import Engine
-    from cosmos_export.build.options import Plan
-    from cosmos_export.build.stages import BuildResult
     from cosmos_export.bundle import Planned
+    from cosmos_export.compile.artifacts import Engine
+    from cosmos_export.compile.options import Job
+    from cosmos_export.compile.stages import BuildResult
     from cosmos_export.diagnostics import FindingError
 
 
@@ -127,10 +127,10 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
-        from cosmos_export.build.cache import default_folder
-        from cosmos_export.build.driver import build as run
-        from cosmos_export.build.options import BuildOptions
         from cosmos_export.cli import console
+        from cosmos_export.compile.cache import default_folder
+        from cosmos_export.compile.driver import build as run
+        from cosmos_export.compile.options import BuildOptions
 
         options = BuildOptions(
             checkpoint=checkpoint,
@@ -164,9 +164,9 @@ def register(app: typer.Typer) -> None:
             cache=None if no_cache else cache or default_folder(),
         )
 
-        def begins(plan: Plan) -> None:
+        def begins(job: Job) -> None:
             if output is not None:
-                console.set_resume_command(_resume_command(plan))
+                console.set_resume_command(_resume_command(job))
 
         def fails(left: Path | None) -> None:
             if left is None:
@@ -207,12 +207,12 @@ def interval(text: str | None) -> tuple[float, float] | None:
     return low, high
 
 
-def _resume_command(plan: Plan) -> str:
+def _resume_command(job: Job) -> str:
     """This command, as it would be continued: with the memory budget that was found, or engines would be cut in other
     places where the machine has less free by then."""
-    arguments = [*sys.argv[1:], *([] if plan.options.resume else ["--resume"])]
-    if plan.memory_budget is not None and plan.options.memory_budget is None:
-        arguments += ["--memory-budget", f"{plan.memory_budget / 2**30:g}GiB"]
+    arguments = [*sys.argv[1:], *([] if job.options.resume else ["--resume"])]
+    if job.memory_budget is not None and job.options.memory_budget is None:
+        arguments += ["--memory-budget", f"{job.memory_budget / 2**30:g}GiB"]
     return shlex.join(["cosmos-export", *arguments])
 
 
@@ -268,7 +268,7 @@ def _print(result: BuildResult) -> None:
         out.print(f"\n{note}")
     if result.manifest is not None:
         _print_planned(result.manifest.volatile.planned)
-        out.print(f"\nComponents: {', '.join(('transformer', *result.plan.components))}")
+        out.print(f"\nComponents: {', '.join(('transformer', *result.job.components))}")
         files = result.manifest.files
         out.print(
             f"{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.seconds:.1f} s, "
@@ -294,7 +294,7 @@ def _print_planned(planned: Mapping[str, Planned]) -> None:
 def _losses(result: BuildResult) -> Any:
     from rich.table import Table
 
-    losses, precision = result.losses, result.plan.precision
+    losses, precision = result.losses, result.job.precision
     assert losses is not None
     table = Table(
         "what", "loss", "limit", title=f"\nQuantization by recipe {precision.recipe}", title_justify="left", box=None
@@ -316,8 +316,8 @@ def _not_compared(result: BuildResult) -> dict[str, str]:
 
 
 def _gemms(engine: Engine) -> str:
-    """How many GEMMs one profile's plan has, by type."""
-    types = engine.plan.graphs[0].gemm_types() if engine.plan.graphs else {}
+    """How many GEMMs one profile has, by type."""
+    types = engine.summary.graphs[0].gemm_types() if engine.summary.graphs else {}
     return ", ".join(f"{count} × {kind}" for kind, count in types.items()) or "–"
 
 
@@ -339,7 +339,7 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     if result.parity:
         proof = f"{len(result.parity)} stages within their limits of diffusers"
     engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
-    components = "".join(f" + {name}" for name in result.plan.components)
+    components = "".join(f" + {name}" for name in result.job.components)
     failed = [f"{v.stage} of {v.subject} failed: {v.note}" for v in result.manifest.evaluation if v.verdict == "fail"]
     if failed:
         return f"built {output}, with failures that were only to be reported: {'; '.join(failed)}"
@@ -349,7 +349,7 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
 def _gates(result: BuildResult) -> dict[str, Any] | None:
     if result.losses is None:
         return None
-    from cosmos_export.build.losses import loss_values
+    from cosmos_export.compile.losses import loss_values
 
     worst = [
         {"site": w.site, "scheme": w.scheme, "relative": w.relative if isfinite(w.relative) else None}
@@ -370,12 +370,12 @@ _EVIDENCE = ("quantization.json", "quantization.html")
 
 def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:
     """What a build measured until ``error`` ended it, beside the bundle that there is not; the paths."""
-    from cosmos_export.build.losses import loss_texts
+    from cosmos_export.compile.losses import loss_texts
 
     failed = {"code": error.code, "message": error.message, "hint": error.hint}
     texts = {"build.json": _json({**_document(result, None), "failed": failed})}
     if result.losses is not None:
-        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.plan), strict=True))
+        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.job), strict=True))
     return [path for name, text in texts.items() if (path := _write_beside(output, name, text)) is not None]
 
 
@@ -407,7 +407,7 @@ def _write_beside(output: Path, name: str, text: str) -> Path | None:
 
 
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
-    from cosmos_export.build.record import verdicts
+    from cosmos_export.compile.record import verdicts
 
     return {
         "output": None if output is None else str(output),
@@ -435,10 +435,10 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             for m in result.parity
         ],
         "parity_note": result.parity_note,
-        "recipe": result.plan.precision.recipe,
-        "precision": result.plan.precision.table(),
+        "recipe": result.job.precision.recipe,
+        "precision": result.job.precision.table(),
         "gates": _gates(result),
-        "components": list(result.plan.components),
+        "components": list(result.job.components),
         "not_compared": _not_compared(result),
         "notes": result.notes,
         "verdicts": [asdict(verdict) for verdict in verdicts(result)],
@@ -448,10 +448,10 @@ def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
                 "size_bytes": e.report.size_bytes,
                 "attention": e.attention,
                 "fused_attention": e.fused_attention,
-                "attention_types": sorted({a.type for g in e.plan.graphs for a in g.attention}),
-                "gemms": dict(e.plan.graphs[0].gemm_types()) if e.plan.graphs else {},
+                "attention_types": sorted({a.type for g in e.summary.graphs for a in g.attention}),
+                "gemms": dict(e.summary.graphs[0].gemm_types()) if e.summary.graphs else {},
                 "narrow_share": round(e.narrow_share, 4),
-                "dequantize_kernels": sorted({name for g in e.plan.graphs for name in g.dequantize}),
+                "dequantize_kernels": sorted({name for g in e.summary.graphs for name in g.dequantize}),
                 "activation_bytes": e.activation_bytes,
                 "profiles": list(e.profiles),
                 "reused": e.report.reused,

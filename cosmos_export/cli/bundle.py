@@ -68,7 +68,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    from cosmos_export.runtime.asked import SOUND_DECODER
+    from cosmos_export.runtime.generate_options import SOUND_DECODER
 
     options, target = manifest.options, manifest.target
     loop = "on the device" if manifest.loop is not None and manifest.loop.segments else "on the host"

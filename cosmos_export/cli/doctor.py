@@ -20,19 +20,19 @@ def register(app: typer.Typer) -> None:
         """Look at driver, GPUs, packages, memory, disk and environment; exit 1 where something stands in the way."""
         from cosmos_export.cli import console
         from cosmos_export.diagnostics import ExitCode, UserError
-        from cosmos_export.doctor import State, examine, facts
+        from cosmos_export.doctor import CheckState, examine, facts
         from cosmos_export.targets import load_target
 
         chosen = load_target(target) if target is not None else None
         if not folder.is_dir():
             raise UserError("CX810", f"{folder} is not a directory", "name one that exists")
         findings = list(examine(facts(folder), chosen))
-        blockers = [f for f in findings if f.state is State.BLOCKER]
+        blockers = [f for f in findings if f.state is CheckState.BLOCKER]
         if as_json:
             rows = [{"check": f.check, "state": f.state.value, "found": f.found, "hint": f.hint} for f in findings]
             console.emit_json({"findings": rows, "blockers": len(blockers)})
         else:
-            marks = {State.OK: "✓", State.NOTE: "!", State.BLOCKER: "✗"}
+            marks = {CheckState.OK: "✓", CheckState.NOTE: "!", CheckState.BLOCKER: "✗"}
             for f in findings:
                 console.out().print(f"{marks[f.state]} {f.check}: {f.found}", markup=False, highlight=False)
                 if f.hint:

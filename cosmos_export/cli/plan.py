@@ -60,11 +60,11 @@ def register(app: typer.Typer) -> None:
 
         Ends with 1 if nothing fits.
         """
-        from cosmos_export.build.memory import parse_size
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
+        from cosmos_export.compile.memory import parse_size
         from cosmos_export.diagnostics import UserError
-        from cosmos_export.plan import Request, estimate, parse_workload
+        from cosmos_export.plan import PlanRequest, estimate, parse_workload
         from cosmos_export.plan.choose import AUTO
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
@@ -80,7 +80,7 @@ def register(app: typer.Typer) -> None:
                 "CX350", "a plan is of one recipe", "`cosmos-export recipes choose` says which one `auto` is"
             )
         chosen = load_recipe(recipe or DEFAULT) if opened is None else recipe_for(opened, recipe)
-        request = Request(
+        request = PlanRequest(
             targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),
             workloads=tuple(parse_workload(text, tokens) for text in dict.fromkeys(workload or ["t2v-480p-189f"])),
             recipe=chosen,
@@ -113,8 +113,8 @@ def _tokens(text: str | None) -> tuple[int, int] | None:
 
 def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
     """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
-    from cosmos_export.build.options import all_modalities, model_limits
     from cosmos_export.checkpoint import open_checkpoint
+    from cosmos_export.compile.options import all_modalities, model_limits
     from cosmos_export.diagnostics import UserError
     from cosmos_export.plan import from_checkpoint, published_subject
 

@@ -35,8 +35,8 @@ def register(app: typer.Typer) -> None:
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Write a checkpoint in the published ModelOpt layout, one linear in memory at a time."""
-        from cosmos_export.build.quantize import quantize as run
         from cosmos_export.cli import console
+        from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint as run
 
         result = run(
             checkpoint,

@@ -118,7 +118,7 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.bundle import open_bundle, open_verdicts
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
-        from cosmos_export.runtime.frontend import Asked, prepare
+        from cosmos_export.runtime.frontend import GenerateOptions, prepare
         from cosmos_export.runtime.media import Mark
         from cosmos_export.runtime.results import plan_outputs, write_results
         from cosmos_export.sampling import Overrides
@@ -126,7 +126,7 @@ def register(app: typer.Typer) -> None:
         started = time.perf_counter()
         files = open_bundle(bundle)
         manifest, mark = files.manifest, Mark(files.bundle_id)
-        asked = Asked(
+        asked = GenerateOptions(
             prompt=prompt,
             negative=negative,
             mode=mode,

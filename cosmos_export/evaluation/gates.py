@@ -23,7 +23,7 @@ from cosmos_export.ir.spec import Transform
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.insert_quantization import InsertQuantization, linears_of
 from cosmos_export.sampling import Schedule, coefficient_table
-from cosmos_export.sampling.solvers import State, distilled_step, guide, unipc_step
+from cosmos_export.sampling.solvers import SolverState, distilled_step, guide, unipc_step
 
 Observer = Callable[[Node, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """A linear, its input [rows, K], its weight [N, K] and its result."""
@@ -290,7 +290,7 @@ def record_rollout(
     table = coefficient_table(schedule)
     generator = np.random.default_rng(_NOISE_SEED)
     # A modality that is not among the outputs stays as it is.
-    states = {n: State.start(v.numpy()) for n, v in inputs.items() if n in program.loop.carried and v.numel()}
+    states = {n: SolverState.start(v.numpy()) for n, v in inputs.items() if n in program.loop.carried and v.numel()}
     recorded = []
     for step in range(max(steps) + 1):
         latents = {name: torch.from_numpy(np.asarray(state.sample)) for name, state in states.items()}
@@ -312,7 +312,7 @@ def record_rollout(
                 states[name] = unipc_step(table[step], state, velocity, mask)
             else:
                 noise = generator.standard_normal(state.sample.shape, dtype=np.float32)
-                states[name] = State.start(distilled_step(table[step], state.sample, velocity, noise, mask))
+                states[name] = SolverState.start(distilled_step(table[step], state.sample, velocity, noise, mask))
     return recorded
 
 

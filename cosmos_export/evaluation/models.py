@@ -19,7 +19,7 @@ SHOWN = "/shown"
 """Ends the name of a result that is a value inside of the model."""
 
 
-class Model:
+class OnnxModel:
     """The model at ``path`` in ONNX Runtime. ``shown``: values inside of it that are results too, in float32."""
 
     def __init__(self, path: Path, shown: Collection[str] = ()) -> None:

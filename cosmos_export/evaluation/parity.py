@@ -16,7 +16,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.diagnostics import CosmosExportError, FindingError
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.followed import Counts, Followed, Roundings
-from cosmos_export.evaluation.models import Model, Value, read_model
+from cosmos_export.evaluation.models import OnnxModel, Value, read_model
 from cosmos_export.evaluation.reference import Reference, cosine, relative_error
 from cosmos_export.evaluation.requested import StepModels, request_of, requested, short
 from cosmos_export.evaluation.sampled import (
@@ -236,7 +236,7 @@ class Parity:
                 known[case.name] |= {e.input: results[e.source][e.output] for e in program.edges_into(name)}
             for path in files[name]:
                 # One session at a time: the towers of a large model do not fit side by side.
-                model = Model(path, (shown or {}).get(path, ()))
+                model = OnnxModel(path, (shown or {}).get(path, ()))
                 for given in known.values():
                     given.update(model(given))
                 del model

@@ -86,12 +86,12 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
         str(checkpoint), torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
-    result, plan = Published(), request.schedule
-    steps = iter(plan.guided)
+    result, schedule = Published(), request.schedule
+    steps = iter(schedule.guided)
 
     def before_step() -> None:
         # The scale of the published loop is fixed; whether a step is guided is read anew for each.
-        pipe._guidance_scale = plan.guidance if next(steps, False) else 1.0
+        pipe._guidance_scale = schedule.guidance if next(steps, False) else 1.0
 
     def after_step(_: Any, index: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         result.latents["vision"] = values["latents"].numpy().copy()
@@ -105,9 +105,9 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
     decode, set_timesteps = pipe.decode_sound, pipe.scheduler.set_timesteps
 
     def fixed_timesteps(*args: Any, **kwargs: Any) -> None:
-        set_timesteps(plan.steps)
-        pipe.scheduler.sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-        pipe.scheduler.timesteps = torch.tensor(plan.timesteps, dtype=pipe.scheduler.timesteps.dtype)
+        set_timesteps(schedule.steps)
+        pipe.scheduler.sigmas = torch.tensor(schedule.sigmas, dtype=torch.float32)
+        pipe.scheduler.timesteps = torch.tensor(schedule.timesteps, dtype=pipe.scheduler.timesteps.dtype)
         before_step()
 
     pipe.decode_sound, pipe.scheduler.set_timesteps = decode_sound, fixed_timesteps
@@ -123,8 +123,8 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
             request.prompt,
             request.negative_prompt,
             fps=request.fps,
-            num_inference_steps=plan.steps,
-            guidance_scale=plan.guidance,
+            num_inference_steps=schedule.steps,
+            guidance_scale=schedule.guidance,
             use_system_prompt=request.use_system_prompt,
             add_resolution_template=request.metadata,
             add_duration_template=request.metadata,

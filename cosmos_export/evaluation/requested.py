@@ -17,16 +17,16 @@ import torch
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.evaluation.cases import Case
-from cosmos_export.evaluation.models import Model, Value
+from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.evaluation.sampled import stock_scheduler
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.runtime.generator import SCHEDULE_TABLE
-from cosmos_export.runtime.inputs import sound_latents
 from cosmos_export.runtime.request import ActionPart, Request
 from cosmos_export.runtime.scheduling import checkpoint_sampling, request_schedule
+from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule
-from cosmos_export.sampling.solvers import State, distilled_step, unipc_step
+from cosmos_export.sampling.solvers import SolverState, distilled_step, unipc_step
 
 MODES_OF_CASES: Mapping[str, Mode] = {
     "text-to-image": "t2i", "text-to-video": "t2v", "image-to-video": "i2v", "video-to-video": "v2v",
@@ -102,7 +102,7 @@ class StepModels:
         self._folder, self._suffix = folder, suffix
         self._bodies = bodies
         self._chains = chains
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, OnnxModel] = {}
 
     def __call__(self, step: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the body of ``step`` gives for ``inputs``."""
@@ -118,7 +118,7 @@ class StepModels:
         values = dict(known)
         for piece in self._chains.get(name, (name,)):
             if piece not in self._models:
-                self._models[piece] = Model(self._folder / f"{piece}{self._suffix}")
+                self._models[piece] = OnnxModel(self._folder / f"{piece}{self._suffix}")
             values |= self._models[piece](values)
         return values
 
@@ -134,7 +134,7 @@ def table_problems(root: Path, schedule: Schedule, scheduler: Mapping[str, Any])
     moved = _sampler_error(tables["coefficients"], schedule, scheduler)
     if not moved <= TABLE_LIMIT:
         yield f"with its coefficients the sampler is {moved:.1e} from diffusers', allowed {TABLE_LIMIT:.0e}"
-    model = Model(root / next(f"onnx/{SCHEDULE}{s}" for s in _SUFFIXES if (root / f"onnx/{SCHEDULE}{s}").is_file()))
+    model = OnnxModel(root / next(f"onnx/{SCHEDULE}{s}" for s in _SUFFIXES if (root / f"onnx/{SCHEDULE}{s}").is_file()))
     rows = [model({model.inputs[0]: np.full(1, t, np.float32)}) for t in schedule.timesteps]
     for name in model.outputs:
         expected = np.concatenate([row[name] for row in rows]).astype(np.float64)
@@ -156,7 +156,7 @@ def _sampler_error(table: np.ndarray, schedule: Schedule, scheduler: Mapping[str
     start, *velocities = (generator.standard_normal((1, 16), dtype=np.float32) for _ in range(schedule.steps + 1))
     driver, draws = stock_scheduler(scheduler, schedule), torch.Generator().manual_seed(0)
     noise = torch.Generator().manual_seed(0)
-    state, expected = State.start(start), torch.from_numpy(start.copy())
+    state, expected = SolverState.start(start), torch.from_numpy(start.copy())
     stochastic = schedule.sampler == "distilled-sde"
     for step, velocity in enumerate(velocities):
         extra = {"generator": draws} if stochastic else {}
@@ -165,7 +165,7 @@ def _sampler_error(table: np.ndarray, schedule: Schedule, scheduler: Mapping[str
         )[0]
         if stochastic:
             drawn = torch.randn(1, 16, generator=noise).numpy()
-            state = State.start(distilled_step(table[step], state.sample, velocity, drawn, None))
+            state = SolverState.start(distilled_step(table[step], state.sample, velocity, drawn, None))
         else:
             state = unipc_step(table[step], state, velocity, None)
     return float(np.linalg.norm(state.sample - expected.numpy()) / np.linalg.norm(expected.numpy()))

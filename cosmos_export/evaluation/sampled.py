@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from cosmos_export.evaluation.models import Model, Value
+from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.sampling import Schedule, coefficient_table
-from cosmos_export.sampling.solvers import State, distilled_step, guide, unipc_step
+from cosmos_export.sampling.solvers import SolverState, distilled_step, guide, unipc_step
 
 _NEGATIVE_LEN = 23
 _NOISE_SEED = 7
@@ -83,7 +83,7 @@ def sampled_by(
     ``step`` gives the velocities of the step of that number for its inputs; ``noise`` is `step_noise`.
     """
     table = coefficient_table(schedule)
-    states = {n: State.start(inputs[n].numpy()) for n in carried if inputs[n].numel()}
+    states = {n: SolverState.start(inputs[n].numpy()) for n in carried if inputs[n].numel()}
     for i, t in enumerate(schedule.timesteps):
         latents = {n: torch.from_numpy(np.ascontiguousarray(s.sample)) for n, s in states.items()}
         now = {**inputs, **latents, "timestep": torch.tensor([float(t)])}
@@ -99,7 +99,7 @@ def sampled_by(
                 states[name] = unipc_step(table[i], state, velocity, mask)
             else:
                 drawn = noise[f"{modality}_noise"][i].numpy()
-                states[name] = State.start(distilled_step(table[i], state.sample, velocity, drawn, mask))
+                states[name] = SolverState.start(distilled_step(table[i], state.sample, velocity, drawn, mask))
     return {n.replace("_latent", "_sample_final"): torch.from_numpy(s.sample) for n, s in states.items()}
 
 
@@ -143,7 +143,7 @@ def run_loop_model(
     for name in first.graphs:
         if name in (SCHEDULE, first.loop.body):
             continue  # the table of the one is in the models of the other
-        model = Model(folder / f"{name}{suffix}")
+        model = OnnxModel(folder / f"{name}{suffix}")
         fed = {e.input: results[e.source, e.instance][e.output] for e in first.edges_into(name)}
         for instance in dict.fromkeys(i for segment in closed.values() for i in segment.instances(name)):
             prefix = f"{instance}_" if instance else ""
@@ -152,7 +152,7 @@ def run_loop_model(
     known = {name: value.numpy() for name, value in inputs.items()}
     for name, segment in closed.items():
         loop = segment.loop
-        model = Model(folder / f"{name}{suffix}")
+        model = OnnxModel(folder / f"{name}{suffix}")
         edges = (e for e in segment.edges_into(loop.body) if e.source != SCHEDULE)
         fed = {e.input: results[e.source, e.instance][e.output] for e in edges}
         rows = {n: known[n][loop.span] for n in loop.rows if n in known}

@@ -5,16 +5,16 @@ schedule, the targets. Constants that were measured stand in tables with where t
 """
 
 from cosmos_export.plan.choose import AUTO, Tried, choose
-from cosmos_export.plan.estimate import Estimate, Request, estimate, offered_bytes
-from cosmos_export.plan.precision import Precision, precision
+from cosmos_export.plan.estimate import Estimate, PlanRequest, estimate, offered_bytes
+from cosmos_export.plan.precision import PlannedPrecision, precision
 from cosmos_export.plan.subject import Subject, from_checkpoint, published_subject
 from cosmos_export.plan.workload import Workload, parse_workload
 
 __all__ = [
     "AUTO",
     "Estimate",
-    "Precision",
-    "Request",
+    "PlanRequest",
+    "PlannedPrecision",
     "Subject",
     "Tried",
     "Workload",

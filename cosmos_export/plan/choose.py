@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import latency, missing_rates
-from cosmos_export.plan.precision import Precision, precision
+from cosmos_export.plan.precision import PlannedPrecision, precision
 from cosmos_export.plan.sizes import components, device, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.workload import Workload
@@ -115,7 +115,7 @@ def _try(
 
 
 def _seconds(
-    subject: Subject, workload: Workload, schedule: Schedule, chosen: Precision, target: Target
+    subject: Subject, workload: Workload, schedule: Schedule, chosen: PlannedPrecision, target: Target
 ) -> float | None:
     if missing_rates(chosen, target):
         return None

@@ -8,10 +8,19 @@ from typing import Any, Literal
 
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import Latency, latency, missing_rates
-from cosmos_export.plan.precision import Precision, precision
-from cosmos_export.plan.sizes import Component, Device, Host, components, device, host, require_budget, weight_copies
+from cosmos_export.plan.precision import PlannedPrecision, precision
+from cosmos_export.plan.sizes import (
+    DeviceMemory,
+    Host,
+    PlannedEngine,
+    components,
+    device,
+    host,
+    require_budget,
+    weight_copies,
+)
 from cosmos_export.plan.subject import Subject
-from cosmos_export.plan.work import Work, passes, request_work
+from cosmos_export.plan.work import OperationCount, passes, request_work
 from cosmos_export.plan.workload import Workload
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target
@@ -27,7 +36,7 @@ ADVISED, LAST = ("fp8", "memory"), "int4"
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """What is planned."""
 
     targets: tuple[Target, ...]
@@ -70,11 +79,11 @@ class Load:
     negative_tokens: int
     steps: int
     passes: int
-    reasoner: Work
-    step: Work
+    reasoner: OperationCount
+    step: OperationCount
     """One step, with the guidance branches an average step has."""
-    generator: Work
-    device: Device
+    generator: OperationCount
+    device: DeviceMemory
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class Estimate:
     recipe: str
     settings: tuple[str, ...]
     loop: str
-    components: tuple[Component, ...]
+    components: tuple[PlannedEngine, ...]
     loads: tuple[Load, ...]
     fits: tuple[Fit, ...]
     builds: Mapping[str, Host]
@@ -106,7 +115,7 @@ class Estimate:
         return document
 
 
-def estimate(subject: Subject, request: Request, limits: ModelLimits | None = None) -> Estimate:
+def estimate(subject: Subject, request: PlanRequest, limits: ModelLimits | None = None) -> Estimate:
     """Plan ``subject``.
 
     Raises what a build would raise: UserError for shapes, schedules and recipes that there are not, and where no target
@@ -167,7 +176,7 @@ def _limits(subject: Subject) -> ModelLimits:
 class _Planner:
     """What all parts share. ``runs``: targets that run the recipe; ``refused``: why the others do not."""
 
-    def __init__(self, subject: Subject, request: Request) -> None:
+    def __init__(self, subject: Subject, request: PlanRequest) -> None:
         self.subject = subject
         self.request = request
         self.schedules = {
@@ -185,7 +194,7 @@ class _Planner:
         if not self.runs:
             raise next(iter(self.refused.values()))
 
-    def precision(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Precision:
+    def precision(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> PlannedPrecision:
         settings = self.request.settings if recipe is None else ()
         steps, distilled = self.schedules[workload.name].steps, self.subject.sampling.distilled_sigmas is not None
         geometry = self.subject.geometry
@@ -196,13 +205,13 @@ class _Planner:
         chosen = self.precision(workload, target, recipe)
         return chosen.engines(self.schedules[workload.name], target, self.request.loop)
 
-    def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[Component]:
+    def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[PlannedEngine]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
         branches = 2 if guided and self.request.loop == "device" else 1
         budget = self.request.memory_budget if target.backend == "tensorrt-rtx" else None
         return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches, budget)
 
-    def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> Device:
+    def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> DeviceMemory:
         """With engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         share = self.precision(workload, target, recipe).cache_share

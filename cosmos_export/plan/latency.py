@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosmos_export.plan.precision import SCHEMES, Mix, Precision
+from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject, graph_parameters
 from cosmos_export.plan.work import (
-    Work,
+    OperationCount,
     codec_work,
     decodes,
     encoded_frames,
@@ -43,7 +43,7 @@ class Habits:
     emulates_fp8: bool = False
 
 
-def missing_rates(chosen: Precision, target: Target) -> tuple[str, ...]:
+def missing_rates(chosen: PlannedPrecision, target: Target) -> tuple[str, ...]:
     """Types that ``chosen`` computes in and that the target's description has no rate for; codecs compute in bf16."""
     return tuple(sorted((chosen.computes | {"bf16"}) - set(target.peak_flops)))
 
@@ -69,7 +69,7 @@ def latency(
     subject: Subject,
     workload: Workload,
     schedule: Schedule,
-    chosen: Precision,
+    chosen: PlannedPrecision,
     target: Target,
     habits: Habits | None = None,
 ) -> Latency | None:
@@ -82,12 +82,12 @@ def latency(
     read = BANDWIDTH_EFFICIENCY * (target.bandwidth_bytes_per_s or 0)
     launch = layers * habits.launch_s_per_layer
 
-    def linear_s(work: Work, mix: Mix, graph: str) -> float:
+    def linear_s(work: OperationCount, mix: Mix, graph: str) -> float:
         rates = {name: peak["bf16" if habits.emulates_fp8 else SCHEMES[name].computes] for name in mix.linears}
         arithmetic = sum(share * work.linear / (efficiency.linear * rates[n]) for n, share in mix.linears.items())
         return max(arithmetic, parameters[graph] * mix.bits / 8 / read)
 
-    def attention_s(work: Work, mix: Mix) -> float:
+    def attention_s(work: OperationCount, mix: Mix) -> float:
         rates = {name: efficiency.attention * peak[SCHEMES[name].computes] for name in mix.attention}
         return sum(share * work.attention / rates[name] for name, share in mix.attention.items())
 

@@ -14,11 +14,11 @@ from types import MappingProxyType
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.recipe import CORE, HANDED_ON, LINEARS, Assignment, Recipe, resolve_recipe, segment_keys
+from cosmos_export.targets.recipe import CORE, LINEARS, PROMPT_KV, Assignment, Recipe, resolve_recipe, segment_keys
 
 
 @dataclass(frozen=True)
-class Scheme:
+class PlannedScheme:
     """``bits``: of a stored weight with its share of the block scales; ``computes``: the key of `Target.peak_flops` at
     whose rate its products run."""
 
@@ -26,14 +26,14 @@ class Scheme:
     computes: str
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+SCHEMES: Mapping[str, PlannedScheme] = MappingProxyType(
     {
-        "bf16": Scheme(16, "bf16"),
-        "fp8": Scheme(8, "fp8"),
-        "fp8-w8a16": Scheme(8, "bf16"),
-        "int4": Scheme(4 + 16 / 128, "bf16"),
-        "nvfp4": Scheme(4 + 8 / 16, "nvfp4"),
-        "fp8-attention": Scheme(8, "fp8"),
+        "bf16": PlannedScheme(16, "bf16"),
+        "fp8": PlannedScheme(8, "fp8"),
+        "fp8-w8a16": PlannedScheme(8, "bf16"),
+        "int4": PlannedScheme(4 + 16 / 128, "bf16"),
+        "nvfp4": PlannedScheme(4 + 8 / 16, "nvfp4"),
+        "fp8-attention": PlannedScheme(8, "fp8"),
     }
 )
 """``int4``: groups of 128 with a 16-bit scale; ``nvfp4``: groups of 16 with an 8-bit scale."""
@@ -67,7 +67,7 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Precision:
+class PlannedPrecision:
     """A recipe for one model and schedule, added up."""
 
     recipe: str
@@ -101,7 +101,7 @@ class Precision:
 
 def precision(
     recipe: Recipe, overrides: Sequence[str], target: Target, geometry: Geometry, steps: int, *, distilled: bool = False
-) -> Precision:
+) -> PlannedPrecision:
     """``recipe`` with ``overrides`` for a model on ``target``; errors as `resolve_recipe`'s."""
     return _added_up(recipe, tuple(overrides), target.name, geometry, steps, distilled)
 
@@ -109,18 +109,18 @@ def precision(
 @cache
 def _added_up(
     recipe: Recipe, overrides: tuple[str, ...], target: str, geometry: Geometry, steps: int, distilled: bool
-) -> Precision:
+) -> PlannedPrecision:
     layers = geometry.num_hidden_layers
     assigned = resolve_recipe(recipe, overrides, load_target(target), layers=layers, steps=steps, distilled=distilled)
     keys = assigned.step_keys()
     counts = Counter(keys)
-    return Precision(
+    return PlannedPrecision(
         recipe=recipe.name,
         reasoner=_mix(assigned, geometry, "und", 0),
         steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
         alone=tuple(assigned.weight_only_steps()),
-        cache_share=sum(SCHEMES[assigned.scheme("und", HANDED_ON, n)].bits for n in range(layers)) / (16 * layers),
+        cache_share=sum(SCHEMES[assigned.scheme("und", PROMPT_KV, n)].bits for n in range(layers)) / (16 * layers),
     )
 
 

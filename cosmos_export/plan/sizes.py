@@ -16,7 +16,7 @@ from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor
 from cosmos_export.diagnostics import UnsupportedError
-from cosmos_export.plan.precision import SCHEMES, Mix, Precision
+from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
@@ -64,7 +64,7 @@ _TIME_CONVOLUTIONS = {"vae-decoder": 10_300_000, "vae-encoder": 900_000}
 
 
 @dataclass(frozen=True)
-class Component:
+class PlannedEngine:
     """One engine: what it weighs on disk and on the device."""
 
     name: str
@@ -94,12 +94,12 @@ class Component:
 def components(
     subject: Subject,
     workloads: Sequence[Workload],
-    chosen: Precision,
+    chosen: PlannedPrecision,
     branches: int,
     memory_budget: int | None = None,
     *,
     external: bool = False,
-) -> list[Component]:
+) -> list[PlannedEngine]:
     """Every engine of a bundle that serves ``workloads``, in the order of a request.
 
     ``branches``: guidance branches that one call computes; 1 where the host runs the loop. ``memory_budget``: of the
@@ -136,13 +136,15 @@ def components(
         largest = max(sum(weigh(unit, form) for unit in run) for form, runs in forms for run in runs)
         engines = tuple(tuple(sum(stored_bytes(u, mix) for u in run) + code for run in runs) for _, runs in forms)
         scheme = "bf16" if mix is None else mix.label
-        found.append(Component(name, parameters, weights, weights + code, activations, scheme, int(largest), engines))
+        found.append(
+            PlannedEngine(name, parameters, weights, weights + code, activations, scheme, int(largest), engines)
+        )
     for codec in subject.codecs:
         found += _codec(subject, codec, workloads)
     return found
 
 
-def _forms(name: str, mix: Mix | None, chosen: Precision) -> list[Mix | None]:
+def _forms(name: str, mix: Mix | None, chosen: PlannedPrecision) -> list[Mix | None]:
     """Every mix that graph ``name`` is built in, the most frequent first."""
     by_count = sorted(chosen.steps, key=lambda entry: entry[1], reverse=True)
     return [step for step, _ in by_count] if name == "generator" else [mix]
@@ -238,7 +240,7 @@ def latent_bytes(subject: Subject, workload: Workload) -> int:
     return 4 * 4 * (vision + sound + action)
 
 
-def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[Component]:
+def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[PlannedEngine]:
     served = [w for w in workloads if CODECS[name].modality != "sound" or w.profile.dims["sound_len"].max]
     if not served:
         return []
@@ -253,7 +255,7 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[C
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
         held = int(2 * parameters * CODEC_BUILDER_SHARE)
         forms = ((engine,),)
-        result.append(Component(title, parameters, 2 * parameters, engine, each * size, "bf16", held, forms))
+        result.append(PlannedEngine(title, parameters, 2 * parameters, engine, each * size, "bf16", held, forms))
     return result
 
 
@@ -263,7 +265,7 @@ def _codec_size(name: str, workload: Workload) -> int:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceMemory:
     """Device memory of one request, by what holds it and by phase."""
 
     weights_bytes: int
@@ -296,13 +298,13 @@ def weight_copies(target: Target, engines: int) -> int:
 def device(
     subject: Subject,
     workload: Workload,
-    parts: Sequence[Component],
+    parts: Sequence[PlannedEngine],
     guided: bool,
     copies: int = 1,
     cache_share: float = 1.0,
-) -> Device:
+) -> DeviceMemory:
     """Device memory of ``workload`` on the engines ``parts``. ``copies``: of the generator's weights. ``cache_share``
-    is that of `Precision`."""
+    is that of `PlannedPrecision`."""
     cache, latents = cache_bytes(subject, workload, guided, cache_share), latent_bytes(subject, workload)
     used = [part for part in parts if _runs(part, workload)]
     of = {"prefill": ("reasoner",), "denoise": ("generator", "conditioning"), "decode": _CODEC_ENGINES}
@@ -312,7 +314,7 @@ def device(
         if own:
             phases[phase] = sum(p.engine_bytes for p in own) + max(p.activation_bytes for p in own)
             phases[phase] += latents + (cache if phase != "decode" else 0)
-    return Device(
+    return DeviceMemory(
         weights_bytes=engine_bytes(used, copies),
         cache_bytes=cache,
         latent_bytes=latents,
@@ -321,7 +323,7 @@ def device(
     )
 
 
-def _runs(part: Component, workload: Workload) -> bool:
+def _runs(part: PlannedEngine, workload: Workload) -> bool:
     frames = encoded_frames(workload)
     match part.name:
         case "vae_encoder_first":
@@ -368,7 +370,7 @@ def typical(rates: tuple[float, float]) -> float:
 
 def host(
     subject: Subject,
-    parts: Sequence[Component],
+    parts: Sequence[PlannedEngine],
     segments: int,
     tensorrt: bool,
     memory_budget: int | None = None,
@@ -399,7 +401,7 @@ def host(
     return Host(compiler + max(together, peaks.get(largest, 0)), largest, bundle, (low, high))
 
 
-def _together(parts: Sequence[Component], peaks: Mapping[str, int], segments: int, limit: int, gates: int) -> int:
+def _together(parts: Sequence[PlannedEngine], peaks: Mapping[str, int], segments: int, limit: int, gates: int) -> int:
     """What two builders at a time take at most, of those that do not take more than ``limit``: neighbours in the order
     of their turns. Codecs have theirs while the towers are captured, and ``gates`` run beside the first tower."""
     codecs, towers = (
@@ -422,12 +424,12 @@ def gates_bytes(geometry: Geometry) -> int:
     return GATES_SHARE * (2 if geometry.gated else 1) * geometry.intermediate_size * geometry.hidden_size
 
 
-def builder_bytes(part: Component) -> int:
+def builder_bytes(part: PlannedEngine) -> int:
     """Anonymous memory of the process that builds ``part``, or the largest of what it is cut into."""
     return part.builder_weights + BUILDER_BYTES
 
 
-def require_budget(parts: Sequence[Component], layers: int, memory_budget: int, *, loop: str) -> None:
+def require_budget(parts: Sequence[PlannedEngine], layers: int, memory_budget: int, *, loop: str) -> None:
     """UnsupportedError CX457: an engine needs more than the budget and cannot be cut, or not small enough. ``loop``: on
     the ``device`` it is one engine."""
     compiler = compiler_bytes(layers)
@@ -450,11 +452,11 @@ def require_budget(parts: Sequence[Component], layers: int, memory_budget: int, 
             )
 
 
-def engine_bytes(parts: Sequence[Component], segments: int) -> int:
+def engine_bytes(parts: Sequence[PlannedEngine], segments: int) -> int:
     return sum(part.engine_bytes * (segments if part.name == "generator" else 1) for part in parts)
 
 
-def model_bytes(subject: Subject, parts: Sequence[Component]) -> int:
+def model_bytes(subject: Subject, parts: Sequence[PlannedEngine]) -> int:
     """Weights beside the models: each once; a codec's two graphs share one file, and folded weights are fp32."""
     towers = sum(part.weight_bytes for part in parts if not part.name.startswith(_CODEC_ENGINES))
     time = sum(4 * tensor.elements for tensor in subject.graphs().get("schedule", ()))

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from cosmos_export.checkpoint import Checkpoint, Tower
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.geometry import Geometry
-from cosmos_export.checkpoint.layout import ExpectedTensor, Part, expected_tensors
+from cosmos_export.checkpoint.layout import ExpectedTensor, TensorPart, expected_tensors
 from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.diagnostics import UserError
@@ -70,13 +70,13 @@ _LAST_REASONER = ("self_attn.to_k.", "self_attn.to_v.", "input_layernorm.")
 
 def _graph(tensor: ExpectedTensor, last: str, geometry: Geometry) -> str | None:
     match tensor.part:
-        case Part.EMBED:
+        case TensorPart.EMBED:
             return "reasoner"
-        case Part.LM_HEAD:
+        case TensorPart.LM_HEAD:
             return None
-        case Part.TIME:
+        case TensorPart.TIME:
             return "schedule"
-        case Part.ACTION:
+        case TensorPart.ACTION:
             return "conditioning" if tensor.name != "action_modality_embed" else "generator"
     if tensor.tower is Tower.GENERATOR:
         return "generator"

@@ -14,17 +14,17 @@ from cosmos_export.sampling import Schedule
 
 
 @dataclass(frozen=True)
-class Work:
+class OperationCount:
     """Operations of linears and of attention."""
 
     linear: float = 0.0
     attention: float = 0.0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(self.linear + other.linear, self.attention + other.attention)
+    def __add__(self, other: OperationCount) -> OperationCount:
+        return OperationCount(self.linear + other.linear, self.attention + other.attention)
 
-    def __mul__(self, count: float) -> Work:
-        return Work(self.linear * count, self.attention * count)
+    def __mul__(self, count: float) -> OperationCount:
+        return OperationCount(self.linear * count, self.attention * count)
 
     @property
     def total(self) -> float:
@@ -38,20 +38,20 @@ def layer_linear(geometry: Geometry) -> int:
     return 2 * (2 * hidden * query + 2 * hidden * keys + mlp)
 
 
-def generator_pass(geometry: Geometry, rows: int, prompt: int) -> Work:
+def generator_pass(geometry: Geometry, rows: int, prompt: int) -> OperationCount:
     """One pass of the generator: every row attends to all rows and to the prompt's keys."""
     layers = geometry.num_hidden_layers
     heads = 2 * 2 * geometry.patch_latent_dim * geometry.hidden_size * rows
     attention = 4 * layers * geometry.query_width * rows * (prompt + rows)
-    return Work(layers * layer_linear(geometry) * rows + heads, attention)
+    return OperationCount(layers * layer_linear(geometry) * rows + heads, attention)
 
 
-def reasoner_pass(geometry: Geometry, prompt: int) -> Work:
+def reasoner_pass(geometry: Geometry, prompt: int) -> OperationCount:
     """One prompt through the reasoner: causal attention, and of the last layer keys and values only."""
     layers = geometry.num_hidden_layers - 1
     last = 2 * 2 * geometry.hidden_size * geometry.key_value_width
     attention = 2 * layers * geometry.query_width * prompt * prompt
-    return Work((layers * layer_linear(geometry) + last) * prompt, attention)
+    return OperationCount((layers * layer_linear(geometry) + last) * prompt, attention)
 
 
 _CODEC_WORK = {
@@ -93,7 +93,7 @@ def passes(schedule: Schedule) -> tuple[int, int]:
     return schedule.steps, sum(schedule.guided)
 
 
-def request_work(subject: Subject, workload: Workload, schedule: Schedule) -> tuple[Work, Work]:
+def request_work(subject: Subject, workload: Workload, schedule: Schedule) -> tuple[OperationCount, OperationCount]:
     """(reasoner once, generator over all steps)."""
     geometry, rows = subject.geometry, workload.rows
     conditional, unconditional = passes(schedule)

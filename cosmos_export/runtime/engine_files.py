@@ -8,7 +8,7 @@ from dataclasses import replace
 from cosmos_export.bundle import BundleFiles, Check, Status, VerifyReport
 from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.runtime.rtx_sessions import NAME
-from cosmos_export.targets.plan_inspector import header_of
+from cosmos_export.targets.engine_inspector import header_of
 
 
 def engine_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""From what a user asks to what the generator runs: `prepare` makes a `Request` of `Asked`, or refuses it.
+"""From what a user asks to what the generator runs: `prepare` makes a `Request` of `GenerateOptions`, or refuses it.
 
 Everything that can be wrong is found here, before an engine is loaded: first what needs no file (mode, options,
 schedule, sizes), then what is in the files, at last the length of the prompt. What the model sees follows the published
@@ -17,18 +17,18 @@ from numpy.typing import NDArray
 from cosmos_export.bundle import BundleFiles, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.runtime.asked import (
+from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
+from cosmos_export.runtime.fitting import fit_profile
+from cosmos_export.runtime.generate_options import (
     ACTION_MODES,
     GENERATED,
-    Asked,
+    GenerateOptions,
     mode_of,
     request_record,
     require_capabilities,
     require_numbers,
     require_options,
 )
-from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
-from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
@@ -36,7 +36,7 @@ from cosmos_export.runtime.scheduling import request_schedule
 from cosmos_export.runtime.tokenize import PromptTokenizer, TokenIds
 from cosmos_export.sampling import Mode, Schedule
 
-__all__ = ["Asked", "Prepared", "noise_shapes", "prepare"]
+__all__ = ["GenerateOptions", "Prepared", "noise_shapes", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Prepared:
     """What a user may not have meant."""
 
 
-def prepare(asked: Asked, files: BundleFiles) -> Prepared:
+def prepare(asked: GenerateOptions, files: BundleFiles) -> Prepared:
     """The request that ``asked`` is for a bundle. Of its files the tokenizer is read, and is what the manifest lists.
 
     UserError with what was found and what is allowed: CX600, CX602, CX603 prompts, CX604 options that do not go
@@ -117,7 +117,7 @@ def prepare(asked: Asked, files: BundleFiles) -> Prepared:
 
 
 def _tokenized(
-    asked: Asked, stage: Stage, record: RequestRecord, files: BundleFiles, *, guided: bool
+    asked: GenerateOptions, stage: Stage, record: RequestRecord, files: BundleFiles, *, guided: bool
 ) -> tuple[TokenIds, TokenIds | None, tuple[str, ...]]:
     """Ids of the prompt and, where it is read, of the negative prompt; and notes on them."""
     if record.prompt is None:

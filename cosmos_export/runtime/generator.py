@@ -20,12 +20,12 @@ from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import FindingError, UnsupportedError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions
-from cosmos_export.runtime.asked import DECODER, ENCODER, SOUND_DECODER, request_record
-from cosmos_export.runtime.inputs import Noise, initial_latents, noisy, request_inputs, sizes
+from cosmos_export.runtime.generate_options import DECODER, ENCODER, SOUND_DECODER, request_record
 from cosmos_export.runtime.loading import LoadedBundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.sessions import PROMPT, STEP, Array, Session, Value
-from cosmos_export.sampling import State, coefficient_table, distilled_step, guide, unipc_step
+from cosmos_export.runtime.step_inputs import Noise, initial_latents, noisy, request_inputs, sizes
+from cosmos_export.sampling import SolverState, coefficient_table, distilled_step, guide, unipc_step
 
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
@@ -232,7 +232,7 @@ class Generator:
         bodies = self._loop.bodies or (body,) * plan.steps
         rows = self._step_rows(request)
         table = coefficient_table(plan)
-        states = {name: State.start(value) for name, value in samples.items()}
+        states = {name: SolverState.start(value) for name, value in samples.items()}
         branches = [self._fed(body, before, branch) for branch in ("", NEGATIVE)]
         progress.begin("denoise", plan.steps)
         for step in range(plan.steps):
@@ -252,7 +252,7 @@ class Generator:
                     states[name] = unipc_step(table[step], states[name], velocity, mask)
                 else:
                     moved = distilled_step(table[step], states[name].sample, velocity, noise[name][step], mask)
-                    states[name] = State.start(moved)
+                    states[name] = SolverState.start(moved)
             if runs not in bodies[step + 1 : step + 2]:
                 self._done_with(runs)
             progress.update("denoise", step + 1)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import cosmos_export
 from cosmos_export.checkpoint import dtypes
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any]], mark: Mar
     implementation writes metadata in an order that changes from process to process."""
     # Wider elements come first, so that each begins at a multiple of its size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    specs = [TensorSpec(name, dtypes.name_of(value.dtype), value.shape) for name, value in ordered]
+    specs = [TensorHeader(name, dtypes.name_of(value.dtype), value.shape) for name, value in ordered]
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(encode_header(specs, {**mark.fields, **extra}))
         for _, value in ordered:

@@ -17,8 +17,8 @@ from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
-from cosmos_export.runtime.asked import DECODER, SOUND_DECODER, has_component
 from cosmos_export.runtime.frontend import Prepared
+from cosmos_export.runtime.generate_options import DECODER, SOUND_DECODER, has_component
 from cosmos_export.runtime.media import Audio, Mark
 
 Array = NDArray[Any]

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime import canvas, embodiments, read_media
-from cosmos_export.runtime.asked import Asked
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
-from cosmos_export.runtime.inputs import sound_latents
+from cosmos_export.runtime.generate_options import GenerateOptions
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
+from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import Mode
 
 KEPT_LATENTS = 2
@@ -46,7 +46,7 @@ class Stage:
     notes: tuple[str, ...] = ()
 
 
-def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
+def video_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
     """Sizes as given or from a profile, and the frames a clip starts with."""
     video = record.video
     given = {
@@ -86,7 +86,7 @@ def video_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: M
 
 
 def _sizes_from(
-    asked: Asked,
+    asked: GenerateOptions,
     manifest: Manifest,
     record: RequestRecord,
     known: Mapping[str, Sequence[int]],
@@ -113,7 +113,7 @@ def policy_of(record: RequestRecord) -> Embodiment | None:
     return embodiments.policy_embodiment(domain, *(() if said is None else (said.width, said.chunk, said.fps)))
 
 
-def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
+def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
     """An embodiment's actions, and the canvas that its picture or clip lies on."""
     assert record.action is not None
     robot = embodiments.embodiment(asked.embodiment, policy_of(record))
@@ -184,7 +184,7 @@ def action_stage(asked: Asked, manifest: Manifest, record: RequestRecord, mode: 
     )
 
 
-def _source(asked: Asked, count: int) -> read_media.Clip:
+def _source(asked: GenerateOptions, count: int) -> read_media.Clip:
     if asked.image is not None:
         return read_media.read_picture(asked.image)
     assert asked.video is not None
@@ -208,7 +208,7 @@ def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecor
     return asked
 
 
-def _action_width(asked: Asked, robot: Embodiment, given: embodiments.Actions | None, most: int) -> int:
+def _action_width(asked: GenerateOptions, robot: Embodiment, given: embodiments.Actions | None, most: int) -> int:
     width = robot.width if asked.action_width is None else asked.action_width
     if width is None and given is not None:
         width = given.shape[1]

@@ -14,7 +14,7 @@ from cosmos_export.sampling.schedule import (
 )
 from cosmos_export.sampling.solvers import (
     COLUMNS,
-    State,
+    SolverState,
     coefficient_table,
     distilled_step,
     distilled_table,
@@ -34,7 +34,7 @@ __all__ = [
     "Sampler",
     "Schedule",
     "Segment",
-    "State",
+    "SolverState",
     "coefficient_table",
     "distilled_step",
     "distilled_table",

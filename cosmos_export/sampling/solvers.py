@@ -111,7 +111,7 @@ def _predictor(sigmas: tuple[float, ...], i: int, order: int) -> tuple[float, fl
 
 
 @dataclass(frozen=True)
-class State:
+class SolverState:
     """What UniPC carries: the sample, the one before the last prediction, and the last two views of x0."""
 
     sample: Array
@@ -120,7 +120,7 @@ class State:
     m1: Array
 
     @classmethod
-    def start(cls, sample: Array) -> State:
+    def start(cls, sample: Array) -> SolverState:
         """Before the first step: nothing but the sample is read."""
         zero = np.zeros_like(sample)
         return cls(sample, zero, zero, zero)
@@ -131,14 +131,14 @@ def guide(cond: Array, uncond: Array | None, guidance: float) -> Array:
     return cond if uncond is None else uncond + cond.dtype.type(guidance) * (cond - uncond)
 
 
-def unipc_step(row: Table, state: State, velocity: Array, noisy: Array | None = None) -> State:
+def unipc_step(row: Table, state: SolverState, velocity: Array, noisy: Array | None = None) -> SolverState:
     """The next state, in the sample's type. Where ``noisy`` (0/1, broadcast) is 0 the sample stays as it is."""
     x = state.sample
     _, sigma, c_sample, c_last, c_m0, c_m1, c_d, p_sample, p_d, p_m0 = row.astype(x.dtype)
     d = x - sigma * velocity
     corrected = c_sample * x + c_last * state.last + c_m0 * state.m0 + c_m1 * state.m1 + c_d * d
     sample = p_sample * corrected + p_d * d + p_m0 * state.m0
-    return State(_hold(sample, x, noisy), corrected, d, state.m0)
+    return SolverState(_hold(sample, x, noisy), corrected, d, state.m0)
 
 
 def distilled_step(row: Table, sample: Array, velocity: Array, noise: Array, noisy: Array | None = None) -> Array:

@@ -19,17 +19,17 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from cosmos_export.bench.clock import Sample, Watch
-from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, quantized, read_graphs, write_graphs
+from cosmos_export.bench.clock import CardSample, CardWatch
+from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, quantize_geometry, read_graphs, write_graphs
 from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
 from cosmos_export.bench.published import published_cells, target_of
-from cosmos_export.bench.result import Component, Measurement, compare, read_measurement, regressions, write
-from cosmos_export.build.precision import planned_types
+from cosmos_export.bench.result import MeasuredPart, Measurement, compare, read_measurement, regressions, write
 from cosmos_export.cli import console
 from cosmos_export.cli.bench import register as register_bench
 from cosmos_export.cli.doctor import register as register_doctor
+from cosmos_export.compile.precision import planned_types
 from cosmos_export.diagnostics import CosmosExportError
-from cosmos_export.doctor import Facts, State, examine
+from cosmos_export.doctor import CheckState, Facts, examine
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.ops import aten
@@ -144,7 +144,7 @@ def test_what_the_prompt_hands_on_is_in_fp8_where_asked(graphs: Path) -> None:
     found, schedule = read_graphs(graphs / "tiny-vision"), geometry_schedule(asked(graphs))[1]
     places = ("und.attention.kv=fp8",)
     assignment = resolve_recipe(load_recipe("bf16"), places, load_target("h100"), layers=2, steps=schedule.steps)
-    program = quantized(found.programs[GUIDED], assignment, 9)
+    program = quantize_geometry(found.programs[GUIDED], assignment, 9)
     narrow = {torch.float8_e4m3fn}
     assert {spec_of(node).dtype for node in program.graphs["reasoner"].outputs.values()} == narrow
     body = program.graphs[program.loop.body].inputs
@@ -191,7 +191,7 @@ def test_the_products_of_a_geometry_are_those_of_its_recipe(
     """Read from the carried documents: two layers of QKV, output, gate and up, down; no projection of patches."""
     found, workload = read_graphs(graphs / "tiny-vision"), geometry_schedule(asked(graphs))[1]
     assignment = resolve_recipe(load_recipe(recipe), (), load_target("h100"), layers=2, steps=workload.steps)
-    program = quantized(found.programs[PLAIN], assignment, step)
+    program = quantize_geometry(found.programs[PLAIN], assignment, step)
     graph = program.graphs[program.loop.body]
     assert Counter(planned_types(graph).values()) == products
     assert len(graph.calls(ops.JOINT_ATTENTION_FP8)) == attentions
@@ -218,7 +218,7 @@ def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: st
 
 
 def measurement(seconds: float, **changes: Any) -> Measurement:
-    parts = (Component("reasoner", (0.1, 0.2, 0.3)), Component("step-guided", (seconds,) * 5, 35))
+    parts = (MeasuredPart("reasoner", (0.1, 0.2, 0.3)), MeasuredPart("step-guided", (seconds,) * 5, 35))
     plain = Measurement("geometry:nano", "nano", "t2v-480p-189f", "bf16", "inductor", "cuda", "NVIDIA H100 80GB HBM3",
                         parts, 35, 70, "", "all")  # fmt: skip
     return replace(plain, **changes)
@@ -227,9 +227,9 @@ def measurement(seconds: float, **changes: Any) -> Measurement:
 def test_percentiles_and_sums() -> None:
     found = measurement(1.0)
     assert found.request_s == pytest.approx(35.2) and found.forward_s == pytest.approx(0.5)
-    own = Component("x", tuple(float(i) for i in range(1, 101)))
+    own = MeasuredPart("x", tuple(float(i) for i in range(1, 101)))
     assert (own.percentile_s(0.05), own.median_s, own.percentile_s(0.95)) == (5.0, 50.5, 95.0)
-    assert Component("x", (3.0,)).percentile_s(0.95) == 3.0
+    assert MeasuredPart("x", (3.0,)).percentile_s(0.95) == 3.0
     cells = {(c["engine"], c["recipe"]): c["seconds"] for c in found.document()["published"]}
     assert cells["vllm-omni", "bf16"] == 58.17 and all(c["gpu"] == "h100" for c in found.document()["published"])
 
@@ -383,9 +383,13 @@ def test_the_whole_gpu_run_in_a_dry_run(graphs: Path, tmp_path: Path) -> None:
 
 def test_clocks_and_power_are_watched() -> None:
     seen = iter(
-        [Sample(1980.0, None, 300.0, 40.0), Sample(1500.0, None, 650.0, 60.0), Sample(1700.0, None, 700.0, 70.0)]
+        [
+            CardSample(1980.0, None, 300.0, 40.0),
+            CardSample(1500.0, None, 650.0, 60.0),
+            CardSample(1700.0, None, 700.0, 70.0),
+        ]
     )
-    with Watch(0, read=lambda: next(seen, None), period_s=0.001) as watch:
+    with CardWatch(0, read=lambda: next(seen, None), period_s=0.001) as watch:
         deadline = time.monotonic() + 20
         while len(watch._samples) < 3 and time.monotonic() < deadline:
             time.sleep(0.001)
@@ -396,10 +400,10 @@ def test_clocks_and_power_are_watched() -> None:
 
 
 def test_without_a_gpu_nothing_is_watched() -> None:
-    with Watch(None) as watch:
+    with CardWatch(None) as watch:
         pass
     assert watch.summary() is None
-    with Watch(0, period_s=0.001) as watch:  # no driver: the tool finds no card
+    with CardWatch(0, period_s=0.001) as watch:  # no driver: the tool finds no card
         time.sleep(0.01)
     assert watch.summary() is None or watch.source in ("NVML", "nvidia-smi")
 
@@ -416,15 +420,15 @@ EVERYTHING = dict.fromkeys(
 GOOD = Facts("3.12", "Linux x86_64", (H100,), EVERYTHING, 64 << 30, 400 << 30, {}, "/usr/bin/g++")
 
 
-def found(facts: Facts, target: str | None = None) -> dict[str, list[tuple[State, str]]]:
-    result: dict[str, list[tuple[State, str]]] = {}
+def found(facts: Facts, target: str | None = None) -> dict[str, list[tuple[CheckState, str]]]:
+    result: dict[str, list[tuple[CheckState, str]]] = {}
     for one in examine(facts, load_target(target) if target else None):
         result.setdefault(one.check, []).append((one.state, f"{one.found} {one.hint}"))
     return result
 
 
 def test_a_good_machine_has_no_blocker() -> None:
-    assert not any(state is State.BLOCKER for rows in found(GOOD).values() for state, _ in rows)
+    assert not any(state is CheckState.BLOCKER for rows in found(GOOD).values() for state, _ in rows)
     assert {"target h100", "target h200"} <= set(found(GOOD)) and "target b200" not in found(GOOD)
     assert any("known trap" in text for _, text in found(GOOD)["target h100"])
 
@@ -432,27 +436,27 @@ def test_a_good_machine_has_no_blocker() -> None:
 @pytest.mark.parametrize(
     ("facts", "target", "check", "state", "said"),
     [
-        (replace(GOOD, system="Windows AMD64"), None, "system", State.BLOCKER, "Linux"),
-        (replace(GOOD, gpus=(replace(H100, driver="550.54"),)), None, "driver", State.BLOCKER, "580"),
-        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), None, "cuda", State.NOTE, "CPUs alone"),
-        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), "h100", "cuda", State.BLOCKER, "index-url"),
-        (replace(GOOD, versions={**EVERYTHING, "nvidia-cuda-runtime": "13.0"}), None, "cuda", State.OK, "13.0"),
-        (replace(GOOD, memory_bytes=2 << 30), None, "memory", State.NOTE, "10 GiB"),
-        (replace(GOOD, disk_bytes=2 << 30), None, "disk", State.NOTE, "41 GiB"),
-        (replace(GOOD, gpus=()), None, "gpu", State.NOTE, "none"),
-        (replace(GOOD, gpus=(replace(H100, mig=True),)), None, "gpu", State.NOTE, "MIG"),
-        (replace(GOOD, gpus=(replace(H100, free_bytes=9 << 30),)), None, "target h100", State.NOTE, "9 of 80 GiB free"),
-        (replace(GOOD, versions={}), "rtx-pro-6000", "target rtx-pro-6000", State.BLOCKER, ".[rtx]"),
-        (replace(GOOD, versions={}), "h100", "target h100", State.BLOCKER, ".[compile]"),
-        (replace(GOOD, gpus=(), versions={}), "b200", "target b200", State.NOTE, ".[tensorrt]"),
-        (replace(GOOD, versions={}), None, "compiler", State.NOTE, "diffusers"),
-        (replace(GOOD, versions={**EVERYTHING, "torch": "2.9.0"}), None, "compiler", State.NOTE, "2.9.0 (2"),
-        (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", State.NOTE, "unset it"),
-        (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", State.NOTE, "interpreted"),
-        (replace(GOOD, compiler=None), None, "environment", State.NOTE, "g++"),
+        (replace(GOOD, system="Windows AMD64"), None, "system", CheckState.BLOCKER, "Linux"),
+        (replace(GOOD, gpus=(replace(H100, driver="550.54"),)), None, "driver", CheckState.BLOCKER, "580"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), None, "cuda", CheckState.NOTE, "CPUs alone"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.13.0+cpu"}), "h100", "cuda", CheckState.BLOCKER, "index-"),
+        (replace(GOOD, versions={**EVERYTHING, "nvidia-cuda-runtime": "13.0"}), None, "cuda", CheckState.OK, "13.0"),
+        (replace(GOOD, memory_bytes=2 << 30), None, "memory", CheckState.NOTE, "10 GiB"),
+        (replace(GOOD, disk_bytes=2 << 30), None, "disk", CheckState.NOTE, "41 GiB"),
+        (replace(GOOD, gpus=()), None, "gpu", CheckState.NOTE, "none"),
+        (replace(GOOD, gpus=(replace(H100, mig=True),)), None, "gpu", CheckState.NOTE, "MIG"),
+        (replace(GOOD, gpus=(replace(H100, free_bytes=9 << 30),)), None, "target h100", CheckState.NOTE, "9 of 80 GiB"),
+        (replace(GOOD, versions={}), "rtx-pro-6000", "target rtx-pro-6000", CheckState.BLOCKER, ".[rtx]"),
+        (replace(GOOD, versions={}), "h100", "target h100", CheckState.BLOCKER, ".[compile]"),
+        (replace(GOOD, gpus=(), versions={}), "b200", "target b200", CheckState.NOTE, ".[tensorrt]"),
+        (replace(GOOD, versions={}), None, "compiler", CheckState.NOTE, "diffusers"),
+        (replace(GOOD, versions={**EVERYTHING, "torch": "2.9.0"}), None, "compiler", CheckState.NOTE, "2.9.0 (2"),
+        (replace(GOOD, environment={"CUDA_VISIBLE_DEVICES": ""}), None, "environment", CheckState.NOTE, "unset it"),
+        (replace(GOOD, environment={"TRITON_INTERPRET": "1"}), None, "environment", CheckState.NOTE, "interpreted"),
+        (replace(GOOD, compiler=None), None, "environment", CheckState.NOTE, "g++"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_found(facts: Facts, target: str | None, check: str, state: State, said: str) -> None:
+def test_what_is_wrong_is_found(facts: Facts, target: str | None, check: str, state: CheckState, said: str) -> None:
     rows = found(facts, target)[check]
     assert any(s is state and said in text for s, text in rows), rows
 

@@ -30,7 +30,9 @@ DIMS = {"und_len": (1, 512, 4096), "frames": (1, 31, 31), "height": (30, 30, 30)
 def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5) -> Manifest:
     key = ("und_len", 8, 128)
     return Manifest(
-        model=bundle.Model(id="a", variant="omni", revision=None, geometry={"layers": 2, "eps": 1e-6, "moe": False}),
+        model=bundle.ModelRecord(
+            id="a", variant="omni", revision=None, geometry={"layers": 2, "eps": 1e-6, "moe": False}
+        ),
         inputs=(bundle.InputFile("transformer/model file.safetensors", 10, "0" * 64),),
         target=bundle.TargetRecord("rtx-pro-6000", "tensorrt-rtx", "12.0"),
         profiles=(bundle.ProfileRecord("480p", {name: bundle.DimRecord(*span) for name, span in DIMS.items()}),),
@@ -67,7 +69,7 @@ def manifest(created: str = "2026-01-31T12:00:00Z", build_seconds: float = 12.5)
         tools={"python": "3.11"},
         options={"target": "rtx-pro-6000", "profiles": ("480p",), "resume": False, "limit": None},
         evaluation=(bundle.Verdict("split_towers", "velocity", "max_abs", 0.0, "pass", "fp32"),),
-        plan_checks=(bundle.PlanCheck("generator", "attention is fused", "2 layers", "2 layers", True),),
+        plan_checks=(bundle.EngineCheck("generator", "attention is fused", "2 layers", "2 layers", True),),
         volatile=bundle.Volatile(created, build_seconds, None, {"capture": 1.5}, {"split_towers": 0.0}, {}),
     )
 

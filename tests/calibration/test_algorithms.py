@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cosmos_export.calibration import algorithms
-from cosmos_export.calibration.algorithms import ALGORITHMS, Algorithm, Found
+from cosmos_export.calibration.algorithms import ALGORITHMS, Algorithm, SearchResult
 from cosmos_export.calibration.formats import Inputs, dequantized, quantized_weight
 from cosmos_export.calibration.table import RECIPE_FILE, ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
@@ -42,13 +42,13 @@ def rows() -> dict[str, torch.Tensor]:
     return found
 
 
-def search(name: str, layer: nn.Module, rows: dict[str, torch.Tensor], **settings: float) -> Found:
+def search(name: str, layer: nn.Module, rows: dict[str, torch.Tensor], **settings: float) -> SearchResult:
     found = Algorithm(name, **settings).search()  # type: ignore[arg-type]
     assert found is not None
     return found(layer, READERS, rows, {key: values.abs().mean(0) for key, values in rows.items()})
 
 
-def error(layer: nn.Module, rows: dict[str, torch.Tensor], found: Found, name: str, reads: str) -> float:
+def error(layer: nn.Module, rows: dict[str, torch.Tensor], found: SearchResult, name: str, reads: str) -> float:
     """Relative error of a linear in INT4 with what was found."""
     weight, x = layer.get_parameter(f"{name}.weight").float(), rows[reads]
     pre = found.pre_scales.get(name, torch.ones(weight.shape[1]))
@@ -66,7 +66,7 @@ def test_the_provider_finds_what_lowers_the_error(name: str, layer: nn.Module, r
     assert set(found.pre_scales) == {"q", "k", "down"}
     assert torch.equal(found.pre_scales["q"], found.pre_scales["k"])
     for linear, reads in (("q", "q"), ("k", "q"), ("down", "down")):
-        plain, theirs = error(layer, rows, Found(), linear, reads), error(layer, rows, found, linear, reads)
+        plain, theirs = error(layer, rows, SearchResult(), linear, reads), error(layer, rows, found, linear, reads)
         assert theirs < 0.9 * plain
         same = error(layer, rows, ours, linear, reads)
         # Two searches on one grid of exponents may stop at neighbours.

@@ -21,22 +21,22 @@ import torch
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from cosmos_export.build.calibrate import CalibrateOptions, calibrate, resolve
-from cosmos_export.build.quantize import quantize
 from cosmos_export.calibration import calibrate as stream
 from cosmos_export.calibration import layers
-from cosmos_export.calibration.calibrate import Job
+from cosmos_export.calibration.calibrate import CalibrationJob
 from cosmos_export.calibration.coverage import coverage, plan_samples
-from cosmos_export.calibration.inputs import step_inputs
+from cosmos_export.calibration.noised_inputs import step_inputs
 from cosmos_export.calibration.stream import Workspace
 from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
+from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint, resolve_calibration
+from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.runtime import read_media
-from cosmos_export.runtime.inputs import sound_latents
+from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import Overrides
 
 SHORT = Overrides(steps=6)
@@ -100,7 +100,7 @@ def test_ranges_are_those_of_the_stock_model(
         return inputs
 
     monkeypatch.setattr(stream, "step_inputs", recording)
-    calibrate(options(path, tmp_path / "scales", data, data=tuple(sources)))
+    calibrate_checkpoint(options(path, tmp_path / "scales", data, data=tuple(sources)))
     table = read_scale_table(tmp_path / "scales")
 
     reference = Reference(path / "transformer", torch.float32)
@@ -147,7 +147,7 @@ def test_narrow_layers_compute_the_same_on_a_cpu_without_narrow_products(
 
 def test_attention_ranges_are_of_what_enters_attention(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     """After the norm, a row of q has length √head_dim·|weight|; a rotation does not change it."""
-    calibrate(options(checkpoint, tmp_path / "scales", data))
+    calibrate_checkpoint(options(checkpoint, tmp_path / "scales", data))
     table, opened = read_scale_table(tmp_path / "scales"), open_checkpoint(checkpoint)
     for tower, norm in (("generator", "norm_added_q"), ("reasoner", "norm_q")):
         amax = table.amax[f"layers.0.attention.{tower}.q_amax"]
@@ -160,7 +160,7 @@ def test_attention_ranges_are_of_what_enters_attention(checkpoint: Path, tmp_pat
 
 
 def test_inputs_are_made_as_the_model_sees_them(checkpoint: Path, tmp_path: Path, data: Path) -> None:
-    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    job = resolve_calibration(options(checkpoint, tmp_path / "scales", data))
     modes = [work.request.mode for work in job.works]
     assert modes == ["t2v", "i2v", "t2v", "t2v", "policy", "forward-dynamics", "inverse-dynamics", "t2v"]
     assert [w.latents for w in job.works] == ["encoded"] * 2 + ["borrowed"] * 2 + ["encoded"] * 3 + ["recorded"]
@@ -183,7 +183,7 @@ def test_inputs_are_made_as_the_model_sees_them(checkpoint: Path, tmp_path: Path
 def test_encoded_latents_are_those_of_the_pipeline(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     from diffusers import Cosmos3OmniPipeline
 
-    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    job = resolve_calibration(options(checkpoint, tmp_path / "scales", data))
     pipe = Cosmos3OmniPipeline.from_pretrained(str(checkpoint), torch_dtype=torch.float32, local_files_only=True)
     work = job.works[0]
     pixels = torch.from_numpy(stream.pixels(work, job.record))[None]
@@ -196,7 +196,9 @@ def test_the_sound_of_a_clip_is_what_the_published_tokenizer_makes_of_it(checkpo
     from diffusers import Cosmos3AVAEAudioTokenizer
 
     clip = data_samples.write_sounding_clip(tmp_path / "clips/tone.mp4", frames=17)
-    job = resolve(options(checkpoint, tmp_path / "scales", tmp_path, data=(str(clip),), modalities=("vision", "sound")))
+    job = resolve_calibration(
+        options(checkpoint, tmp_path / "scales", tmp_path, data=(str(clip),), modalities=("vision", "sound"))
+    )
     assert job.coverage["sound"] and all(work.request.sound for work in job.works)
     (work,) = job.works
     waveform = read_media.read_sound(clip, 0.0, 17 * 1920, 48_000)
@@ -218,7 +220,7 @@ def test_the_sound_of_a_clip_is_what_the_published_tokenizer_makes_of_it(checkpo
 
 
 def test_passes_cover_steps_branches_and_modalities(checkpoint: Path, tmp_path: Path, data: Path) -> None:
-    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    job = resolve_calibration(options(checkpoint, tmp_path / "scales", data))
     assert len(set(job.samples)) == len(job.samples)
     steps = {sample.step for sample in job.samples}
     assert {0, 5} <= steps
@@ -232,24 +234,24 @@ def test_passes_cover_steps_branches_and_modalities(checkpoint: Path, tmp_path: 
 
 def test_too_little_coverage_fails(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     def run(**changes: Any) -> Callable[[], object]:
-        return lambda: resolve(options(checkpoint, tmp_path / "scales", data, **changes))
+        return lambda: resolve_calibration(options(checkpoint, tmp_path / "scales", data, **changes))
 
     clips = str(data / "clips")
     assert "sound" in refused("CX322", run(data=(clips,)), FindingError)
     assert "action" in refused("CX322", run(data=(clips,), modalities=("vision", "action")), FindingError)
     assert "too few passes" in refused("CX322", run(samples=3), FindingError)
-    resolve(options(checkpoint, tmp_path / "scales", data, data=(clips,), modalities=("vision",)))
+    resolve_calibration(options(checkpoint, tmp_path / "scales", data, data=(clips,), modalities=("vision",)))
 
 
 def test_prompts_alone_need_latents_from_somewhere(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     only = {"data": (str(data / "prompts.txt"),), "modalities": ("vision", "sound"), "samples": 24}
-    refused("CX346", lambda: resolve(options(checkpoint, tmp_path / "scales", data, **only)))
-    result = calibrate(options(checkpoint, tmp_path / "scales", data, latents="rollout", **only))
+    refused("CX346", lambda: resolve_calibration(options(checkpoint, tmp_path / "scales", data, **only)))
+    result = calibrate_checkpoint(options(checkpoint, tmp_path / "scales", data, latents="rollout", **only))
     assert {work.latents for work in result.job.works} == {"rollout"}
     (source,) = read_scale_table(tmp_path / "scales").lineage["sources"]
     assert source["latents"] == {"rollout": 2}
     noise = only | {"modalities": ("vision",), "latents": "noise"}
-    assert resolve(options(checkpoint, tmp_path / "x", data, **noise)).works[0].latents == "noise"
+    assert resolve_calibration(options(checkpoint, tmp_path / "x", data, **noise)).works[0].latents == "noise"
 
 
 def test_what_of_a_clip_is_shown_otherwise_is_in_the_lineage(checkpoint: Path, tmp_path: Path, data: Path) -> None:
@@ -264,7 +266,7 @@ def test_what_of_a_clip_is_shown_otherwise_is_in_the_lineage(checkpoint: Path, t
             for _ in range(9):
                 container.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(video.encode(None))
-    job = resolve(options(checkpoint, tmp_path / "x", data, data=(str(clips),), modalities=("vision",)))
+    job = resolve_calibration(options(checkpoint, tmp_path / "x", data, data=(str(clips),), modalities=("vision",)))
     (source,) = stream.lineage(job)["sources"]
     assert source["notes"][0] == "0.mp4 has pixels of 4:3, which are taken as square: scale it first"
     assert source["notes"][5:] == ["2 more notes of that kind"]
@@ -272,8 +274,9 @@ def test_what_of_a_clip_is_shown_otherwise_is_in_the_lineage(checkpoint: Path, t
 
 def test_lineage_says_what_it_was_made_of(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     for name in ("one", "two"):
-        calibrate(options(checkpoint, tmp_path / name, data, data=(f"{data / 'clips'},origin=real,licence=CC0",),
-                          modalities=("vision",), samples=12))  # fmt: skip
+        source = f"{data / 'clips'},origin=real,licence=CC0"
+        made = options(checkpoint, tmp_path / name, data, data=(source,), modalities=("vision",), samples=12)
+        calibrate_checkpoint(made)
     assert (tmp_path / "one" / SCALES_FILE).read_bytes() == (tmp_path / "two" / SCALES_FILE).read_bytes()
     text = (tmp_path / "one" / LINEAGE_FILE).read_text()
     assert text == (tmp_path / "two" / LINEAGE_FILE).read_text() and str(data) not in text
@@ -286,10 +289,10 @@ def test_lineage_says_what_it_was_made_of(checkpoint: Path, tmp_path: Path, data
 
 def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
-    calibrate(options(checkpoint, tmp_path / "whole", data, **small))
+    calibrate_checkpoint(options(checkpoint, tmp_path / "whole", data, **small))
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from cosmos_export.build.calibrate import CalibrateOptions, calibrate\n"
+        "from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate\n"
         "from cosmos_export.calibration.stream import Workspace\n"
         "from cosmos_export.sampling import Overrides\n"
         "advance = Workspace.advance\n"
@@ -311,7 +314,7 @@ def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, t
     workspace = stream.workspace_folder(tmp_path / "killed")
     assert (workspace / "layers" / "00000.safetensors").is_file()
     made: list[int] = []
-    again = calibrate(options(checkpoint, tmp_path / "killed", data, **small), _Counting(made))
+    again = calibrate_checkpoint(options(checkpoint, tmp_path / "killed", data, **small), _Counting(made))
     assert again.resumed and not workspace.exists()
     for file in (SCALES_FILE, LINEAGE_FILE):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -330,12 +333,12 @@ class _Counting:
 
 
 def test_other_data_starts_anew(checkpoint: Path, tmp_path: Path, data: Path) -> None:
-    job = resolve(options(checkpoint, tmp_path / "scales", data))
+    job = resolve_calibration(options(checkpoint, tmp_path / "scales", data))
     folder = stream.workspace_folder(tmp_path / "scales")
     first = Workspace(folder, job.plan())
     (folder / "layers" / "00000.safetensors").write_bytes(b"a result")
     assert not first.resumed and Workspace(folder, job.plan()).resumed
-    other = resolve(options(checkpoint, tmp_path / "scales", data, seed=1))
+    other = resolve_calibration(options(checkpoint, tmp_path / "scales", data, seed=1))
     assert not Workspace(folder, other.plan()).resumed
     assert not (folder / "layers" / "00000.safetensors").exists()
 
@@ -380,20 +383,20 @@ def test_inputs_that_change_while_they_are_read(
     monkeypatch.setattr(Workspace, when, once)
     small: dict[str, Any] = {"data": (str(root / "clips"),), "modalities": ("vision",), "samples": 12}
     given = options(path, tmp_path / "scales", root, **small)
-    message = refused("CX118", lambda: calibrate(given))
+    message = refused("CX118", lambda: calibrate_checkpoint(given))
     assert "changed during calibration" in message and str(file) in message
     assert not (tmp_path / "scales").exists()
     workspace = stream.workspace_folder(tmp_path / "scales")
     passed = [Workspace(workspace, json.loads((workspace / "plan.json").read_text())).passed(i) for i in range(12)]
     assert None in passed if changed == "data" else passed == [0] * 12
-    assert not calibrate(given).resumed
+    assert not calibrate_checkpoint(given).resumed
 
 
 @pytest.mark.parametrize("observer", ["percentile", "mse"])
 def test_other_observers_choose_smaller_ranges(observer: str, checkpoint: Path, tmp_path: Path, data: Path) -> None:
     small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
-    calibrate(options(checkpoint, tmp_path / "absmax", data, **small))
-    calibrate(options(checkpoint, tmp_path / observer, data, observer=observer, percentile=99.0, **small))
+    calibrate_checkpoint(options(checkpoint, tmp_path / "absmax", data, **small))
+    calibrate_checkpoint(options(checkpoint, tmp_path / observer, data, observer=observer, percentile=99.0, **small))
     widest, found = (read_scale_table(tmp_path / name).amax for name in ("absmax", observer))
     assert all(0 < found[key] <= value * 1.0001 for key, value in widest.items())
     assert any(found[key] < 0.95 * value for key, value in widest.items())
@@ -402,7 +405,7 @@ def test_other_observers_choose_smaller_ranges(observer: str, checkpoint: Path, 
 def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, data: Path) -> None:
     path = write_demo_checkpoint(tmp_path / "wide", layers=1, hidden=128, intermediate=256)
     small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12, "algorithm": "awq"}
-    result = calibrate(options(path, tmp_path / "scales", data, **small))
+    result = calibrate_checkpoint(options(path, tmp_path / "scales", data, **small))
     assert result.pre_scales == 14
     table = read_scale_table(tmp_path / "scales")
     queries = [f"layers.0.self_attn.add_{name}_proj" for name in "qkv"]
@@ -411,15 +414,15 @@ def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, d
     assert not np.array_equal(
         table.pre_scales["layers.0.mlp.up_proj"], table.pre_scales["layers.0.mlp_moe_gen.up_proj"]
     )
-    assert quantize(path, tmp_path / "scales", tmp_path / "int4", kind="int4").quantized == 14
+    assert quantize_checkpoint(path, tmp_path / "scales", tmp_path / "int4", kind="int4").quantized == 14
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def _job(checkpoint: Path, tmp_path: Path, source: str, **changes: Any) -> Job:
+def _job(checkpoint: Path, tmp_path: Path, source: str, **changes: Any) -> CalibrationJob:
     fields = {"data": (source,), "modalities": ("vision",), **changes}
-    return resolve(options(checkpoint, tmp_path / "scales", tmp_path, **fields))
+    return resolve_calibration(options(checkpoint, tmp_path / "scales", tmp_path, **fields))
 
 
 def test_a_policy_that_wants_the_state_is_not_calibrated_without_it(tmp_path: Path, data: Path) -> None:
@@ -491,14 +494,16 @@ def test_nan_in_a_weight_is_named(tmp_path: Path, data: Path) -> None:
         file.seek(entry.offset)
         file.write(np.float32(np.nan).tobytes())
     small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
-    message = refused("CX321", lambda: calibrate(options(path, tmp_path / "scales", data, **small)), FindingError)
+    message = refused(
+        "CX321", lambda: calibrate_checkpoint(options(path, tmp_path / "scales", data, **small)), FindingError
+    )
     assert "layers.0.mlp_moe_gen.down_proj" in message
     assert not (tmp_path / "scales").exists()
 
 
 def test_options_are_checked(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     def run(**changes: Any) -> Callable[[], object]:
-        return lambda: calibrate(options(checkpoint, tmp_path / "scales", data, **changes))
+        return lambda: calibrate_checkpoint(options(checkpoint, tmp_path / "scales", data, **changes))
 
     refused("CX320", run(margin=0.5))
     refused("CX320", run(observer="mean"))

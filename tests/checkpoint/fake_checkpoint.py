@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.checkpoint import Geometry, expected_tensors
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header, shard_names
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header, shard_names
 
 TINY = Geometry(
     hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -68,7 +68,7 @@ SOUND_TOKENIZER: dict[str, Any] = {
     "enc_num_blocks": 1, "enc_c_mults": [1, 1, 1], "enc_latent_dim": 16, "enc_strides": [4, 5, 6],
 }  # fmt: skip
 
-Edit = Callable[[list[TensorSpec]], list[TensorSpec]]
+Edit = Callable[[list[TensorHeader]], list[TensorHeader]]
 
 
 def write_json(path: Path, value: object) -> Path:
@@ -77,7 +77,7 @@ def write_json(path: Path, value: object) -> Path:
     return path
 
 
-def write_sparse(path: Path, specs: Iterable[TensorSpec]) -> Path:
+def write_sparse(path: Path, specs: Iterable[TensorHeader]) -> Path:
     """A valid safetensors file whose data is a hole."""
     specs = list(specs)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,29 +88,29 @@ def write_sparse(path: Path, specs: Iterable[TensorSpec]) -> Path:
     return path
 
 
-def transformer_specs(geometry: Geometry, dtype: str = "BF16") -> list[TensorSpec]:
-    return [TensorSpec(name, dtype, tensor.shape) for name, tensor in expected_tensors(geometry).items()]
+def transformer_specs(geometry: Geometry, dtype: str = "BF16") -> list[TensorHeader]:
+    return [TensorHeader(name, dtype, tensor.shape) for name, tensor in expected_tensors(geometry).items()]
 
 
-def quantized_specs(geometry: Geometry) -> list[TensorSpec]:
+def quantized_specs(geometry: Geometry) -> list[TensorHeader]:
     """The published FP8 layout: scales and calibration leftovers beside each linear, some names of the framework."""
     aliases = {"proj_in.weight": "vae2llm.weight", "proj_in.bias": "vae2llm.bias", "norm.weight": "model.norm.weight"}
     specs = []
     for name, tensor in expected_tensors(geometry).items():
         if tensor.linear:
             module = name.removesuffix(".weight")
-            specs.append(TensorSpec(name, "F8_E4M3", tensor.shape))
-            specs += [TensorSpec(f"{module}.{scale}", "F32", ()) for scale in ("weight_scale", "input_scale")]
+            specs.append(TensorHeader(name, "F8_E4M3", tensor.shape))
+            specs += [TensorHeader(f"{module}.{scale}", "F32", ()) for scale in ("weight_scale", "input_scale")]
             specs += [
-                TensorSpec(f"{module}.{left}", "F32", ())
+                TensorHeader(f"{module}.{left}", "F32", ())
                 for left in ("weight_quantizer._amax", "weight_quantizer._scale", "input_quantizer._amax")
             ]
         else:
-            specs.append(TensorSpec(aliases.get(name, name), "BF16", tensor.shape))
+            specs.append(TensorHeader(aliases.get(name, name), "BF16", tensor.shape))
     return specs
 
 
-def split(specs: list[TensorSpec], count: int) -> list[list[TensorSpec]]:
+def split(specs: list[TensorHeader], count: int) -> list[list[TensorHeader]]:
     size = -(-len(specs) // count)
     return [specs[start : start + size] for start in range(0, len(specs), size)]
 
@@ -119,7 +119,7 @@ def write_checkpoint(
     root: Path,
     geometry: Geometry = TINY,
     *,
-    specs: list[TensorSpec] | None = None,
+    specs: list[TensorHeader] | None = None,
     edit: Edit = lambda specs: specs,
     shards: int = 1,
     config: Mapping[str, Any] | None = None,

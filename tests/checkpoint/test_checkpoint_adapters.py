@@ -13,11 +13,11 @@ from fake_checkpoint import write_checkpoint, write_json
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from cosmos_export.build.options import BuildOptions, resolve
-from cosmos_export.build.request import checkpoint_notes
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 from cosmos_export.cli import app
+from cosmos_export.compile.options import BuildOptions, resolve
+from cosmos_export.compile.request_record import checkpoint_notes
 from cosmos_export.diagnostics import UserError
 
 PEFT = "base_model.model.layers.0.self_attn.to_q.lora_A.weight"
@@ -89,15 +89,15 @@ def test_other_verbs_refuse_them_too(tmp_path: Path, verb: str) -> None:
 
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_layers_with_an_adapter_around_them_get_that_hint(tmp_path: Path, wrapped: bool) -> None:
-    def edit(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def edit(specs: list[TensorHeader]) -> list[TensorHeader]:
         first = next(spec for spec in specs if spec.name.endswith("to_q.weight"))
         module = first.name.removesuffix(".weight")
-        added = [TensorSpec(f"{module}.lora_{half}.default.weight", "BF16", (4, 8)) for half in "AB"]
+        added = [TensorHeader(f"{module}.lora_{half}.default.weight", "BF16", (4, 8)) for half in "AB"]
         if not wrapped:
             return [*specs, *added]
         return [
             *(s for s in specs if s is not first),
-            TensorSpec(f"{module}.base_layer.weight", "BF16", first.shape),
+            TensorHeader(f"{module}.base_layer.weight", "BF16", first.shape),
             *added,
         ]
 

@@ -18,7 +18,7 @@ from cosmos_export.checkpoint import Checkpoint, demo, open_checkpoint
 from cosmos_export.checkpoint.demo import DemoOptions, write_demo_checkpoint
 from cosmos_export.checkpoint.published import EDGE, NANO, SUPER
 from cosmos_export.checkpoint.random_weights import produce
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, split_shards
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, split_shards
 from cosmos_export.diagnostics import UserError
 
 torch = pytest.importorskip("torch")
@@ -213,7 +213,7 @@ def test_a_tensor_of_many_chunks_is_whole_and_in_order(monkeypatch: pytest.Monke
     from cosmos_export.checkpoint import random_weights
 
     monkeypatch.setattr(random_weights, "_CHUNK", 1000)
-    spec = TensorSpec("w", "F32", (123, 457))
+    spec = TensorHeader("w", "F32", (123, 457))
     sizes: list[int] = []
     once = b"".join(bytes(piece) for piece in produce(0, on_bytes=sizes.append)(spec))
     assert once == b"".join(bytes(piece) for piece in produce(0)(spec))
@@ -224,7 +224,7 @@ def test_a_tensor_of_many_chunks_is_whole_and_in_order(monkeypatch: pytest.Monke
 
 
 def test_shards_keep_order_and_size() -> None:
-    specs = [TensorSpec(str(index), "U8", (size,)) for index, size in enumerate([4, 4, 20, 1, 9, 1])]
+    specs = [TensorHeader(str(index), "U8", (size,)) for index, size in enumerate([4, 4, 20, 1, 9, 1])]
     assert [[spec.name for spec in shard] for shard in split_shards(specs, 10)] == [
         ["0", "1"],
         ["2"],

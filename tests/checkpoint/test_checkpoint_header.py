@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosmos_export.checkpoint.safetensors_header import MAX_HEADER_BYTES, read_header
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.diagnostics import UserError
 
 
@@ -98,7 +98,7 @@ def test_a_packed_type_has_bytes_but_no_array(tmp_path: Path) -> None:
 
 
 def test_writer_and_reader_agree_and_the_data_is_aligned(tmp_path: Path) -> None:
-    specs = [TensorSpec("a", "BF16", (3, 5)), TensorSpec("b", "F32", ()), TensorSpec("c", "F8_E4M3", (7,))]
+    specs = [TensorHeader("a", "BF16", (3, 5)), TensorHeader("b", "F32", ()), TensorHeader("c", "F8_E4M3", (7,))]
     path = tmp_path / "x.safetensors"
     path.write_bytes(encode_header(specs) + bytes(sum(spec.size_bytes for spec in specs)))
     tensors = read_header(path).tensors
@@ -197,7 +197,7 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
         read_header(tmp_path / "pipe.safetensors")
 
 
-VALID = encode_header([TensorSpec("a", "F32", (2, 3)), TensorSpec("b", "BF16", (4,))]) + bytes(32)
+VALID = encode_header([TensorHeader("a", "F32", (2, 3)), TensorHeader("b", "BF16", (4,))]) + bytes(32)
 
 
 @settings(max_examples=400, deadline=None)

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from cosmos_export.checkpoint import Geometry, open_checkpoint
 from cosmos_export.checkpoint.describe import Summary, describe
 from cosmos_export.checkpoint.published import EDGE, NANO, SUPER
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 
 BILLION, MILLION = 1e9, 1e6
 
@@ -147,7 +147,7 @@ def test_report(tmp_path: Path, app: typer.Typer) -> None:
         tmp_path / "[bold]Cosmos3-Nano", NANO, specs=quantized_specs(NANO), config={"quantization_config": QUANTIZATION}
     )
     write_json(root / "checkpoint.json", {"policy": {"domain_name": "droid\x1b[31m_lerobot"}})
-    write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorSpec("w", "BF16", (1_000_000,))])
+    write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorHeader("w", "BF16", (1_000_000,))])
     write_json(root / "vae/config.json", VAE)
     result = CliRunner().invoke(app, ["inspect", str(root)])
     assert result.exit_code == 0, result.output

@@ -32,7 +32,7 @@ from fake_checkpoint import (
 
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.published import EDGE, NANO, SUPER
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 from cosmos_export.diagnostics import UserError
 
 INDEX = f"{STEM}.safetensors.index.json"
@@ -148,7 +148,7 @@ def opened_paths() -> Iterator[list[str]]:
 
 
 def test_a_second_name_for_the_same_bytes_is_unused_and_for_others_an_error(tmp_path: Path) -> None:
-    copy = TensorSpec("vae2llm.weight", "BF16", (64, 16))
+    copy = TensorHeader("vae2llm.weight", "BF16", (64, 16))
     root = write_checkpoint(tmp_path, edit=lambda specs: [*specs, copy])
     checkpoint = open_checkpoint(root)
     assert checkpoint.tensors["proj_in.weight"].name == "proj_in.weight"
@@ -167,10 +167,10 @@ def test_heads_that_are_turned_off(tmp_path: Path) -> None:
 
 
 def test_precision(tmp_path: Path) -> None:
-    def wide_time(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def wide_time(specs: list[TensorHeader]) -> list[TensorHeader]:
         return [replace(spec, dtype="F32") if spec.name.startswith("time_embedder") else spec for spec in specs]
 
-    def wide_norms(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def wide_norms(specs: list[TensorHeader]) -> list[TensorHeader]:
         return [replace(spec, dtype="F32") if "norm" in spec.name else spec for spec in specs]
 
     assert open_checkpoint(write_checkpoint(tmp_path / "a", edit=wide_time)).precision == "bf16"
@@ -373,7 +373,7 @@ def test_index_without_a_map(tmp_path: Path, value: object) -> None:
 
 def test_damage_in_another_component_is_found_too(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path)
-    vae = write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorSpec("w", "F32", (8,))])
+    vae = write_sparse(root / "vae" / f"{STEM}.safetensors", [TensorHeader("w", "F32", (8,))])
     write_json(root / "vae/config.json", VAE)
     assert open_checkpoint(root).component_tensors["vae"]["w"].shape == (8,)
     vae.write_bytes(vae.read_bytes()[:-1])
@@ -397,7 +397,7 @@ def test_a_layer_too_few_names_five_and_counts_the_rest(tmp_path: Path) -> None:
 def test_unexpected_tensors(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path, config={"num_hidden_layers": 1})
     refuses(root, "CX121", "tensors in transformer/ that the model does not have: layers.1.")
-    stray = TensorSpec("layers.0.self_attn.to_q.weight_quantizer._pre_quant_scale", "F32", (64,))
+    stray = TensorHeader("layers.0.self_attn.to_q.weight_quantizer._pre_quant_scale", "F32", (64,))
     refuses(write_checkpoint(tmp_path, edit=lambda specs: [*specs, stray]), "CX121", "_pre_quant_scale")
 
 
@@ -407,7 +407,7 @@ def test_wrong_shape(tmp_path: Path) -> None:
 
 
 def test_wrong_type(tmp_path: Path) -> None:
-    def change(name: str, dtype: str) -> Callable[[list[TensorSpec]], list[TensorSpec]]:
+    def change(name: str, dtype: str) -> Callable[[list[TensorHeader]], list[TensorHeader]]:
         return lambda specs: [replace(spec, dtype=dtype) if spec.name == name else spec for spec in specs]
 
     refuses(write_checkpoint(tmp_path, edit=change("norm.weight", "F8_E4M3")), "CX123", "type F8_E4M3", "BF16")
@@ -418,7 +418,7 @@ def test_wrong_type(tmp_path: Path) -> None:
 # FP8
 
 
-def fp8(root: Path, edit: Callable[[list[TensorSpec]], list[TensorSpec]], **quantization: Any) -> Path:
+def fp8(root: Path, edit: Callable[[list[TensorHeader]], list[TensorHeader]], **quantization: Any) -> Path:
     config = {"quantization_config": {**QUANTIZATION, **quantization}}
     return write_checkpoint(root, specs=quantized_specs(TINY), edit=edit, config=config)
 
@@ -426,17 +426,17 @@ def fp8(root: Path, edit: Callable[[list[TensorSpec]], list[TensorSpec]], **quan
 def test_fp8_without_its_scales(tmp_path: Path) -> None:
     scale = "layers.0.mlp.up_proj.input_scale"
 
-    def without(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def without(specs: list[TensorHeader]) -> list[TensorHeader]:
         return [spec for spec in specs if spec.name != scale]
 
     refuses(fp8(tmp_path, without), "CX124", "layers.0.mlp.up_proj.weight is FP8 but has no input_scale")
 
-    def wide(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def wide(specs: list[TensorHeader]) -> list[TensorHeader]:
         return [replace(spec, shape=(96,)) if spec.name == scale else spec for spec in specs]
 
     refuses(fp8(tmp_path, wide), "CX124", f"{scale} is F32 [96]; the published layout has one F32 number")
 
-    def weight_scales_only(specs: list[TensorSpec]) -> list[TensorSpec]:
+    def weight_scales_only(specs: list[TensorHeader]) -> list[TensorHeader]:
         return [spec for spec in specs if not spec.name.endswith("input_scale")]
 
     assert open_checkpoint(fp8(tmp_path, weight_scales_only, weight_only=True)).precision == "fp8-modelopt"
@@ -490,6 +490,6 @@ def test_values_are_those_of_the_file(tmp_path: Path) -> None:
     root = write_checkpoint(tmp_path)
     write_shards(root / "transformer", STEM, transformer_specs(TINY), produce(7), 1 << 40)
     array = open_checkpoint(root).tensors["proj_in.bias"].array()
-    wanted = b"".join(bytes(piece) for piece in produce(7)(TensorSpec("proj_in.bias", "BF16", (64,))))
+    wanted = b"".join(bytes(piece) for piece in produce(7)(TensorHeader("proj_in.bias", "BF16", (64,))))
     assert array.tobytes() == wanted
     assert np.ptp(array.astype(np.float32)) > 0.1

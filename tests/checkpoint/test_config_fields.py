@@ -27,11 +27,11 @@ from fake_checkpoint import (
 )
 
 from cosmos_export.checkpoint import codec_configs as codecs
-from cosmos_export.checkpoint import open_checkpoint, schedule
+from cosmos_export.checkpoint import open_checkpoint, scheduler_config
 from cosmos_export.checkpoint.config_fields import REQUIRED, Fields
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.checkpoint.safetensors_header import MAX_HEADER_BYTES, MAX_TENSORS
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, encode_header
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.checkpoint.strict_json import MAX_JSON_VALUES
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import CheckpointSampling, resolve_schedule
@@ -46,7 +46,7 @@ def checkpoint(root: Path, **files: Mapping[str, Any]) -> Path:
     """A checkpoint of headers with both codecs; ``files`` by component replace what its configuration says."""
     write_checkpoint(root, scheduler=files.get("scheduler", KARRAS))
     for folder, config in (("vae", VAE), ("sound_tokenizer", SOUND_TOKENIZER)):
-        write_sparse(root / folder / f"{STEM}.safetensors", [TensorSpec("w", "F32", (8,))])
+        write_sparse(root / folder / f"{STEM}.safetensors", [TensorHeader("w", "F32", (8,))])
         write_json(root / folder / "config.json", files.get(folder, config))
     return root
 
@@ -177,8 +177,8 @@ def _scheduler(config: Mapping[str, Any]) -> None:
 TABLES: list[tuple[str, Fields, dict[str, Any], Callable[[Mapping[str, Any]], None]]] = [
     ("vae", codecs.VAE, VAE, _vae),
     ("sound_tokenizer", codecs.SOUND_TOKENIZER, SOUND_TOKENIZER, _sound),
-    ("scheduler", schedule.SCHEDULERS["UniPCMultistepScheduler"], KARRAS, _scheduler),
-    ("scheduler", schedule.SCHEDULERS["FlowMatchEulerDiscreteScheduler"], DISTILLED, _scheduler),
+    ("scheduler", scheduler_config.SCHEDULERS["UniPCMultistepScheduler"], KARRAS, _scheduler),
+    ("scheduler", scheduler_config.SCHEDULERS["FlowMatchEulerDiscreteScheduler"], DISTILLED, _scheduler),
 ]
 IDS = ["vae", "sound", "unipc", "euler"]
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tiny_cosmos import Case, random_model, request, tiny_config
 
 from cosmos_export.capture.model import capture
-from cosmos_export.evaluation.models import Model, Value
+from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
@@ -97,5 +97,5 @@ class Tiny:
             onnx.checker.check_model(str(path))
             feed = {e.input: results[e.source][e.output] for e in program.edges_into(name)}
             feed |= {i: self.wide[i].numpy() for i in program.free_inputs(name)}
-            results[name] = Model(path)(feed)
+            results[name] = OnnxModel(path)(feed)
         return {k: torch.from_numpy(np.array(v)) for k, v in results[program.loop.body].items()}

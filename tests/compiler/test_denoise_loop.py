@@ -13,8 +13,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from tiny_cosmos import Case, Compiled, Tensors, request, stock_forward
 
-from cosmos_export.build.forms import close_loop
-from cosmos_export.build.loop import loop_tables
+from cosmos_export.compile.forms import close_loop
+from cosmos_export.compile.loop import loop_tables
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import run_graph, run_loop, run_program
@@ -27,7 +27,7 @@ from cosmos_export.sampling import (
     Overrides,
     Schedule,
     Segment,
-    State,
+    SolverState,
     coefficient_table,
     guide,
     resolve_schedule,
@@ -117,7 +117,7 @@ def published_loop(compiled: Compiled, inputs: Tensors, plan: Schedule) -> Tenso
 def host_loop(compiled: Compiled, inputs: Tensors, plan: Schedule) -> Tensors:
     """The program's own step, guidance and sampler on the host: one step a call, one branch a run."""
     names = [n.removesuffix("_latent") for n in inputs if n.endswith("_latent")]
-    states = {n: State.start(inputs[f"{n}_latent"].numpy()) for n in names}
+    states = {n: SolverState.start(inputs[f"{n}_latent"].numpy()) for n in names}
     rate = {"vision": (1, 1, -1, 1, 1), "action": (-1, 1)}
     noisy = {n: inputs[f"{n}_mask"].view(shape).numpy() for n, shape in rate.items()}
     for row, t, guided in zip(coefficient_table(plan), plan.timesteps, plan.guided, strict=True):

@@ -12,9 +12,9 @@ import torch
 from onnx import numpy_helper
 from tiny_cosmos import random_model, sources_of_model, tiny_config, weights_of_model
 
-from cosmos_export.build.forms import close_loop
-from cosmos_export.build.loop import loop_tables
 from cosmos_export.capture.model import capture
+from cosmos_export.compile.forms import close_loop
+from cosmos_export.compile.loop import loop_tables
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Program

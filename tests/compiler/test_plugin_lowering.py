@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 from quantized import Tiny
 from test_inductor_quantized import inputs_of
 
-from cosmos_export.build.keys import plugin_nodes
+from cosmos_export.compile.keys import plugin_nodes
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph

@@ -15,8 +15,8 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.progress import Silent
 from cosmos_export.targets.description import load_target
+from cosmos_export.targets.engine_inspector import PlanGraph, inspect_engine
 from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.plan_inspector import PlanGraph, inspect_plan
 from cosmos_export.targets.profiles import input_shapes, parse_profile
 from cosmos_export.targets.tensorrt_rtx import build_engine
 from cosmos_export.targets.trt_common import EngineReport
@@ -65,5 +65,5 @@ def build(
         profiles=[input_shapes(parse_profile(profile), spec)],
         decomposable_attention=decomposable,
     )
-    (plan,) = inspect_plan(report.path).graphs
+    (plan,) = inspect_engine(report.path).graphs
     return report, plan

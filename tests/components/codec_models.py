@@ -14,7 +14,7 @@ from diffusers import AutoencoderKLWan, Cosmos3AVAEAudioTokenizer
 
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.random_weights import produce
-from cosmos_export.checkpoint.safetensors_writer import TensorSpec, write_json, write_shards
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json, write_shards
 from cosmos_export.checkpoint.shards import read_shards
 from cosmos_export.ir.interpreter import read_weights, run_graph
 from cosmos_export.ir.program import Program
@@ -94,7 +94,7 @@ def write_codec(folder: Path, model_class: Any, config: Mapping[str, Any], dtype
     folder.mkdir()
     write_json(folder / "config.json", json.loads(model.to_json_string()))
     specs = [
-        TensorSpec(name, dtype, shape)
+        TensorHeader(name, dtype, shape)
         for name, shape in names.items()
         if name.startswith((part, "quant_conv", "post_quant_conv"))
     ]

@@ -166,7 +166,7 @@ def _plan(call: Call) -> None:
 
 
 def _options(call: Call, **more: Any) -> Any:
-    from cosmos_export.build.options import BuildOptions
+    from cosmos_export.compile.options import BuildOptions
 
     return BuildOptions(
         call.root / "checkpoint", call.root.parent / "never", profiles=(seeds.SIZES,), parity="never", **more
@@ -174,14 +174,14 @@ def _options(call: Call, **more: Any) -> Any:
 
 
 def _resolve(call: Call) -> None:
-    from cosmos_export.build.options import resolve
+    from cosmos_export.compile.options import resolve
 
     resolve(_options(call, components=call.choose(None, ("none",))))
 
 
 def _resolve_quantized(call: Call) -> None:
     """The published FP8 layout, whose recipe is stored in it."""
-    from cosmos_export.build.options import resolve
+    from cosmos_export.compile.options import resolve
 
     command("plan", call.root / "checkpoint", *call.choose((), ("--json",)))
     resolve(_options(call, components=("none",)))
@@ -189,14 +189,14 @@ def _resolve_quantized(call: Call) -> None:
 
 def _codecs(call: Call) -> None:
     """Everything a build does with a codec's configuration before it captures the model."""
-    from cosmos_export.build.components import capture_codec
-    from cosmos_export.build.options import resolve
-    from cosmos_export.build.selection import codec_config
     from cosmos_export.capture import codec as capturing
     from cosmos_export.capture.sources import weight_sources
     from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
+    from cosmos_export.compile.components import capture_codec
+    from cosmos_export.compile.options import resolve
+    from cosmos_export.compile.selection import codec_config
 
-    plan = resolve(_options(call))
+    job = resolve(_options(call))
     before = capturing._Capture.graph
 
     def stop(*_: object, **__: object) -> Any:
@@ -206,8 +206,8 @@ def _codecs(call: Call) -> None:
     try:
         for name in CODECS:
             with contextlib.suppress(_Enough):
-                config = codec_config(plan.checkpoint, CODECS[name].folder)
-                capture_codec(name, config, weight_sources(codec_tensors(plan.checkpoint, name)))
+                config = codec_config(job.checkpoint, CODECS[name].folder)
+                capture_codec(name, config, weight_sources(codec_tensors(job.checkpoint, name)))
     finally:
         capturing._Capture.graph = before  # type: ignore[method-assign]
 
@@ -217,8 +217,8 @@ class _Enough(Exception):
 
 
 def _tokenizer(call: Call) -> None:
-    from cosmos_export.build.prompt import compile_chat_template
     from cosmos_export.checkpoint import open_checkpoint
+    from cosmos_export.compile.prompt import compile_chat_template
 
     compile_chat_template(open_checkpoint(call.root / "checkpoint"))
 
@@ -412,7 +412,7 @@ def _lerobot(call: Call) -> None:
 
 
 def _cache(call: Call) -> None:
-    from cosmos_export.build.cache import Cache
+    from cosmos_export.compile.cache import Cache
 
     folder = call.root / "cache"
     keys = sorted(path.stem for path in folder.iterdir() if _KEY.fullmatch(path.stem)) or ["0"]

@@ -93,10 +93,10 @@ def recipes(folder: Path) -> None:
 
 def measurements(folder: Path) -> None:
     """Two results of `bench`."""
-    from cosmos_export.bench.result import Baseline, Component, Measurement, write
+    from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, write
 
     for name, seconds in (("a", 0.5), ("b", 0.45)):
-        parts = (Component("reasoner", (0.01, 0.012)), Component("step", (seconds, seconds + 0.1, seconds), 35))
+        parts = (MeasuredPart("reasoner", (0.01, 0.012)), MeasuredPart("step", (seconds, seconds + 0.1, seconds), 35))
         found = Measurement(
             "geometry:nano",
             "nano",
@@ -211,7 +211,7 @@ def sources(folder: Path) -> None:
 
 def cache(folder: Path) -> None:
     """A cache that knows three engines."""
-    from cosmos_export.build.cache import Cache, Entry, key_of
+    from cosmos_export.compile.cache import Cache, Entry, key_of
 
     (folder / "bundle").mkdir()
     entries = []

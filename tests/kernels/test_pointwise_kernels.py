@@ -14,7 +14,7 @@ from cosmos_export.kernels import qkv_pack as pack
 from cosmos_export.kernels import sampler_step
 from cosmos_export.kernels.launch import FP8, Tile, quantize
 from cosmos_export.sampling import COLUMNS
-from cosmos_export.sampling.solvers import State, unipc_step
+from cosmos_export.sampling.solvers import SolverState, unipc_step
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -216,7 +216,7 @@ def test_sampler_step_is_the_solvers(guided: bool, shape: tuple[int, ...], masks
     noisy = np.ones(shape, dtype=np.float32)
     for axis, mask in given:
         noisy = noisy * mask.float().cpu().numpy().reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    wanted = unipc_step(row, State(*before), velocity, noisy)
+    wanted = unipc_step(row, SolverState(*before), velocity, noisy)
     for mine, theirs, solver in zip(state, expected, (wanted.sample, wanted.last, wanted.m0, wanted.m1), strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
         assert np.allclose(mine.cpu().numpy(), solver, rtol=1e-5, atol=1e-5)

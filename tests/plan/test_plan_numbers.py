@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cosmos_export.build.memory import parse_size
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.published import NANO, SUPER
+from cosmos_export.compile.memory import parse_size
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.plan import Request, estimate, from_checkpoint, parse_workload, precision, published_subject
+from cosmos_export.plan import PlanRequest, estimate, from_checkpoint, parse_workload, precision, published_subject
 from cosmos_export.plan.latency import Habits, latency
 from cosmos_export.plan.precision import linear_parameters
 from cosmos_export.plan.sizes import builder_bytes, cache_bytes
@@ -31,7 +31,7 @@ def plan(
 ):  # type: ignore[no-untyped-def]
     targets = tuple(load_target(name) for name in target.split(","))
     options["recipe"] = load_recipe(recipe)
-    return estimate(published_subject(like), Request(targets, (parse_workload(workload),), **options))  # type: ignore[arg-type]
+    return estimate(published_subject(like), PlanRequest(targets, (parse_workload(workload),), **options))  # type: ignore[arg-type]
 
 
 # -- work -------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_a_checkpoint_and_its_published_size_plan_the_same(tmp_path: Path) -> No
     assert found.input_bytes == published.input_bytes
     assert {k: v for k, v in found.weight_norm.items() if v} == published.weight_norm
     assert found.geometry == published.geometry
-    request = Request((load_target("rtx-pro-6000"),), (parse_workload("t2v-480p-189f"),))
+    request = PlanRequest((load_target("rtx-pro-6000"),), (parse_workload("t2v-480p-189f"),))
     assert estimate(found, request).components == estimate(published, request).components
     for name in CODECS:
         assert sum(e.elements for e in codec_tensors(checkpoint, name).values()) == published.codecs[name]
@@ -150,7 +150,7 @@ def test_sizes_and_memory_are_those_of_the_builds_that_were_measured(row: dict[s
         subject = replace(subject, codecs={})
     chains = row.get("chains", {})
     budget = row["memory_budget"] if chains else None
-    request = Request(
+    request = PlanRequest(
         (load_target(row["target"]),), (parse_workload(row["workload"]),), recipe=load_recipe(row["recipe"]),
         memory_budget=None if budget is None else parse_size(budget),
     )  # fmt: skip
@@ -212,14 +212,14 @@ def test_what_does_not_fit_says_what_would() -> None:
 
 def test_fewer_frames_are_advised_where_they_help() -> None:
     target = replace(load_target("l40s"), memory_bytes=17_000_000_000)
-    request = Request((target,), (parse_workload("t2v-720p-189f"),))
+    request = PlanRequest((target,), (parse_workload("t2v-720p-189f"),))
     (fit,) = estimate(published_subject("nano"), request).fits
     (line,) = [line for line in fit.advice if "frames" in line]
     frames = int(line.split()[2])
-    shorter = Request((target,), (parse_workload(f"t2v-720p-{frames}f"),))
+    shorter = PlanRequest((target,), (parse_workload(f"t2v-720p-{frames}f"),))
     (fit,) = estimate(published_subject("nano"), shorter).fits
     assert fit.verdict == "fits in phases"
-    longer = Request((target,), (parse_workload(f"t2v-720p-{frames + 4}f"),))
+    longer = PlanRequest((target,), (parse_workload(f"t2v-720p-{frames + 4}f"),))
     (fit,) = estimate(published_subject("nano"), longer).fits
     assert fit.verdict == "does not fit"
 

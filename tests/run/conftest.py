@@ -28,8 +28,8 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
     """For tests of the xdist group ``run-parity``: another worker would build the bundles again."""
     import build_harness as harness
 
-    import cosmos_export.build.components as components
-    import cosmos_export.build.stages as stages
+    import cosmos_export.compile.components as components
+    import cosmos_export.compile.stages as stages
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "capture", harness.remembered_capture)

@@ -8,11 +8,11 @@ from typing import Any
 
 import build_harness as harness
 
-from cosmos_export.build.driver import build
-from cosmos_export.build.options import BuildOptions
 from cosmos_export.bundle import Manifest
+from cosmos_export.compile.driver import build
+from cosmos_export.compile.options import BuildOptions
 from cosmos_export.runtime import Generator, load_bundle
-from cosmos_export.runtime.frontend import Asked, Prepared, prepare
+from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
 
 PROFILE = "und_len=1:256:4096,frames=1:3:5,height=3:5:16,width=3:7:20,sound_len=0:10:30,action_len=0:8:16"
 """One profile for all modes: odd grids, one frame, no sound, no action."""
@@ -30,7 +30,7 @@ class Subject:
     def manifest(self) -> Manifest:
         return self.generator.bundle.manifest
 
-    def prepare(self, asked: Asked) -> Prepared:
+    def prepare(self, asked: GenerateOptions) -> Prepared:
         return prepare(asked, self.generator.bundle.files)
 
 

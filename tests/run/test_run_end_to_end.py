@@ -20,7 +20,7 @@ from subjects import Subjects
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import CosmosExportError, FindingError
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle, media
-from cosmos_export.runtime.frontend import Asked
+from cosmos_export.runtime.frontend import GenerateOptions
 from cosmos_export.sampling import Overrides
 
 pytestmark = pytest.mark.xdist_group("run-parity")
@@ -30,8 +30,8 @@ FLAGS = ("--frames", 5, "--height", 48, "--width", 80, "--steps", 3, "--guidance
 PROMPT = "A robot pours water."
 
 
-def asked(**options: Any) -> Asked:
-    return Asked(PROMPT, **{**SIZE, "seed": 5, "sampling": Overrides(steps=3, guidance=2.0), **options})
+def asked(**options: Any) -> GenerateOptions:
+    return GenerateOptions(PROMPT, **{**SIZE, "seed": 5, "sampling": Overrides(steps=3, guidance=2.0), **options})
 
 
 def latents(path: Path) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def test_files_hold_what_was_generated(subjects: Subjects, tmp_path: Path) -> No
 
 def test_noise_from_a_file(subjects: Subjects, tmp_path: Path) -> None:
     """What was sampled from a seed's noise is sampled again when the noise is given."""
-    from cosmos_export.runtime.inputs import Noise, sizes
+    from cosmos_export.runtime.step_inputs import Noise, sizes
 
     subject = subjects("omni")
     prepared = subject.prepare(asked())

@@ -18,7 +18,7 @@ from cosmos_export.bundle import BundleFiles, DimRecord, PolicyRecord
 from cosmos_export.cli import run
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.runtime import canvas, embodiments, media, read_media
-from cosmos_export.runtime.frontend import Asked, prepare
+from cosmos_export.runtime.frontend import GenerateOptions, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
 
@@ -37,7 +37,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ask(files: Path, found: Any = None, **options: Any) -> Any:
     paths = {k: files / v if k in ("image", "video", "actions", "noise", "action_stats") else v
              for k, v in options.items()}  # fmt: skip
-    return prepare(Asked(**{"prompt": "A cube.", **paths}), BundleFiles(files, found or manifest()))
+    return prepare(GenerateOptions(**{"prompt": "A cube.", **paths}), BundleFiles(files, found or manifest()))
 
 
 def refused(code: str, files: Path, found: Any = None, **options: Any) -> CosmosExportError:

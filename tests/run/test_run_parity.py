@@ -27,8 +27,8 @@ from cosmos_export.evaluation.pipeline import (
     run_published,
 )
 from cosmos_export.runtime import Generator, Result, media, read_media
-from cosmos_export.runtime.frontend import Asked, Prepared
-from cosmos_export.runtime.inputs import Noise, sizes
+from cosmos_export.runtime.frontend import GenerateOptions, Prepared
+from cosmos_export.runtime.step_inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
 
 pytestmark = pytest.mark.xdist_group("run-parity")
@@ -96,9 +96,9 @@ MODES = ("t2i", "t2v", "sound", "i2v", "v2v", "policy", "forward-dynamics", "inv
 CASES = [(backbone, mode) for backbone in ("omni", "edge") for mode in MODES if (backbone, mode) != ("edge", "sound")]
 
 
-def ask(mode: Mode, **options: Any) -> Asked:
+def ask(mode: Mode, **options: Any) -> GenerateOptions:
     sampling = Overrides(steps=5, guidance=3.0)
-    return Asked(PROMPT, NEGATIVE, **{"sampling": sampling, "seed": 11, **mode.asked, **options})
+    return GenerateOptions(PROMPT, NEGATIVE, **{"sampling": sampling, "seed": 11, **mode.asked, **options})
 
 
 def published(subject: Subject, mode: str, arguments: Mapping[str, Any], prepared: Prepared) -> Published:
@@ -143,7 +143,7 @@ def test_a_distilled_checkpoint(subjects: Subjects, files: Path, mode: str, loop
     """Its published pipeline is another one: a stochastic sampler, one branch, clean frames put back each step."""
     case = modes(files)[mode]
     subject = subjects("omni-distilled", loop=loop, mode="t2v", modalities=("vision",))
-    prepared = subject.prepare(Asked(PROMPT, seed=3, **case.asked))
+    prepared = subject.prepare(GenerateOptions(PROMPT, seed=3, **case.asked))
     found = subject.generator.generate(prepared.request)
     agree(found, published(subject, mode, case.published, prepared), prepared)
 

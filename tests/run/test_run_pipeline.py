@@ -17,7 +17,7 @@ from run_samples import MARK, ROBOT, manifest
 from cosmos_export.bundle import BundleFiles
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.runtime import media, read_media
-from cosmos_export.runtime.frontend import Asked, prepare
+from cosmos_export.runtime.frontend import GenerateOptions, prepare
 from cosmos_export.runtime.request import Request
 
 
@@ -70,13 +70,13 @@ def pictures(path: Path) -> list[Image.Image]:
 
 
 def test_text(pipeline: Any, files: Path) -> None:
-    found = prepare(Asked("x", frames=21, fps=30.0, sound=True), BundleFiles(files, manifest()))
+    found = prepare(GenerateOptions("x", frames=21, fps=30.0, sound=True), BundleFiles(files, manifest()))
     expected = prepared(pipeline, num_frames=21, height=48, width=80, fps=30.0, enable_sound=True)
     agree(pipeline, found.request, found.sound_len, expected)
 
 
 def test_image(pipeline: Any, files: Path) -> None:
-    found = prepare(Asked("x", image=files / "image.png"), BundleFiles(files, manifest()))
+    found = prepare(GenerateOptions("x", image=files / "image.png"), BundleFiles(files, manifest()))
     with Image.open(files / "image.png") as image:
         expected = prepared(pipeline, image=image, num_frames=9, height=48, width=80)
     agree(pipeline, found.request, 0, expected)
@@ -84,7 +84,7 @@ def test_image(pipeline: Any, files: Path) -> None:
 
 @pytest.mark.parametrize("keep", ["first", "last"])
 def test_clip(pipeline: Any, files: Path, keep: Any) -> None:
-    found = prepare(Asked("x", video=files / "clip.mp4", keep=keep), BundleFiles(files, manifest()))
+    found = prepare(GenerateOptions("x", video=files / "clip.mp4", keep=keep), BundleFiles(files, manifest()))
     clip = pictures(files / "clip.mp4")
     expected = prepared(pipeline, video=clip, condition_video_keep=keep, num_frames=9, height=48, width=80)
     agree(pipeline, found.request, 0, expected)
@@ -105,6 +105,7 @@ def test_action(pipeline: Any, files: Path, mode: str) -> None:
         condition["raw_actions"] = torch.from_numpy(rows)
     action = CosmosActionCondition(mode.replace("-", "_"), 16, "umi", resolution_tier=256, **condition)
     found = prepare(
-        Asked("x", mode=mode, embodiment="umi", tier=256, **source), BundleFiles(files, manifest({"robot": ROBOT}))
+        GenerateOptions("x", mode=mode, embodiment="umi", tier=256, **source),
+        BundleFiles(files, manifest({"robot": ROBOT})),
     )
     agree(pipeline, found.request, 0, prepared(pipeline, action=action, fps=10.0))

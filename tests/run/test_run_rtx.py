@@ -22,8 +22,8 @@ from fake_gpu import FakeCuda
 
 import cosmos_export.runtime.cuda_memory as cuda_memory
 import cosmos_export.runtime.rtx_sessions as rtx_sessions
-from cosmos_export.build.driver import build
 from cosmos_export.bundle import BundleFiles, Manifest, read_bundle
+from cosmos_export.compile.driver import build
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle

@@ -10,11 +10,11 @@ import pytest
 import torch
 from published_schedules import DISTILLED, EDGE, FOUR_STEP, KARRAS, NANO, SIGMAS, STEPS, flow, published
 
-from cosmos_export.build.schedule import schedule, timesteps
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.published import EDGE as EDGE_GEOMETRY
 from cosmos_export.checkpoint.published import NANO as NANO_GEOMETRY
 from cosmos_export.checkpoint.published import Geometry
+from cosmos_export.compile.time_table import checkpoint_schedule, timesteps
 from cosmos_export.diagnostics import UserError
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.sampling import CheckpointSampling, Overrides
@@ -40,7 +40,7 @@ OF_FOUR_STEP = Facts(DISTILLED, distilled_sigmas=SIGMAS)
 
 
 def timesteps_of(facts: Facts, steps: int | None) -> torch.Tensor:
-    return timesteps(schedule(facts.checkpoint(), overrides=Overrides(steps=steps)))
+    return timesteps(checkpoint_schedule(facts.checkpoint(), overrides=Overrides(steps=steps)))
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -74,6 +74,6 @@ def test_the_facts_are_the_checkpoint_s() -> None:
     assert sampling_of(droid.checkpoint()) == CheckpointSampling(
         flow(5.0), native=True, edge=True, policy="droid_lerobot"
     )
-    assert schedule(droid.checkpoint(), "policy").timesteps == (999.0, 937.0, 833.0, 624.0)
-    assert schedule(droid.checkpoint(), "policy").guided == (True, False, False, False)
-    assert not any(schedule(droid.checkpoint(), "policy", Overrides(guidance=1.0)).guided)
+    assert checkpoint_schedule(droid.checkpoint(), "policy").timesteps == (999.0, 937.0, 833.0, 624.0)
+    assert checkpoint_schedule(droid.checkpoint(), "policy").guided == (True, False, False, False)
+    assert not any(checkpoint_schedule(droid.checkpoint(), "policy", Overrides(guidance=1.0)).guided)

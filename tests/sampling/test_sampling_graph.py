@@ -20,7 +20,7 @@ from cosmos_export.ir.spec import TensorSpec, WeightBinding
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
 from cosmos_export.sampling import (
     Schedule,
-    State,
+    SolverState,
     coefficient_table,
     distilled_step,
     guide,
@@ -125,7 +125,7 @@ def noisy_part(name: str) -> torch.Tensor:
 def in_numpy(plan: Schedule, request: Request) -> Tensors:
     found = {}
     for name, start in request.start.items():
-        state, noisy = State.start(start.numpy()), noisy_part(name).numpy()
+        state, noisy = SolverState.start(start.numpy()), noisy_part(name).numpy()
         for i, row in enumerate(coefficient_table(plan)):
             cond, uncond = (
                 request.steps[i][f"{name}_{kind}"].float().numpy() for kind in ("velocity_cond", "velocity_uncond")
@@ -135,7 +135,7 @@ def in_numpy(plan: Schedule, request: Request) -> Tensors:
                 state = unipc_step(row, state, velocity, noisy)
             else:
                 noise = request.noise[i][f"{name}_noise"].numpy()
-                state = State.start(distilled_step(row, state.sample, velocity, noise, noisy))
+                state = SolverState.start(distilled_step(row, state.sample, velocity, noise, noisy))
         found[name] = torch.from_numpy(state.sample)
     return found
 

@@ -15,7 +15,7 @@ from cosmos_export.sampling import (
     COLUMNS,
     CheckpointSampling,
     Schedule,
-    State,
+    SolverState,
     coefficient_table,
     distilled_step,
     distilled_table,
@@ -36,7 +36,7 @@ def velocity(sample: Array, timestep: float) -> Array:
 
 
 def ours(schedule: Schedule, noise: Array) -> Array:
-    state = State.start(noise)
+    state = SolverState.start(noise)
     for row, timestep in zip(unipc_table(schedule), schedule.timesteps, strict=True):
         state = unipc_step(row, state, velocity(state.sample, timestep))
     return state.sample
@@ -84,7 +84,7 @@ def test_unipc_in_float32(case: str) -> None:
     """The type engines run in: measured 7e-7 from the published scheduler in float32."""
     noise = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
     plan = schedule(GRID_CASES[case], 35)
-    state, scheduler = State.start(noise), published(GRID_CASES[case], 35)
+    state, scheduler = SolverState.start(noise), published(GRID_CASES[case], 35)
     sample = torch.from_numpy(noise)
     random = np.random.default_rng(3)
     for row, timestep in zip(unipc_table(plan), scheduler.timesteps, strict=True):
@@ -116,7 +116,7 @@ def test_clean_rows_stay_bit_for_bit() -> None:
     """The published pipeline zeroes their velocity, which keeps them up to rounding."""
     noisy = np.asarray([0.0, 1, 1]).reshape(3, 1)
     start = np.random.default_rng(0).standard_normal(SHAPE)
-    state, plain = State.start(start), State.start(start)
+    state, plain = SolverState.start(start), SolverState.start(start)
     plan = schedule(NANO, 20)
     for row, timestep in zip(unipc_table(plan), plan.timesteps, strict=True):
         predicted = velocity(state.sample, timestep)

@@ -18,7 +18,7 @@ from target_graphs import FP32, Graph, generator, generator_profile
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.progress import Silent
 from cosmos_export.targets import load_target
-from cosmos_export.targets.plan_inspector import read_header
+from cosmos_export.targets.engine_inspector import read_header
 from cosmos_export.targets.tensorrt_rtx import FLAVOR, build_engine
 from cosmos_export.targets.trt_common import PROGRESS_STEPS, TrtFlavor, run_build
 

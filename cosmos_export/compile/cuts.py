@@ -1,0 +1,71 @@
+"""Cutting graphs into engines of consecutive layers, where the builder's memory for one engine passes the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cosmos_export.compile.forms import Pieces, cut_into_pieces
+from cosmos_export.compile.options import Job
+from cosmos_export.compile.precision import planned_type
+from cosmos_export.ir.graph import Graph, Node, is_op
+from cosmos_export.ir.ops import aten
+from cosmos_export.ir.spec import Format
+from cosmos_export.passes.cut_graph import narrow_places
+from cosmos_export.passes.pipeline import Watch
+from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
+from cosmos_export.targets.onnx_lowering import external_nodes
+from cosmos_export.targets.partition import partition
+from cosmos_export.targets.weights import size_bytes
+
+_SCHEMES = {None: "bf16", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
+
+
+def cut_graphs(graphs: Mapping[str, Graph], job: Job, watch: Watch | None = None) -> Pieces:
+    """Every one of ``graphs`` in as many pieces as the job's memory budget needs."""
+    return cut_into_pieces(graphs, lambda name, graph: _places(graph, job), watch=watch)
+
+
+def _places(graph: Graph, job: Job) -> list[Node]:
+    """The nodes of ``graph`` from which on another engine begins."""
+    limit = None if job.memory_budget is None else largest_part(job.memory_budget, job.layers)
+    given = external_nodes(graph) if job.options.weights == "external" else frozenset[Node]()
+
+    def held(weight: Node) -> float:
+        return 0.0 if weight in given else builder_share_bytes(weight)
+
+    whole = sum(held(node) for node in graph.weights.values())
+    if limit is None or whole <= limit:
+        return []
+    sizes = {dim: max(profile.dims[dim].max for profile in job.profiles) for dim in job.profiles[0].dims}
+    first, places = narrow_places(graph, sizes, held)
+    pieces = [first, *(place.weight_size for place in places)]
+    cuts = partition(pieces, [0.0, *(float(place.crossing_bytes) for place in places)], limit)
+    return [places[index - 1].node for index in cuts]
+
+
+def chains(pieces: Pieces) -> dict[str, tuple[str, ...]]:
+    """The graphs that were cut, with the names of what they were cut into."""
+    return {name: tuple(graph.name for graph in cut) for name, cut in pieces.items() if len(cut) > 1}
+
+
+def cut_notes(pieces: Pieces) -> list[str]:
+    """What a reader of the result is told of it."""
+    return [
+        f"{name} is {len(parts)} engines in a row, as one would take more memory to build than the budget allows"
+        for name, parts in chains(pieces).items()
+    ]
+
+
+def builder_share_bytes(weight: Node) -> float:
+    """Anonymous memory that the builder takes for the placeholder ``weight``."""
+    return size_bytes(weight.meta["weight"]) * BUILDER_SHARE[_scheme(weight)]
+
+
+def _scheme(weight: Node) -> str:
+    """FP8 weights are kept as they are where the product reads FP8 activations; where it does not, the builder widens
+    them."""
+    packing = weight.meta["weight"].packing
+    if packing is None or packing.format is not Format.FP8:
+        return _SCHEMES[None if packing is None else packing.format]
+    linears = [node for user in weight.users for node in user.users if is_op(node, aten.linear.default)]
+    return "fp8" if any(planned_type(node) == "fp8" for node in linears) else "fp8-w8a16"

@@ -1,0 +1,292 @@
+"""Gates of a quantized build: what each linear (G1) and each step (G2) loses, as a verdict, as JSON and as a page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf, isfinite
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
+from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE
+from cosmos_export.compile.forms import quantize_copy
+from cosmos_export.compile.options import Job
+from cosmos_export.diagnostics import FindingError
+from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.gates import (
+    FOUR_BIT_STEPS,
+    FP8_STEPS,
+    LinearLoss,
+    StepLimits,
+    StepLoss,
+    linear_losses,
+    record_rollout,
+    step_losses,
+)
+from cosmos_export.evaluation.parity import Measured
+from cosmos_export.evaluation.prefix import first_linears, weight_bytes
+from cosmos_export.evaluation.sampled import negative_ids
+from cosmos_export.ir.interpreter import Weights
+from cosmos_export.ir.packing import AS_STORED, ROUNDING
+from cosmos_export.ir.program import Program
+from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.report.losses import loss_page
+
+REPORT_JSON, REPORT_PAGE = "report/quantization.json", "report/quantization.html"
+LINEAGE = "calibration/lineage.json"
+_STEPS = 6
+"""Steps of the schedule that are looked at: the first, the last, and others between them."""
+_CASE = "text-to-video"
+_NAMED = 5
+RUN_BYTES = 6 * 10**9
+"""Weights of a model that the gates run whole where it is not sampled. Of a larger one they see the beginning."""
+SEEN_BYTES = 2 * 10**9
+"""Weights of each of its graphs that are read then: five layers of Nano, two of Super."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Steps that compute in one way, which are one body of a host's loop."""
+
+    count: int
+    measured: tuple[int, ...]
+    """Those whose velocity was measured, by their index in the schedule."""
+    first: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a quantized build loses."""
+
+    linears: tuple[LinearLoss, ...]
+    steps: tuple[StepLoss, ...]
+    limits: StepLimits
+    note: str
+    """What the latents are that it was measured on."""
+    alike: tuple[Alike, ...] = ()
+
+    @property
+    def seen(self) -> str:
+        """Of how many steps of each kind the velocity was measured."""
+        kinds = (f"{len(a.measured)} of {a.count} that compute as step {a.first + 1}" for a in self.alike)
+        return f"measured: {', '.join(kinds)}"
+
+    @property
+    def worst_linears(self) -> list[LinearLoss]:
+        return sorted(self.linears, key=lambda loss: loss.relative / loss.limit, reverse=True)[:_NAMED]
+
+    @property
+    def failed_linears(self) -> list[LinearLoss]:
+        return [loss for loss in self.linears if not loss.passed]
+
+    @property
+    def step_problems(self) -> list[str]:
+        """What whole steps lose beyond the limits."""
+        if not self.steps:
+            return []
+        middle = median(loss.relative for loss in self.steps)
+        worst = max(self.steps, key=lambda loss: loss.relative)
+        apart = min(self.steps, key=lambda loss: loss.cosine)
+        problems = []
+        if not middle <= self.limits.median:
+            problems.append(f"the median step is {middle:.2%} off, allowed {self.limits.median:.0%}")
+        if not worst.relative <= self.limits.largest:
+            problems.append(f"step {worst.step + 1} is {worst.relative:.2%} off, allowed {self.limits.largest:.0%}")
+        if not apart.cosine >= self.limits.cosine:
+            problems.append(f"step {apart.step + 1} has a cosine of {apart.cosine:.5f}, wanted {self.limits.cosine}")
+        return problems
+
+
+def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weights, *, unsampled: str = "") -> Losses:
+    """Both gates on one request. ``plain`` is labelled and not quantized; ``passes`` say how it would be.
+
+    The latents of each step come from the unquantized model's own sampling. Where that is ``unsampled``, for that
+    reason, there is the first step of every way in which steps compute, on noise in place of its latents. A model of
+    more than `RUN_BYTES` is not run then: the linears of its first layers are measured on those steps, and no step as a
+    whole.
+    """
+    config, schedule = job.checkpoint.geometry.config, job.schedule
+    fitting = [case for case in CASES if set(case.outputs) & set(job.outputs)]
+    case = next((case for case in fitting if case.name == _CASE), fitting[0])
+    inputs = case.inputs(config, job.modalities)
+    keys = job.precision.step_keys()
+    first = {keys.index(key) for key in keys}
+    if unsampled:
+        chosen = sorted(first)
+        recorded = [(at, {**inputs, "timestep": torch.tensor([float(schedule.timesteps[at])])}) for at in chosen]
+    else:
+        spread = {round(float(i)) for i in np.linspace(0, schedule.steps - 1, min(schedule.steps, _STEPS))}
+        chosen = sorted(spread | {at for at in first if not any(keys[i] == keys[at] for i in spread)})
+        recorded = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
+    numbers = ", ".join(str(i + 1) for i in chosen)
+    note = f"steps {numbers} of {schedule.steps} of an unquantized rollout, {case.name}"
+    if unsampled:
+        note = (
+            f"steps {numbers} of {schedule.steps}, the first of each way in which they compute, on noise in place of "
+            f"their latents ({case.name}); nothing was sampled, as the transformer was not compared: {unsampled}"
+        )
+    seen_of = None
+    if unsampled and weight_bytes(plain) > RUN_BYTES:
+        seen_of = first_linears(plain, SEEN_BYTES)
+        note = (
+            f"the first {seen_of.linears} of {seen_of.of} linears at the first step ({case.name}), whose latents are "
+            "noise; reading all weights several times would take longer than building from them, and no whole step is "
+            "seen"
+        )
+    watched = plain if seen_of is None else seen_of.program
+    programs: dict[int, Program] = {}
+
+    def quantized(step: int) -> Program:
+        if keys[step] not in programs:
+            programs[keys[step]] = quantize_copy(plain, passes, step)
+        return programs[keys[step]]
+
+    # Steps that compute alike are seen on their own latents, but for those of a model that is read as seldom as can be.
+    groups = (
+        [(sorted(first), recorded[:1])]
+        if seen_of is not None
+        else [([at], [(index, given) for index, given in recorded if keys[index] == keys[at]]) for at in sorted(first)]
+    )
+    linears: dict[tuple[str, str], LinearLoss] = {}
+    for steps_of, on in groups:
+        forms, latents = {step: quantized(step) for step in steps_of}, [given for _, given in on]
+        for loss in linear_losses(watched, forms, latents, weights, whole=seen_of is None):
+            linears.setdefault((loss.site, loss.scheme), loss)
+    narrow = job.precision.schemes & {"int4", "nvfp4"}
+    limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
+    steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights)
+    alike = tuple(
+        Alike(keys.count(keys[at]), tuple(loss.step for loss in steps if keys[loss.step] == keys[at]), at)
+        for at in sorted(first)
+    )
+    return Losses(tuple(linears.values()), tuple(steps), limits, note, alike)
+
+
+def require_losses(losses: Losses, loops: Sequence[Measured], job: Job) -> None:
+    """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only reported."""
+    failed = losses.failed_linears
+    if failed:
+        worst = "; ".join(f"{f.site} ({f.scheme}): {f.relative:.3f}, allowed {f.limit:.3f}" for f in failed[:_NAMED])
+        raise FindingError(
+            "CX361",
+            f"{len(failed)} linears lose more than their scheme should: {worst}",
+            f"calibrate again, or leave them unquantized: {_hints(failed)}",
+        )
+    problems = losses.step_problems
+    problems += [f"{m.stage}: {m.metric} is {m.value:.3f}, allowed {m.limit}" for m in loops if not m.passed]
+    if problems and job.options.quality == "enforce":
+        raise FindingError(
+            "CX362",
+            f"the quantized model is too far from the unquantized one: {'; '.join(problems)}",
+            f"give the worst linears more bits: {_hints(losses.worst_linears)}; or accept it with `--quality report`",
+        )
+
+
+def _hints(losses: list[LinearLoss]) -> str:
+    """``--set`` for each of the sites that lose most."""
+    places = dict.fromkeys(f"{f.tower}.{f.kind}[{f.layer}:{f.layer + 1}]" for f in losses[:_NAMED])
+    return " ".join(f"--set '{place}=bf16'" for place in places)
+
+
+def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
+    """The gates as a manifest has them."""
+    worst = losses.worst_linears
+    named = ", ".join(f"{loss.site} {loss.relative:.3f} of {loss.limit:.3f}" for loss in worst)
+    problems = losses.step_problems
+    over = f"worst of {len(losses.linears)}: {named}"
+    if not losses.steps:
+        over += f"; {losses.note}"
+    linears = Verdict(
+        "G1", "linears", "relative error / limit", 1.0, "fail" if losses.failed_linears else "pass", over
+    )  # fmt: skip
+    metric = "relative L2 of the velocity, median"
+    if not losses.steps:
+        return linears, Verdict("G2", "steps", metric, losses.limits.median, "not-measured", losses.note)
+    return (
+        linears,
+        Verdict(
+            "G2", "steps", metric, losses.limits.median,
+            "fail" if problems else "pass", "; ".join([*problems, losses.seen, losses.note]),
+        ),
+    )  # fmt: skip
+
+
+def loss_values(losses: Losses) -> dict[str, float]:
+    """The numbers behind the verdicts, but for those that are infinite or were not measured."""
+    values = {
+        "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
+        "G2": median(loss.relative for loss in losses.steps) if losses.steps else inf,
+    }
+    return {name: value for name, value in values.items() if isfinite(value)}
+
+
+def loss_document(losses: Losses, job: Job) -> dict[str, Any]:
+    """The report as JSON."""
+    return {
+        "recipe": job.precision.recipe,
+        "overrides": list(job.precision.overrides),
+        "measured_on": losses.note,
+        "limits": {"steps": asdict(losses.limits)},
+        "alike": [
+            {"first": a.first, "steps": a.count, "measured": list(a.measured)} for a in losses.alike
+        ],
+        "linears": [
+            {
+                "tower": loss.tower, "kind": loss.kind, "layer": loss.layer, "scheme": loss.scheme,
+                "relative": _finite(loss.relative), "sqnr_db": _finite(round(loss.sqnr_db, 2)), "limit": loss.limit,
+                "passed": loss.passed,
+            }
+            for loss in losses.linears
+        ],
+        "steps": [asdict(loss) | {"relative": _finite(loss.relative)} for loss in losses.steps],
+        "problems": losses.step_problems,
+    }  # fmt: skip
+
+
+def _finite(value: float) -> float | None:
+    """``value`` as JSON has it: nothing there stands for an infinite one."""
+    return value if isfinite(value) else None
+
+
+def loss_texts(losses: Losses, job: Job) -> tuple[str, str]:
+    """The report as JSON and as a page."""
+    document = loss_document(losses, job)
+    return json.dumps(document, indent=1, allow_nan=False) + "\n", loss_page(document)
+
+
+def write_losses(losses: Losses, job: Job, writer: BundleWriter) -> None:
+    """The report in both forms, and a copy of the calibration's lineage."""
+    document, page = loss_texts(losses, job)
+    writer.path(REPORT_JSON, "report").write_text(document, encoding="utf-8")
+    writer.path(REPORT_PAGE, "report").write_text(page, encoding="utf-8")
+    if job.options.calibration is not None:
+        data = (job.options.calibration / LINEAGE_FILE).read_bytes()
+        writer.path(LINEAGE, "calibration").write_bytes(data)
+
+
+def precision_record(job: Job) -> PrecisionRecord:
+    """What the manifest says of a quantized build."""
+    return PrecisionRecord(
+        recipe=job.precision.recipe,
+        overrides=job.precision.overrides,
+        table=job.precision.table(),
+        rounding=ROUNDING if job.checkpoint.quantization is None else AS_STORED,
+        calibration=_calibration(job),
+        report=REPORT_JSON,
+    )
+
+
+def _calibration(job: Job) -> CalibrationRecord | None:
+    folder = job.options.calibration
+    if job.scales is None or folder is None:
+        return None
+    digests: Mapping[str, str] = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (SCALES_FILE, LINEAGE_FILE)
+    }
+    return CalibrationRecord(job.scales.checkpoint, digests[SCALES_FILE], digests[LINEAGE_FILE], LINEAGE)

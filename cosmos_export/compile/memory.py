@@ -1,0 +1,54 @@
+"""The memory that a build may take of its machine, and whether that is enough."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from cosmos_export.diagnostics import UserError
+from cosmos_export.memory import available_bytes
+from cosmos_export.targets import Target
+
+if TYPE_CHECKING:
+    from cosmos_export.compile.options import BuildOptions, Job
+
+_MARGIN_BYTES = 1 << 30
+"""Of what is free that is left to the rest of the machine."""
+_UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``16GiB``. UserError CX456 for anything else."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None or float(found[1]) <= 0:
+        raise UserError(
+            "CX456", f"memory budget `{text}` is not a size", f"a number and one of {', '.join(_UNITS)}: 16GiB"
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def memory_budget(options: BuildOptions, target: Target) -> int | None:
+    """The budget in bytes of a build for ``target``; None where it builds no engines.
+
+    Without one it is what the machine has free, in whole GiB, so that it is the same again tomorrow. CX456 where one is
+    given and nothing would come of it.
+    """
+    asked = None if options.memory_budget is None else parse_size(options.memory_budget)
+    if target.backend != "tensorrt-rtx":
+        if asked is None:
+            return None
+        what = "a memory budget bounds the builder of engines, and for target"
+        what += f" `{target.name}` with {target.backend} none are built here"
+        raise UserError("CX456", what, "leave `--memory-budget` out")
+    return asked or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)
+
+
+def require_memory(job: Job) -> None:
+    """CX457: an engine needs more than the budget and cannot be cut, or not small enough."""
+    if job.memory_budget is None or job.checkpoint.dtype != "bf16":
+        return
+    from cosmos_export.compile.planned import parts
+    from cosmos_export.plan.sizes import require_budget
+
+    require_budget(parts(job), job.layers, job.memory_budget, loop=job.options.loop)

@@ -1,0 +1,449 @@
+"""What a build is asked for, and everything that can be refused before work begins. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
+from cosmos_export.checkpoint import Checkpoint, open_checkpoint
+from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.compile.memory import memory_budget, require_memory
+from cosmos_export.compile.request_record import check_request
+from cosmos_export.compile.selection import select
+from cosmos_export.compile.time_table import DEFAULT_MODE, checkpoint_schedule
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.kernels.description import PLUGINS
+from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
+from cosmos_export.sampling import Overrides, Schedule, Segment
+from cosmos_export.stamps import Inputs, require_unchanged, unchanged
+from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
+from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
+from cosmos_export.targets.stored_recipe import recipe_for
+
+ParityMode = Literal["auto", "always", "never"]
+LoopMode = Literal["host", "device"]
+QualityMode = Literal["enforce", "report"]
+ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
+"""Backends whose engines are built from models."""
+WeightsMode = Literal["embedded", "external"]
+_COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
+_BUILDABLE = ("bf16", "fp32")
+_MAX_PROFILE_NAME = 256
+MAX_SINGLE_STEPS = 8
+"""Engines of one step in a loop on the device: as many as the published policy has, and two."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """A build request as the user gives it. ``output`` is None with ``until``: dumps only."""
+
+    checkpoint: Path
+    output: Path | None = None
+    target: str = "cpu"
+    backend: str | None = None
+    """None: the target's own."""
+    profiles: tuple[str, ...] = ("480p-121f",)
+    modalities: tuple[str, ...] | None = None
+    """None: all that the checkpoint generates."""
+    outputs: tuple[str, ...] | None = None
+    """Velocities to compute; None: all of the modalities."""
+    components: tuple[str, ...] | None = None
+    """Besides the transformer: `cosmos_export.compile.selection.COMPONENTS`, or ``all`` or ``none``; None: all."""
+    mode: str = DEFAULT_MODE
+    """What the schedule's defaults are for: `cosmos_export.sampling.MODES`."""
+    steps: int | None = None
+    grid: str | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    loop: LoopMode = "host"
+    """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
+    step a call."""
+    recipe: str | None = None
+    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`, or ``auto``: what
+    `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
+    overrides: tuple[str, ...] = ()
+    """``PLACE=SCHEME``, over the recipe's own rules."""
+    calibration: Path | None = None
+    """A scale table, where the recipe or an override quantizes activations."""
+    kernels: tuple[str, ...] = ()
+    """Kernels of ours that TensorRT is to run as plugins: `cosmos_export.kernels.description.PLUGINS`."""
+    weights: WeightsMode = "embedded"
+    """``external``: large weights are inputs of the engines, which stay small; they lie in the bundle once."""
+    quality: QualityMode = "enforce"
+    """Whether a loss of whole steps beyond its limit (gate G2) ends the build."""
+    parity: ParityMode = "auto"
+    until: str | None = None
+    dump: Path | None = None
+    force: bool = False
+    resume: bool = False
+    """Go on from what an interrupted build of the same output has finished."""
+    memory_budget: str | None = None
+    """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
+    several. None: what this machine has free, and a margin less."""
+    ignore_adapters: bool = False
+    """Build the weights without the adapters that lie beside them."""
+    cache: Path | None = None
+    """Directory that knows engines of other bundles (`cosmos_export.compile.cache`); None: every engine is built."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that has been found possible."""
+
+    options: BuildOptions
+    checkpoint: Checkpoint
+    target: Target
+    profiles: tuple[Profile, ...]
+    modalities: tuple[str, ...]
+    outputs: tuple[str, ...]
+    components: tuple[str, ...]
+    schedule: Schedule
+    recipe: Recipe
+    precision: Assignment
+    scales: ScaleTable | None
+    memory_budget: int | None = None
+    """In bytes; None where no engine is built here."""
+    scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
+    """The files of ``scales`` as they were when it was read."""
+
+    @property
+    def inputs(self) -> tuple[Inputs, ...]:
+        """All that is read from files during the build."""
+        return self.checkpoint.inputs, self.scale_files
+
+    def require_inputs(self) -> None:
+        """CX118 where an input has changed since it was opened."""
+        require_unchanged(self.inputs, "the build")
+
+    @property
+    def layers(self) -> int:
+        return self.checkpoint.geometry.num_hidden_layers
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self.precision.schemes)
+
+    @property
+    def generator_engines(self) -> int:
+        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
+        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
+        return self.schedule.segments_by(self.precision.segment_keys(self.target.backend))
+
+
+def resolve(options: BuildOptions) -> Job:
+    """Check the request against itself, the target, this installation and the checkpoint, in that order."""
+    _require_consistent(options)
+    target = load_target(options.target).on(options.backend)
+    profiles = _profiles(options.profiles)
+    if options.weights == "external" and target.backend not in ENGINE_BACKENDS:
+        raise UnsupportedError(
+            "CX452",
+            f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
+            "leave it out: the weights lie in the bundle once as it is",
+        )
+    _require_kernels(options, target)
+    budget = memory_budget(options, target)
+    require_compiler()
+    if target.backend == "tensorrt-rtx":
+        from cosmos_export.targets.tensorrt_rtx import FLAVOR
+        from cosmos_export.targets.trt_common import require_module
+
+        require_module(FLAVOR)
+    checkpoint = open_checkpoint(options.checkpoint)
+    with unchanged("the build", checkpoint.inputs):
+        return _resolve(options, target, profiles, budget, checkpoint)
+
+
+def _resolve(
+    options: BuildOptions, target: Target, profiles: tuple[Profile, ...], budget: int | None, checkpoint: Checkpoint
+) -> Job:
+    """The part of `resolve` that reads the checkpoint."""
+    require_no_adapters(checkpoint.root, checkpoint.adapters, options.ignore_adapters)
+    _require_buildable(checkpoint)
+    if options.kernels and checkpoint.dtype == "fp32":
+        raise UnsupportedError(
+            "CX459",
+            f"kernels take the place of bf16 operations, and {checkpoint.root} is fp32",
+            "leave `--kernels` out, or convert the checkpoint to bf16",
+        )
+    modalities = available_modalities(options.modalities, checkpoint)
+    outputs = _outputs(options.outputs, modalities)
+    components = select(options.components, checkpoint, modalities)
+    check_request(checkpoint, modalities)
+    asked = Overrides(options.grid, options.steps, options.shift, options.guidance, options.guidance_interval)
+    sampling = checkpoint_schedule(checkpoint, options.mode, asked)
+    limits = model_limits(checkpoint, modalities)
+    for profile in profiles:
+        check_limits(profile, limits)
+        _require_rows(profile, outputs)
+    recipe = _recipe(options, target, checkpoint, sampling, profiles)
+    precision = _precision(options, recipe, target, checkpoint, sampling, profiles)
+    tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
+    scale_files = Inputs("the scale table", (), tables)
+    scales = _scales(options, precision, checkpoint)
+    found = Job(
+        options, checkpoint, target, profiles, modalities, outputs, components, sampling, recipe, precision, scales,
+        budget, scale_files,
+    )  # fmt: skip
+    require_memory(found)
+    return found
+
+
+def _require_kernels(options: BuildOptions, target: Target) -> None:
+    """Kernels are plugins of TensorRT, compiled here for the target's GPU."""
+    if not options.kernels:
+        return
+    unknown = [name for name in options.kernels if name not in PLUGINS]
+    if unknown:
+        raise UserError("CX451", f"no kernel {', '.join(unknown)}", f"there are {', '.join(PLUGINS)}")
+    if target.backend != "tensorrt":
+        raise UnsupportedError(
+            "CX459",
+            f"`--kernels` makes plugins of TensorRT, and target `{target.name}` is built with {target.backend}",
+            "`--backend tensorrt` where the target has it; with inductor kernels are chosen when it runs "
+            "(`bench --kernels`)",
+        )
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            "CX802", "compiling kernels needs Triton, not installed here", 'pip install ".[kernels]" in the checkout'
+        )
+
+
+def _recipe(
+    options: BuildOptions, target: Target, checkpoint: Checkpoint, schedule: Schedule, profiles: Sequence[Profile]
+) -> Recipe:
+    """The recipe that is asked for, or chosen at the optimum of the profiles among those that this build can have."""
+    if options.recipe != AUTO:
+        return recipe_for(checkpoint, options.recipe)
+
+    def refusal(recipe: Recipe) -> str:
+        try:
+            found = _precision(options, recipe, target, checkpoint, schedule, profiles)
+        except UnsupportedError as error:
+            return error.message
+        if checkpoint.quantization is not None and options.calibration is None:
+            try:
+                _require_stored_scales(options, found, checkpoint)
+            except UserError as error:
+                return error.message
+        return ""
+
+    workloads = [
+        Workload(p.name, options.mode, p, p.dims["und_len"].opt, p.dims["und_len"].opt if any(schedule.guided) else 0)
+        for p in profiles
+    ]
+    schedules = [schedule] * len(workloads)
+    subject, offered = from_checkpoint(checkpoint), offered_bytes(target)
+    return choose(subject, target, workloads, schedules, offered, options.loop, refusal)[0]
+
+
+def _precision(
+    options: BuildOptions,
+    recipe: Recipe,
+    target: Target,
+    checkpoint: Checkpoint,
+    schedule: Schedule,
+    profiles: Sequence[Profile],
+) -> Assignment:
+    """The recipe for this model and target. CX35x for what the two do not allow."""
+    found = resolve_recipe(
+        recipe,
+        options.overrides,
+        target,
+        layers=checkpoint.geometry.num_hidden_layers,
+        steps=schedule.steps,
+        distilled=schedule.sampler == "distilled-sde",
+    )
+    if found.schemes and checkpoint.dtype == "fp32" and target.backend == "tensorrt-rtx":
+        raise UnsupportedError(
+            "CX358",
+            f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
+            "a bf16 checkpoint (`demo-checkpoint --dtype bfloat16` makes one), or the target `cpu`",
+        )
+    alone = found.weight_only_steps()
+    if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:
+        raise UnsupportedError(
+            "CX364",
+            f"{len(alone)} of {schedule.steps} steps multiply narrow weights by wide activations, and each would be an "
+            f"engine of its own (at most {MAX_SINGLE_STEPS})",
+            "leave `--loop device` out, or choose a recipe that quantizes the generator's activations, such as fp8",
+        )
+    if "fp8-attention" in found.schemes and target.backend == "tensorrt-rtx":
+        _require_fixed(profiles)
+    return found
+
+
+def _require_fixed(profiles: Sequence[Profile]) -> None:
+    """FP8 attention is fused only over a number of keys that is known when the engine is built."""
+    for profile in profiles:
+        dynamic = [dim for dim, span in profile.dims.items() if span.min != span.max]
+        if dynamic:
+            fixed = ",".join(f"{dim}={profile.dims[dim].opt}" for dim in dynamic)
+            raise UnsupportedError(
+                "CX359",
+                f"FP8 attention needs to know the number of keys, and profile `{profile.name}` leaves "
+                f"{', '.join(dynamic)} open: the builder would fall back to stored scores",
+                f"fix them, for example `{profile.name},{fixed}`, or `--set gen.attention.core=bf16`",
+            )
+
+
+def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> ScaleTable | None:
+    """The scale table, of exactly this checkpoint; none for one that is quantized, which has its scales in it."""
+    if checkpoint.quantization is not None:
+        _require_stored_scales(options, precision, checkpoint)
+        return None
+    if options.calibration is None:
+        if precision.needs_calibration:
+            wanted = ", ".join(sorted(precision.schemes & ACTIVATIONS))
+            raise UserError(
+                "CX356",
+                f"recipe `{precision.recipe}` quantizes activations ({wanted}) and needs their ranges",
+                "make a scale table with `cosmos-export calibrate`, and pass `--calibration DIR`",
+            )
+        return None
+    if not precision.needs_calibration and "int4" not in precision.schemes:
+        if options.recipe == AUTO:
+            return None  # the choice was not the caller's
+        raise UserError(
+            "CX356", f"recipe `{precision.recipe}` uses no calibration", "leave `--calibration` out, or choose a recipe"
+        )
+    table = read_scale_table(options.calibration)
+    require_checkpoint(table, checkpoint)
+    return table
+
+
+def _require_stored_scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> None:
+    if options.calibration is not None:
+        raise UserError(
+            "CX356", f"{checkpoint.root} is quantized, and its scales are in it", "leave `--calibration` out"
+        )
+    if "fp8-attention" in precision.schemes:
+        raise UserError(
+            "CX356",
+            f"recipe `{precision.recipe}` quantizes attention, whose ranges no checkpoint has",
+            "build from the bf16 revision with a scale table of `cosmos-export calibrate`",
+        )
+    weight_only = checkpoint.quantization is not None and checkpoint.quantization.weight_only
+    if weight_only and precision.needs_calibration:
+        raise UserError(
+            "CX356",
+            f"recipe `{precision.recipe}` quantizes activations, and {checkpoint.root} has scales of weights only",
+            "leave `--recipe` out, or build from the bf16 revision with a scale table of `cosmos-export calibrate`",
+        )
+
+
+def require_compiler() -> None:
+    """Raise UnsupportedError (CX802) where the packages that compiling needs are not installed."""
+    missing = [name for name in _COMPILE_MODULES if find_spec(name) is None]
+    if missing:
+        raise UnsupportedError(
+            "CX802",
+            f"compiling needs {', '.join(missing)}, not installed here",
+            'pip install ".[compile]" in the checkout',
+        )
+
+
+def model_limits(checkpoint: Checkpoint, modalities: Sequence[str]) -> ModelLimits:
+    """The shapes a checkpoint can be asked for."""
+    return ModelLimits(
+        max_position=checkpoint.max_position,
+        temporal_margin=checkpoint.geometry.unified_3d_mrope_temporal_modality_margin,
+        sound="sound" in modalities,
+        action="action" in modalities,
+    )
+
+
+def _require_consistent(options: BuildOptions) -> None:
+    for name, mode in (("parity", ParityMode), ("loop", LoopMode), ("quality", QualityMode), ("weights", WeightsMode)):
+        allowed, given = get_args(mode), getattr(options, name)
+        if given not in allowed:
+            listed = ", ".join(allowed)
+            raise UserError("CX451", f"{name} `{given}` is none of {listed}", f"pass one of {listed}")
+    if options.output is None and options.until is None:
+        raise UserError(
+            "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"
+        )
+    if options.until is not None and options.output is not None:
+        raise UserError(
+            "CX451", "`--until` stops before there is a bundle to write", "leave `--output` out, use `--dump`"
+        )
+    if options.dump is not None and options.dump.exists() and not options.dump.is_dir():
+        raise UserError("CX451", f"{options.dump} is not a directory", "`--dump` takes a directory for one file a pass")
+
+
+def _profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
+    profiles = tuple(parse_profile(text) for text in texts)
+    if not profiles:
+        raise UserError("CX410", "a build needs at least one profile", "480p-121f is the default")
+    names = [profile.name for profile in profiles]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise UserError("CX410", f"profile `{repeated[0]}` is given twice", "an engine has each profile once")
+    long = [name for name in names if len(name) > _MAX_PROFILE_NAME]
+    if long:
+        raise UserError(
+            "CX410", f"profile `{long[0][:40]}…` has {len(long[0])} characters, allowed {_MAX_PROFILE_NAME}"
+        )
+    return profiles
+
+
+def _require_buildable(checkpoint: Checkpoint) -> None:
+    if checkpoint.dtype not in _BUILDABLE:
+        raise UnsupportedError(
+            "CX150",
+            f"{checkpoint.root} has {checkpoint.dtype} weights; this version takes {' or '.join(_BUILDABLE)}",
+            "build from the published bf16 weights, or convert these",
+        )
+
+
+def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What ``checkpoint`` generates."""
+    has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
+    return tuple(name for name, present in has.items() if present)
+
+
+def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is ``asked`` of what the checkpoint generates, in its order; None: all of it. CX210 for anything else."""
+    available = all_modalities(checkpoint)
+    if asked is None:
+        return available
+    if set(asked) - set(available) or "vision" not in asked:
+        raise UserError(
+            "CX210",
+            f"modalities {', '.join(asked) or 'none'} asked for; this checkpoint generates {', '.join(available)}",
+            ("" if "vision" in asked else "add vision, which is part of every step; ")
+            + "leave --modalities out for all the checkpoint has",
+        )
+    return tuple(name for name in available if name in asked)
+
+
+def _outputs(asked: Sequence[str] | None, modalities: Sequence[str]) -> tuple[str, ...]:
+    available = tuple(f"{name}_velocity" for name in modalities)
+    if asked is None:
+        return available
+    unknown = [name for name in asked if name not in available]
+    if unknown or not asked:
+        what = f"no output {', '.join(f'`{name}`' for name in unknown)}" if unknown else "no output is left"
+        raise UserError("CX221", f"{what}; the step computes {', '.join(available)}", "leave --outputs out for all")
+    return tuple(name for name in available if name in asked)
+
+
+def _require_rows(profile: Profile, outputs: Sequence[str]) -> None:
+    """An engine that computes nothing at a profile's minimum cannot be built; of the vision there is always a row."""
+    lengths = [f"{name.removesuffix('_velocity')}_len" for name in outputs]
+    if "vision_len" not in lengths and not any(profile.dims[dim].min for dim in lengths):
+        raise UserError(
+            "CX411",
+            f"profile `{profile.name}` allows no row of {', '.join(outputs)}: {' and '.join(lengths)} may be 0",
+            f"raise the minimum, for example `{profile.name},{lengths[0]}=16:32:64`",
+        )

@@ -1,0 +1,110 @@
+"""One progress over all stages of a build: a task whose units are the seconds that the plan expects of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cosmos_export.checkpoint.codecs import CODECS
+from cosmos_export.compile.options import Job
+from cosmos_export.compile.selection import codec_tensors_bytes
+from cosmos_export.plan.sizes import (
+    CAPTURE_S_PER_LAYER,
+    CODEC_S,
+    ENGINE_BYTES_PER_S,
+    HASH_BYTES_PER_S,
+    WEIGHT_BYTES_PER_S,
+    typical,
+)
+from cosmos_export.plan.subject import graph_tensors
+from cosmos_export.progress import Progress
+
+TASK = "build"
+UNITS = 1000
+_START_S = 4.0
+"""Importing what capture needs."""
+_ENGINE_S = 1.0
+_LOOP = "denoise"
+
+
+class Overall:
+    """A `Progress` that also advances one task over all that ``expected`` names, in that order.
+
+    A task that begins ends those before it: a resumed build skips what is finished. What is not named moves nothing.
+    """
+
+    def __init__(self, inner: Progress, expected: Mapping[str, float]) -> None:
+        self._inner = inner
+        self._expected = dict(expected)
+        self._starts: dict[str, float] = {}
+        start = 0.0
+        for task, seconds in self._expected.items():
+            self._starts[task] = start
+            start += seconds
+        self._total = start or 1.0
+        self._units: dict[str, int | None] = {}
+        self._shown = 0
+
+    def __enter__(self) -> Overall:
+        self._inner.begin(TASK, UNITS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.end(TASK)
+
+    def begin(self, task: str, total: int | None = None) -> None:
+        self._units[task] = total
+        self._advance(task, 0.0)
+        self._inner.begin(task, total)
+
+    def update(self, task: str, completed: int) -> None:
+        total = self._units.get(task)
+        if total:
+            self._advance(task, min(1.0, completed / total))
+        self._inner.update(task, completed)
+
+    def end(self, task: str) -> None:
+        self._advance(task, 1.0)
+        self._inner.end(task)
+
+    def _advance(self, task: str, share: float) -> None:
+        if task not in self._starts:
+            return
+        reached = self._starts[task] + share * self._expected[task]
+        self._shown = max(self._shown, int(UNITS * reached / self._total))
+        self._inner.update(TASK, self._shown)
+
+
+def expected_seconds(job: Job) -> dict[str, float]:
+    """Seconds that each task of a build is expected to take, by its name, in the order in which they come."""
+    geometry = job.checkpoint.geometry
+    graphs = {name: sum(_stored(job, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
+    codecs = {name: codec_tensors_bytes(job.checkpoint, name) for name in job.components if name in CODECS}
+    found = {"tokenizer": _START_S}
+    for name, size in codecs.items():  # their engines are built beside what follows
+        stem = name.replace("-", "_")
+        found[f"components {name}"] = typical(CODEC_S)  # it is captured first, then its weights are written
+        found[f"weights of {stem}"] = size / typical(WEIGHT_BYTES_PER_S)
+    found["capture"] = geometry.num_hidden_layers * typical(CAPTURE_S_PER_LAYER)
+    for name, size in graphs.items():
+        found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
+    if job.target.backend == "tensorrt-rtx":
+        for name, size in _engines(job, graphs).items():
+            found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
+    found["hashing inputs"] = 0.2 * sum(graphs.values()) / typical(HASH_BYTES_PER_S)
+    return found
+
+
+def _engines(job: Job, graphs: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the towers' engines, in the order they are built."""
+    device = job.options.loop == "device"
+    found = {n: size for n, size in graphs.items() if n != "schedule" and not (device and n == "generator")}
+    if device:
+        count = len(job.schedule.segments)
+        names = [f"{_LOOP}_{i}" for i in range(1, count + 1)] if count > 1 else [_LOOP]
+        found |= dict.fromkeys(names, graphs["generator"])
+    return found
+
+
+def _stored(job: Job, name: str) -> int:
+    entry = job.checkpoint.tensors.get(name)
+    return 0 if entry is None else entry.size_bytes

@@ -1,0 +1,203 @@
+"""The manifest of a build."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module, metadata
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import cosmos_export
+from cosmos_export.bundle import (
+    DimRecord,
+    EdgeRecord,
+    EngineRecord,
+    GraphContract,
+    InputFile,
+    LoopRecord,
+    Manifest,
+    ModelRecord,
+    ProfileRecord,
+    SegmentRecord,
+    TargetRecord,
+    Tensor,
+    Verdict,
+    Volatile,
+)
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.compile.coverage import coverage_verdicts
+from cosmos_export.compile.cuts import chains
+from cosmos_export.compile.loop import LOOP_TABLES, loop_inputs, loop_outputs
+from cosmos_export.compile.losses import loss_values, loss_verdicts, precision_record
+from cosmos_export.compile.planned import planned
+from cosmos_export.compile.request_record import request_record
+from cosmos_export.ir.graph import Graph, spec_of
+from cosmos_export.ir.program import Program
+from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
+
+if TYPE_CHECKING:
+    from cosmos_export.compile.stages import BuildResult
+
+_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
+_GEOMETRY = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "hidden_act", "vocab_size", "latent_channel", "action_dim", "sound_dim",
+)  # fmt: skip
+
+
+def manifest(
+    result: BuildResult,
+    program: Program,
+    closed: Mapping[str, Program],
+    inputs: tuple[InputFile, ...],
+    created: str,
+) -> Manifest:
+    """Everything a reader needs to know of this build, but for the files, which the writer adds.
+
+    ``closed`` has the loops that run by themselves, one a segment of the schedule, where the bundle has them.
+    """
+    job, checkpoint = result.job, result.job.checkpoint
+    programs = (program, *(codec.program for codec in result.codecs))
+    return Manifest(
+        model=ModelRecord(
+            id=checkpoint.origin.repository or checkpoint.root.resolve().name,
+            variant=checkpoint.variant,
+            revision=checkpoint.origin.revision,
+            geometry={name: getattr(checkpoint.geometry, name) for name in _GEOMETRY},
+        ),
+        inputs=inputs,
+        target=TargetRecord(job.target.name, job.target.backend, job.target.compute_capability),
+        profiles=tuple(
+            ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in job.profiles
+        ),
+        recipe=job.precision.recipe if job.quantized else checkpoint.precision,
+        graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
+        | {name: _contract(program.graphs[program.loop.body]) for name in result.bodies}
+        | {graph.name: _contract(graph) for cut in result.pieces.values() if len(cut) > 1 for graph in cut}
+        | _loop_contracts(closed),
+        chains=chains(result.pieces),
+        edges=(
+            *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
+            *(
+                EdgeRecord(e.source, e.output, name, e.input)
+                for name in dict.fromkeys(result.bodies)
+                if name != program.loop.body
+                for e in program.edges_into(program.loop.body)
+            ),
+            *_loop_edges(closed),
+        ),
+        loop=_loop(program, closed, result.bodies),
+        precision=precision_record(job) if job.quantized else None,
+        streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
+        request=request_record(checkpoint, job.modalities, result.prompt),
+        engines=tuple(
+            EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, e.weights)
+            for e in result.engines
+        ),
+        tools=_tools(result),
+        options={
+            "modalities": job.modalities,
+            "outputs": job.outputs,
+            "components": job.components,
+            "parity": job.options.parity,
+            "mode": job.options.mode,
+            "loop": job.options.loop,
+            "weights": job.options.weights,
+            "kernels": job.options.kernels,
+            **{f"schedule.{name}": value for name, value in asdict(job.schedule).items()},
+            "passes": tuple(program.history),
+            **_ignored_adapters(checkpoint),
+        },
+        evaluation=verdicts(result),
+        plan_checks=tuple(engine.check for engine in result.engines),
+        volatile=Volatile(
+            created=created,
+            build_seconds=round(result.seconds, 3),
+            peak_memory_bytes=result.peak_memory_bytes,
+            stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
+            measured={name: value for m in (*result.parity, *result.quality) for name, value in m.numbers.items()}
+            | ({} if result.losses is None else loss_values(result.losses)),
+            planned=planned(job, result.engines, result.meter.peak_anonymous_bytes),
+        ),
+    )
+
+
+def _ignored_adapters(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """Adapters that lie beside the weights and are not in the bundle, where there are any."""
+    found = tuple(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
+    return {"ignored_adapters": found} if found else {}
+
+
+def _loop(program: Program, closed: Mapping[str, Program], bodies: tuple[str, ...]) -> LoopRecord:
+    """The loop a host runs, and the segments that run by themselves."""
+    segments = tuple(
+        SegmentRecord(name, one.loop.steps or 0, tuple(n for n in one.loop.rows if n not in LOOP_TABLES))
+        for name, one in closed.items()
+    )
+    return LoopRecord(program.loop.body, dict(program.loop.carried), segments, bodies)
+
+
+def _loop_contracts(closed: Mapping[str, Program]) -> dict[str, GraphContract]:
+    return {
+        name: GraphContract(_tensors(loop_inputs(one, LOOP_TABLES)), _tensors(loop_outputs(one)))
+        for name, one in closed.items()
+    }
+
+
+def _loop_edges(closed: Mapping[str, Program]) -> list[EdgeRecord]:
+    """Into every segment: from the graphs before the loop, and what the segment before it hands on."""
+    edges = [
+        EdgeRecord(e.source, e.output, name, e.input, e.instance or None)
+        for name, one in closed.items()
+        for e in one.edges_into(one.loop.body)
+        if e.input not in LOOP_TABLES
+    ]
+    for source, target in pairwise(closed):
+        edges += [EdgeRecord(source, f"{value}_final", target, value) for value in closed[target].loop.taken]
+    return edges
+
+
+def _contract(graph: Graph) -> GraphContract:
+    inputs, outputs = ({n: spec_of(node) for n, node in nodes.items()} for nodes in (graph.inputs, graph.outputs))
+    return GraphContract(_tensors(inputs), _tensors(outputs))
+
+
+def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(name, DTYPE_NAMES[spec.dtype], tuple(s if isinstance(s, int) else str(s) for s in spec.shape))
+        for name, spec in specs.items()
+    )
+
+
+def _tools(result: BuildResult) -> dict[str, str]:
+    tools = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
+    tools |= {name: _version(name) for name in _TOOLS}
+    return tools | {e.report.builder: e.report.builder_version for e in result.engines}
+
+
+def _version(module: str) -> str:
+    """Of whatever distribution provides it: ONNX Runtime has one for the CPU and one for GPUs."""
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return str(getattr(import_module(module), "__version__", "unknown"))
+
+
+def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
+    """What was measured of a build and what was not, as a manifest has it."""
+    measured = [
+        Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over)
+        for m in (*result.parity, *result.quality)
+    ]
+    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
+    missing = [
+        Verdict("all", subject, "relative L2", None, "not-measured", note) for subject, note in notes.items() if note
+    ]
+    engines = [
+        Verdict("engine", e.graph, "relative L2", None, "not-measured", "needs the target's GPU")
+        for e in result.engines
+    ]
+    lost = () if result.losses is None else loss_verdicts(result.losses)
+    return (*measured, *result.verdicts, *lost, *coverage_verdicts(result.job), *missing, *engines)

@@ -1,0 +1,217 @@
+"""What a user can ask for, and whether a bundle can do it: modes, their options, and what each needs of a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from cosmos_export.bundle import Manifest, RequestRecord
+from cosmos_export.checkpoint.strict_json import shown
+from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.sampling import MODES, Mode, Overrides
+
+Keep = Literal["first", "last"]
+
+ENCODER, DECODER, SOUND_DECODER = "vae_encoder", "vae_decoder", "sound_decoder"
+"""Names of the codecs of a bundle: streams, and a graph for sound."""
+MAX_SEED = 2**63 - 1
+MIN_FPS, MAX_FPS = 0.1, 1000.0
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """The options of a request as a user gives them; None (and no path) is the default of the mode or the bundle."""
+
+    prompt: str
+    """Text, or the path of a ``.json`` caption; the task of an action."""
+    negative: str | None = None
+    mode: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+    actions: Path | None = None
+    frames: int | None = None
+    """In pixels, as are height and width."""
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    seed: int = 0
+    sampling: Overrides = field(default_factory=Overrides)
+    sound: bool = False
+    keep: Keep | None = None
+    """End of a longer clip that video-to-video continues."""
+    metadata: bool | None = None
+    """Whether sentences on duration and resolution follow the prompt; None: unless it is a JSON caption."""
+    system: bool | None = None
+    """Whether there is a system message; None: as the checkpoint says."""
+    literal: bool = False
+    """Whether control tokens in prompts are the characters that they are written with."""
+    embodiment: str | None = None
+    viewpoint: str | None = None
+    chunk: int | None = None
+    """Actions in the request."""
+    tier: int | None = None
+    action_width: int | None = None
+    action_stats: Path | None = None
+    action_normalization: str | None = None
+    action_clamp: bool = False
+    """Whether given actions are cut off at the bounds of the statistics. Models are trained without."""
+    noise: Path | None = None
+
+
+_VIDEO_MODES = ("t2i", "t2v", "i2v", "v2v")
+ACTION_MODES = ("policy", "forward-dynamics", "inverse-dynamics")
+_SOURCES: Mapping[str, tuple[str, ...]] = {
+    "t2i": (),
+    "t2v": (),
+    "i2v": ("image",),
+    "v2v": ("video",),
+    "policy": ("image", "video"),
+    "forward-dynamics": ("image", "video"),
+    "inverse-dynamics": ("video",),
+}
+"""Files a mode starts from: one of them."""
+
+_ONLY_FOR: Mapping[str, tuple[str, ...]] = {
+    "actions": ("forward-dynamics",),
+    "frames": _VIDEO_MODES,
+    "height": _VIDEO_MODES,
+    "width": _VIDEO_MODES,
+    "metadata": _VIDEO_MODES,
+    "sound": ("t2v", "i2v", "v2v"),
+    "keep": ("v2v",),
+    "embodiment": ACTION_MODES,
+    "viewpoint": ACTION_MODES,
+    "chunk": ACTION_MODES,
+    "tier": ACTION_MODES,
+    "action_width": ACTION_MODES,
+    "action_stats": ACTION_MODES,
+    "action_normalization": ACTION_MODES,
+    "action_clamp": ("forward-dynamics",),
+}
+_INSTEAD = {
+    "frames": "an action has --chunk and one frame more",
+    "height": "the canvas of an action follows from its picture and --tier",
+    "width": "the canvas of an action follows from its picture and --tier",
+    "metadata": "the caption of an action says everything itself",
+    "actions": "actions are given in forward dynamics and found in the other modes",
+    "action_clamp": "it is about actions that are given",
+}
+GENERATED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(_VIDEO_MODES, ("vision",)),
+    "policy": ("vision", "action"),
+    "forward-dynamics": ("vision",),
+    "inverse-dynamics": ("action",),
+}
+
+
+def request_record(manifest: Manifest) -> RequestRecord:
+    if manifest.request is None or manifest.loop is None:
+        raise UnsupportedError(
+            "CX605", "this bundle does not say how it is run", "build it again with this version of cosmos-export"
+        )
+    return manifest.request
+
+
+def mode_of(asked: GenerateOptions, manifest: Manifest, record: RequestRecord) -> Mode:
+    """The mode that is asked for, or the one that the files and the bundle speak of."""
+    if asked.mode is not None:
+        if asked.mode not in MODES:
+            raise UserError("CX604", f"mode {shown(asked.mode)}; known: {', '.join(MODES)}")
+        return asked.mode
+    if asked.actions is not None:
+        return "forward-dynamics"
+    if record.sampling.policy is not None or asked.embodiment is not None:
+        return "policy"
+    if asked.video is not None:
+        return "v2v"
+    if asked.image is not None:
+        return "i2v"
+    only_images = all(profile.dims["frames"].max == 1 for profile in manifest.profiles)
+    return "t2i" if asked.frames == 1 or (asked.frames is None and only_images) else "t2v"
+
+
+def require_options(asked: GenerateOptions, mode: Mode) -> None:
+    """Every option that is given means something in ``mode``, and what it starts from is given once."""
+    for name, modes in _ONLY_FOR.items():
+        value = getattr(asked, name)
+        if value is not None and value is not False and mode not in modes:
+            raise UserError(
+                "CX604",
+                f"{_flag(name)} is not for mode {mode}; it is for {', '.join(modes)}",
+                _INSTEAD.get(name, "") if mode in ACTION_MODES or name == "actions" else "",
+            )
+    if asked.action_normalization is not None and asked.action_stats is None:
+        raise UserError("CX604", "--action-normalization without --action-stats", "it says how to read that file")
+    if asked.action_clamp and asked.action_stats is None:
+        raise UserError("CX604", "--action-clamp without --action-stats", "it cuts off at the bounds of that file")
+    allowed = _SOURCES[mode]
+    given = [name for name in ("image", "video") if getattr(asked, name) is not None]
+    wanted = " or ".join(map(_flag, allowed))
+    for name in given:
+        if name not in allowed:
+            raise UserError("CX604", f"{_flag(name)} is not for mode {mode}", f"it takes {wanted or 'text only'}")
+    if len(given) > 1:
+        raise UserError("CX604", f"{' and '.join(map(_flag, given))} are given", "one of them is enough")
+    if allowed and not given:
+        raise UserError("CX604", f"mode {mode} starts from {wanted}")
+    if mode == "forward-dynamics" and asked.actions is None:
+        raise UserError("CX604", "mode forward-dynamics needs --actions", "a .json or .safetensors file of rows")
+
+
+def _flag(name: str) -> str:
+    return {"metadata": "--[no-]metadata"}.get(name, f"--{name.replace('_', '-')}")
+
+
+def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, sound: bool) -> None:
+    """The checkpoint, the graphs and the codecs of the bundle can do this."""
+    wanted = {*GENERATED[mode], *(["sound"] if sound else []), *(["action"] if mode in ACTION_MODES else [])}
+    what = f"{mode}{' with sound' if sound else ''}"
+    modalities, outputs = (manifest.options.get(name) for name in ("modalities", "outputs"))
+    for modality in sorted(wanted):
+        if modality not in _names(modalities):
+            if manifest.model.geometry.get(f"{modality}_dim", ...) is None:
+                _lacks(manifest, what, f"its model generates no {modality}", "another checkpoint does")
+            _lacks(manifest, what, f"it was built without {modality}", f"build it with --modalities …,{modality}")
+    for modality in (*GENERATED[mode], *(["sound"] if sound else [])):
+        if f"{modality}_velocity" not in _names(outputs):
+            _lacks(
+                manifest,
+                what,
+                f"it does not compute {modality}_velocity",
+                f"build it with --outputs …,{modality}_velocity",
+            )
+    if mode == "policy" and record.policy is not None and record.policy.state:
+        _lacks(
+            manifest,
+            what,
+            "its checkpoint is a policy that is given the robot's state as the first row of its actions (use_state), "
+            "and this version cannot give one",
+            "without the state its actions would be wrong: run the checkpoint with NVIDIA's policy server until then",
+        )
+    if _SOURCES[mode] and not has_component(manifest, ENCODER):
+        _lacks(manifest, what, "it has no encoder for pictures", "build it with its components")
+
+
+def _lacks(manifest: Manifest, what: str, why: str, hint: str) -> NoReturn:
+    raise UnsupportedError("CX605", f"this bundle of {manifest.model.id} cannot do {what}: {why}", hint)
+
+
+def _names(value: object) -> tuple[object, ...]:
+    return value if isinstance(value, tuple) else ()
+
+
+def require_numbers(asked: GenerateOptions) -> None:
+    if not 0 <= asked.seed <= MAX_SEED:
+        raise UserError("CX615", f"seed {asked.seed}; allowed: 0 to {MAX_SEED}")
+    if asked.keep not in (None, "first", "last"):
+        raise UserError("CX604", f"--keep {shown(asked.keep)}; allowed: first, last")
+    if asked.fps is not None and not (math.isfinite(asked.fps) and MIN_FPS <= asked.fps <= MAX_FPS):
+        raise UserError("CX615", f"{asked.fps} frames a second; allowed: {MIN_FPS} to {MAX_FPS:.0f}")
+
+
+def has_component(manifest: Manifest, name: str) -> bool:
+    """Whether the bundle has the codec ``name``."""
+    return name in manifest.streams or name in manifest.graphs
