@@ -224,7 +224,9 @@ def _apply(trt: Any, config: Any, settings: dict[str, Any]) -> Any:
 
 def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:  # where the folder is shared, a link of that name could lead anywhere
+        file.write(data)
     partial.replace(path)
 
 

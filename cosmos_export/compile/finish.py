@@ -9,43 +9,66 @@ replaced when every engine is there and has been checked. What an interrupted ru
 from __future__ import annotations
 
 import json
+import os
+import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from cosmos_export import streams
-from cosmos_export.bundle import EngineCheck, EngineRecord, FileRecord, Manifest, WeightInput, read_bundle
+from cosmos_export.bundle import (
+    BundleFiles,
+    EngineCheck,
+    EngineRecord,
+    FileRecord,
+    Manifest,
+    WeightInput,
+    open_bundle,
+    read_files,
+)
 from cosmos_export.bundle.files import hash_file
+from cosmos_export.bundle.manifest import GraphName, Name
+from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object, shown
 from cosmos_export.bundle.writer import replace_manifest
-from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
 from cosmos_export.kernels.description import PLUGIN_FOLDER
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.tensorrt import FLAVOR, build_engine, require_gpu
 from cosmos_export.targets.trt_common import EngineReport, require_module
 
 REQUESTS = "engines/requests.json"
+REQUESTS_ROLE = "engine-requests"
 SCRIPT = "finish.sh"
+Count = Annotated[int, AtLeast(0)]
 
 
 @dataclass(frozen=True)
 class EngineRequest:
     """An engine that is still to be built."""
 
-    graph: str
-    profiles: tuple[str, ...]
-    shapes: tuple[Mapping[str, Any], ...]
+    graph: GraphName
+    profiles: tuple[Name, ...]
+    shapes: tuple[Mapping[str, ShapeRange], ...]
     """For each profile, input → smallest, optimal and largest shape."""
     decomposable_attention: bool
-    attention: int
+    attention: Count
     """Attentions in the graph."""
     weights: tuple[WeightInput, ...] = ()
     """Weights that the engine takes as inputs."""
-    plugins: int = 0
+    plugins: Count = 0
     """Nodes of the model that are kernels of ours."""
+
+
+@dataclass(frozen=True)
+class EngineRequests:
+    """``engines/requests.json``."""
+
+    engines: tuple[EngineRequest, ...]
 
 
 def requests_text(requests: Sequence[EngineRequest]) -> str:
@@ -86,29 +109,34 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
     """
     progress = progress or Silent()
     root = Path(root).resolve()
-    _remove_leftovers(root)
-    manifest = read_bundle(root, progress)
+    files = open_bundle(root)
+    _remove_leftovers(files)
+    manifest = read_files(files, progress).manifest
     if manifest.engines or REQUESTS not in {file.path for file in manifest.files}:
         raise UserError("CX455", f"{root} does not wait for engines", "`cosmos-export bundle verify` shows what it has")
+    requests = read_requests(files)
     target = load_target(manifest.target.name).on(manifest.target.backend)
     require_module(FLAVOR)
     require_gpu(target)
     try:
-        complete = _with_engines(root, manifest, target, progress)
+        complete = _with_engines(root, manifest, requests, target, progress)
     except BaseException:
-        _remove_leftovers(root)  # or the bundle would not verify
+        _remove_leftovers(files)  # or the bundle would not verify
         raise
     replace_manifest(root, complete)
     return complete
 
 
-def _with_engines(root: Path, manifest: Manifest, target: Target, progress: Progress) -> Manifest:
+def _with_engines(
+    root: Path, manifest: Manifest, requests: Sequence[EngineRequest], target: Target, progress: Progress
+) -> Manifest:
     """The manifest with every engine, which are built."""
     engines: list[EngineRecord] = []
     checks: list[EngineCheck] = []
     files: list[FileRecord] = []
     tools: dict[str, str] = {}
-    for request in _read(root / REQUESTS):
+    timings = _timing_cache(root)
+    for request in requests:
         path = root / "engines" / f"{request.graph}.engine"
         report = build_engine(
             root / "onnx" / f"{request.graph}.onnx",
@@ -117,7 +145,7 @@ def _with_engines(root: Path, manifest: Manifest, target: Target, progress: Prog
             profiles=list(request.shapes),
             progress=progress,
             decomposable_attention=request.decomposable_attention,
-            timing_cache=root.parent / f".{root.name}.timing-cache",
+            timing_cache=timings,
             plugins=root / PLUGIN_FOLDER if request.plugins else None,
         )
         with path.open("rb", buffering=0) as file:
@@ -159,30 +187,74 @@ def engine_checks(request: EngineRequest, report: EngineReport) -> list[EngineCh
     return checks
 
 
-def _read(path: Path) -> list[EngineRequest]:
-    return [
-        EngineRequest(
-            graph=record["graph"],
-            profiles=tuple(record["profiles"]),
-            shapes=tuple(
-                {name: tuple(tuple(point) for point in span) for name, span in one.items()} for one in record["shapes"]
-            ),
-            decomposable_attention=record["decomposable_attention"],
-            attention=record["attention"],
-            weights=tuple(WeightInput(**{**one, "dims": tuple(one["dims"])}) for one in record["weights"]),
-            plugins=record["plugins"],
-        )
-        for record in read_object(path)["engines"]
-    ]
+def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:
+    """What the bundle asks for, which fits its manifest; FindingError CX711."""
+    try:
+        requests = decode(EngineRequests, parse_object(files.read(REQUESTS, REQUESTS_ROLE))).engines
+        for problem in _request_problems(requests, files.manifest):
+            raise problem
+    except StrictError as error:
+        raise FindingError(
+            "CX711", f"{files.path} fails verification: {REQUESTS}: {error}", "build the bundle again"
+        ) from error
+    return requests
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Engines that an interrupted run wrote, whole or in part: the manifest does not list them, so nothing would run
-    them."""
-    listed = {record["path"] for record in read_object(root / "manifest.json").get("files", [])}
+def _request_problems(requests: Sequence[EngineRequest], manifest: Manifest) -> Iterator[StrictError]:
+    roles = {file.path: file.role for file in manifest.files}
+    sizes = {file.path: file.size_bytes for file in manifest.files}
+    profiles = {profile.name for profile in manifest.profiles}
+    asked = Counter(request.graph for request in requests)
+    for i, request in enumerate(requests):
+        where, contract = f"engines[{i}]", manifest.graphs.get(request.graph)
+        if contract is None or asked[request.graph] > 1:
+            what = "is not a graph of this manifest" if contract is None else "is asked for twice"
+            yield StrictError(where, f"{shown(request.graph)} {what}")
+            continue
+        if roles.get(model := f"onnx/{request.graph}.onnx") != "onnx":
+            yield StrictError(where, f"{model} is not a model of this manifest")
+        if not request.profiles or not set(request.profiles) <= profiles:
+            yield StrictError(f"{where}.profiles", f"{shown(request.profiles)} are not profiles of this manifest")
+        if len(request.shapes) != len(request.profiles):
+            yield StrictError(f"{where}.shapes", f"{len(request.shapes)} for {len(request.profiles)} profiles")
+        for spans in request.shapes:
+            for name, span in spans.items():
+                if len(span) != 3 or len({len(point) for point in span}) != 1:
+                    yield StrictError(f"{where}.shapes", f"{shown(name)} has no smallest, optimal and largest shape")
+                elif any(not 0 <= low <= best <= high for low, best, high in zip(*span, strict=True)):
+                    yield StrictError(f"{where}.shapes", f"{shown(name)} does not satisfy 0 <= min <= opt <= max")
+        for weight in request.weights:
+            end = weight.offset + weight.size_bytes
+            if roles.get(weight.path) != "weights" or end > sizes[weight.path]:
+                yield StrictError(f"{where}.weights", f"{shown(weight.name)} is not within weights of this manifest")
+
+
+def _timing_cache(root: Path) -> Path | None:
+    """Where timings of kernels are kept between runs; None, and a line on stderr, where somebody else could write it.
+
+    A builder is given these bytes, and another may have put them beside a bundle in a shared directory.
+    """
+    path = root.parent / f".{root.name}.timing-cache"
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return path
+    others = stat.S_IWGRP | stat.S_IWOTH
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & others:
+        return path
+    print(f"not used: {path} is not a file that you alone may write to; every kernel is timed anew", file=sys.stderr)
+    return None
+
+
+def _remove_leftovers(files: BundleFiles) -> None:
+    """Engines that an interrupted run of this user wrote, whole or in part: the manifest does not list them, so nothing
+    would run them. What belongs to somebody else stays, and the bundle does not verify."""
+    root, listed = files.path, {file.path for file in files.manifest.files}
     for pattern in ("engines/*.engine", "engines/.*.partial", ".manifest.json.partial-*"):
         for path in root.glob(pattern):
-            if path.relative_to(root).as_posix() not in listed:
+            status = path.lstat()
+            own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+            if own and path.relative_to(root).as_posix() not in listed:
                 path.unlink()
 
 

@@ -42,7 +42,7 @@ from cosmos_export.compile.cache import Cache
 from cosmos_export.compile.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
 from cosmos_export.compile.coverage import coverage_note
 from cosmos_export.compile.cuts import chains, cut_graphs, cut_notes
-from cosmos_export.compile.finish import REQUESTS, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.compile.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.compile.forms import Forms, Pieces, make_forms
 from cosmos_export.compile.input_files import InputHashes
 from cosmos_export.compile.keys import plugin_nodes
@@ -827,7 +827,7 @@ def _request(
 
 def _write_requests(requests: Iterator[EngineRequest], writer: BundleWriter, result: BuildResult) -> None:
     found = list(requests)
-    writer.path(REQUESTS, "engine-requests").write_text(requests_text(found), encoding="utf-8")
+    writer.path(REQUESTS, REQUESTS_ROLE).write_text(requests_text(found), encoding="utf-8")
     writer.path(SCRIPT, "script").write_text(script_text(cosmos_export.__version__), encoding="utf-8")
     result.notes.append(
         f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "

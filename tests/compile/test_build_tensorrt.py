@@ -145,14 +145,17 @@ def test_kernels_are_plugins_of_the_bundle(tmp_path: Path, omni: Path, monkeypat
     monkeypatch.setattr(finishing, "require_gpu", lambda target: None)
     monkeypatch.setattr(finishing, "build_engine", stand_in)
     for graph in ("conditioning", "denoise"):
-        monkeypatch.setattr(finishing, "_read", lambda path, graph=graph: [finishing_request(path, graph)])
+        monkeypatch.setattr(
+            finishing, "read_requests", lambda files, graph=graph: [finishing_request(files.path, graph)]
+        )
         with pytest.raises(ToolError):
             finishing.finish(root)
     assert given == {"conditioning": None, "denoise": root / "plugins"}
 
 
-def finishing_request(path: Path, graph: str) -> finishing.EngineRequest:
-    (record,) = (one for one in json.loads(path.read_text())["engines"] if one["graph"] == graph)
+def finishing_request(root: Path, graph: str) -> finishing.EngineRequest:
+    requests = json.loads((root / finishing.REQUESTS).read_text())["engines"]
+    (record,) = (one for one in requests if one["graph"] == graph)
     return finishing.EngineRequest(graph, (), ({},), False, record["attention"], (), record["plugins"])
 
 

@@ -1,0 +1,141 @@
+"""What `finish` reads of a bundle and beside it: requests that fit the manifest, and nothing of another owner."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import bundle_samples
+import pytest
+
+import cosmos_export.compile.finish as finishing
+from cosmos_export.bundle import BundleWriter, TargetRecord, open_bundle, verify_bundle
+from cosmos_export.diagnostics import CosmosExportError
+
+REQUEST: dict[str, Any] = {
+    "graph": "reasoner", "profiles": ["480p"], "shapes": [{"input_ids": [[1], [512], [4096]]}], "attention": 2,
+    "decomposable_attention": False, "plugins": 0,
+    "weights": [
+        {
+            "name": "w", "path": "onnx/reasoner.weights", "offset": 0, "size_bytes": 64, "dtype": "bfloat16",
+            "dims": [4, 8],
+        }
+    ],
+}  # fmt: skip
+
+
+def waiting(root: Path, document: Any = None) -> Path:
+    """A bundle that waits for the engine of one graph."""
+    given = {"engines": [REQUEST]} if document is None else document
+    manifest = replace(
+        bundle_samples.manifest(), engines=(), plan_checks=(), target=TargetRecord("h100", "tensorrt", "9.0")
+    )
+    with BundleWriter(root) as writer:
+        for name, role, data in (
+            ("onnx/reasoner.onnx", "onnx", b"model"),
+            ("onnx/reasoner.weights", "weights", b"w" * 64),
+            ("tokenizer/tokenizer.json", "tokenizer", b"{}"),
+            (finishing.REQUESTS, finishing.REQUESTS_ROLE, json.dumps(given).encode()),
+        ):
+            writer.path(name, role).write_bytes(data)
+        writer.commit(manifest)
+    return root
+
+
+def with_value(field: str, value: Any) -> dict[str, Any]:
+    return {"engines": [copy.deepcopy(REQUEST) | {field: value}]}
+
+
+def test_requests_are_read(tmp_path: Path) -> None:
+    (found,) = finishing.read_requests(open_bundle(waiting(tmp_path / "x")))
+    assert (found.graph, found.shapes) == ("reasoner", ({"input_ids": ((1,), (512,), (4096,))},))
+    assert json.loads(finishing.requests_text([found])) == {"engines": [REQUEST]}
+
+
+@pytest.mark.parametrize(
+    ("document", "said"),
+    [
+        ([], "not an object"),
+        ({}, "field `engines` is missing"),
+        ({"engines": [REQUEST], "more": 1}, "unknown field"),
+        ({"engines": [REQUEST, REQUEST]}, "is asked for twice"),
+        (with_value("graph", "../../x"), "graph's name"),
+        (with_value("graph", "other"), "not a graph"),
+        (with_value("graph", "generator"), "not a model"),
+        (with_value("graph", {}), "expected a string"),
+        (with_value("profiles", ["720p"]), "not profiles"),
+        (with_value("profiles", []), "not profiles"),
+        (with_value("shapes", []), "0 for 1 profiles"),
+        (with_value("shapes", [{"input_ids": [[1], [2]]}]), "no smallest"),
+        (with_value("shapes", [{"input_ids": [[1], [2], [3, 4]]}]), "no smallest"),
+        (with_value("shapes", [{"input_ids": [[1], [3], [2]]}]), "min <= opt"),
+        (with_value("shapes", [{"input_ids": [[-1], [3], [4]]}]), "min <= opt"),
+        (with_value("shapes", [{"input_ids": [["1"], [3], [4]]}]), "expected an integer"),
+        (with_value("attention", -1), "less than 0"),
+        (with_value("attention", True), "expected an integer"),
+        (with_value("plugins", 1.5), "expected an integer"),
+        (with_value("decomposable_attention", 1), "expected a boolean"),
+        (with_value("weights", [REQUEST["weights"][0] | {"offset": 8}]), "not within weights"),
+        (with_value("weights", [REQUEST["weights"][0] | {"path": "onnx/reasoner.onnx"}]), "not within weights"),
+        (with_value("weights", [REQUEST["weights"][0] | {"more": 1}]), "unknown field"),
+    ],
+)
+def test_requests_that_do_not_fit_are_refused(tmp_path: Path, document: Any, said: str) -> None:
+    with pytest.raises(CosmosExportError, match=said) as caught:
+        finishing.finish(waiting(tmp_path / "x", document))
+    assert caught.value.code == "CX711"
+
+
+def test_a_damaged_manifest_is_refused_before_anything_is_removed(tmp_path: Path) -> None:
+    root = waiting(tmp_path / "x")
+    left = root / "engines" / "reasoner.engine"
+    left.write_bytes(b"half")
+    manifest = root / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"steps"', b'"stepz"').replace(b"480p", b"481p"))
+    with pytest.raises(CosmosExportError) as caught:
+        finishing.finish(root)
+    assert caught.value.code == "CX711" and left.exists()
+
+
+def test_what_others_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link and a file of another user are not removed, and the bundle does not verify."""
+    root = waiting(tmp_path / "x")
+    (root / "engines" / "reasoner.engine").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CosmosExportError) as caught:
+        finishing.finish(root)
+    assert caught.value.code == "CX711" and (root / "engines" / "reasoner.engine").is_symlink()
+    (root / "engines" / "reasoner.engine").unlink()
+    (root / "engines" / "reasoner.engine").write_bytes(b"half")
+    monkeypatch.setattr(os, "geteuid", lambda: 12_345)
+    with pytest.raises(CosmosExportError) as caught:
+        finishing.finish(root)
+    assert caught.value.code == "CX711" and (root / "engines" / "reasoner.engine").exists()
+    monkeypatch.undo()
+    with pytest.raises(CosmosExportError) as caught:
+        finishing.finish(root)  # ours: it is removed
+    assert caught.value.code == "CX404" and verify_bundle(root).ok
+
+
+def test_timings_are_those_of_this_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "x"
+    cache = tmp_path / ".x.timing-cache"
+    assert finishing._timing_cache(root) == cache
+    cache.write_bytes(b"timings")
+    cache.chmod(0o644)
+    assert finishing._timing_cache(root) == cache and not capsys.readouterr().err
+    cache.chmod(0o666)
+    assert finishing._timing_cache(root) is None
+    assert "not used" in capsys.readouterr().err
+    cache.chmod(0o600)
+    monkeypatch.setattr(os, "geteuid", lambda: 12_345)
+    assert finishing._timing_cache(root) is None
+    monkeypatch.undo()
+    cache.unlink()
+    cache.symlink_to(tmp_path / "elsewhere")
+    assert finishing._timing_cache(root) is None
