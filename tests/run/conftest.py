@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "build"), str(TESTS / "bundle")]
+sys.path[:0] = [str(TESTS / "compile"), str(TESTS / "bundle")]
 
 from subjects import Subjects  # noqa: E402
 
