@@ -67,6 +67,10 @@ class ScaleTable:
     """By linear: ``down`` [rank, K] and ``up`` [N, rank]; up · down of the scaled weight stays in 16 bit (SVDQuant)."""
     recipe: str = ""
     """The text of ``recipe.toml``, of a search that chose schemes; it is for `build --recipe`, and not read back."""
+    scales_sha256: str = field(default="", compare=False)
+    """The digest of ``scales.safetensors``, of a table that was read."""
+    document: bytes = field(default=b"", compare=False, repr=False)
+    """``lineage.json`` as it was read."""
 
     def __post_init__(self) -> None:
         for key, value in self.amax.items():
@@ -173,7 +177,7 @@ def _read(directory: Path) -> ScaleTable:
     """The table in ``directory``. CX310: it is none, or damaged, or of another version; CX1xx: a file is unreadable."""
     if not (directory / LINEAGE_FILE).is_file():
         raise UserError("CX310", f"{directory} is not a scale table: it has no {LINEAGE_FILE}", _CALIBRATE)
-    document = _read_lineage(directory / LINEAGE_FILE)
+    document, data = _read_lineage(directory / LINEAGE_FILE)
     if not isinstance(document["lineage"], dict) or not isinstance(document["checkpoint"], str):
         _damaged(f"{LINEAGE_FILE} does not say what was calibrated")
     file = directory / SCALES_FILE
@@ -206,11 +210,13 @@ def _read(directory: Path) -> ScaleTable:
         document["checkpoint"],
         MappingProxyType(document["lineage"]),
         MappingProxyType({linear: (parts[_DOWN], parts[_UP]) for linear, parts in low_rank.items()}),
+        scales_sha256=digest,
+        document=data,
     )
 
 
-def _read_lineage(path: Path) -> dict[str, Any]:
-    """The sealed document in ``path``: what it says belongs to the numbers, and none of it was changed."""
+def _read_lineage(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The sealed document in ``path``, and its bytes. It belongs to the numbers, and none of it was changed."""
     try:
         data = files.read_bytes(path)
     except OSError as error:
@@ -224,7 +230,7 @@ def _read_lineage(path: Path) -> dict[str, Any]:
         check_seal(document, data)
     except StrictError as error:
         _damaged(f"{LINEAGE_FILE}: {error}")
-    return document
+    return document, data
 
 
 def _write(path: Path, parts: Iterable[bytes]) -> str:

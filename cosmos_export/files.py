@@ -7,12 +7,12 @@ or to a file larger than the memory. `opened` finds out before a byte is read. E
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -21,6 +21,7 @@ MAX_TEXT_BYTES = 64 * MIB
 
 MAX_NAME_BYTES = 200
 """Longest name of an output. File systems allow 255, and names of unfinished work are longer than the final one."""
+_ADDED_BYTES = 255 - MAX_NAME_BYTES
 
 # Neither a pipe without a writer nor a terminal may stop the program, and no child inherits the descriptor.
 _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -37,7 +38,7 @@ class FileRefusedError(OSError):
     """A file that can be opened, but is not one to read: of another kind, or larger than allowed."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: Path, limit_bytes: int | None = None) -> Iterator[io.FileIO]:
     """``path`` open for reading, unbuffered. OSError where it cannot be opened, is no regular file (through symbolic
     links), or has more than ``limit_bytes``."""
@@ -79,8 +80,11 @@ def output_problem(path: Path) -> str | None:
     name = os.fsencode(path.name)
     if not name or b"\0" in os.fsencode(path):
         return "it is not a name"
-    if len(name) > MAX_NAME_BYTES:
-        return f"its name is too long: {len(name):,} bytes; allowed: {MAX_NAME_BYTES}"
+    allowed = MAX_NAME_BYTES
+    with contextlib.suppress(OSError):  # some file systems allow less
+        allowed = min(allowed, os.pathconf(path.parent, "PC_NAME_MAX") - _ADDED_BYTES)
+    if len(name) > allowed:
+        return f"its name is too long: {len(name):,} bytes; allowed: {allowed}"
     try:
         path.stat()
     except FileNotFoundError:

@@ -510,6 +510,7 @@ def problems(manifest: Manifest) -> Iterator[StrictError]:
     yield from _edge_problems(manifest)
     yield from _loop_problems(manifest)
     yield from _chain_problems(manifest)
+    yield from _geometry_problems(manifest)
     yield from _request_problems(manifest)
     yield from _schedule_problems(manifest)
 
@@ -717,6 +718,26 @@ def _dim_problems(manifest: Manifest) -> Iterator[StrictError]:
                 for used in _DIM.findall(dim):
                     if used.removeprefix(_NEGATIVE) not in known:
                         yield StrictError(where, f"{shown(used)} of {shown(tensor.name)} is not a dim of the profiles")
+
+
+def _geometry_problems(manifest: Manifest) -> Iterator[StrictError]:
+    """Sizes of the model are ones that a model can have, and those that requests are told of too are the same."""
+    request, geometry = manifest.request, manifest.model.geometry
+    for name, value in geometry.items():
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 < value <= _MAX_SIZE:
+            yield StrictError(f"model.geometry.{shown(name)}", f"{value} is outside 1 … {_MAX_SIZE:,}")
+    told = {
+        "latent_channel": request.video.channels,
+        "action_dim": request.action.dim if request.action else None,
+        "sound_dim": request.sound.channels if request.sound else None,
+    }
+    for name, width in told.items():
+        found = geometry.get(name)
+        if found is not None and width is not None and (found != width or isinstance(found, bool)):
+            yield StrictError(f"model.geometry.{name}", f"{shown(found)}; requests are told of {width}")
+
+
+_MAX_SIZE = 2**31 - 1
 
 
 def _request_problems(manifest: Manifest) -> Iterator[StrictError]:

@@ -50,13 +50,13 @@ class TensorEntry:
 
     def array(self) -> NDArray[Any]:
         """The tensor in memory, read-only, in the type it has on disk. CX119 where the file ends before it does."""
-        array = self.raw().view(self._numpy_dtype()).reshape(self.shape)
+        array = self.raw().view(self.numpy_dtype()).reshape(self.shape)
         array.flags.writeable = False
         return array
 
     def mapped(self) -> NDArray[Any]:
         """The same as a read-only view of the file: for files of this program alone, which nobody else truncates."""
-        dtype = self._numpy_dtype()
+        dtype = self.numpy_dtype()
         if self.size_bytes == 0:
             return np.empty(self.shape, dtype)
         return np.memmap(self.file, dtype, "r", self.offset, self.shape or (1,)).reshape(self.shape)
@@ -65,7 +65,8 @@ class TensorEntry:
         """The same bytes, untyped."""
         return read_exactly(self.file, self.offset, self.size_bytes)
 
-    def _numpy_dtype(self) -> np.dtype[Any]:
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Its type as numpy has it; CX115 for a packed one."""
         dtype = dtypes.numpy_dtype(self.dtype)
         if dtype is None:
             raise UserError(
@@ -138,6 +139,20 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise UserError("CX110", f"cannot read {path}: {error.strerror or error}", "check the permissions") from error
     return _parse(path, text, size)
+
+
+def parse_tensors(path: Path, data: bytes) -> dict[str, NDArray[Any]]:
+    """Every tensor of ``data``, the whole of a safetensors file called ``path``, as `read_header` and then `array`."""
+    length = int.from_bytes(data[:LENGTH_BYTES], "little")
+    if not LENGTH_BYTES <= length + LENGTH_BYTES <= len(data) or length > MAX_HEADER_BYTES:
+        _corrupt(path, f"a header of {length:,} bytes in a file of {len(data):,}")
+    header = _parse(path, data[LENGTH_BYTES : LENGTH_BYTES + length], len(data))
+    return {
+        name: np.frombuffer(data, np.uint8, entry.size_bytes, entry.offset)
+        .view(entry.numpy_dtype())
+        .reshape(entry.shape)
+        for name, entry in header.tensors.items()
+    }
 
 
 def _parse(path: Path, text: bytes, size: int) -> Header:

@@ -35,9 +35,9 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.bundle import verify_bundle
         from cosmos_export.cli import console
         from cosmos_export.diagnostics import ExitCode
-        from cosmos_export.runtime.engine_files import with_engines
+        from cosmos_export.runtime.contents import with_contents
 
-        report = with_engines(verify_bundle(directory, console.progress()))
+        report = with_contents(verify_bundle(directory, console.progress()))
         if as_json:
             console.emit_json(_document(report))
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from statistics import median
@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
-from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE
 from cosmos_export.compile.forms import quantize_copy
 from cosmos_export.compile.options import Job
 from cosmos_export.diagnostics import FindingError
@@ -265,9 +264,8 @@ def write_losses(losses: Losses, job: Job, writer: BundleWriter) -> None:
     document, page = loss_texts(losses, job)
     writer.path(REPORT_JSON, "report").write_text(document, encoding="utf-8")
     writer.path(REPORT_PAGE, "report").write_text(page, encoding="utf-8")
-    if job.options.calibration is not None:
-        data = (job.options.calibration / LINEAGE_FILE).read_bytes()
-        writer.path(LINEAGE, "calibration").write_bytes(data)
+    if job.scales is not None:
+        writer.path(LINEAGE, "calibration").write_bytes(job.scales.document)
 
 
 def precision_record(job: Job) -> PrecisionRecord:
@@ -283,10 +281,9 @@ def precision_record(job: Job) -> PrecisionRecord:
 
 
 def _calibration(job: Job) -> CalibrationRecord | None:
-    folder = job.options.calibration
-    if job.scales is None or folder is None:
+    scales = job.scales
+    if scales is None:
         return None
-    digests: Mapping[str, str] = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in (SCALES_FILE, LINEAGE_FILE)
-    }
-    return CalibrationRecord(job.scales.checkpoint, digests[SCALES_FILE], digests[LINEAGE_FILE], LINEAGE)
+    return CalibrationRecord(
+        scales.checkpoint, scales.scales_sha256, hashlib.sha256(scales.document).hexdigest(), LINEAGE
+    )

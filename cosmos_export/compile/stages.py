@@ -78,6 +78,7 @@ from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
 from cosmos_export.runtime import load_bundle
 from cosmos_export.runtime.onnx_sessions import NAME as ONNX_RUNTIME
+from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.engine_inspector import (
     EngineExpectation,
@@ -205,7 +206,7 @@ def _build(
     with stages("time table"):
         coefficients = torch.from_numpy(coefficient_table(job.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
-        writer.path("tables/schedule.safetensors", "table").write_bytes(save(table))
+        writer.path(SCHEDULE_TABLE, "table").write_bytes(save(table))
     with stages("quantization"):
         plain = program
         forms = _forms(plain, job, passes, watch)

@@ -21,8 +21,8 @@ from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.evaluation.sampled import stock_scheduler
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.fold_schedule import SCHEDULE
-from cosmos_export.runtime.generator import SCHEDULE_TABLE
 from cosmos_export.runtime.request import ActionPart, Request
+from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
 from cosmos_export.runtime.scheduling import checkpoint_sampling, request_schedule
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from cosmos_export.bundle import BundleFiles, Check, Status, VerifyReport
+from cosmos_export.bundle import BundleFiles
 from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.runtime.rtx_sessions import NAME
 from cosmos_export.targets.engine_inspector import header_of
@@ -28,12 +27,3 @@ def engine_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:
         if found and target.compute_capability not in found:
             wanted = f"the target {target.name} has {target.compute_capability}"
             yield engine.path, f"is for compute capability {', '.join(found)}; {wanted}"
-
-
-def with_engines(report: VerifyReport) -> VerifyReport:
-    """``report`` of a bundle that verifies, with what is wrong with its engines."""
-    if not report.ok or report.files is None:
-        return report
-    wrong = dict(engine_problems(report.files))
-    checks = (Check(c.path, Status.FAIL, wrong[c.path]) if c.path in wrong else c for c in report.checks)
-    return replace(report, checks=tuple(checks))

@@ -16,21 +16,19 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cosmos_export.bundle import EdgeRecord, LoopRecord, RequestRecord, SegmentRecord, StreamRecord
-from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import FindingError, UnsupportedError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions
 from cosmos_export.runtime.generate_options import DECODER, ENCODER, SOUND_DECODER, request_record
 from cosmos_export.runtime.loading import LoadedBundle
 from cosmos_export.runtime.request import Request
+from cosmos_export.runtime.schedule_table import read_schedule_table
 from cosmos_export.runtime.sessions import PROMPT, STEP, Array, Session, Value
 from cosmos_export.runtime.step_inputs import Noise, initial_latents, noisy, request_inputs, sizes
 from cosmos_export.sampling import SolverState, coefficient_table, distilled_step, guide, unipc_step
 
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
-SCHEDULE_TABLE = "tables/schedule.safetensors"
-"""What the build computed for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""
 _LATENT, _SAMPLE, _FINAL, _NOISE = "_latent", "_sample", "_final", "_noise"
 RESULTS_KEPT = 4
 """Results of each graph before the loop that stay on the device: of the reasoner the keys and values of so many
@@ -266,13 +264,13 @@ class Generator:
         """
         rows: dict[str, Array] = {}
         manifest, timesteps = self.bundle.manifest, np.array(request.schedule.timesteps, np.float32)
-        tables = read_header(self.bundle.files.location(SCHEDULE_TABLE, "table")).tensors
-        built = np.array_equal(tables["timesteps"].array(), timesteps)
+        tables = read_schedule_table(self.bundle.files)
+        built = np.array_equal(tables["timesteps"], timesteps)
         first = (*self._loop.bodies, self._loop.body)[0]
         for edge in self._edges(self._loop.body):
             if STEP not in {tensor.name for tensor in manifest.graphs[edge.source].inputs}:
                 continue
-            table = tables[edge.output].array()
+            table = tables[edge.output]
             if built and table.dtype == self._session(first).inputs[edge.input]:
                 rows[edge.input] = table[:, None]
                 continue

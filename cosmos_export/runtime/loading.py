@@ -12,7 +12,7 @@ from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import onnx_sessions, rtx_sessions, torch_sessions
 from cosmos_export.runtime.chains import ChainedBackend
-from cosmos_export.runtime.engine_files import engine_problems
+from cosmos_export.runtime.contents import content_problems
 from cosmos_export.runtime.sessions import Backend
 
 _DEVICES = {
@@ -59,7 +59,7 @@ def load_bundle(
     if backend is not None:
         _require_known(backend, device)
     files = read_files(path if isinstance(path, BundleFiles) else Path(path), progress or Silent())
-    for name, problem in engine_problems(files):
+    for name, problem in content_problems(files):
         raise FindingError(
             "CX711", f"{files.path} fails verification: {shown(name)}: {problem}", "build the bundle again"
         )

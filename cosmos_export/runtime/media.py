@@ -78,15 +78,10 @@ def as_unit(chunk: NDArray[Any]) -> NDArray[np.float32]:
     return np.ascontiguousarray(unit.transpose(1, 2, 3, 0))
 
 
-def partial_name(path: Path) -> bytes:
-    """What `replacing` calls ``path`` while it is written, as the file system has it."""
-    return os.fsencode(f".{path.name}.partial-{os.getpid()}{path.suffix}")
-
-
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` to write to; it takes the name when the block ends well and goes when not."""
-    partial = path.with_name(os.fsdecode(partial_name(path)))
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}{path.suffix}")
     try:
         yield partial
         with partial.open("rb") as written:

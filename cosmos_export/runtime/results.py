@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export import files
 from cosmos_export.bundle import Manifest
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError
@@ -192,19 +193,19 @@ def _require_places(paths: Sequence[Path], force: bool) -> None:
             raise UserError("CX662", f"{path}: no directory {place.parent}", "create it first")
         if not os.access(place.parent, os.W_OK):
             raise UserError("CX662", f"{path}: no permission to write in {place.parent}")
-        if len(media.partial_name(place)) > os.pathconf(place.parent, "PC_NAME_MAX"):
-            raise UserError("CX662", f"{path}: the name is too long for {place.parent}", "choose a shorter one")
         if place.exists() and not (force and place.is_file()):
             raise UserError("CX662", f"{path} exists", "choose another name" + ("" if force else ", or add --force"))
 
 
 def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (RuntimeError, OSError, ValueError) as error:  # links in a circle, a NUL
-        raise UserError(
-            "CX662", f"{shown(str(path))} is no place for a file: {error}", "choose another name"
-        ) from error
+    """Where ``path`` leads to, through links, which has a name that can be written to."""
+    problem = files.output_problem(path)
+    if problem is None:
+        place = path.resolve()
+        problem = files.output_problem(place)
+    if problem is not None:
+        raise UserError("CX662", f"{shown(str(path))} cannot be written: {problem}", "choose another name")
+    return place
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------

@@ -384,6 +384,29 @@ def test_many_tensors_take_time_in_proportion() -> None:
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("hidden_size", 0, "outside 1"),
+        ("vocab_size", -5, "outside 1"),
+        ("num_hidden_layers", 2**31, "outside 1"),
+        ("latent_channel", 48, "requests are told of 16"),
+        ("latent_channel", True, "requests are told of 16"),
+        ("action_dim", 63, "requests are told of 64"),
+        ("sound_dim", 8, ""),
+        ("action_dim", None, ""),
+        ("hidden_act", "silu", ""),
+    ],
+)
+def test_the_geometry_is_one_that_a_model_can_have(name: str, value: Any, said: str) -> None:
+    found = document()
+    found["model"]["geometry"][name] = value
+    if said:
+        assert said in reason(found)
+    else:
+        parse_manifest(strict.seal(found))
+
+
 CODE = "__import__('os').mkdir({!r})"
 
 

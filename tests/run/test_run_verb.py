@@ -237,9 +237,9 @@ def test_refused_before_anything_is_loaded(run: Run, tmp_path: Path) -> None:
         (["-o", f"{'x' * 236}.mp4"], "too long"),
         (["-o", f"{'x' * 300}.mp4"], "too long"),
         (["-o", f"{'é' * 120}.mp4"], "too long"),
-        (["-o", "circle/out.mp4"], "no place for a file"),
+        (["-o", "circle/out.mp4"], "cannot be written: Too many levels"),
         (["-o", "circle"], "unknown kind"),
-        (["-o", "circle.mp4"], "no place for a file"),
+        (["-o", "circle.mp4"], "cannot be written: Too many levels"),
         (["-o", "old.mp4"], "exists"),
     ],
 )

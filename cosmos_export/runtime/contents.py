@@ -1,0 +1,25 @@
+"""What files of a bundle hold against its manifest: what verification of bytes cannot say, and needs no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from cosmos_export.bundle import BundleFiles, Check, Status, VerifyReport
+from cosmos_export.runtime.engine_files import engine_problems
+from cosmos_export.runtime.schedule_table import schedule_problems
+
+
+def content_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:
+    """Path of each file that does not hold what the manifest says of it, and why."""
+    yield from engine_problems(files)
+    yield from schedule_problems(files)
+
+
+def with_contents(report: VerifyReport) -> VerifyReport:
+    """``report`` of a bundle that verifies, with what is wrong with the contents of its files."""
+    if not report.ok or report.files is None:
+        return report
+    wrong = dict(content_problems(report.files))
+    checks = (Check(c.path, Status.FAIL, wrong[c.path]) if c.path in wrong else c for c in report.checks)
+    return replace(report, checks=tuple(checks))
