@@ -16,6 +16,7 @@ import torch
 
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.diagnostics import UserError
 from cosmos_export.evaluation.cases import Case
 from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.evaluation.sampled import stock_scheduler
@@ -139,6 +140,13 @@ def table_problems(root: Path, schedule: Schedule, scheduler: Mapping[str, Any])
     for name in model.outputs:
         expected = np.concatenate([row[name] for row in rows]).astype(np.float64)
         found = tables[name]
+        if not np.isfinite(expected).all():
+            step = int(np.argmin(np.isfinite(expected).all(axis=1))) + 1
+            raise UserError(
+                "CX126",
+                f"the checkpoint's own weights give a {name} at step {step} that is not finite",
+                "weights of the time embedder are damaged: download the checkpoint again",
+            )
         limit = TABLE_LIMIT if found.dtype == np.float32 else TABLE_LIMIT + _ROUNDING
         distance = [np.linalg.norm(a - b) for a, b in zip(found.astype(np.float64), expected, strict=True)]
         worst = int(np.argmax(distance / np.linalg.norm(expected, axis=1)))

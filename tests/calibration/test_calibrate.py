@@ -292,7 +292,7 @@ def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, t
     calibrate_checkpoint(options(checkpoint, tmp_path / "whole", data, **small))
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate\n"
+        "from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint\n"
         "from cosmos_export.calibration.stream import Workspace\n"
         "from cosmos_export.sampling import Overrides\n"
         "advance = Workspace.advance\n"
@@ -302,7 +302,7 @@ def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, t
         "        print('now', flush=True)\n"
         "        import time; time.sleep(60)\n"
         "Workspace.advance = slowly\n"
-        f"calibrate(CalibrateOptions(Path({str(checkpoint)!r}), Path({str(tmp_path / 'killed')!r}),\n"
+        f"calibrate_checkpoint(CalibrateOptions(Path({str(checkpoint)!r}), Path({str(tmp_path / 'killed')!r}),\n"
         f"    ({str(data / 'clips')!r},), modalities=('vision',), samples=12, frames=9, margin=1.0,\n"
         f"    profile={SMALL!r}, overrides=Overrides(steps=6)))\n"
     )

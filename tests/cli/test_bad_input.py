@@ -40,7 +40,7 @@ def outcome(*arguments: object) -> tuple[int, str]:
 def checkpoint(tmp_path: Path) -> Path:
     root = fake.write_checkpoint(tmp_path / "checkpoint")
     for folder, config in (("vae", fake.VAE), ("sound_tokenizer", fake.SOUND_TOKENIZER)):
-        fake.write_sparse(root / folder / f"{fake.STEM}.safetensors", [fake.TensorSpec("w", "F32", (8,))])
+        fake.write_sparse(root / folder / f"{fake.STEM}.safetensors", [fake.TensorHeader("w", "F32", (8,))])
         fake.write_json(root / folder / "config.json", config)
     return root
 

@@ -54,7 +54,7 @@ def source(variant: str, request: pytest.FixtureRequest) -> Path:
 
 
 def test_the_verdict_is_the_last_line(built: Built) -> None:
-    engines, stages = f"3 engines with {2 * LAYERS - 1} fused attentions", "11 stages within their limits of diffusers"
+    engines, stages = f"3 engines with {2 * LAYERS - 1} fused attentions", "12 stages within their limits of diffusers"
     assert built.stderr.splitlines()[-1] == f"built {built.path}: transformer, {engines}, {stages}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import build_harness as harness
+import numpy as np
 import pytest
 
 from cosmos_export.bundle import BundleWriter, verify_bundle
@@ -50,7 +51,8 @@ def rewritten(checkpoint: Path) -> None:
     path = checkpoint / WEIGHTS
     status, data = path.stat(), bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
-    data[start:] = bytes(reversed(data[start:]))
+    words = len(data[start:]) // 4 * 4
+    data[start : start + words] = np.frombuffer(data[start : start + words], np.uint32)[::-1].tobytes()  # all finite
     with path.open("r+b") as file:
         file.write(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

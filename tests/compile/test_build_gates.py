@@ -46,7 +46,7 @@ def test_attention_that_is_not_fused(tmp_path: Path, omni: Path, monkeypatch: py
         found = inspect_engine(path)
         return replace(found, graphs=tuple(replace(g, attention=g.attention[1:]) for g in found.graphs))
 
-    monkeypatch.setattr(stages, "inspect_plan", unfused)
+    monkeypatch.setattr(stages, "inspect_engine", unfused)
     with pytest.raises(FindingError) as caught:
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert (caught.value.code, caught.value.exit_code) == ("CX450", 1)
@@ -61,7 +61,7 @@ def test_an_engine_for_another_gpu(tmp_path: Path, omni: Path, monkeypatch: pyte
         found = inspect_engine(path)
         return replace(found, header=replace(found.header, compute_capabilities=("8.9", "12.0")))
 
-    monkeypatch.setattr(stages, "inspect_plan", other)
+    monkeypatch.setattr(stages, "inspect_engine", other)
     with pytest.raises(FindingError, match=r"conditioning: 8\.9, 12\.0"):
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert harness.leftovers(tmp_path) == []
