@@ -90,6 +90,25 @@ def test_requests_that_do_not_fit_are_refused(tmp_path: Path, document: Any, sai
     assert caught.value.code == "CX711"
 
 
+def test_no_text_of_the_requests_is_code(tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    code, weight = f"__import__('os').mkdir({str(mark)!r})", REQUEST["weights"][0]
+    changed = [{**REQUEST, field: code} for field in REQUEST]
+    changed += [{**REQUEST, "weights": [{**weight, field: code}]} for field in weight]
+    changed += [{**REQUEST, "profiles": [code]}, {**REQUEST, "shapes": [{"input_ids": [[code], [512], [4096]]}]}]
+    changed += [{**REQUEST, "shapes": [{code: REQUEST["shapes"][0]["input_ids"]}]}, {**REQUEST, code: 1}]
+    taken = 0
+    for number, request in enumerate(changed):
+        root = waiting(tmp_path / f"{number}", {"engines": [request]})
+        try:
+            finishing.read_requests(open_bundle(root))
+            taken += 1
+        except CosmosExportError as error:
+            assert error.code == "CX711"
+        assert not mark.exists(), request
+    assert taken == 3, "names of weights, of their types and of inputs are text"
+
+
 def test_a_damaged_manifest_is_refused_before_anything_is_removed(tmp_path: Path) -> None:
     root = waiting(tmp_path / "x")
     left = root / "engines" / "reasoner.engine"
