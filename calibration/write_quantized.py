@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import cosmos_export
-from cosmos_export import stamps
+from cosmos_export import files, stamps
 from cosmos_export.calibration.formats import (
     FP4_BLOCK,
     INT4_GROUP,
@@ -253,7 +253,7 @@ class _Producer:
 
     def _copied(self, name: str) -> Iterator[bytes]:
         entry = self._checkpoint.tensors[name]
-        with entry.file.open("rb") as file:
+        with files.opened(entry.file) as file:
             file.seek(entry.offset)
             left = entry.size_bytes
             while left:

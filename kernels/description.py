@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import reduce
 from operator import mul
-from pathlib import Path
 from typing import Any
 
 CAPABILITIES = (90, 100, 103, 110, 120)
@@ -40,7 +39,7 @@ NAMESPACE = "cosmos_export"
 PLUGIN_FOLDER, DOCUMENT = "plugins", "plugins.json"
 """Where a bundle has them, and what describes them there."""
 
-Size = int | Sequence[Any]
+Size = int | tuple[Any, ...]
 """A number; ``("size", input, axis)``; ``("cdiv", size, number)``, rounded up; ``("product", size, …)``."""
 
 
@@ -70,6 +69,14 @@ class PluginRecord:
     shared_bytes: int
 
 
+@dataclass(frozen=True)
+class PluginDocument:
+    """``plugins.json``."""
+
+    namespace: str
+    plugins: tuple[PluginRecord, ...]
+
+
 def evaluate(size: Size, size_of: Callable[[int, int], Any], cdiv: Callable[[Any, int], Any]) -> Any:
     """``size`` where ``size_of(input, axis)`` is a number, or a symbol that knows ``*`` and which ``cdiv`` divides."""
     if isinstance(size, int):
@@ -87,21 +94,4 @@ def evaluate(size: Size, size_of: Callable[[int, int], Any], cdiv: Callable[[Any
 
 def document_text(records: Sequence[PluginRecord]) -> str:
     """``plugins.json``."""
-    return json.dumps({"namespace": NAMESPACE, "plugins": [asdict(record) for record in records]}, indent=1) + "\n"
-
-
-def read_document(folder: Path) -> list[PluginRecord]:
-    """The plugins in ``folder``."""
-    found = json.loads((folder / DOCUMENT).read_text(encoding="utf-8"))
-    return [
-        PluginRecord(
-            **{
-                **record,
-                "inputs": tuple(record["inputs"]),
-                "outputs": tuple(Output(output["type"], tuple(output["shape"])) for output in record["outputs"]),
-                "integers": tuple(record["integers"]),
-                "grid": tuple(record["grid"]),
-            }
-        )
-        for record in found["plugins"]
-    ]
+    return json.dumps(asdict(PluginDocument(NAMESPACE, tuple(records))), indent=1) + "\n"

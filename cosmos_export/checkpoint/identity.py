@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from cosmos_export import files
 from cosmos_export.checkpoint.reader import Checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.progress import Progress, Silent
@@ -50,7 +51,7 @@ def _digest(entry: TensorEntry) -> str:
 
 def _chunks(entry: TensorEntry) -> Iterable[bytes]:
     """Read, not mapped: pages of a mapping would stay in this process, and a checkpoint is larger than memory."""
-    with entry.file.open("rb", buffering=0) as file:
+    with files.opened(entry.file) as file:
         file.seek(entry.offset)
         left = entry.size_bytes
         while left:

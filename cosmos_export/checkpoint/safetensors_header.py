@@ -84,7 +84,7 @@ def read_exactly(file: Path, offset: int, size_bytes: int) -> NDArray[np.uint8]:
     """
     data = np.empty(size_bytes, np.uint8)
     rest = data.data
-    with file.open("rb", buffering=0) as opened:
+    with files.opened(file) as opened:
         while rest:
             count = os.preadv(opened.fileno(), [rest], offset + size_bytes - len(rest))
             if not count:

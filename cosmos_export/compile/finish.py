@@ -34,15 +34,16 @@ from cosmos_export.bundle.manifest import GraphName, Name
 from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object, shown
 from cosmos_export.bundle.writer import replace_manifest
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
-from cosmos_export.kernels.description import PLUGIN_FOLDER
+from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.tensorrt import FLAVOR, build_engine, require_gpu
 from cosmos_export.targets.trt_common import EngineReport, require_module
+from cosmos_export.targets.trt_plugins import parse_document
 
 REQUESTS = "engines/requests.json"
-REQUESTS_ROLE = "engine-requests"
+REQUESTS_ROLE, PLUGIN_ROLE = "engine-requests", "plugin"
 SCRIPT = "finish.sh"
 Count = Annotated[int, AtLeast(0)]
 
@@ -188,14 +189,19 @@ def engine_checks(request: EngineRequest, report: EngineReport) -> list[EngineCh
 
 
 def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:
-    """What the bundle asks for, which fits its manifest; FindingError CX711."""
+    """What the bundle asks for, which fits its manifest and the kernels that it has; FindingError CX711."""
+    read = REQUESTS
     try:
         requests = decode(EngineRequests, parse_object(files.read(REQUESTS, REQUESTS_ROLE))).engines
         for problem in _request_problems(requests, files.manifest):
             raise problem
+        if any(request.plugins for request in requests):
+            read = f"{PLUGIN_FOLDER}/{DOCUMENT}"
+            for record in parse_document(files.read(read, PLUGIN_ROLE)):
+                files.record(f"{PLUGIN_FOLDER}/{record.name}.ptx", PLUGIN_ROLE)
     except StrictError as error:
         raise FindingError(
-            "CX711", f"{files.path} fails verification: {REQUESTS}: {error}", "build the bundle again"
+            "CX711", f"{files.path} fails verification: {read}: {error}", "build the bundle again"
         ) from error
     return requests
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 
+from cosmos_export import files
 from cosmos_export.bundle import InputFile
 from cosmos_export.bundle.files import hash_file
 from cosmos_export.checkpoint import Checkpoint
@@ -58,7 +59,7 @@ class InputHashes:
         before = 0
         try:
             for path in self._files:
-                with path.open("rb", buffering=0) as file:
+                with files.opened(path) as file:
                     size, digest = hash_file(file.fileno(), partial(self._advance, before))
                 before += size
                 self._records.append(InputFile(path.relative_to(self._checkpoint.root).as_posix(), size, digest))

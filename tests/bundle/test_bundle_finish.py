@@ -15,6 +15,7 @@ import pytest
 import cosmos_export.compile.finish as finishing
 from cosmos_export.bundle import BundleWriter, TargetRecord, open_bundle, verify_bundle
 from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.kernels.description import DOCUMENT, Output, PluginRecord, document_text
 
 REQUEST: dict[str, Any] = {
     "graph": "reasoner", "profiles": ["480p"], "shapes": [{"input_ids": [[1], [512], [4096]]}], "attention": 2,
@@ -28,8 +29,8 @@ REQUEST: dict[str, Any] = {
 }  # fmt: skip
 
 
-def waiting(root: Path, document: Any = None) -> Path:
-    """A bundle that waits for the engine of one graph."""
+def waiting(root: Path, document: Any = None, plugins: dict[str, bytes] | None = None) -> Path:
+    """A bundle that waits for the engine of one graph, with ``plugins``."""
     given = {"engines": [REQUEST]} if document is None else document
     manifest = replace(
         bundle_samples.manifest(), engines=(), plan_checks=(), target=TargetRecord("h100", "tensorrt", "9.0")
@@ -40,6 +41,7 @@ def waiting(root: Path, document: Any = None) -> Path:
             ("onnx/reasoner.weights", "weights", b"w" * 64),
             ("tokenizer/tokenizer.json", "tokenizer", b"{}"),
             (finishing.REQUESTS, finishing.REQUESTS_ROLE, json.dumps(given).encode()),
+            *((f"plugins/{name}", finishing.PLUGIN_ROLE, data) for name, data in (plugins or {}).items()),
         ):
             writer.path(name, role).write_bytes(data)
         writer.commit(manifest)
@@ -88,6 +90,18 @@ def test_requests_that_do_not_fit_are_refused(tmp_path: Path, document: Any, sai
     with pytest.raises(CosmosExportError, match=said) as caught:
         finishing.finish(waiting(tmp_path / "x", document))
     assert caught.value.code == "CX711"
+
+
+def test_kernels_are_files_of_the_bundle(tmp_path: Path) -> None:
+    record = PluginRecord("norm", "k", ("bf16",), (Output("bf16", (1,)),), (), (1, 1, 1), 32, 0)
+    asked = with_value("plugins", 1)
+    good = {DOCUMENT: document_text([record]).encode(), "norm.ptx": b"// ptx"}
+    assert finishing.read_requests(open_bundle(waiting(tmp_path / "good", asked, good)))
+    outside = document_text([replace(record, name="../../outside/norm")]).encode()
+    for number, plugins in enumerate((None, {DOCUMENT: good[DOCUMENT]}, {**good, DOCUMENT: outside})):
+        with pytest.raises(CosmosExportError) as caught:
+            finishing.read_requests(open_bundle(waiting(tmp_path / f"{number}", asked, plugins)))
+        assert caught.value.code == "CX711"
 
 
 def test_no_text_of_the_requests_is_code(tmp_path: Path) -> None:

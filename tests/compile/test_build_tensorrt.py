@@ -16,11 +16,12 @@ from cosmos_export.compile.driver import build
 from cosmos_export.compile.keys import plugin_nodes
 from cosmos_export.compile.options import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError, ToolError
-from cosmos_export.kernels.description import DOCUMENT, read_document
+from cosmos_export.kernels.description import DOCUMENT
 from cosmos_export.runtime import load_bundle
 from cosmos_export.targets import load_target, tensorrt_rtx
 from cosmos_export.targets.gpu import Gpu, gpus
 from cosmos_export.targets.tensorrt import EngineSettings, require_gpu, worker_settings
+from cosmos_export.targets.trt_plugins import read_document
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
 

@@ -6,6 +6,7 @@ What is behind it in the libraries is stood in for: a registry, and expressions 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -15,15 +16,15 @@ from typing import Any
 
 import pytest
 
+from cosmos_export.bundle.strict import StrictError
 from cosmos_export.kernels.description import (
     DOCUMENT,
     NAMESPACE,
     Output,
     PluginRecord,
     document_text,
-    read_document,
 )
-from cosmos_export.targets.trt_plugins import register_plugins
+from cosmos_export.targets.trt_plugins import parse_document, read_document, register_plugins
 
 BINDINGS = importlib.util.find_spec("tensorrt_bindings")
 pytestmark = pytest.mark.skipif(BINDINGS is None, reason="the bindings of TensorRT are not installed (dev extra)")
@@ -144,6 +145,40 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     other = PluginRecord("other_1", "k", ("fp16",), (Output("fp16", (1,)),), (), (1, 1, 1), 32, 0)
     first, second = read_document(written(tmp_path, RECORD, other))
     assert document_text([first, second]) == document_text([RECORD, other])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../../outside/norm"}, {"name": "a/b"}, {"name": ""}, {"name": {}}, {"name": "x" * 300},
+        {"entry": "k; exit"}, {"inputs": ["int8"]}, {"inputs": "bf16"}, {"outputs": []}, {"more": 1},
+        {"outputs": [{"type": "bf16", "shape": [["size", 2, 0]]}]}, {"outputs": [{"type": "x", "shape": [1]}]},
+        {"grid": [1, 1]}, {"grid": [["system", "id"], 1, 1]}, {"grid": [["cdiv", 1, 0], 1, 1]},
+        {"grid": [["cdiv", ["size", 0, 0], ["size", 0, 0]], 1, 1]}, {"grid": [["size", True, 0], 1, 1]},
+        {"grid": [["size", 0], 1, 1]}, {"integers": [-1]}, {"integers": [1.5]}, {"integers": [[]]},
+        {"integers": [["product", *[1] * 20]]}, {"threads": 0}, {"threads": 4096}, {"shared_bytes": -1},
+    ],
+)  # fmt: skip
+def test_a_description_that_is_none_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    document = json.loads((written(tmp_path, RECORD) / DOCUMENT).read_text())
+    parse_document(json.dumps(document).encode())
+    document["plugins"][0] |= changes
+    with pytest.raises(StrictError):
+        parse_document(json.dumps(document).encode())
+
+
+def test_other_documents_are_refused(tmp_path: Path) -> None:
+    size: Any = 1
+    for _ in range(300):
+        size = ["product", size, 1]
+    document = json.loads((written(tmp_path, RECORD) / DOCUMENT).read_text())
+    plugin = document["plugins"][0]
+    for wrong in (
+        {**document, "namespace": "other"}, {**document, "plugins": [plugin, plugin]}, {"plugins": []}, [],
+        {**document, "plugins": [plugin | {"integers": [size]}]},
+    ):  # fmt: skip
+        with pytest.raises(StrictError):
+            parse_document(json.dumps(wrong).encode())
 
 
 def test_a_builder_creates_and_launches_it(builder: tuple[Any, Any], tmp_path: Path) -> None:
