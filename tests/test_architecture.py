@@ -29,7 +29,8 @@ LEVELS = {
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(
-        ["diagnostics", "directories", "files", "memory", "progress", "requirements", "stamps", "streams"], 0
+        ["diagnostics", "directories", "files", "memory", "printable", "progress", "requirements", "stamps", "streams"],
+        0,
     ),
 }
 # Where the level alone would allow more than there should be.

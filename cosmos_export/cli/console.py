@@ -18,8 +18,8 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from cosmos_export.cli.printable import in_json, printable, render_hook
 from cosmos_export.diagnostics import InternalError
+from cosmos_export.printable import in_json, printable, render_hook
 from cosmos_export.progress import Progress, Silent
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import typer
 
 from cosmos_export import files
 from cosmos_export.cli import console
-from cosmos_export.cli.printable import printable
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError, UserError
+from cosmos_export.printable import printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 

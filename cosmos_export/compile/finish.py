@@ -33,8 +33,9 @@ from cosmos_export.bundle.files import hash_file
 from cosmos_export.bundle.manifest import GraphName, Name
 from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object, shown
 from cosmos_export.bundle.writer import replace_manifest
-from cosmos_export.diagnostics import CosmosExportError, FindingError, UserError
+from cosmos_export.diagnostics import CosmosExportError, ExitCode, FindingError, ToolError, UserError
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
+from cosmos_export.printable import printable
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ShapeRange
@@ -248,7 +249,7 @@ def _timing_cache(root: Path) -> Path | None:
     others = stat.S_IWGRP | stat.S_IWOTH
     if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & others:
         return path
-    print(f"not used: {path} is not a file that you alone may write to; every kernel is timed anew", file=sys.stderr)
+    _say(f"not used: {path} is not a file that you alone may write to; every kernel is timed anew")
     return None
 
 
@@ -267,16 +268,29 @@ def _remove_leftovers(files: BundleFiles) -> None:
 def main(arguments: Sequence[str]) -> int:
     streams.guard()
     if len(arguments) != 1:
-        print("usage: python -m cosmos_export.compile.finish BUNDLE", file=sys.stderr)
+        _say("usage: python -m cosmos_export.compile.finish BUNDLE")
         return 2
     try:
         manifest = finish(Path(arguments[0]))
     except CosmosExportError as error:
-        hint = f"\n\nhint: {error.hint}" if error.hint else ""
-        print(f"error[{error.code}]: {error.message}{hint}", file=sys.stderr)
-        return int(error.exit_code)
-    print(f"finished {arguments[0]}: {len(manifest.engines)} engines", file=sys.stderr)
+        return _failed(error)
+    except OSError as error:  # of the bundle's directory: it may be read-only, or full
+        return _failed(ToolError("CX801", str(error), "make the bundle's directory writable, and run it again"))
+    except KeyboardInterrupt:
+        _say("interrupted: the bundle is as it was; run it again to build its engines")
+        return int(ExitCode.INTERRUPTED)
+    _say(f"finished {arguments[0]}: {len(manifest.engines)} engines")
     return 0
+
+
+def _failed(error: CosmosExportError) -> int:
+    _say(f"error[{error.code}]: {error.message}" + (f"\n\nhint: {error.hint}" if error.hint else ""))
+    return int(error.exit_code)
+
+
+def _say(text: str) -> None:
+    """Lines on stderr, with nothing in them that a terminal would act on: models and builders may say anything."""
+    print(printable(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 
 import cosmos_export.compile.finish as finishing
 from cosmos_export.bundle import BundleWriter, TargetRecord, open_bundle, verify_bundle
-from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT, Output, PluginRecord, document_text
 
 REQUEST: dict[str, Any] = {
@@ -172,3 +172,22 @@ def test_timings_are_those_of_this_user(
     cache.unlink()
     cache.symlink_to(tmp_path / "elsewhere")
     assert finishing._timing_cache(root) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ToolError("CX422", "node `\x1b]0;owned\x07`"), 4, "error[CX422]: node `\\x1b]0;owned\\x07`\n"),
+        (PermissionError(13, "Permission denied", "x"), 4, "error[CX801]: [Errno 13]"),
+        (KeyboardInterrupt(), 130, "interrupted: the bundle is as it was"),
+    ],
+)
+def test_how_it_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
+) -> None:
+    def fails(root: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(finishing, "finish", fails)
+    assert finishing.main(["x"]) == code
+    assert capsys.readouterr().err.startswith(said)
