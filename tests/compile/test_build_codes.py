@@ -90,9 +90,10 @@ def compared(checkpoint: Path, output: Path, **options: Any) -> Compared:
 
 
 @pytest.fixture(scope="module")
-def fp8(shared: Path, large_branches: Path) -> Compared:
+def fp8(shared: Path, large_branches: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     scales = harness.scale_table(large_branches, shared / "large-branches-scales")
-    return compared(large_branches, shared / "large-branches.bundle", recipe="fp8", calibration=scales)
+    output = tmp_path_factory.mktemp("codes") / "large-branches.bundle"
+    return compared(large_branches, output, recipe="fp8", calibration=scales)
 
 
 def g0_of(result: BuildResult) -> list[Measured]:
