@@ -18,6 +18,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,8 @@ from cosmos_export.stamps import Stamp
 
 _STATE = ".state"
 """Folder of the records of kept files, in the staging directory only: no path of a bundle begins with a dot."""
+_SCRATCH = ".scratch"
+"""Folder of what is made to be measured and is no part of the bundle."""
 _STAGED, _SET_ASIDE = "partial", "state"
 _RECORD_BYTES = 1 << 20
 """No record of a kept file comes near."""
@@ -143,6 +146,18 @@ class BundleWriter:
         """The file that will be ``name`` in the bundle, where it has been written."""
         path = self._open_staging() / name
         return path if name in self._roles and path.is_file() else None
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty directory on the disk of the bundle that is no part of it and vanishes after the block. What a build
+        that was killed leaves in it vanishes with its staging directory."""
+        path = self._open_staging() / _SCRATCH
+        with _file_system_errors(self.output):
+            path.mkdir(0o700)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
     def keep(self, name: str, key: str, sha256: str, facts: Mapping[str, Any] | None = None) -> None:
         """Record that the file ``name`` is complete, made from what ``key`` stands for, and has the digest ``sha256``.
@@ -305,6 +320,7 @@ class BundleWriter:
         self._staging.chmod(0o700)
         self._hash_again(self._staging, _read_kept(self._staging))
         self.resumed = len(self._kept)
+        shutil.rmtree(self._staging / _SCRATCH, ignore_errors=True)
         # What is not known to be complete is made again.
         for name, _ in list(_regular_files(self._staging)):
             if name not in self._kept:

@@ -338,6 +338,8 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     proof = "parity not measured"
     if result.parity:
         proof = f"{len(result.parity)} stages within their limits of diffusers"
+        if result.parity_note:
+            proof += ", not the whole transformer"
     engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
     components = "".join(f" + {name}" for name in result.job.components)
     failed = [f"{v.stage} of {v.subject} failed: {v.note}" for v in result.manifest.evaluation if v.verdict == "fail"]

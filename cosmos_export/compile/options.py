@@ -111,6 +111,8 @@ class Job:
     """In bytes; None where no engine is built here."""
     scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
     """The files of ``scales`` as they were when it was read."""
+    part_of: int | None = None
+    """Layers of the whole model, where ``checkpoint`` is its first ones; None: it is the whole."""
 
     @property
     def inputs(self) -> tuple[Inputs, ...]:

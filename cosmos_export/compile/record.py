@@ -89,7 +89,8 @@ def manifest(
             *_loop_edges(closed),
         ),
         loop=_loop(program, closed, result.bodies),
-        precision=precision_record(job) if job.quantized else None,
+        # Its report is of what the gates measured, which do not look at a part.
+        precision=precision_record(job) if job.quantized and job.part_of is None else None,
         streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
         request=request_record(checkpoint, job.modalities, result.prompt),
         engines=tuple(

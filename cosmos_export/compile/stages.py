@@ -10,7 +10,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,15 @@ from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
 
 import cosmos_export
-from cosmos_export.bundle import BundleWriter, EngineCheck, Manifest, PromptRecord, Verdict, WeightInput
+from cosmos_export.bundle import (
+    BundleWriter,
+    EngineCheck,
+    InputFile,
+    Manifest,
+    PromptRecord,
+    Verdict,
+    WeightInput,
+)
 from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import TensorEntry
@@ -43,6 +53,7 @@ from cosmos_export.compile.components import Codec, codec_engines, codec_profile
 from cosmos_export.compile.coverage import coverage_note
 from cosmos_export.compile.cuts import chains, cut_graphs, cut_notes
 from cosmos_export.compile.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.compile.first_layers import FIRST_BYTES, first_layers, job_of_part
 from cosmos_export.compile.forms import Forms, Pieces, make_forms
 from cosmos_export.compile.input_files import InputHashes
 from cosmos_export.compile.keys import plugin_nodes
@@ -56,6 +67,7 @@ from cosmos_export.compile.record import manifest
 from cosmos_export.compile.request_record import checkpoint_notes
 from cosmos_export.compile.time_table import schedule_table, timesteps
 from cosmos_export.diagnostics import FindingError
+from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms, load_form
 from cosmos_export.evaluation.parity import REPORT, Measured, Parity
@@ -75,7 +87,7 @@ from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.pipeline import CAPTURE, PassOptions, Report, passes_of, require_pass, run_passes
 from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.plan.subject import sampling_of
-from cosmos_export.progress import Progress
+from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import load_bundle
 from cosmos_export.runtime.onnx_sessions import NAME as ONNX_RUNTIME
 from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
@@ -179,9 +191,13 @@ def build_bundle(
 
 
 def _build(
-    job: Job, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes, builders: Builders
+    job: Job, writer: BundleWriter, result: BuildResult, stages: _Stages, hashes: InputHashes | None, builders: Builders
 ) -> None:
     result.notes += [*checkpoint_notes(job.checkpoint), *_mismatches(job), *filter(None, [coverage_note(job)])]
+    result.parity_note = _parity_refusal(job, job.checkpoint.tensors)
+    if result.parity_note and job.options.parity == "auto":
+        with stages("first layers"):  # before anything else takes memory
+            _compare_first_layers(job, writer, result)
     with stages("tokenizer"):
         result.prompt = write_tokenizer(job, writer)
     codec_builds: list[dict[str, Future[Engine]]] = []
@@ -196,13 +212,16 @@ def _build(
                 codec_builds.append({graph: builders.submit(one, memory(graph)) for graph, one in work.items()})
     sources, steps = weight_sources(job.checkpoint.tensors), timesteps(job.schedule)
     weights = read_weights(read_source)
-    result.parity_note = _parity_refusal(job, job.checkpoint.tensors)
     parity = None
     if not result.parity_note:
         with stages("parity", "reference"):
-            parity = Parity(job.checkpoint, job.modalities, job.outputs, weights)
+            some: dict[str, Any] = {} if job.part_of is None else {"cases": _cases_of_part(job), "whole": False}
+            parity = Parity(job.checkpoint, job.modalities, job.outputs, weights, **some)
     passes, watch = pass_options(job), _Watch(job, parity, result, stages)
     program = _compile(job, sources, passes, watch, stages)
+    if parity is not None and job.part_of is not None:
+        with stages("parity", "of the passes"):
+            result.parity.append(parity.program(program, "passes"))
     with stages("time table"):
         coefficients = torch.from_numpy(coefficient_table(job.schedule).astype(np.float32))
         table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
@@ -260,7 +279,7 @@ def _build(
                     (result.quality if job.quantized else result.parity).append(looped)
         _require_parity(result.parity)
     engines.submit(*program.graphs, *closed)
-    if job.quantized:
+    if job.quantized and job.part_of is None:  # what steps of a part lose says nothing of the whole
         with stages("gates"):
             result.losses = measure_losses(plain, job, passes, weights, unsampled=result.parity_note)
             write_losses(result.losses, job, writer)
@@ -279,8 +298,10 @@ def _build(
         if plugins is not None:
             requests = _with_plugins(requests, writer)
         _write_requests(requests, writer, result)
-    with stages("hashing inputs", shown=False):
-        hashed = hashes.result("hashing inputs", stages.progress)
+    hashed: tuple[InputFile, ...] = ()
+    if hashes is not None:
+        with stages("hashing inputs", shown=False):
+            hashed = hashes.result("hashing inputs", stages.progress)
     result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     record = manifest(result, program, closed, hashed, created)
@@ -293,6 +314,41 @@ def _build(
     with stages("commit", shown=False):
         result.manifest = writer.commit(record, with_requests)
     Cache(job.options.cache).add(cache_entries(writer, result.manifest, created))
+
+
+_CASES_OF_PART = ("text-to-video", "policy")
+"""Between them all modalities, clean and noisy rows."""
+
+
+def _cases_of_part(job: Job) -> list[Case]:
+    """What a part of a model is compared on; a loop on the device, which runs all its steps, on the first that fits."""
+    found = [c for c in CASES if c.name in _CASES_OF_PART and set(c.outputs) & set(job.outputs)]
+    return [c for c in found if not c.actions or "action" in job.modalities][: 1 if job.options.loop == "device" else 2]
+
+
+def _compare_first_layers(job: Job, writer: BundleWriter, result: BuildResult) -> None:
+    """A bundle of the first layers of both towers, made and measured as that of a model that fits in memory; it is not
+    kept. It proves the capture, the passes and the lowering of this geometry; of the whole model's weights no more than
+    it reads."""
+    memory = min(available_bytes(), job.memory_budget or inf)
+    with writer.scratch() as folder:
+        part = first_layers(job.checkpoint, folder, FIRST_BYTES, int(PARITY_MEMORY_SHARE * memory))
+        if part is None:
+            result.parity_note += "; its first layer alone does not fit either"
+            return
+        first = f"first {part.geometry.num_hidden_layers} of {job.layers} layers"
+        ours = job_of_part(job, part, folder / "bundle")
+        found = BuildResult(ours)
+        inner = BundleWriter(folder / "bundle", require_inputs=job.require_inputs)
+        try:
+            with inner, Builders(None, Silent()) as builders:
+                _build(ours, inner, found, _Stages(found, Silent()), None, builders)
+        except FindingError as error:
+            raise FindingError(error.code, f"{first} alone: {error.message}", error.hint) from error
+        finally:
+            result.parity += [replace(measured, stage=f"{measured.stage}, {first}") for measured in found.parity]
+        result.parity_note += f"; its {first} were compared"
+    return_freed_memory()
 
 
 def _mismatches(job: Job) -> list[str]:
@@ -376,6 +432,7 @@ class _Watch:
 
     def __init__(self, job: Job, parity: Parity | None, result: BuildResult, stages: _Stages) -> None:
         self._parity, self._result, self._stages = parity, result, stages
+        self._each = job.part_of is None
         self._folder = job.options.dump
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -389,7 +446,7 @@ class _Watch:
         self._result.passes.append(report)
         self._result.meter.add("passes", report.seconds)
         self._dump(program, report.form)
-        if report.effect is Effect.EXACT and not report.form:
+        if report.effect is Effect.EXACT and not report.form and self._each:
             self._compare(program, report.name)
 
     def _compare(self, program: Program, stage: str) -> None:

@@ -75,7 +75,10 @@ class Measured:
 
 
 class Parity:
-    """Compares stages of one build with the stock model of the same checkpoint, loaded once in fp32."""
+    """Compares stages of one build with the stock model of the same checkpoint, loaded once in fp32.
+
+    ``whole`` is false where ``checkpoint`` is the first layers of one: only what is listed in it is read then.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,10 @@ class Parity:
         outputs: Sequence[str],
         weights: Weights,
         cases: Sequence[Case] = CASES,
+        *,
+        whole: bool = True,
     ) -> None:
+        self._whole = whole
         self._config = checkpoint.geometry.config
         self._modalities = modalities
         self._weights = weights
@@ -98,7 +104,7 @@ class Parity:
 
     def _reference(self, dtype: torch.dtype) -> Reference:
         """The stock model; that of a quantized checkpoint with what its bytes and scales stand for."""
-        if self._checkpoint.quantization is None:
+        if self._whole and self._checkpoint.quantization is None:
             return Reference(self._folder, dtype)
         sources = weight_sources(self._checkpoint.tensors)
         model_dtype = sources["proj_in.weight"].dtype
@@ -137,7 +143,8 @@ class Parity:
             own = {n: t.to(specs[n]) for n, t in inputs.items() if n in specs}
             ours.append(self._compare(case, run_program(program, own, self._weights)))
         # Rounding is noise, and the ratio of two samples of it says little: root mean square over the cases.
-        ratio = float(np.linalg.norm(ours) / np.linalg.norm(theirs))
+        lost, stock_lost = float(np.linalg.norm(ours)), float(np.linalg.norm(theirs))
+        ratio = lost / stock_lost if stock_lost > 0 else 0.0 if lost == 0 else inf
         name = str(dtype).removeprefix("torch.")
         metric = f"distance from fp32 / that of stock {name}"
         return Measured(name, metric, ratio, PRECISION_LIMIT, f"rms of {len(ours)} cases", "all")

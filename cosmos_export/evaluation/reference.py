@@ -14,7 +14,8 @@ import torch
 class Reference:
     """The stock transformer of a checkpoint in one precision.
 
-    ``values`` are its parameters where diffusers does not read the files itself, as of an FP8 checkpoint.
+    ``values`` are its parameters where diffusers does not read the files itself: of an FP8 checkpoint, and of the first
+    layers of one. Nothing else is in memory then.
     """
 
     def __init__(
@@ -32,7 +33,13 @@ class Reference:
             ).eval()
             return
         config = Cosmos3OmniTransformer.load_config(transformer_folder, local_files_only=True)
-        model = Cosmos3OmniTransformer.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        config = {k: v for k, v in config.items() if k != "quantization_config"}
+        with torch.device("meta"):  # no values that would be replaced at once
+            model = Cosmos3OmniTransformer.from_config(config)
+        bare = {"num_hidden_layers": 0, "vocab_size": 1, "num_embodiment_domains": 1}
+        for name, buffer in Cosmos3OmniTransformer.from_config({**config, **bare}).named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
         kept = tuple(model._keep_in_fp32_modules or ())
         typed = {
             name: value.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)

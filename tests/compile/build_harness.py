@@ -106,7 +106,7 @@ def remembered_capture(config: Mapping[str, Any], sources: Mapping[str, Any], *,
     from cosmos_export.capture.model import capture
 
     first = next(iter(sources.values()))
-    key = (str(first.file), tuple(modalities))
+    key = (str(first.file), tuple(modalities), config["num_hidden_layers"])
     if key not in _captures:
         _captures[key] = capture(config, sources, modalities=modalities)
     return _captures[key].copy()

@@ -1,0 +1,76 @@
+"""The first layers of a model that is too large to be compared whole, as a checkpoint and a job of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+from cosmos_export.checkpoint import Checkpoint, TensorEntry
+from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, expected_tensors
+from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.compile.options import Job
+from cosmos_export.targets import load_target
+
+FIRST_BYTES = 1_500_000_000
+"""Weights of a part, unless its one layer has more: 1.9 GB in Super."""
+_VOCABULARY = 4096
+"""Rows of the embedding, of which a prompt reads as many as it has tokens."""
+_FP32_BYTES = 4
+
+
+def first_layers(checkpoint: Checkpoint, folder: Path, weight_bytes: int, memory_bytes: int) -> Checkpoint | None:
+    """As many first layers of both towers as have ``weight_bytes``, one at least, and the first rows of the embedding,
+    by reference into the files of ``checkpoint``. Only the configuration is written, into ``folder``.
+
+    None where not even one layer is within ``memory_bytes`` as fp32.
+    """
+    for layers in range(checkpoint.geometry.num_hidden_layers, 0, -1):
+        vocabulary = min(checkpoint.geometry.vocab_size, _VOCABULARY)
+        geometry = replace(checkpoint.geometry, num_hidden_layers=layers, vocab_size=vocabulary)
+        expected = expected_tensors(geometry)
+        tensors = _tensors(checkpoint, expected)
+        stored = sum(entry.size_bytes for entry in tensors.values())
+        wide = _FP32_BYTES * sum(tensor.elements for tensor in expected.values())
+        if wide <= memory_bytes and (stored <= weight_bytes or layers == 1):
+            transformer = folder / "transformer"
+            transformer.mkdir()
+            config = read_object(checkpoint.components["transformer"] / "config.json")
+            config |= {"num_hidden_layers": layers, "vocab_size": vocabulary}
+            (transformer / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            return replace(
+                checkpoint,
+                geometry=geometry,
+                expected=MappingProxyType(expected),
+                tensors=MappingProxyType(tensors),
+                components=MappingProxyType({**checkpoint.components, "transformer": transformer}),
+            )
+    return None
+
+
+def _tensors(checkpoint: Checkpoint, expected: Mapping[str, ExpectedTensor]) -> dict[str, TensorEntry]:
+    """The places of ``expected`` and of their scales; a tensor with fewer rows is the beginning of its own."""
+    found = {}
+    for name, tensor in expected.items():
+        entry = checkpoint.tensors[name]
+        size = entry.size_bytes // entry.elements * tensor.elements if entry.elements else 0
+        found[name] = replace(entry, shape=tensor.shape, size_bytes=size)
+        for scale in (f"{name.removesuffix('.weight')}.{kind}" for kind in SCALES):
+            if scale in checkpoint.tensors:
+                found[scale] = checkpoint.tensors[scale]
+    return found
+
+
+def job_of_part(job: Job, part: Checkpoint, output: Path) -> Job:
+    """``job`` for ``part``, in each respect that its graphs follow from, without engines. A layer has the precision
+    that it has in the whole model."""
+    options = replace(
+        job.options, output=output, target="cpu", backend=None, components=("none",), parity="always", kernels=(),
+        weights="embedded", dump=None, force=False, resume=False, cache=None, memory_budget=None,
+    )  # fmt: skip
+    return replace(
+        job, options=options, checkpoint=part, target=load_target("cpu"), components=(), memory_budget=None,
+        part_of=job.layers,
+    )  # fmt: skip
