@@ -303,6 +303,9 @@ def _losses(result: BuildResult) -> Any:
         table.add_row(f"{loss.site} ({loss.scheme})", f"{loss.relative:.4f}", f"{loss.limit:.4f}")
     for step in losses.steps:
         table.add_row(f"step {step.step + 1}", f"{step.relative:.4f}", f"{losses.limits.largest}")
+        if step.share is not None:
+            limit = f"{losses.limits.largest_share}"
+            table.add_row(f"step {step.step + 1}, times what rounding alone loses", f"{step.share:.2f}", limit)
     for m in result.quality:
         table.add_row(f"{m.stage}: {m.metric}", f"{m.value:.4f}", f"{m.limit}")
     table.caption = "relative errors: the five linears nearest to their limit, and the velocity of whole steps"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import inf, isfinite
 from statistics import median
@@ -43,6 +43,8 @@ _STEPS = 6
 """Steps of the schedule that are looked at: the first, the last, and others between them."""
 _CASE = "text-to-video"
 _NAMED = 5
+_DRAWS, _SMALL_BYTES = 3, 10**8
+"""Draws of rounding errors; of a model with more weights one, as it has more values to take the mean over."""
 RUN_BYTES = 6 * 10**9
 """Weights of a model that the gates run whole where it is not sampled. Of a larger one they see the beginning."""
 SEEN_BYTES = 2 * 10**9
@@ -81,6 +83,11 @@ class Losses:
         return sorted(self.linears, key=lambda loss: loss.relative / loss.limit, reverse=True)[:_NAMED]
 
     @property
+    def shares(self) -> list[float]:
+        """Losses of the steps in shares of what rounding alone loses, where that was measured."""
+        return [loss.share for loss in self.steps if loss.share is not None]
+
+    @property
     def failed_linears(self) -> list[LinearLoss]:
         return [loss for loss in self.linears if not loss.passed]
 
@@ -93,6 +100,19 @@ class Losses:
         worst = max(self.steps, key=lambda loss: loss.relative)
         apart = min(self.steps, key=lambda loss: loss.cosine)
         problems = []
+        shares = {loss.step: loss.share for loss in self.steps if loss.share is not None}
+        if shares and self.limits.median_share is not None and self.limits.largest_share is not None:
+            at, largest = max(shares.items(), key=lambda one: one[1])
+            if not median(shares.values()) <= self.limits.median_share:
+                problems.append(
+                    f"the median step loses {median(shares.values()):.2f} times what rounding to FP8 alone does, "
+                    f"allowed {self.limits.median_share}"
+                )
+            if not largest <= self.limits.largest_share:
+                problems.append(
+                    f"step {at + 1} loses {largest:.2f} times what rounding to FP8 alone does, allowed "
+                    f"{self.limits.largest_share}"
+                )
         if not middle <= self.limits.median:
             problems.append(f"the median step is {middle:.2%} off, allowed {self.limits.median:.0%}")
         if not worst.relative <= self.limits.largest:
@@ -159,7 +179,8 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
             linears.setdefault((loss.site, loss.scheme), loss)
     narrow = job.precision.schemes & {"int4", "nvfp4"}
     limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
-    steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights)
+    draws = 0 if narrow else _DRAWS if weight_bytes(plain) <= _SMALL_BYTES else 1
+    steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights, draws)
     alike = tuple(
         Alike(keys.count(keys[at]), tuple(loss.step for loss in steps if keys[loss.step] == keys[at]), at)
         for at in sorted(first)
@@ -211,9 +232,18 @@ def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
         linears,
         Verdict(
             "G2", "steps", metric, losses.limits.median,
-            "fail" if problems else "pass", "; ".join([*problems, losses.seen, losses.note]),
+            "fail" if problems else "pass", "; ".join([*problems, *_shares(losses), losses.seen, losses.note]),
         ),
     )  # fmt: skip
+
+
+def _shares(losses: Losses) -> Iterator[str]:
+    if losses.shares:
+        limits = losses.limits
+        yield (
+            f"median {median(losses.shares):.2f} and largest {max(losses.shares):.2f} times what rounding alone loses, "
+            f"allowed {limits.median_share} and {limits.largest_share}"
+        )
 
 
 def loss_values(losses: Losses) -> dict[str, float]:
@@ -221,6 +251,7 @@ def loss_values(losses: Losses) -> dict[str, float]:
     values = {
         "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
         "G2": median(loss.relative for loss in losses.steps) if losses.steps else inf,
+        "G2, shares of rounding alone": median(shares) if (shares := losses.shares) else inf,
     }
     return {name: value for name, value in values.items() if isfinite(value)}
 
@@ -243,7 +274,14 @@ def loss_document(losses: Losses, job: Job) -> dict[str, Any]:
             }
             for loss in losses.linears
         ],
-        "steps": [asdict(loss) | {"relative": _finite(loss.relative)} for loss in losses.steps],
+        "steps": [
+            asdict(loss) | {
+                "relative": _finite(loss.relative),
+                "rounding": None if loss.rounding is None else _finite(loss.rounding),
+                "share": None if loss.share is None else _finite(loss.share),
+            }
+            for loss in losses.steps
+        ],
         "problems": losses.step_problems,
     }  # fmt: skip
 

@@ -244,10 +244,13 @@ class StepLimits:
     median: float
     largest: float
     cosine: float
+    median_share: float | None = None
+    """The median and the largest in shares of what rounding alone loses (`rounding_loss`); None: not compared."""
+    largest_share: float | None = None
 
 
-FP8_STEPS = StepLimits(0.03, 0.05, 0.999)
 FOUR_BIT_STEPS = StepLimits(0.08, 0.08, 0.996)
+FP8_STEPS = replace(FOUR_BIT_STEPS, median_share=LINEAR_MARGIN, largest_share=1.5)
 
 
 @dataclass(frozen=True)
@@ -257,12 +260,26 @@ class StepLoss:
     step: int
     relative: float
     cosine: float
+    rounding: float | None = None
+    """What the same step loses by independent rounding of the same values (`rounding_loss`); None: not measured."""
+
+    @property
+    def share(self) -> float | None:
+        """The loss in shares of what rounding alone loses."""
+        if self.rounding is None:
+            return None
+        return self.relative / self.rounding if self.rounding > 0 else 0.0 if self.relative == 0 else inf
 
 
 def step_losses(
-    plain: Program, quantized: Callable[[int], Program], recorded: Sequence[tuple[int, Tensors]], weights: Weights
+    plain: Program,
+    quantized: Callable[[int], Program],
+    recorded: Sequence[tuple[int, Tensors]],
+    weights: Weights,
+    draws: int = 0,
 ) -> list[StepLoss]:
-    """Each of the ``recorded`` steps (index in the schedule, inputs) again, quantized as ``quantized`` says for it."""
+    """Each of the ``recorded`` steps (index in the schedule, inputs) again, quantized as ``quantized`` says for it.
+    With ``draws`` of rounding errors also what they lose."""
     losses = []
     for step, inputs in recorded:
         expected = run_program(plain, inputs, weights, compute=torch.float32)
@@ -270,8 +287,80 @@ def step_losses(
         a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
         scale, lost = float(a.norm() * b.norm()), float((b - a).norm())
         cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else 1.0 if lost == 0 else -1.0
-        losses.append(StepLoss(step, _share(lost**2, float(a.norm()) ** 2), cosine))
+        rounding = rounding_loss(plain, step, inputs, expected, weights, draws) if draws else None
+        losses.append(StepLoss(step, _share(lost**2, float(a.norm()) ** 2), cosine, rounding))
     return losses
+
+
+def rounding_loss(plain: Program, step: int, inputs: Tensors, expected: Tensors, weights: Weights, draws: int) -> float:
+    """What ``step`` of the unquantized ``plain`` loses where every value that its schemes round to E4M3 is off by an
+    independent error of that size, uniform over the distance of two codes: a root mean square over ``draws``.
+
+    No scale, quantizer or packed weight takes part, and no range: it is what the format costs this network, whatever
+    the network is. The softmax of FP8 attention has its error at the values, which are multiplied by it.
+    """
+    lost = 0.0
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+
+        def off(value: torch.Tensor, generator: torch.Generator = generator) -> torch.Tensor:
+            return rounded_at_random(value, generator)
+
+        def follow(
+            node: Node, values: Mapping[Node, torch.Tensor], off: Callable[[torch.Tensor], torch.Tensor] = off
+        ) -> torch.Tensor | None:
+            return _off(node, values, step, weights, off)
+
+        found = run_program(plain, inputs, weights, compute=torch.float32, follow=follow)
+        a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
+        lost += _share(float((b - a).norm()) ** 2, float(a.norm()) ** 2) ** 2 / draws
+    return sqrt(lost)
+
+
+def _off(
+    node: Node,
+    values: Mapping[Node, torch.Tensor],
+    step: int,
+    weights: Weights,
+    off: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor | None:
+    """The result of a quantized product with its rounded operands ``off``; None for what is not quantized."""
+    changed: list[Node] = []
+    if is_op(node, aten.linear.default) and is_weight(node.args[1]) and "precision" in node.args[1].meta:
+        scheme = _label(node.args[1]).at(step)
+        changed = {"fp8": [*node.args[:2]], "fp8-w8a16": [node.args[1]]}.get(scheme, [])
+    elif is_op(node, ops.JOINT_ATTENTION) and "precision" in node.meta:
+        query, key, value, prefix_key, prefix_value = node.args[:5]
+        if _label(node).at(step) == "fp8-attention":
+            changed = [query, key, value, value, prefix_key, prefix_value, prefix_value]
+        elif _label(node).prefix == "fp8":
+            changed = [prefix_key, prefix_value]
+    if not changed:
+        return None
+    seen = dict(values)
+    for operand in changed:
+        seen[operand] = off(seen[operand])
+    return compute_value(node, weights, seen, torch.float32)
+
+
+def _label(node: Node) -> Precision:
+    found: Precision = node.meta["precision"]
+    return found
+
+
+def rounded_at_random(value: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """float32 ``value`` and an error uniform over the distance of the two codes of E4M3 around it, at any scale."""
+    flat, result = value.contiguous().flatten(), torch.empty(value.numel())
+    for start in range(0, flat.numel(), _BLOCK):  # a weight is large
+        block = flat[start : start + _BLOCK]
+        spacing = torch.exp2(torch.frexp(block).exponent.float() - 1 - _MANTISSA_BITS)
+        errors = torch.rand(block.shape, generator=generator).sub_(0.5).mul_(spacing)
+        result[start : start + _BLOCK] = block + errors.where(block != 0, 0.0)
+    return result.reshape(value.shape)
+
+
+_BLOCK = 1 << 22
+_MANTISSA_BITS = 3
 
 
 def record_rollout(

@@ -253,6 +253,7 @@ def run_program(
     *,
     compute: torch.dtype | None = None,
     observe: Observe | None = None,
+    follow: Follow | None = None,
 ) -> dict[str, torch.Tensor]:
     """One pass through the program's graphs in order: the step of the loop for the given inputs.
 
@@ -266,7 +267,8 @@ def run_program(
         for instance in program.instances(name):
             prefix = f"{instance}_" if instance else ""
             supplied = {i: inputs[prefix + i] for i in program.free_inputs(name) if prefix + i in inputs}
-            run = run_graph(graph, {**supplied, **fed}, weights, binding, compute=compute, observe=observe)
+            given = {**supplied, **fed}
+            run = run_graph(graph, given, weights, binding, compute=compute, observe=observe, follow=follow)
             results[name, instance] = run
     return results[program.loop.body, ""]
 

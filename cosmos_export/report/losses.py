@@ -72,11 +72,15 @@ def _number(value: float | None, digits: int) -> str:
 def _steps(document: Mapping[str, Any]) -> str:
     limits = document["limits"]["steps"]
     rows = "".join(
-        f"<tr><td>{one['step'] + 1}</td><td>{_number(one['relative'], 4)}</td><td>{one['cosine']:.6f}</td></tr>\n"
+        f"<tr><td>{one['step'] + 1}</td><td>{_number(one['relative'], 4)}</td><td>{one['cosine']:.6f}</td>"
+        f"<td>{'–' if one['rounding'] is None else _number(one['share'], 2)}</td></tr>\n"
         for one in document["steps"]
     )
     allowed = f"median ≤ {limits['median']}, each ≤ {limits['largest']}, cosine ≥ {limits['cosine']}"
+    if limits["median_share"] is not None:
+        allowed += f"; times rounding alone: median ≤ {limits['median_share']}, each ≤ {limits['largest_share']}"
     return (
         f"<table>\n<caption>Velocity of whole steps against the unquantized model ({allowed})</caption>\n"
-        f"<tr><th>step</th><th>relative L2</th><th>cosine</th></tr>\n{rows}</table>\n"
+        "<tr><th>step</th><th>relative L2</th><th>cosine</th><th>times what rounding alone loses</th></tr>\n"
+        f"{rows}</table>\n"
     )

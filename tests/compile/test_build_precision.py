@@ -446,7 +446,7 @@ def test_swapped_towers_are_caught(tmp_path: Path, omni: Path, scales: Path, mon
     )
     with pytest.raises(InternalError) as caught:
         quantized(omni, tmp_path / "x", calibration=scales)
-    assert caught.value.code == "CX360" and "is of the reasoner tower" in caught.value.message
+    assert caught.value.code == "CX360" and "is of the und tower" in caught.value.message
     assert AssignPrecision.name and harness.leftovers(tmp_path) == []
 
 
