@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cosmos_export import bundle
 from cosmos_export.bundle import BundleWriter, Manifest
@@ -80,3 +83,32 @@ def write(output: Path, force: bool = False, **volatile: float) -> Manifest:
         for name, (role, content) in FILES.items():
             writer.path(name, role).write_bytes(content)
         return writer.commit(manifest(**volatile))  # type: ignore[arg-type]
+
+
+REQUEST: dict[str, Any] = {
+    "graph": "reasoner", "profiles": ["480p"], "shapes": [{"input_ids": [[1], [512], [4096]]}], "attention": 2,
+    "decomposable_attention": False, "plugins": 0,
+    "weights": [
+        {
+            "name": "w", "path": "onnx/reasoner.weights", "offset": 0, "size_bytes": 64, "dtype": "bfloat16",
+            "dims": [4, 8],
+        }
+    ],
+}  # fmt: skip
+
+
+def waiting(root: Path, document: Any = None, plugins: dict[str, bytes] | None = None) -> Path:
+    """A bundle that waits for the engine of one graph, with ``plugins``."""
+    given = {"engines": [REQUEST]} if document is None else document
+    found = replace(manifest(), engines=(), plan_checks=(), target=bundle.TargetRecord("h100", "tensorrt", "9.0"))
+    with BundleWriter(root) as writer:
+        for name, role, data in (
+            ("onnx/reasoner.onnx", "onnx", b"model"),
+            ("onnx/reasoner.weights", "weights", b"w" * 64),
+            ("tokenizer/tokenizer.json", "tokenizer", b"{}"),
+            ("engines/requests.json", "engine-requests", json.dumps(given).encode()),
+            *((f"plugins/{name}", "plugin", data) for name, data in (plugins or {}).items()),
+        ):
+            writer.path(name, role).write_bytes(data)
+        writer.commit(found)
+    return root

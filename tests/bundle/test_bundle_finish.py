@@ -13,39 +13,12 @@ import bundle_samples
 import pytest
 
 import cosmos_export.compile.finish as finishing
-from cosmos_export.bundle import BundleWriter, TargetRecord, open_bundle, verify_bundle
+from cosmos_export.bundle import open_bundle, verify_bundle
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT, Output, PluginRecord, document_text
 
-REQUEST: dict[str, Any] = {
-    "graph": "reasoner", "profiles": ["480p"], "shapes": [{"input_ids": [[1], [512], [4096]]}], "attention": 2,
-    "decomposable_attention": False, "plugins": 0,
-    "weights": [
-        {
-            "name": "w", "path": "onnx/reasoner.weights", "offset": 0, "size_bytes": 64, "dtype": "bfloat16",
-            "dims": [4, 8],
-        }
-    ],
-}  # fmt: skip
-
-
-def waiting(root: Path, document: Any = None, plugins: dict[str, bytes] | None = None) -> Path:
-    """A bundle that waits for the engine of one graph, with ``plugins``."""
-    given = {"engines": [REQUEST]} if document is None else document
-    manifest = replace(
-        bundle_samples.manifest(), engines=(), plan_checks=(), target=TargetRecord("h100", "tensorrt", "9.0")
-    )
-    with BundleWriter(root) as writer:
-        for name, role, data in (
-            ("onnx/reasoner.onnx", "onnx", b"model"),
-            ("onnx/reasoner.weights", "weights", b"w" * 64),
-            ("tokenizer/tokenizer.json", "tokenizer", b"{}"),
-            (finishing.REQUESTS, finishing.REQUESTS_ROLE, json.dumps(given).encode()),
-            *((f"plugins/{name}", finishing.PLUGIN_ROLE, data) for name, data in (plugins or {}).items()),
-        ):
-            writer.path(name, role).write_bytes(data)
-        writer.commit(manifest)
-    return root
+REQUEST = bundle_samples.REQUEST
+waiting = bundle_samples.waiting
 
 
 def with_value(field: str, value: Any) -> dict[str, Any]:

@@ -314,6 +314,14 @@ def _loose_graphs(call: Call) -> None:
     read_graphs(call.root / "graphs")
 
 
+def _engine_requests(call: Call) -> None:
+    """What is left to build of a bundle, as `finish` reads it."""
+    from cosmos_export.bundle import read_files
+    from cosmos_export.compile.finish import read_requests
+
+    read_requests(read_files(call.root / "x.bundle"))
+
+
 # -- tables, recipes, results -----------------------------------------------------------------------------------------
 
 
@@ -496,6 +504,9 @@ READERS = (
     ),
     Reader(
         "graphs", seeds.graphs_bundle, _graphs, ("*/graphs/*", "*/tables/*"), tools=("CX502",), resealed=True, share=0.4
+    ),
+    Reader(
+        "finish", seeds.waiting_bundle, _engine_requests, ("*/engines/requests.json", "*/plugins.json"), resealed=True
     ),
     Reader("graphs-loose", seeds.tiny_graphs, _loose_graphs),
     Reader(

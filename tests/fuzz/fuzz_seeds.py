@@ -51,6 +51,19 @@ def full_bundle(folder: Path) -> None:
     _build(folder, "x.bundle", "--target", "cpu", "--profile", SIZES, "--profile", ROBOT)
 
 
+def waiting_bundle(folder: Path) -> None:
+    """A bundle that waits for an engine with a kernel of its own."""
+    import bundle_samples
+
+    from cosmos_export.kernels.description import DOCUMENT, Output, PluginRecord, document_text
+
+    size = ("product", ("size", 0, 0), 4)
+    record = PluginRecord("norm", "k", ("bf16",), (Output("bf16", (size,)),), (), (("cdiv", size, 2), 1, 1), 32, 0)
+    asked = {"engines": [bundle_samples.REQUEST | {"plugins": 1}]}
+    plugins = {DOCUMENT: document_text([record]).encode(), "norm.ptx": b"// ptx"}
+    bundle_samples.waiting(folder / "x.bundle", asked, plugins)
+
+
 def requests(folder: Path) -> None:
     """The same bundle, and all that a request can bring."""
     once(folder.parent / "full_bundle", full_bundle)
