@@ -151,7 +151,7 @@ def write_scales(checkpoint: Path, output: Path) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of all processes that this one has waited for."""
+    """Processor seconds of all processes that this one has waited for."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

@@ -20,7 +20,7 @@ STEP, BITS = 32, 13
 """Products of one instruction, and the bits that are kept of each."""
 BLOCKS = (None, 64, 128)
 PEAK = 256.0
-"""Of the probabilities, as the kernel scales them before it rounds them."""
+"""Largest probability, as the kernel scales them before it rounds them."""
 
 
 def added(total: torch.Tensor, products: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@
 
 Stages, in order of what they are worth: the machine and its ceilings; every kernel against its reference, then timed;
 the graphs on the device against the interpreter; two layers of true width against diffusers, where it is installed; the
-geometry's workloads in the recipes bf16, fp8 and fp8-attention; a step with each kernel of ours in the compiled graph.
+geometry's workloads in the recipes bf16, fp8 and fp8-attention; a step with each of this project's kernels in the
+compiled graph.
 A stage that would not end within the budget is left out and said to be. Each writes its own JSON as soon as it is done.
 """
 
@@ -167,7 +168,7 @@ def _fusions(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
                     Silent(),
                 )  # fmt: skip
             rows.append({"recipe": recipe, "kernels": list(chosen), "seconds": measured.components[0].median_s})
-            what = ", ".join(chosen) or "no kernel of ours"
+            what = ", ".join(chosen) or "no kernel of this project"
             print(f"guided step in {recipe} with {what}: {1e3 * rows[-1]['seconds']:.2f} ms", flush=True)
         own = [row for row in rows if row["recipe"] == recipe]
         without = [row["seconds"] for row in own if not row["kernels"]]

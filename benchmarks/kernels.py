@@ -349,8 +349,8 @@ def measure(
 
 
 def is_wrong(row: dict[str, Any]) -> bool:
-    """A kernel of ours that does not compute its reference or does not run. That a library does not, or that one of the
-    tiles does not fit, is a result."""
+    """One of this project's kernels does not compute its reference or does not run. That a library does not, or that a
+    tile does not fit, is a result."""
     candidate = row.get("candidate", _OURS)
     return candidate.startswith(_OURS) and (not row.get("right", True) or ("failed" in row and " " not in candidate))
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 SHARE = 0.95
-"""Of an uninterrupted command's time, within which a kill comes."""
+"""Share of an uninterrupted command's time within which a kill comes."""
 PROFILE = "frames=1:2:48,height=3:6:24,width=3:8:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
 
 

@@ -29,7 +29,7 @@ from build import run
 
 LIMIT_GB = 5.0
 TIME_LIMIT, GROWTH_LIMIT = 1.3, 1.2
-"""Of a layer's time beside the baseline; of the peak with the most layers beside that with the fewest."""
+"""Largest ratios: a layer's time to the baseline, and the peak with the most layers to that with the fewest."""
 BASELINE = """
 import json, os, sys, time
 from pathlib import Path

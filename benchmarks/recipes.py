@@ -41,7 +41,7 @@ PROFILE = "480p-121f,sound_len=0,action_len=0"
 FIXED = "480p-121f,und_len=512,frames=31,height=30,width=52,sound_len=0,action_len=0"
 """FP8 attention fuses only over a number of keys that is known."""
 NARROW = 0.99
-"""Of the layers' weights in a quantized tower, so much is to be multiplied in 8 or 4 bit."""
+"""Share of the layers' weights in a quantized tower that is to be multiplied in 8 or 4 bit."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Wanted:
 
     reasoner: frozenset[str]
     generator: frozenset[str]
-    """Of the body that most steps use."""
+    """Schemes of the body that most steps use."""
     attention: str = "bf16"
 
 

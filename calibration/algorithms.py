@@ -1,4 +1,4 @@
-"""What is found for the linears of a layer besides their ranges: searches of ours and of ModelOpt, in one form."""
+"""What searches find for the linears of a layer besides ranges: this project's and ModelOpt's, in one form."""
 
 from __future__ import annotations
 
@@ -41,23 +41,23 @@ class SearchResult:
     low_rank: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """float32 [rank, K] and [N, rank], ``down`` and ``up``: up · down of the scaled weight is not quantized."""
     schemes: Mapping[str, str] = field(default_factory=dict)
-    """Of `FORMATS`."""
+    """Linear → one of `FORMATS`."""
 
 
 Rows = Mapping[str, torch.Tensor]
 Search = Callable[[nn.Module, Mapping[str, Sequence[str]], Rows, Rows], SearchResult]
-"""Of a layer, the linears that read each tensor, rows of it [n, K], and the mean |x| of its channels [K]."""
+"""Takes a layer, the linears that read each tensor, rows of it [n, K], and the mean |x| of its channels [K]."""
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A search and its settings. CX325: there is none of that name, or a setting that it does not have."""
+    """A search and its settings. CX325: no search has that name, or it does not have a given setting."""
 
     name: str = "none"
     rank: int | None = None
-    """Of ``modelopt-svdquant``."""
+    """Rank of the part that ``modelopt-svdquant`` does not quantize."""
     bits: float | None = None
-    """Of ``modelopt-auto``: of an average weight of a layer."""
+    """Bits of an average weight of a layer, for ``modelopt-auto``."""
 
     def __post_init__(self) -> None:
         if self.name not in ALGORITHMS:

@@ -45,7 +45,7 @@ def search(weights: Sequence[torch.Tensor], rows: torch.Tensor, mean: torch.Tens
 
 
 def _weight_mean(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of |w| over the largest |w| in its group of input channels, over all rows."""
+    """Mean over all rows of |w| divided by the largest |w| in its group of input channels."""
     total = torch.zeros(weights[0].shape[1])
     for weight in weights:
         groups = weight.float().abs().reshape(weight.shape[0], -1, INT4_GROUP)

@@ -230,7 +230,7 @@ class _Makers:
         """The latent that was encoded last, and what it is of: the three readings of an action follow each other."""
 
     def latents(self, work: CalibrationRequest, steps: Sequence[int], seed: int) -> _AtStep:
-        """Of ``work``, for ``steps``."""
+        """Latents of ``work`` at ``steps``."""
         record = self._job.record
         if work.latents == "rollout":
             return _AtStep(work, record, {}, self._rolled(replace(work.request, seed=seed), steps))

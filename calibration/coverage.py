@@ -81,7 +81,7 @@ def _cells(works: Sequence[CalibrationRequest], members: Sequence[int]) -> list[
 
 
 def _last_cell(cells: Sequence[_Cell]) -> int:
-    """Of the first branch: that with the end of the schedule."""
+    """Index of the first branch's cell with the end of the schedule."""
     return max(i for i, (branch, _) in enumerate(cells) if branch == "cond")
 
 

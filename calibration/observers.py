@@ -71,7 +71,7 @@ class Observation:
 
     @classmethod
     def of(cls, values: torch.Tensor, *, count: bool) -> Observation:
-        """Of all of ``values``. The result is not finite where they are not: check `finite`."""
+        """An observation of all of ``values``. It is not finite where they are not: check `finite`."""
         magnitudes = values.detach().abs()
         amax = float(magnitudes.max()) if magnitudes.numel() else 0.0
         if not count:

@@ -78,7 +78,7 @@ class QuantizeResult:
     quantized: int
     kept: int
     size_bytes: int
-    """Of the transformer."""
+    """Size of the transformer's files."""
     policy: bool
 
 

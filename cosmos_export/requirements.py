@@ -32,7 +32,7 @@ def other_releases(extra: str, installed: Mapping[str, str | None] | None = None
 
 
 def installed_release(name: str) -> str | None:
-    """Of the package ``name``; None where it is not installed."""
+    """Installed release of the package ``name``; None where it is not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -55,7 +55,7 @@ def compile_variant(variant: Variant, capability: int) -> Binary:
     from triton.compiler import ASTSource
 
     if capability not in CAPABILITIES:
-        raise ValueError(f"capability {capability} is none of {CAPABILITIES}")
+        raise ValueError(f"capability {capability} is not one of {CAPABILITIES}")
     if not hasattr(variant.kernel, "arg_names") or type(variant.kernel).__name__ == "InterpretedFunction":
         raise ValueError("kernels are interpreted in this process (TRITON_INTERPRET); they cannot be compiled in it")
     source = ASTSource(

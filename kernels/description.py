@@ -89,7 +89,7 @@ def evaluate(size: Size, size_of: Callable[[int, int], Any], cdiv: Callable[[Any
         return -(-parts[0] // parts[1]) if isinstance(parts[0], int) else cdiv(parts[0], parts[1])
     if kind == "product":
         return reduce(mul, sorted(parts, key=lambda part: isinstance(part, int)))  # symbols know ``*`` on their right
-    raise ValueError(f"a size is {kind!r}, which is none of size, cdiv, product")
+    raise ValueError(f"a size is {kind!r}, which is not one of size, cdiv, product")
 
 
 def document_text(records: Sequence[PluginRecord]) -> str:

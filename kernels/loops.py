@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SCHEDULERS = 4
-"""Of a multiprocessor; a warp belongs to one."""
+"""Schedulers of a multiprocessor; a warp belongs to one of them."""
 _EXPONENTIAL_CLOCKS = 8
 """That an exponential of a warp keeps the unit of its scheduler."""
 _GROUP_WARPS = 4
@@ -33,7 +33,7 @@ class MachineLoop:
     """A loop that has products of matrix units, in clocks of a multiprocessor that runs one program."""
 
     instructions: int
-    """Of an iteration, each warp's."""
+    """Instructions of each warp per iteration."""
     matrix_clocks: float
     issue_clocks: float
     exponential_clocks: float
@@ -45,7 +45,7 @@ class MachineLoop:
 
 
 def loops(cubin: bytes, warps: int) -> list[MachineLoop]:
-    """Of ``cubin``, for Hopper, in the order of the code; programs of ``warps`` warps."""
+    """Loops of ``cubin``, for Hopper, in the order of the code; programs of ``warps`` warps."""
     found = []
     for body in _bodies(_disassembled(cubin)):
         products = [match for name in body if (match := _PRODUCT.match(name))]

@@ -348,7 +348,7 @@ def main(arguments: Sequence[str]) -> int:
 
     capability, folder = int(arguments[0]), Path(arguments[1])
     if capability not in CAPABILITIES:
-        raise ValueError(f"capability {capability} is none of {CAPABILITIES}")
+        raise ValueError(f"capability {capability} is not one of {CAPABILITIES}")
     records = []
     for kernel, settings in json.load(sys.stdin):
         form = Form(kernel, tuple((name, value) for name, value in settings))

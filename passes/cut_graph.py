@@ -25,9 +25,9 @@ class CutPlace:
 
     node: Node
     crossing_bytes: int
-    """Of what is computed before it and read after it."""
+    """Bytes that are computed before it and read after it."""
     weight_size: float
-    """Of the weights that are read from here to the next place."""
+    """Size of the weights that are read from here to the next place."""
 
 
 def narrow_places(

@@ -38,7 +38,7 @@ class Ranges:
     """Layer and operand (``q``, ``k``, ``v``) of the generator's attention → largest magnitude."""
 
     def input_amax(self, weight: WeightBinding) -> float:
-        """Of the linear with ``weight``, or of all that were merged into it; CX312 for one without a range."""
+        """Range of the input of the linear with ``weight``, or of all merged into it; CX312 where one has none."""
         keys = [f"{linear}.input_amax" for linear in linears_of(weight)]
         missing = [key for key in keys if key not in self.amax]
         if missing:

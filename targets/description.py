@@ -101,7 +101,7 @@ class Target:
     def _problem(self) -> str | None:
         for backend in (self.backend, *self.other_backends):
             if backend not in BACKENDS:
-                return f"backend `{backend}` is none of {', '.join(BACKENDS)}"
+                return f"backend `{backend}` is not one of {', '.join(BACKENDS)}"
         if self.backend in self.other_backends:
             return f"backend `{self.backend}` is named twice"
         if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OF_A_GPU):

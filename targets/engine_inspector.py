@@ -22,7 +22,7 @@ from typing import BinaryIO
 from cosmos_export.diagnostics import UserError
 
 NARROW_SHARE = 0.99
-"""Of the weights that are planned in 8 or 4 bit, so much must be."""
+"""Share of the weights planned in 8 or 4 bit that must be multiplied so."""
 
 KNOWN_VERSIONS = frozenset({(1, 7, 1, 116)})
 

@@ -4,7 +4,7 @@ A graph is specialised to the sizes of one call. What the compiler can fuse (nor
 written as plain tensor code, attention stays whole; `torch.compile` makes fused kernels of the rest. On a GPU the
 compiled function is captured when sizes come again, and replayed: a replay has no work on the host; a closed loop is
 captured with all its steps. Weights are arguments, not constants of the code: one copy on the device serves every size.
-Kernels of ours take the place of what they compute where `Settings` names them (`inductor_fusions`).
+This project's kernels take the place of what they compute where `Settings` names them (`inductor_fusions`).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _joint(kind: str) -> Callable[..., torch.Tensor]:
         from cosmos_export.kernels import operators
 
         return operators.joint_attention
-    raise ValueError(f"attention {kind!r} is none of {', '.join(ATTENTIONS)}")
+    raise ValueError(f"attention {kind!r} is not one of {', '.join(ATTENTIONS)}")
 
 
 def _implementations(kind: str) -> dict[Any, Callable[..., Any]]:
@@ -660,7 +660,7 @@ class Steps:
     rows: tuple[str, ...]
     """Inputs that are given for all steps, [steps, …]."""
     returned: tuple[str, ...]
-    """Of the carried inputs those whose last value is wanted."""
+    """The carried inputs whose last value is wanted."""
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Kernels of ours in the graphs that inductor compiles: patterns on dataflow, each replaced by one operation.
+"""This project's kernels in the graphs that inductor compiles: patterns on dataflow, each replaced by one operation.
 
 A rewrite looks at a chunk of a graph whose sizes are known (`inductor.specialise`), before its operations are turned
 into code for the compiler. It finds values by what computes them, never by name. Each is used where `Settings.kernels`
@@ -33,7 +33,7 @@ def fuse(graph: fx.Graph, kernels: Collection[str]) -> None:
     """
     unknown = set(kernels) - set(KERNELS)
     if unknown:
-        raise ValueError(f"kernels {', '.join(sorted(unknown))} are none of {', '.join(KERNELS)}")
+        raise ValueError(f"kernels {', '.join(sorted(unknown))} are not among {', '.join(KERNELS)}")
     for name, rewrite in _REWRITES.items():
         if name in kernels:
             for node in list(graph.nodes):

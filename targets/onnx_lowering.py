@@ -56,8 +56,8 @@ def lower(
     """The ONNX model of ``graph``; weights are references into ``weights_file`` (relative to the model).
 
     ``compute`` replaces the graph's low-precision floating type (bfloat16) in every value. With ``external`` the
-    weights of `external_weights` are inputs, after the graph's own. With ``plugins`` kernels of ours are nodes where
-    there is a place for them. Raises InternalError (CX230) for an operation without a rule or a dim that no input
+    weights of `external_weights` are inputs, after the graph's own. With ``plugins`` this project's kernels are nodes
+    where there is a place for them. Raises InternalError (CX230) for an operation without a rule or a dim that no input
     shows.
     """
     return Lowering(graph, stored, weights_file, compute, external=external, plugins=plugins).run()
@@ -122,7 +122,7 @@ class Lowering:
         self._count = 0
         self._scope = ""
         self.domains: set[str] = set()
-        """Of operations that are not ONNX's own: TensorRT's, and plugins."""
+        """Domains of operations that are not ONNX's own: TensorRT's, and plugins."""
 
     def run(self) -> onnx.ModelProto:
         inputs = []

@@ -1,4 +1,4 @@
-"""Kernels of ours in models that TensorRT reads: what each stands for is found by dataflow, and becomes one node.
+"""This project's kernels in models for TensorRT: what each stands for is found by dataflow, and becomes one node.
 
 The rewrites are those of the inductor backend (`inductor_fusions`); joint attention is an operation by itself. A node
 is called like the form of the kernel that it runs, in the domain `kernels.description.NAMESPACE`, and is made ahead of

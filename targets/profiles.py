@@ -94,7 +94,7 @@ class ModelLimits:
     max_height: int = 1024
     max_width: int = 1024
     max_rows: int = 65_536
-    """Of sound and of actions."""
+    """Largest number of rows of sound, and of actions."""
     sound: bool = True
     action: bool = True
 

@@ -45,7 +45,7 @@ class EngineSettings:
             raise InternalError("CX402", f"target `{target.name}`, [engine]: {error}") from error
         allowed = ("none", "same-compute-capability", "ampere-plus")
         if settings.hardware_compatibility not in allowed:
-            raise InternalError("CX402", f"target `{target.name}`: hardware_compatibility is none of {allowed}")
+            raise InternalError("CX402", f"target `{target.name}`: hardware_compatibility is not one of {allowed}")
         return settings
 
 

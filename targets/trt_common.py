@@ -89,7 +89,7 @@ class EngineFacts:
     """The part of it no file backs, sampled; what the machine must really have. None where the system does not tell."""
     warnings: tuple[str, ...]
     plugins: int = 0
-    """Operations of the graph that are kernels of ours."""
+    """Operations of the graph that are this project's kernels."""
     layers: int | None = None
     """Layers that the engine inspector lists; None where the builder has no inspector."""
     layers_in: Mapping[str, int] = field(default_factory=dict)

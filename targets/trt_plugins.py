@@ -1,4 +1,4 @@
-"""Kernels of ours as ahead-of-time plugins of TensorRT: how a builder is told of those in a bundle.
+"""This project's kernels as ahead-of-time plugins of TensorRT: how a builder is told of those in a bundle.
 
 TensorRT puts their machine code into the engine; a runtime needs neither this module nor Triton. `tensorrt.plugin`
 (11.4) asks for functions with one annotated parameter a tensor, so that these are made to look like that.
@@ -47,7 +47,7 @@ def _problems(record: PluginRecord, names: Sequence[str]) -> Iterator[str]:
         yield f"{record.name} is there twice"
     for kind in (*record.inputs, *(output.type for output in record.outputs)):
         if kind not in _TYPES:
-            yield f"{shown(kind)} is none of {', '.join(_TYPES)}"
+            yield f"{shown(kind)} is not one of {', '.join(_TYPES)}"
     if not 1 <= record.threads <= _MOST_THREADS or not 0 <= record.shared_bytes <= _MOST_SHARED:
         yield f"{record.threads} threads with {record.shared_bytes} bytes"
     if len(record.grid) != 3 or not record.outputs:

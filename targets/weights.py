@@ -26,7 +26,7 @@ from cosmos_export.progress import Progress
 ALIGNMENT = 4096
 """Offsets are multiples of a page, so that every tensor can be mapped by itself."""
 _CHUNK_BYTES = 2 << 20
-"""Of a tensor at a time: it stays in a core's cache while it is computed, hashed and written."""
+"""Bytes of a tensor processed at a time: they stay in a core's cache while they are computed, hashed and written."""
 
 _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype(np.float32),

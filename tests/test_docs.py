@@ -46,3 +46,18 @@ def test_the_repository_has_no_path_of_a_machine() -> None:
     pattern = re.compile(r"(?<![\w.])/(?:home|Users)/\w+/|(?<![\w.])/root/(?!\.)")
     found = [n for n in files.stdout.split() if pattern.search((ROOT / n).read_text("utf-8")) and "tests/" not in n]
     assert not found
+
+
+SOURCES = [
+    path
+    for folder in ("cosmos_export", "passes", "kernels", "calibration", "targets", "benchmarks", "docs")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".md")
+]
+PRIVATE = re.compile(r'"""Of |\b(?:is|are) none of\b| of ours\b')
+"""Turns of phrase that readers had to translate."""
+
+
+def test_prose_is_plain() -> None:
+    assert len(SOURCES) > 250
+    assert not {path.relative_to(ROOT).as_posix() for path in SOURCES if PRIVATE.search(path.read_text("utf-8"))}

@@ -51,11 +51,11 @@ class BundleRequest:
 
     bundle: Path
     workload: str | None = None
-    """Of `KINDS`, or `REASONER`; None: what the bundle was built for."""
+    """One of `KINDS`, or `REASONER`; None: what the bundle was built for."""
     profile: str | None = None
     """One of the bundle's profiles, at its optimum; None: the first."""
     prompt_tokens: tuple[int, int] | None = None
-    """Of the prompt and the negative prompt; None: those of the profile's optimum."""
+    """Tokens of the prompt and the negative prompt; None: those of the profile's optimum."""
     backend: str | None = None
     device: str | None = None
     runs: int = FEWEST_RUNS
@@ -135,7 +135,7 @@ def _profile(manifest: Manifest, asked: str | None) -> ProfileRecord:
     profiles = {profile.name: profile for profile in manifest.profiles}
     chosen = asked or next(iter(profiles))
     if chosen not in profiles:
-        raise UserError("CX672", f"profile `{chosen}` is none of {', '.join(profiles)}")
+        raise UserError("CX672", f"profile `{chosen}` is not one of {', '.join(profiles)}")
     return profiles[chosen]
 
 
@@ -161,7 +161,7 @@ def numbered_requests(
     from cosmos_export.runtime.request import ActionPart, Request
 
     if name not in KINDS:
-        raise UserError("CX672", f"workload `{name}` is none of {', '.join((*KINDS, REASONER))}")
+        raise UserError("CX672", f"workload `{name}` is not one of {', '.join((*KINDS, REASONER))}")
     kind, record = KINDS[name], manifest.request
     schedule, dims = _schedule(manifest), {name: span.opt for name, span in profile.dims.items()}
     modalities = manifest.options["modalities"]

@@ -38,11 +38,11 @@ from cosmos_export.sampling import Schedule
 from cosmos_export.targets.recipe import Assignment
 
 DEVIATION = 0.02
-"""Of random weights; zeros would let a card clock higher than it does at work."""
+"""Standard deviation of random weights. Zeros would let a card clock higher than it does at work."""
 _FP8_DEVIATION = 100.0
-"""Of E4M3 values, so that they use its range: weights of a few deviations come near its 448."""
+"""Standard deviation of E4M3 values, so that they use its range: a few deviations come near its 448."""
 _INT4_DEVIATION = 4.0
-"""Of integers from −8 to 7, all as likely, about."""
+"""Approximate standard deviation of integers from −8 to 7, all equally likely."""
 _AMAX = 5.0
 """Range of activations, which norms keep near one."""
 _PROGRAMS = "programs"

@@ -51,7 +51,7 @@ class GeometryRequest:
     places: tuple[str, ...] = ()
     """``PLACE=SCHEME``: changes to the recipe, as `build --set` takes them."""
     kernels: frozenset[str] = frozenset()
-    """Kernels of ours that compute in the generator; none: the compiler's code."""
+    """This project's kernels that compute in the generator; none: the compiler's code."""
     only: frozenset[str] = frozenset()
     """Components to measure; none: all that the request has."""
     compiled: bool = True
@@ -97,9 +97,9 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     check_runs(request.runs, request.warm_up, request.dry_run)
     unknown = request.kernels - set(KERNELS)
     if unknown:
-        raise UserError("CX672", f"kernels {', '.join(sorted(unknown))} are none of {', '.join(KERNELS)}")
+        raise UserError("CX672", f"kernels {', '.join(sorted(unknown))} are not among {', '.join(KERNELS)}")
     if request.attention is not None and request.attention not in ATTENTIONS:
-        raise UserError("CX672", f"attention `{request.attention}` is none of {', '.join(ATTENTIONS)}")
+        raise UserError("CX672", f"attention `{request.attention}` is not one of {', '.join(ATTENTIONS)}")
     subject = published_subject(request.size)
     workload, schedule = geometry_schedule(request)
     if request.baselines:

@@ -109,7 +109,7 @@ class Measurement:
     baselines_left_out: tuple[str, ...] = ()
     """What a reader would expect to be compared with and is not there, and why."""
     verdicts: Open | None = None
-    """Of a bundle: what its build left open."""
+    """What the build of a measured bundle left open."""
 
     @property
     def request_s(self) -> float:

@@ -10,7 +10,7 @@ from cosmos_export.checkpoint.reader import Checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 
 _QUANT = ("quant_conv.", "post_quant_conv.")
-"""Of both halves of the video autoencoder."""
+"""Convolutions that belong to both halves of the video autoencoder."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class DemoOptions:
     like: str | None = None
     """A published size that every component has; with ``layers`` fewer of them."""
     sparse: bool = False
-    """Of every tensor but the first page the weights are zero and a hole in their file, which takes neither room nor
+    """All weights except the first page of each tensor are zero and a hole in their file, which takes neither room nor
     time to write."""
     seed: int = 0
     dtype: str | None = None

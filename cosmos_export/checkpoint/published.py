@@ -22,7 +22,7 @@ PUBLISHED: Mapping[str, Geometry] = {"nano": NANO, "super": SUPER, "edge": EDGE}
 VAE_WIDTHS: Mapping[str, Any] = {
     "base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
 }  # fmt: skip
-"""Of the video autoencoder, which all sizes share."""
+"""Widths of the video autoencoder, which all sizes share."""
 SOUND_WIDTHS: Mapping[str, Any] = {
     "dec_dim": 320, "dec_c_mults": [1, 2, 4, 8, 16], "enc_dim": 192, "enc_num_blocks": 2, "enc_c_mults": [1, 2, 4],
 }  # fmt: skip
@@ -36,9 +36,9 @@ VISION_WIDTHS: Mapping[str, Mapping[str, Any]] = {
         "num_patches": 256,
     },
 }  # fmt: skip
-"""Of the reasoner's vision encoder, by family."""
+"""Configuration of the reasoner's vision encoder, by family."""
 PROJECTOR_WIDTH = 11520
-"""Of Edge's projector between vision encoder and text tower."""
+"""Width of Edge's projector between vision encoder and text tower."""
 
 _SIZE_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -24,7 +24,7 @@ from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 _CHUNK = 1 << 20
 """Elements generated at a time. Part of what the bytes are: each chunk has its own seed."""
 _HEAD_BYTES = 64 << 10
-"""Of a tensor that has values: some rows of a matrix, so that errors of results average out."""
+"""Bytes of a tensor that get values: some rows of a matrix, so that errors of results average out."""
 _HEAD = 2.0**-5
 """Magnitude of these values: sums over a row stay near one."""
 _AHEAD = 4

@@ -64,7 +64,7 @@ class Checkpoint:
     precision: str
     """``fp8-modelopt`` where it is quantized, otherwise ``dtype``."""
     dtype: str
-    """Of what is not quantized: ``bf16``, ``fp32``, ``fp16`` or ``mixed``; the time embedder may be wider."""
+    """Type of what is not quantized: ``bf16``, ``fp32``, ``fp16`` or ``mixed``. The time embedder may be wider."""
     quantization: Quantization | None
     distilled_sigmas: tuple[float, ...] | None
     policy: Mapping[str, Any] | None

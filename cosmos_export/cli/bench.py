@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
         kernels: Annotated[
             str | None,
             typer.Option(
-                help="Of a geometry: kernels of ours in place of the compiler's code, of "
+                help="For a geometry: this project's kernels in place of the compiler's code, of "
                 f"{', '.join(KERNELS)}; several with commas."
             ),
         ] = None,

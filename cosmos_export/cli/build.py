@@ -93,7 +93,9 @@ def register(app: typer.Typer) -> None:
         ] = "embedded",
         kernels: Annotated[
             str | None,
-            typer.Option(help=f"Kernels of ours as TensorRT plugins (--backend tensorrt): of {','.join(PLUGINS)}."),
+            typer.Option(
+                help=f"This project's kernels as TensorRT plugins (--backend tensorrt): of {','.join(PLUGINS)}."
+            ),
         ] = None,
         quality: Annotated[
             str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")

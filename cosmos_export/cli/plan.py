@@ -72,7 +72,7 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.targets.stored_recipe import recipe_for
 
         if loop not in ("host", "device"):
-            raise UserError("CX451", f"loop `{loop}` is none of host, device", "pass one of host, device")
+            raise UserError("CX451", f"loop `{loop}` is not one of host, device", "pass one of host, device")
         tokens = _tokens(prompt_tokens)
         subject, limits, opened = subject_of(checkpoint, like)
         if recipe == AUTO:

@@ -65,7 +65,7 @@ def fail(error: CosmosExportError, as_json: bool) -> NoReturn:
 
 
 def fail_unexpected(error: BaseException, as_json: bool) -> NoReturn:
-    """Report any other exception: what the system said, an interruption, or a bug of ours."""
+    """Report any other exception: what the system said, an interruption, or a bug of this program."""
     console.close()
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         _interrupted(error, as_json)

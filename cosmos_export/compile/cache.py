@@ -47,7 +47,7 @@ class Entry:
     name: _Name
     components: Mapping[str, str]
     path: _Place
-    """Of the file in its bundle."""
+    """Path of the file in its bundle."""
     size_bytes: int
     sha256: _Digest
     facts: Mapping[str, Any]
@@ -166,7 +166,7 @@ class Cache:
 
 
 def nearest(name: str, components: Mapping[str, str], entries: list[Entry]) -> Entry | None:
-    """Of the entries called ``name``, the one that differs in the fewest components; the newest of those."""
+    """The entry called ``name`` that differs in the fewest components; the newest, if there are several."""
     own = [entry for entry in entries if entry.name == name]
     return min(own, key=lambda entry: len(differences(components, entry.components)), default=None)
 

@@ -55,7 +55,7 @@ class CalibrateOptions:
     margin: float = 1.1
     percentile: float = 99.999
     algorithm: str = "none"
-    """Of `cosmos_export.calibration.algorithms.ALGORITHMS`."""
+    """One of `cosmos_export.calibration.algorithms.ALGORITHMS`."""
     rank: int | None = None
     bits: float | None = None
     seed: int = 0

@@ -40,7 +40,7 @@ class Codec:
     name: str
     program: Program
     suffix: str
-    """Of its models that run on a CPU."""
+    """Ending of its models that run on a CPU."""
 
     @property
     def graphs(self) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class EngineRequest:
     weights: tuple[WeightInput, ...] = ()
     """Weights that the engine takes as inputs."""
     plugins: Count = 0
-    """Nodes of the model that are kernels of ours."""
+    """Nodes of the model that are this project's kernels."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ Components = Mapping[str, str]
 
 
 def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
-    """Of a weight file: where each of its bytes comes from. The source files are told by size, times and inode."""
+    """Key of a weight file: where each of its bytes comes from. Source files are known by size, times and inode."""
     files = {source.file for binding in stored for source in _read_by(binding)}
     told = {file: _file_identity(file) for file in files}
     bindings = [
@@ -67,7 +67,7 @@ def engine_components(
     settings: Mapping[str, Any],
     module: str,
 ) -> Components:
-    """Of an engine. ``weights``: digests of the files that ``model`` takes its weights from."""
+    """Key of an engine. ``weights``: digests of the files that ``model`` takes its weights from."""
     return {
         "graph": hashlib.sha256(model.read_bytes()).hexdigest(),
         "weights": ",".join(weights),
@@ -149,5 +149,5 @@ def _version(module: str) -> str:
 
 @cache
 def _worker_digest() -> str:
-    """Of the program that drives the builder: another one may set it up differently."""
+    """Digest of the program that drives the builder: another one may set it up differently."""
     return hashlib.sha256(Path(trt_common.__file__).with_name("_trt_worker.py").read_bytes()).hexdigest()

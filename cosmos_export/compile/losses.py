@@ -74,7 +74,7 @@ class Losses:
 
     @property
     def seen(self) -> str:
-        """Of how many steps of each kind the velocity was measured."""
+        """How many steps of each kind had their velocity measured."""
         kinds = (f"{len(a.measured)} of {a.count} that compute as step {a.first + 1}" for a in self.alike)
         return f"measured: {', '.join(kinds)}"
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cosmos_export.compile.options import BuildOptions, Job
 
 _MARGIN_BYTES = 1 << 30
-"""Of what is free that is left to the rest of the machine."""
+"""Free memory that is left to the rest of the machine."""
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
 

@@ -17,19 +17,19 @@ from pathlib import Path
 
 _INTERVAL_S = 0.05
 _BLOCK_BYTES = 512
-"""Of the counters of blocks in `getrusage`."""
+"""Size of a block in the counters of `getrusage`."""
 
 
 @dataclass
 class StageCost:
-    """Of one stage, over all times it was entered."""
+    """Cost of one stage, over all times it was entered."""
 
     seconds: float = 0.0
     read_bytes: int = 0
     """From the disk; what the page cache holds is not read again."""
     written_bytes: int = 0
     peak_anonymous_bytes: int = 0
-    """Of this process and its builders together; 0 where the system does not tell."""
+    """Peak of this process and its builders together; 0 where the system does not tell."""
 
 
 class Meter:

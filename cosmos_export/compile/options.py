@@ -72,7 +72,7 @@ class BuildOptions:
     calibration: Path | None = None
     """A scale table, where the recipe or an override quantizes activations."""
     kernels: tuple[str, ...] = ()
-    """Kernels of ours that TensorRT is to run as plugins: `cosmos_export.kernels.description.PLUGINS`."""
+    """This project's kernels that TensorRT is to run as plugins: `cosmos_export.kernels.description.PLUGINS`."""
     weights: WeightsMode = "embedded"
     """``external``: large weights are inputs of the engines, which stay small; they lie in the bundle once."""
     quality: QualityMode = "enforce"
@@ -370,7 +370,7 @@ def _require_consistent(options: BuildOptions) -> None:
         allowed, given = get_args(mode), getattr(options, name)
         if given not in allowed:
             listed = ", ".join(allowed)
-            raise UserError("CX451", f"{name} `{given}` is none of {listed}", f"pass one of {listed}")
+            raise UserError("CX451", f"{name} `{given}` is not one of {listed}", f"pass one of {listed}")
     if options.output is None and options.until is None:
         raise UserError(
             "CX451", "a build needs an output", "pass `-o DIR`, or `--until PASS --dump DIR` for graphs alone"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cosmos_export.compile.artifacts import Engine
 
 _BLOCK_BYTES = 512
-"""Of the counter of blocks that a file has on the disk."""
+"""Size of a block in the counter of blocks that a file has on the disk."""
 _BODIES = ("denoise", "generator")
 """What the names of engines that compute steps begin with; each has the generator's weights."""
 

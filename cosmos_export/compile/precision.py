@@ -85,13 +85,13 @@ def activation_ranges(job: Job) -> Ranges:
 
 
 def _attention_ranges(amax: Mapping[str, float]) -> dict[tuple[int, str], float]:
-    """Of the generator's attention: by layer and operand."""
+    """Ranges of the generator's attention, by layer and operand."""
     found = ((_ATTENTION.fullmatch(key), value) for key, value in amax.items())
     return {(int(match["layer"]), match["operand"]): value for match, value in found if match is not None}
 
 
 def _stored_ranges(checkpoint: Checkpoint) -> dict[str, float]:
-    """Of a quantized checkpoint: what its input scales say. Exact in float64."""
+    """Ranges that the input scales of a quantized checkpoint say. Exact in float64."""
     linears = quantized_linears(checkpoint)
     return {f"{n}.input_amax": E4M3_MAX * q.input_scale for n, q in linears.items() if q.input_scale is not None}
 

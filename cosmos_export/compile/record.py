@@ -179,7 +179,7 @@ def _tools(result: BuildResult) -> dict[str, str]:
 
 
 def _version(module: str) -> str:
-    """Of whatever distribution provides it: ONNX Runtime has one for the CPU and one for GPUs."""
+    """Version of the distribution that provides ``module``: ONNX Runtime has one for the CPU and one for GPUs."""
     try:
         return metadata.version(module)
     except metadata.PackageNotFoundError:

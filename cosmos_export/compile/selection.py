@@ -33,7 +33,7 @@ def select(asked: Sequence[str] | None, checkpoint: Checkpoint, modalities: Sequ
         if unknown:
             raise UserError(
                 "CX224",
-                f"component {', '.join(shown(name) for name in unknown)} is none of {', '.join(COMPONENTS)}",
+                f"component {', '.join(shown(name) for name in unknown)} is not one of {', '.join(COMPONENTS)}",
                 "give a list of these, or `all` or `none` alone; the transformer is always built",
             )
         chosen = tuple(name for name in COMPONENTS if name in asked)

@@ -130,7 +130,7 @@ class BuildResult:
     codec_parity_notes: dict[str, str] = field(default_factory=dict)
     """The same of the codecs that were not, by name."""
     verdicts: list[Verdict] = field(default_factory=list)
-    """Of checks that have no number."""
+    """Verdicts of checks that have no number."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the result should know and would not expect."""
     engines: list[Engine] = field(default_factory=list)
@@ -702,7 +702,7 @@ class _WeightInputs:
         self._external = job.options.weights == "external"
 
     def __call__(self, graph: Graph, stem: str) -> tuple[WeightInput, ...]:
-        """Of ``graph``, whose weights are those of the program's graph ``stem``."""
+        """Weight inputs of ``graph``, whose weights are those of the program's graph ``stem``."""
         if not self._external:
             return ()
         places = layout_of(_sharing(stem, self._program, self._variants).values())

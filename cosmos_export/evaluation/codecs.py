@@ -16,7 +16,7 @@ from cosmos_export.evaluation.reference import relative_error
 from cosmos_export.ir.program import Program
 
 _ROWS, _COLUMNS, _FRAMES = 4, 5, 3
-"""Of the latents: nine frames of 64 × 80 pixels."""
+"""Size of the latents that are compared: nine frames of 64 × 80 pixels."""
 _SOUND = 7
 
 

@@ -62,7 +62,7 @@ class Published:
     waveform: Array | None = None
     actions: Array | None = None
     seconds: float = 0.0
-    """Of the pipeline's call, without loading it."""
+    """Duration of the pipeline's call, without loading it."""
 
 
 def run_published(checkpoint: Path, request: PublishedRequest) -> Published:

@@ -15,7 +15,7 @@ E2M1_MAX = 6.0
 INT4_MAX = 7.0
 NVFP4_BLOCK = 16
 SMALLEST_BLOCK_SCALE = 2.0**-9
-"""Of E4M3."""
+"""The smallest positive number of E4M3."""
 ROUNDING = "exact"
 """What a manifest says of how values were rounded: quotients in float32, rounded once."""
 
@@ -96,7 +96,7 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
 
 
 _E2M1_BITS = (127 << 1) - 2
-"""Of 1.0 in float32, less its code."""
+"""Exponent bits of 1.0 in float32, less its code in E2M1."""
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -211,7 +211,7 @@ class WeightBinding:
 
     @property
     def unpacked_shape(self) -> tuple[int, ...]:
-        """Of what sources and transform give."""
+        """Shape of what sources and transform give, before packing."""
         if self.transform in (Transform.IDENTITY, Transform.WEIGHT_NORM, Transform.SCALE):
             return self.sources[-1].shape
         return (sum(s.shape[0] for s in self.sources), *self.sources[0].shape[1:])

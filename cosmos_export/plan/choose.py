@@ -32,7 +32,7 @@ class Tried:
     refusal: str
     """Why it is not for this target or these workloads; empty where it is."""
     weights_bytes: int | None = None
-    """Of everything, each weight once, however many engines hold it."""
+    """Size of all weights, each counted once, however many engines hold it."""
     fit: str | None = None
     """``resident``: everything at once; ``phases``: what a phase needs; ``no``."""
     relative_s: float | None = None

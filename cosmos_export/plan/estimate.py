@@ -28,9 +28,9 @@ from cosmos_export.targets.profiles import DimRange, ModelLimits, check_limits
 from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe
 
 MEMORY_SHARE = 0.95
-"""Of a GPU's memory that a request may take; the rest is the driver's and the allocator's."""
+"""Share of a GPU's memory that a request may take. The driver and the allocator need the rest."""
 UNIFIED_SHARE = 0.85
-"""Of memory that is shared with the CPU."""
+"""The same share where the memory is shared with the CPU."""
 ADVISED, LAST = ("fp8", "memory"), "int4"
 """Recipes that are tried where one does not fit."""
 
@@ -47,7 +47,7 @@ class PlanRequest:
     loop: Literal["host", "device"] = "host"
     overrides: Overrides = field(default_factory=Overrides)
     memory_budget: int | None = None
-    """Of the build, in bytes: an engine that takes more is cut. None: none is."""
+    """Memory of the build in bytes. An engine that takes more is cut. None: no engine is cut."""
 
 
 @dataclass(frozen=True)

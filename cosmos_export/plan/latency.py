@@ -55,7 +55,7 @@ class Latency:
     reasoner_s: float
     generator_s: float
     linear_s: float
-    """Of the generator's time: linears."""
+    """The part of the generator's time that its linears take."""
     attention_s: float
     codec_s: float
     step_s: float

@@ -57,7 +57,7 @@ class Mix:
 
     @property
     def bits(self) -> float:
-        """Of an average weight of its linears."""
+        """Bits of an average weight of its linears."""
         return sum(share * SCHEMES[name].bits for name, share in self.linears.items())
 
     @property

@@ -25,7 +25,7 @@ from cosmos_export.targets.partition import partition
 from cosmos_export.targets.recipe import WEIGHT_ONLY
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
-"""Of an engine besides its weights: kernels and plan."""
+"""Bytes of an engine on top of its weights: kernels and the description of its layers."""
 TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
 """The same of a tower, and for each of its layers."""
 PROFILE_CODE_SHARE = 0.5
@@ -36,9 +36,9 @@ BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.15, "fp8": 1.08, "fp8-w8a16": 2.
 CODEC_BUILDER_SHARE = 1.8
 """The same where the weights are of convolutions."""
 BUILDER_BYTES = 300_000_000
-"""Of the builder besides."""
+"""Memory of the builder in bytes, on top of its weights."""
 _BRIEF_BYTES = 100_000_000
-"""Of weights: what has less is built in a moment."""
+"""Engines with fewer weight bytes are built in seconds."""
 COMPILER_BYTES, COMPILER_LAYER_BYTES = 450_000_000, 4_000_000
 """Anonymous memory of the process that captures, lowers and waits, and for each layer."""
 
@@ -82,7 +82,7 @@ class PlannedEngine:
 
     @property
     def engines(self) -> int:
-        """Of all forms together."""
+        """Number of engines in all forms together."""
         return sum(map(len, self.forms))
 
     @property
@@ -209,16 +209,18 @@ def compiler_bytes(layers: int) -> int:
 
 
 def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
-    """Of a graph's weights: linears as in ``mix``, everything else in bf16."""
+    """Bytes of a graph's weights: linears as in ``mix``, everything else in bf16."""
     linear = sum(tensor.elements for tensor in tensors if tensor.linear)
     others = sum(tensor.elements for tensor in tensors if not tensor.linear)
     return int(linear * (16 if mix is None else mix.bits) / 8) + 2 * others
 
 
 def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
-    """Of a tower's engine at ``rows``, in bf16: the widest point of a layer, which all layers share, is its MLP – gate,
-    up and their product, or up alone – with what the stream still needs. ``keys``: rows of keys and values that are
-    joined for attention."""
+    """Bytes of activations of a tower's engine at ``rows``, in bf16.
+
+    All layers share the memory of the widest point of one, its MLP: gate, up and their product, or up alone, with what
+    the stream still needs. ``keys``: rows of keys and values that are joined for attention.
+    """
     inner = (3 if geometry.gated else 1) * geometry.intermediate_size
     width = inner + STREAM_WIDTHS[geometry.gated] * geometry.hidden_size
     return int(2 * rows * width) + 2 * 2 * geometry.key_value_width * keys
@@ -269,11 +271,11 @@ class DeviceMemory:
     """Device memory of one request, by what holds it and by phase."""
 
     weights_bytes: int
-    """Of all engines."""
+    """Weights of all engines."""
     cache_bytes: int
     latent_bytes: int
     activations_bytes: int
-    """Of the engine that needs the most: engines run one after the other and share it."""
+    """Activations of the engine that needs the most. Engines run one after the other and share this memory."""
     phases: Mapping[str, int]
     """With only that phase's engines on the device: ``prefill``, ``denoise`` (of bodies that take turns one),
     ``decode``."""
@@ -348,7 +350,7 @@ class Host:
     largest: str
     """The engine whose build takes it."""
     disk_bytes: int
-    """Of the bundle: models with their weights, and engines."""
+    """Size of the bundle: models with their weights, and engines."""
     seconds: tuple[float, float]
     """From a fast disk and idle cores to a slow disk and shared ones."""
 

@@ -36,7 +36,7 @@ class Subject:
     codecs: Mapping[str, int]
     """Parameters of each codec it has."""
     weight_norm: Mapping[str, int]
-    """Of these, parameters under weight normalization: they are folded in fp32."""
+    """Parameters of each codec under weight normalization, which are folded in fp32."""
     tokenizer_bytes: int
     input_bytes: int
     """Bytes of the checkpoint's weight files."""
@@ -65,7 +65,7 @@ def graph_parameters(geometry: Geometry) -> Mapping[str, int]:
 
 
 _LAST_REASONER = ("self_attn.to_k.", "self_attn.to_v.", "input_layernorm.")
-"""Of the reasoner's last layer only keys and values are read; whichever norm its keys have comes with them."""
+"""The reasoner's last layer is read for its keys and values alone, with the norm that its keys have."""
 
 
 def _graph(tensor: ExpectedTensor, last: str, geometry: Geometry) -> str | None:
@@ -123,12 +123,12 @@ def from_checkpoint(checkpoint: Checkpoint) -> Subject:
 
 
 _TOKENIZER_BYTES = 15_900_000
-"""Of the published tokenizers, about."""
+"""Approximate size of the published tokenizers."""
 _ENCODER_PARAMETERS = {"nano": 576_388_080, "super": 595_266_800, "edge": 489_342_608}
-"""Of the reasoner's vision encoder: not compiled, but hashed with the rest of the checkpoint."""
+"""Parameters of the reasoner's vision encoder, which is not compiled, but hashed with the rest of the checkpoint."""
 _SOUND_ENCODER_PARAMETERS = 23_178_672
 _FOLDED_PARAMETERS = 472_928_640
-"""Of the sound decoder, under weight normalization."""
+"""Parameters of the sound decoder under weight normalization."""
 
 
 def published_subject(name: str) -> Subject:

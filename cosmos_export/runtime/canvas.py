@@ -158,7 +158,7 @@ def resample(planes: Float, height: int, width: int, kernel: Filter) -> Float:
 
 
 _FRACTION_BITS = 22
-"""Of Pillow's fixed-point weights: 32 bits less 8 of the value and 2 for what a negative lobe overshoots."""
+"""Bits of the fraction in Pillow's fixed-point weights: 32 less 8 of the value and 2 for a negative lobe."""
 
 
 def resize(clip: Pixels, height: int, width: int) -> Pixels:

@@ -140,7 +140,7 @@ def _known(name: str) -> Embodiment:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 _MAX_ACTIONS_BYTES = 16 * files.MIB
-"""Of actions as JSON; more of them are a ``.safetensors`` file."""
+"""Largest JSON file of actions. More actions are given as a ``.safetensors`` file."""
 _MAX_STATISTICS_BYTES = files.MIB
 
 
@@ -249,7 +249,7 @@ _ALIASES = {"quantile_rot": "quantile"}
 """In the framework a name for quantiles whose rotation columns are left as they are, by statistics of −1 and 1."""
 _SMALLEST = 1e-8
 _LARGEST = 1e30
-"""Statistics beyond this are none of a robot, and their products would leave float32."""
+"""No robot has statistics beyond this, and their products would overflow float32."""
 _FINITE = f"statistics are finite numbers, at most {_LARGEST:g}"
 _ROUNDING = 1e-5
 """Actions in float32 at the very quantile are not outside."""

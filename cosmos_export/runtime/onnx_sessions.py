@@ -27,7 +27,7 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(int32)": np.dtype(np.int32),
 }
 _SUFFIXES = (".cpu.onnx", ".onnx")
-"""Of a graph's models, the one that computes in fp32 first: no CPU kernel takes bf16, and few CUDA kernels do."""
+"""Endings of a graph's models in order of preference. fp32 is first: no CPU kernel takes bf16, and few CUDA ones do."""
 
 
 class OnnxValue:

@@ -191,7 +191,7 @@ def test_scratch_memory_that_is_read_is_no_plugin() -> None:
 
 
 def test_a_kernel_that_does_not_compile_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match=r"CX466: kernels do not compile for capability 75: (?s:.*)is none of"):
+    with pytest.raises(ToolError, match=r"CX466: kernels do not compile for capability 75: (?s:.*)is not one of"):
         plugins.compile_plugins(FORMS[:1], 75, tmp_path)
 
 
