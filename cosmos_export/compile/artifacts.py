@@ -89,18 +89,20 @@ def write_models(
     *,
     external: bool = False,
     plugins: Plugins | None = None,
+    places: Mapping[WeightBinding, Stored] | None = None,
 ) -> str:
     """Every graph as ``onnx/NAME.onnx`` on one file of weights, ``onnx/STEM.weights``.
 
     A ``narrow`` graph computes in bf16 and has a form for the CPU, ``NAME.cpu.onnx``, which computes in fp32. With
     ``external`` the form for engines takes its large weights as inputs, and there is one for the CPU as well; with
-    ``plugins`` it has them. Returns the suffix of the models that run on a CPU.
+    ``plugins`` it has them. ``places``: where each weight is in the file; None: as `layout_of` has the graphs. Returns
+    the suffix of the models that run on a CPU.
     """
     import onnx
 
     from cosmos_export.targets.onnx_lowering import lower
 
-    stored = layout_of(graphs.values())
+    stored = layout_of(graphs.values()) if places is None else dict(places)
     file = f"{stem}.weights"
     if file_size(stored):
         _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)

@@ -685,7 +685,11 @@ def _write_onnx(
     narrow, external = model_dtype(program) != torch.float32, job.options.weights == "external"
     sharing = _sharing(name, program, variants)
     graphs = {graph.name if len(pieces[one]) > 1 else one: graph for one in sharing for graph in pieces[one]}
-    return write_models(graphs, name, narrow, job, writer, progress, external=external, plugins=plugins)
+    # As the whole graphs have them, whatever they were cut into: engines' inputs are parts of this file.
+    places = layout_of(sharing.values())
+    return write_models(
+        graphs, name, narrow, job, writer, progress, external=external, plugins=plugins, places=places
+    )  # fmt: skip
 
 
 def _sharing(name: str, program: Program, variants: Mapping[str, Program]) -> dict[str, Graph]:
