@@ -103,8 +103,9 @@ def test_one_output_of_three(tmp_path: Path, omni: Path) -> None:
     assert manifest.loop is not None
     assert manifest.loop.carried == {"action_latent": "action_velocity"}
     assert manifest.options["outputs"] == ("action_velocity",)
-    # Only cases with actions can say anything about it.
-    assert {v.note for v in manifest.evaluation if v.verdict == "pass"} == {"worst of 3 cases", "rms of 3 cases"}
+    # Only cases with actions can say anything about it; one of them is a request with both branches.
+    notes = {v.note for v in manifest.evaluation if v.verdict == "pass" and v.note.endswith("cases")}
+    assert notes == {"worst of 3 cases", "rms of 3 cases", "worst of 1 cases"}
     import onnx
 
     graph = onnx.load(str(tmp_path / "x/onnx/generator.onnx"), load_external_data=False).graph

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -266,13 +268,11 @@ def _sha256(path: Path) -> str:
 
 def tiny_graphs(folder: Path) -> None:
     """Graphs of a geometry, as `benchmarks/geometry.py` writes them."""
-    bundle = folder.parent / "graphs_bundle"
-    once(bundle, graphs_bundle)
-    (folder / "graphs").mkdir()
-    for path in (bundle / "x.bundle" / "graphs").glob("*.json"):
-        document = json.loads(path.read_bytes())
-        (folder / "graphs" / path.name).write_text(json.dumps(document["graph"]))
-    (folder / "graphs" / "sites.json").write_text(json.dumps({"generator": {"w": ["generator", "mlp", 0]}}))
+    command = [sys.executable, ROOT / "benchmarks/geometry.py", "--tiny", "--kinds", "vision", "-o", folder / "made"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (folder / "made" / "nano-vision").rename(folder / "graphs")
+    (folder / "made").rmdir()
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
