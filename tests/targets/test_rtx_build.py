@@ -216,7 +216,7 @@ def _workers_in(folder: Path) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if Path(os.readlink(process / "cwd")).is_relative_to(folder):
+            if (process / "cwd").readlink().is_relative_to(folder):
                 found.append(process.name)
     return found
 
