@@ -41,6 +41,8 @@ class Meter:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="meter", daemon=True)
         self.peak_anonymous_bytes = 0
+        self.peak_resident_bytes = 0
+        """Largest resident set that this process or one of its builders had; 0 where the system does not tell."""
 
     def __enter__(self) -> Meter:
         self._thread.start()
@@ -76,8 +78,12 @@ class Meter:
             self._look()
 
     def _look(self) -> None:
-        found = anonymous_bytes()
+        processes = [_memory(pid) for pid in (os.getpid(), *_children(os.getpid()))]
+        found = sum(memory.get("RssAnon", 0) for memory in processes)
+        # `getrusage` would hold the peak of whoever started this process; VmHWM is this program's own.
+        resident = max(memory.get("VmHWM", 0) for memory in processes)
         self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, found)
+        self.peak_resident_bytes = max(self.peak_resident_bytes, resident)
         current = self._current
         if current is not None:
             current.peak_anonymous_bytes = max(current.peak_anonymous_bytes, found)
@@ -85,7 +91,7 @@ class Meter:
 
 def anonymous_bytes() -> int:
     """Memory no file backs, of this process and its children (Linux); 0 where it is not told."""
-    return sum(_anonymous(pid) for pid in (os.getpid(), *_children(os.getpid())))
+    return sum(_memory(pid).get("RssAnon", 0) for pid in (os.getpid(), *_children(os.getpid())))
 
 
 def _children(pid: int) -> list[int]:
@@ -96,12 +102,15 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _anonymous(pid: int) -> int:
+def _memory(pid: int) -> dict[str, int]:
+    """Bytes by the names that ``/proc`` has for them; empty where it does not tell."""
+    found: dict[str, int] = {}
     with contextlib.suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return 0
+            if line.startswith(("RssAnon:", "VmHWM:")):
+                name, kibibytes, _ = line.split()
+                found[name.rstrip(":")] = int(kibibytes) * 1024
+    return found
 
 
 def _blocks() -> tuple[int, int]:

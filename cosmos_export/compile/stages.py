@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -137,7 +136,11 @@ class BuildResult:
     dumps: list[Path] = field(default_factory=list)
     manifest: Manifest | None = None
     meter: Meter = field(default_factory=Meter)
-    peak_memory_bytes: int = 0
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Largest resident set of this process or of a builder process."""
+        return self.meter.peak_resident_bytes
 
     @property
     def stage_seconds(self) -> dict[str, float]:
@@ -165,7 +168,6 @@ def compile_only(job: Job, progress: Progress) -> BuildResult:
         if job.options.until == CutGraph.name:
             cut_graphs({**forms.program.graphs, **others}, job, watch)
         _require_parity(result.parity)
-    result.peak_memory_bytes = _peak_memory()
     return result
 
 
@@ -184,7 +186,6 @@ def build_bundle(
         try:
             _build(job, writer, result, _Stages(result, builders.progress, nothing_failed), hashes, builders)
         except FindingError as error:
-            result.peak_memory_bytes = _peak_memory()
             found(result, error)
             raise
     return result
@@ -302,7 +303,6 @@ def _build(
     if hashes is not None:
         with stages("hashing inputs", shown=False):
             hashed = hashes.result("hashing inputs", stages.progress)
-    result.peak_memory_bytes = _peak_memory()
     created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     record = manifest(result, program, closed, hashed, created)
 
@@ -392,11 +392,6 @@ class _Stages:
             yield
         finally:
             self.progress.end(name)
-
-
-def _peak_memory() -> int:
-    """Largest resident set of this process or of a builder process."""
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 # -- graphs -----------------------------------------------------------------------------------------------------------
