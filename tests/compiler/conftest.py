@@ -1,60 +1,58 @@
-"""Shared fixtures: each tiny model is captured and compiled once a session."""
+"""Checkpoints and bundles that several tests read. Each is made once a run, whichever worker asks first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from pathlib import Path
 
+import build_harness as harness
 import pytest
-import torch
-from tiny_cosmos import BACKBONES, Compiled, random_model, sources_of_model, tiny_config, weights_of_model
-
-from cosmos_export.capture.model import capture
-from cosmos_export.ir.program import Program
-from cosmos_export.passes.pipeline import Report, default_passes, run_passes
-
-torch.set_num_threads(1)
-
-
-def _compile(config: dict[str, Any]) -> Compiled:
-    model = random_model(config)
-    program = capture(config, sources_of_model(model))
-    stages, reports = {"capture": program.copy()}, {}
-
-    def keep(after: Program, report: Report) -> None:
-        stages[report.name], reports[report.name] = after.copy(), report
-
-    run_passes(program, default_passes(), after_each=keep)
-    return Compiled(config, model, weights_of_model(model), stages, reports)
-
-
-@cache
-def _compile_once(key: tuple[str, tuple[tuple[str, Any], ...]]) -> Compiled:
-    backbone, changes = key
-    return _compile(tiny_config(backbone, **dict(changes)))
 
 
 @pytest.fixture(scope="session")
-def compile_tiny() -> Callable[..., Compiled]:
-    """``compile_tiny(backbone, **changes)``: compiled once a session for each configuration."""
-    standard = {"layers": 2}
-    return lambda backbone, **changes: _compile_once(
-        (backbone, tuple(sorted(item for item in changes.items() if item not in standard.items())))
-    )
-
-
-@pytest.fixture(scope="session", params=BACKBONES)
-def compiled(request: pytest.FixtureRequest) -> Compiled:
-    """Both backbones, two layers, every modality the backbone has."""
-    return _compile_once((request.param, ()))
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "build"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def omni() -> Compiled:
-    return _compile_once(("omni", ()))
+def omni(shared: Path) -> Path:
+    return harness.checkpoint(shared, "omni", "bfloat16")
 
 
 @pytest.fixture(scope="session")
-def edge() -> Compiled:
-    return _compile_once(("edge", ()))
+def edge(shared: Path) -> Path:
+    return harness.checkpoint(shared, "edge", "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def omni_fp32(shared: Path) -> Path:
+    return harness.checkpoint(shared, "omni", "float32")
+
+
+@pytest.fixture(scope="session")
+def omni_bundle(shared: Path, omni: Path) -> harness.Built:
+    """As a user builds it: the command line, all defaults but the target and the other components."""
+    return harness.command_line_build(shared, "omni.bundle", omni, *harness.TRANSFORMER_ONLY)
+
+
+@pytest.fixture(scope="session")
+def edge_bundle(shared: Path, edge: Path) -> harness.Built:
+    return harness.command_line_build(shared, "edge.bundle", edge, *harness.TRANSFORMER_ONLY)
+
+
+@pytest.fixture(scope="session")
+def scales(shared: Path, omni: Path) -> Path:
+    """Ranges of every activation of ``omni``."""
+    return harness.scale_table(omni, shared / "omni-scales")
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in this process share one capture of each checkpoint; everything after it is done every time."""
+    import cosmos_export.compile.components as components
+    import cosmos_export.compile.stages as stages
+
+    monkeypatch.setattr(stages, "capture", harness.remembered_capture)
+    monkeypatch.setattr(components, "capture_codec", harness.remembered_codec)
