@@ -23,19 +23,19 @@ from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile.artifacts import model_bytes
-from cosmos_export.compile.components import capture_codec
-from cosmos_export.compile.selection import codec_config
+from cosmos_export.compiler.artifacts import model_bytes
+from cosmos_export.compiler.components import capture_codec
+from cosmos_export.compiler.selection import codec_config
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import read_weights, run_graph
 from cosmos_export.ir.program import Program
 from cosmos_export.progress import Silent
 from cosmos_export.targets import load_target
-from cosmos_export.targets.engine_inspector import inspect_engine
-from cosmos_export.targets.onnx_lowering import lower
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
 from cosmos_export.targets.profiles import input_shapes, parse_profile
-from cosmos_export.targets.tensorrt_rtx import build_engine
-from cosmos_export.targets.weights import layout, read_source, write_weights
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 
 def measure(name: str, program: Program, arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cosmos_export.targets.gpu import gpus
+from cosmos_export.machine.gpu import gpus
 
 
 def device_for(dry_run: bool) -> torch.device:

@@ -109,10 +109,10 @@ def load() -> None:
 
     import cosmos_export.calibration.calibrate
     import cosmos_export.calibration.write_quantized
-    import cosmos_export.compile.stages
+    import cosmos_export.compiler.stages
 
     assert diffusers.Cosmos3OmniTransformer and diffusers.Cosmos3OmniPipeline
-    assert onnx.checker and cosmos_export.compile.stages and cosmos_export.calibration.write_quantized
+    assert onnx.checker and cosmos_export.compiler.stages and cosmos_export.calibration.write_quantized
 
 
 def contents(result: Path) -> dict[str, Any]:

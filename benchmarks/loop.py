@@ -25,8 +25,8 @@ from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile.forms import close_loop
-from cosmos_export.compile.loop import LOOP_TABLES, loop_inputs, loop_tables
+from cosmos_export.compiler.forms import close_loop
+from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.ir import ops
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
@@ -36,11 +36,11 @@ from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Silent
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
-from cosmos_export.targets.engine_inspector import inspect_engine
-from cosmos_export.targets.onnx_loop import lower_loop
+from cosmos_export.targets.onnx.loop import lower_loop
+from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
 from cosmos_export.targets.profiles import input_shapes, parse_profile
-from cosmos_export.targets.tensorrt_rtx import build_engine
-from cosmos_export.targets.weights import layout, read_source, write_weights
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 
 def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:

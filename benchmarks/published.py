@@ -25,10 +25,10 @@ from typing import Any
 import cosmos_export.bench.published as published_cells
 from cosmos_export.plan import Subject, Workload, parse_workload, precision, published_subject
 from cosmos_export.plan.latency import Habits, Latency, latency
+from cosmos_export.precision.recipe import load_recipe
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.description import Efficiency
-from cosmos_export.targets.recipe import load_recipe
 
 PUBLISHED = Path(published_cells.__file__).with_name("published.json")
 CODEC = 0.38

@@ -27,15 +27,15 @@ from typing import Any
 
 import numpy as np
 
-import cosmos_export.compile.stages as stages
-from cosmos_export.compile.artifacts import Engine
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.losses import Losses
-from cosmos_export.compile.options import BuildOptions, Job
+import cosmos_export.compiler.stages as stages
+from cosmos_export.compiler.artifacts import Engine
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.losses import Losses
+from cosmos_export.compiler.options import BuildOptions, Job
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError
 from cosmos_export.ir.program import Program
+from cosmos_export.precision.recipe import load_recipe, recipe_names, refusal
 from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import load_recipe, recipe_names, refusal
 
 PROFILE = "480p-121f,sound_len=0,action_len=0"
 FIXED = "480p-121f,und_len=512,frames=31,height=30,width=52,sound_len=0,action_len=0"

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedRequest,

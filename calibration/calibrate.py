@@ -29,12 +29,12 @@ from cosmos_export.calibration.weights import torch_dtype
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
+from cosmos_export.precision.stored_recipe import recipe_text
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.stamps import Inputs
-from cosmos_export.targets.stored_recipe import recipe_text
 
 _SEARCH_ROWS = 256
 """Rows of each tensor that the search sees, over all passes."""

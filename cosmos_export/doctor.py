@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from cosmos_export.memory import available_bytes
-from cosmos_export.requirements import installed_release, other_releases
+from cosmos_export.machine.gpu import Gpu, gpus
+from cosmos_export.machine.memory import available_bytes
+from cosmos_export.machine.packages import installed_release, other_releases
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.gpu import Gpu, gpus
 
 _GIB = 1 << 30
 _LEAST_DRIVER = 580

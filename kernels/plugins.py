@@ -2,7 +2,7 @@
 
 Each plugin here is a few lines around a kernel: operands are contiguous, so strides are constants, and TensorRT passes
 no numbers but 32-bit integers, so those that are none are constants too. A plugin is therefore one form for one model.
-`cosmos_export.targets.plugin_lowering` puts them into models, `cosmos_export.targets.trt_plugins` into a builder.
+`cosmos_export.targets.onnx.plugins` puts them into models, `cosmos_export.targets.trt.plugins` into a builder.
 
     python -m cosmos_export.kernels.plugins CAPABILITY FOLDER < forms.json
 

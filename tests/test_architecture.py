@@ -20,17 +20,17 @@ OUTSIDE = ("passes", "kernels", "calibration", "targets")
 
 # Each part may import those of lower levels (and itself), and nothing else of this project.
 LEVELS = {
-    "cli": 8,
-    "bench": 7,  # a geometry is compiled as a job is
-    "compile": 6,
-    **dict.fromkeys(["evaluation", "report"], 5),  # the build measures and reports itself
-    "calibration": 4,  # its inputs are requests, and the front end of requests is the runtime's
-    **dict.fromkeys(["runtime", "plan", "doctor"], 3),
+    "cli": 9,
+    "bench": 8,  # a geometry is compiled as a job is
+    "compiler": 7,
+    **dict.fromkeys(["evaluation", "report"], 6),  # the build measures and reports itself
+    "calibration": 5,  # its inputs are requests, and the front end of requests is the runtime's
+    **dict.fromkeys(["runtime", "plan", "doctor"], 4),
+    "precision": 3,
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(
-        ["diagnostics", "directories", "files", "memory", "printable", "progress", "requirements", "stamps", "streams"],
-        0,
+        ["diagnostics", "directories", "files", "machine", "printable", "progress", "stamps", "streams"], 0
     ),
 }
 # Where the level alone would allow more than there should be.
@@ -40,7 +40,7 @@ ONLY = {
     "checkpoint": {"diagnostics", "directories", "files", "progress", "stamps"},
     "sampling": {"diagnostics"},
     "stamps": {"diagnostics"},
-    "plan": {"targets", "sampling", "checkpoint", "diagnostics", "files"},
+    "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "files"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}
@@ -142,11 +142,7 @@ def test_light_parts_import_nothing_heavy_at_the_top(name: str) -> None:
 
 # These run in the build only, and the package does not import them.
 _HEAVY_BY_NATURE = {
-    name
-    for name in MODULES
-    if name.startswith("cosmos_export.targets.")
-    and name.rpartition(".")[2]
-    in ("onnx_lowering", "onnx_loop", "weights", "inductor", "inductor_fusions", "plugin_lowering")
+    name for name in MODULES if name.startswith(("cosmos_export.targets.onnx.", "cosmos_export.targets.inductor."))
 }
 
 
@@ -155,7 +151,8 @@ _HEAVY_BY_NATURE = {
     sorted(
         name
         for name in MODULES
-        if part_of(name) in ("checkpoint", "sampling", "targets", "runtime", "plan") and name not in _HEAVY_BY_NATURE
+        if part_of(name) in ("checkpoint", "machine", "precision", "sampling", "targets", "runtime", "plan")
+        and name not in _HEAVY_BY_NATURE
     ),
 )
 def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> None:
@@ -164,7 +161,7 @@ def test_readers_and_descriptions_import_nothing_heavy_at_the_top(name: str) -> 
 
 @pytest.mark.parametrize(
     "part",
-    ["cli", "checkpoint", "sampling", "bundle", "runtime", "plan", "targets", "diagnostics", "files", "progress"],
+    ["cli", "checkpoint", "sampling", "bundle", "machine", "precision", "runtime", "plan", "targets", "diagnostics"],
 )
 def test_importing_loads_nothing_heavy(part: str) -> None:
     code = f"import sys, cosmos_export.{part}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
@@ -281,6 +278,7 @@ def test_the_wheel_has_one_top_level_package(wheel: list[str]) -> None:
 def test_the_wheel_has_every_module_and_data_file(wheel: list[str]) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in MODULES.values()}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "targets").rglob("*.toml")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "cosmos_export").rglob("*.toml")}
     expected |= {"cosmos_export/py.typed", "calibration/prompts.txt"}
     installed = {name if name.startswith("cosmos_export") else f"cosmos_export/{name}" for name in expected}
     assert installed <= set(wheel), "is a package missing in pyproject.toml?"

@@ -251,7 +251,7 @@ def _index(device: str) -> int | None:
 
 
 def _card_of(device: str) -> str | None:
-    from cosmos_export.targets.gpu import gpus
+    from cosmos_export.machine.gpu import gpus
 
     return next((gpu.name for gpu in gpus() if gpu.index == _index(device)), None)
 

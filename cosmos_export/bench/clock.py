@@ -141,7 +141,7 @@ def _handle(nvml: Any, index: int) -> Any:
 
 
 def _by_tool(index: int) -> Read:
-    from cosmos_export.targets.gpu import gpus
+    from cosmos_export.machine.gpu import gpus
 
     def read() -> CardSample | None:
         found = next((gpu for gpu in gpus() if gpu.index == index), None)

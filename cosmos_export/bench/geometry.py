@@ -18,7 +18,7 @@ import torch
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object, shown
-from cosmos_export.compile.forms import close_loop
+from cosmos_export.compiler.forms import close_loop
 from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Dim, bind, evaluate
@@ -34,8 +34,8 @@ from cosmos_export.passes.insert_quantization import Ranges, linears_of
 from cosmos_export.passes.pipeline import CAPTURE, PassOptions, passes_of, run_passes
 from cosmos_export.passes.split_towers import CONDITIONING, REASONER
 from cosmos_export.plan import Workload
+from cosmos_export.precision.recipe import Assignment
 from cosmos_export.sampling import Schedule
-from cosmos_export.targets.recipe import Assignment
 
 DEVIATION = 0.02
 """Standard deviation of random weights. Zeros would let a card clock higher than it does at work."""

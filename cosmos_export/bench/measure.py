@@ -12,10 +12,10 @@ from cosmos_export.bench.clock import CardWatch, timed
 from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import Workload, parse_workload, published_subject
+from cosmos_export.precision.recipe import UNQUANTIZED, Assignment, load_recipe, resolve_recipe
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import UNQUANTIZED, Assignment, load_recipe, resolve_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     """
     from cosmos_export.bench import geometry as geometries
     from cosmos_export.kernels.description import KERNELS
-    from cosmos_export.targets.inductor import ATTENTIONS
+    from cosmos_export.targets.inductor.compiled import ATTENTIONS
 
     check_runs(request.runs, request.warm_up, request.dry_run)
     unknown = request.kernels - set(KERNELS)
@@ -249,7 +249,7 @@ class _Graph:
 
     def __init__(self, graph: Graph, device: torch.device, request: GeometryRequest, kernels: frozenset[str]) -> None:
         from cosmos_export.bench import geometry as geometries
-        from cosmos_export.targets.inductor import Executable, Settings
+        from cosmos_export.targets.inductor.compiled import Executable, Settings
 
         settings = Settings(
             attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels,

@@ -25,7 +25,7 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Format, Part, WeightSource
-from cosmos_export.targets.inductor import Executable, Settings
+from cosmos_export.targets.inductor.compiled import Executable, Settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,7 +109,7 @@ def quantize_linears(plain: Program, scheme: str, inputs: Tensors, weights: Weig
     from cosmos_export.evaluation.gates import observe_inputs
     from cosmos_export.passes.insert_quantization import Ranges
     from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
-    from cosmos_export.targets.recipe import LINEARS, UNQUANTIZED
+    from cosmos_export.precision.recipe import LINEARS, UNQUANTIZED
 
     options = PassOptions(
         over_steps=lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,),

@@ -17,8 +17,8 @@ from cosmos_export.bench.published import published_cells, target_of
 from cosmos_export.bundle import Open
 from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import UserError
-from cosmos_export.requirements import installed_release
-from cosmos_export.targets.gpu import gpus
+from cosmos_export.machine.gpu import gpus
+from cosmos_export.machine.packages import installed_release
 
 SCHEMA = 1
 MAX_MEASUREMENT_BYTES = 16 * files.MIB

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cosmos_export.diagnostics import CosmosExportError, ToolError
-from cosmos_export.requirements import other_releases
+from cosmos_export.machine.packages import other_releases
 
 
 def exported(

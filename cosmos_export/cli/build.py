@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cosmos_export.bundle import Planned
-    from cosmos_export.compile.artifacts import Engine
-    from cosmos_export.compile.options import Job
-    from cosmos_export.compile.stages import BuildResult
+    from cosmos_export.compiler.artifacts import Engine
+    from cosmos_export.compiler.options import Job
+    from cosmos_export.compiler.stages import BuildResult
     from cosmos_export.diagnostics import FindingError
 
 
@@ -130,9 +130,9 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
         from cosmos_export.cli import console
-        from cosmos_export.compile.cache import default_folder
-        from cosmos_export.compile.driver import build as run
-        from cosmos_export.compile.options import BuildOptions
+        from cosmos_export.compiler.cache import default_folder
+        from cosmos_export.compiler.driver import build as run
+        from cosmos_export.compiler.options import BuildOptions
 
         options = BuildOptions(
             checkpoint=checkpoint,
@@ -356,7 +356,7 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
 def _gates(result: BuildResult) -> dict[str, Any] | None:
     if result.losses is None:
         return None
-    from cosmos_export.compile.losses import loss_values
+    from cosmos_export.compiler.losses import loss_values
 
     worst = [
         {"site": w.site, "scheme": w.scheme, "relative": w.relative if isfinite(w.relative) else None}
@@ -377,7 +377,7 @@ _EVIDENCE = ("quantization.json", "quantization.html")
 
 def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:
     """What a build measured until ``error`` ended it, beside the bundle that there is not; the paths."""
-    from cosmos_export.compile.losses import loss_texts
+    from cosmos_export.compiler.losses import loss_texts
 
     failed = {"code": error.code, "message": error.message, "hint": error.hint}
     texts = {"build.json": _json({**_document(result, None), "failed": failed})}
@@ -414,7 +414,7 @@ def _write_beside(output: Path, name: str, text: str) -> Path | None:
 
 
 def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
-    from cosmos_export.compile.record import verdicts
+    from cosmos_export.compiler.record import verdicts
 
     return {
         "output": None if output is None else str(output),

@@ -10,7 +10,7 @@ import typer
 from cosmos_export.cli.verbs import Verbs, require_verb
 
 if TYPE_CHECKING:
-    from cosmos_export.compile.cache import Cache, Entry
+    from cosmos_export.compiler.cache import Cache, Entry
 
 _Folder = Annotated[
     Path | None, typer.Option("--cache", help="Its directory; default: $COSMOS_EXPORT_CACHE or ~/.cache.")
@@ -57,7 +57,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Why two engines are not the same one: what they were made from, and where that differs."""
         from cosmos_export.cli import console
-        from cosmos_export.compile.cache import differences, nearest
+        from cosmos_export.compiler.cache import differences, nearest
         from cosmos_export.diagnostics import UserError
 
         entries = _open(folder).entries()
@@ -89,7 +89,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _open(folder: Path | None) -> Cache:
-    from cosmos_export.compile.cache import Cache, default_folder
+    from cosmos_export.compiler.cache import Cache, default_folder
 
     return Cache(folder or default_folder())
 

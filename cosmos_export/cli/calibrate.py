@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cosmos_export.compile.calibrate_checkpoint import CalibrateResult
+    from cosmos_export.compiler.calibrate_checkpoint import CalibrateResult
 
 
 def register(app: typer.Typer) -> None:
@@ -73,8 +73,8 @@ def register(app: typer.Typer) -> None:
 
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
-        from cosmos_export.compile.calibrate_checkpoint import DEFAULT_PROFILE, CalibrateOptions
-        from cosmos_export.compile.calibrate_checkpoint import calibrate_checkpoint as run
+        from cosmos_export.compiler.calibrate_checkpoint import DEFAULT_PROFILE, CalibrateOptions
+        from cosmos_export.compiler.calibrate_checkpoint import calibrate_checkpoint as run
         from cosmos_export.diagnostics import UserError
         from cosmos_export.sampling import Overrides
 

@@ -62,14 +62,14 @@ def register(app: typer.Typer) -> None:
         """
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
-        from cosmos_export.compile.memory import parse_size
+        from cosmos_export.compiler.memory import parse_size
         from cosmos_export.diagnostics import UserError
         from cosmos_export.plan import PlanRequest, estimate, parse_workload
         from cosmos_export.plan.choose import AUTO
+        from cosmos_export.precision.recipe import DEFAULT, load_recipe
+        from cosmos_export.precision.stored_recipe import recipe_for
         from cosmos_export.sampling import Overrides
         from cosmos_export.targets import load_target
-        from cosmos_export.targets.recipe import DEFAULT, load_recipe
-        from cosmos_export.targets.stored_recipe import recipe_for
 
         if loop not in ("host", "device"):
             raise UserError("CX451", f"loop `{loop}` is not one of host, device", "pass one of host, device")
@@ -114,7 +114,7 @@ def _tokens(text: str | None) -> tuple[int, int] | None:
 def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
     """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
     from cosmos_export.checkpoint import open_checkpoint
-    from cosmos_export.compile.options import all_modalities, model_limits
+    from cosmos_export.compiler.options import all_modalities, model_limits
     from cosmos_export.diagnostics import UserError
     from cosmos_export.plan import from_checkpoint, published_subject
 

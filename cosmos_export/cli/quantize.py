@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Write a checkpoint in the published ModelOpt layout, one linear in memory at a time."""
         from cosmos_export.cli import console
-        from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint as run
+        from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint as run
 
         result = run(
             checkpoint,

@@ -11,7 +11,7 @@ from cosmos_export.cli.verbs import Verbs, require_verb
 
 if TYPE_CHECKING:
     from cosmos_export.plan import Tried
-    from cosmos_export.targets.recipe import Recipe
+    from cosmos_export.precision.recipe import Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -30,8 +30,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """List the recipes."""
         from cosmos_export.cli import console
+        from cosmos_export.precision.recipe import load_recipe, recipe_names
         from cosmos_export.targets import load_target
-        from cosmos_export.targets.recipe import load_recipe, recipe_names
 
         chosen = [load_recipe(name) for name in recipe_names()]
         if target is not None:
@@ -75,7 +75,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Show one recipe: its rules, where it runs, and where not and why."""
         from cosmos_export.cli import console
-        from cosmos_export.targets.recipe import load_recipe
+        from cosmos_export.precision.recipe import load_recipe
 
         recipe = load_recipe(name)
         if as_json:
@@ -119,8 +119,8 @@ def _tried(chosen: Recipe, tried: list[Tried]) -> Any:
 
 def _refusals(recipe: Recipe, target: str) -> dict[str, str]:
     """Scheme → why ``target`` does not run it."""
+    from cosmos_export.precision.recipe import refusal
     from cosmos_export.targets import load_target
-    from cosmos_export.targets.recipe import refusal
 
     reasons = {scheme: refusal(scheme, load_target(target)) for scheme in recipe.schemes}
     return {scheme: reason for scheme, reason in reasons.items() if reason is not None}

@@ -46,7 +46,7 @@ def installed() -> dict[str, str | None]:
     import platform
 
     import cosmos_export
-    from cosmos_export.requirements import installed_release
+    from cosmos_export.machine.packages import installed_release
 
     own: dict[str, str | None] = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
     return own | {name: installed_release(name) for name in OPTIONAL}

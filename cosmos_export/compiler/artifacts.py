@@ -16,8 +16,8 @@ import torch
 from cosmos_export import files
 from cosmos_export.bundle import BundleWriter, EngineCheck, Manifest, WeightInput
 from cosmos_export.bundle.files import hash_file
-from cosmos_export.compile.cache import Cache, Entry, copy_checked, key_of
-from cosmos_export.compile.keys import (
+from cosmos_export.compiler.cache import Cache, Entry, copy_checked, key_of
+from cosmos_export.compiler.keys import (
     Components,
     engine_components,
     external_files,
@@ -25,7 +25,7 @@ from cosmos_export.compile.keys import (
     report_from,
     weights_components,
 )
-from cosmos_export.compile.options import ENGINE_BACKENDS, Job
+from cosmos_export.compiler.options import ENGINE_BACKENDS, Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop
@@ -33,13 +33,13 @@ from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import Stamp
-from cosmos_export.targets.engine_inspector import EngineSummary, narrow_share
+from cosmos_export.targets.onnx.weights import Stored, file_size, layout, write_weights
 from cosmos_export.targets.profiles import Profile, input_shapes
-from cosmos_export.targets.trt_common import EngineReport
-from cosmos_export.targets.weights import Stored, file_size, layout, write_weights
+from cosmos_export.targets.trt.common import EngineReport
+from cosmos_export.targets.trt.engine_inspector import EngineSummary, narrow_share
 
 if TYPE_CHECKING:
-    from cosmos_export.targets.plugin_lowering import Plugins
+    from cosmos_export.targets.onnx.plugins import Plugins
 
 _log = logging.getLogger("cosmos_export")
 
@@ -100,7 +100,7 @@ def write_models(
     """
     import onnx
 
-    from cosmos_export.targets.onnx_lowering import lower
+    from cosmos_export.targets.onnx.lowering import lower
 
     stored = layout_of(graphs.values()) if places is None else dict(places)
     file = f"{stem}.weights"
@@ -138,7 +138,7 @@ def layout_of(graphs: Iterable[Graph]) -> dict[WeightBinding, Stored]:
 
 def weight_inputs(graph: Graph, file: str, stored: Mapping[WeightBinding, Stored]) -> tuple[WeightInput, ...]:
     """Weights that an engine of ``graph`` takes as inputs, in order, from ``file`` of the bundle."""
-    from cosmos_export.targets.onnx_lowering import external_weights
+    from cosmos_export.targets.onnx.lowering import external_weights
 
     return tuple(
         WeightInput(
@@ -201,7 +201,7 @@ def write_engine(
     decomposable_attention: bool,
 ) -> EngineReport:
     """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
-    from cosmos_export.targets.tensorrt_rtx import FLAVOR
+    from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
 
     model, file = writer.path(f"onnx/{name}.onnx", "onnx"), f"engines/{name}.engine"
     path = writer.path(file, "engine")
@@ -223,7 +223,7 @@ def write_engine(
 
 
 def _build(model: Path, path: Path, **settings: Any) -> EngineReport:
-    from cosmos_export.targets.tensorrt_rtx import build_engine
+    from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
     return build_engine(model, path, **settings)
 

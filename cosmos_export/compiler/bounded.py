@@ -55,7 +55,7 @@ def run_bounded(module: str, request: Mapping[str, Any], limits: Limits) -> Any:
     root = str(Path(cosmos_export.__file__).resolve().parent.parent)
     given = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = os.pathsep.join([root, *given])
-    code = f"from cosmos_export.compile.bounded import serve; serve({module!r}, {limits.cpu_s}, {limits.memory_bytes})"
+    code = f"from cosmos_export.compiler.bounded import serve; serve({module!r}, {limits.cpu_s}, {limits.memory_bytes})"
     phase = ""
     try:
         done = subprocess.run(

@@ -12,9 +12,9 @@ from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
-from cosmos_export.compile.options import available_modalities, model_limits, require_compiler
-from cosmos_export.compile.request_record import request_record
-from cosmos_export.compile.selection import TOKENIZER_FILE
+from cosmos_export.compiler.options import available_modalities, model_limits, require_compiler
+from cosmos_export.compiler.request_record import request_record
+from cosmos_export.compiler.selection import TOKENIZER_FILE
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.files import read_bytes, reason
 from cosmos_export.plan.subject import sampling_of
@@ -203,7 +203,7 @@ def _require_calibratable(checkpoint: Checkpoint) -> None:
 
 def _require_memory(checkpoint: Checkpoint) -> None:
     """A rollout has the whole transformer in memory."""
-    from cosmos_export.memory import available_bytes
+    from cosmos_export.machine.memory import available_bytes
 
     needed, available = sum(entry.size_bytes for entry in checkpoint.tensors.values()), available_bytes()
     if needed > available // 2:
@@ -223,7 +223,7 @@ def _tokenizer(path: Path) -> bytes:
 
 def _prompt_record(checkpoint: Checkpoint) -> PromptRecord:
     """The checkpoint's own tokenizer and chat template, in place in the checkpoint."""
-    from cosmos_export.compile.prompt import compile_chat_template
+    from cosmos_export.compiler.prompt import compile_chat_template
 
     if "text_tokenizer" not in checkpoint.components:
         raise UserError("CX324", f"{checkpoint.root} has no text_tokenizer/", "complete the checkpoint")

@@ -14,17 +14,17 @@ from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
 from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-from cosmos_export.compile.artifacts import Engine, capability_check, write_engine, write_models
-from cosmos_export.compile.options import Job
-from cosmos_export.compile.prompt import compile_chat_template
-from cosmos_export.compile.selection import TOKENIZER, TOKENIZER_FILE, codec_config
+from cosmos_export.compiler.artifacts import Engine, capability_check, write_engine, write_models
+from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.prompt import compile_chat_template
+from cosmos_export.compiler.selection import TOKENIZER, TOKENIZER_FILE, codec_config
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.verifier import verify
 from cosmos_export.progress import Progress
-from cosmos_export.targets.engine_inspector import inspect_engine
 from cosmos_export.targets.profiles import DimRange, Profile
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
 
 _CAPTURES: Mapping[str, Callable[..., Program]] = {
     "vae-decoder": capture_vae_decoder,

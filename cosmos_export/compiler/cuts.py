@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cosmos_export.compile.forms import Pieces, cut_into_pieces
-from cosmos_export.compile.options import Job
-from cosmos_export.compile.precision import planned_type
+from cosmos_export.compiler.forms import Pieces, cut_into_pieces
+from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.precision import planned_type
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.spec import Format
 from cosmos_export.passes.cut_graph import narrow_places
 from cosmos_export.passes.pipeline import Watch
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
-from cosmos_export.targets.onnx_lowering import external_nodes
+from cosmos_export.targets.onnx.lowering import external_nodes
+from cosmos_export.targets.onnx.weights import size_bytes
 from cosmos_export.targets.partition import partition
-from cosmos_export.targets.weights import size_bytes
 
 _SCHEMES = {None: "bf16", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
 

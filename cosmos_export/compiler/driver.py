@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import BundleWriter
-from cosmos_export.compile.allocator import keep_freed_memory
-from cosmos_export.compile.coverage import require_coverage
-from cosmos_export.compile.options import BuildOptions, Job, resolve
-from cosmos_export.compile.overall import Overall, expected_seconds
-from cosmos_export.compile.planned import bundle_bytes
-from cosmos_export.compile.request_record import checkpoint_notes
-from cosmos_export.compile.selection import tokenizer_bytes
+from cosmos_export.compiler.allocator import keep_freed_memory
+from cosmos_export.compiler.coverage import require_coverage
+from cosmos_export.compiler.options import BuildOptions, Job, resolve
+from cosmos_export.compiler.overall import Overall, expected_seconds
+from cosmos_export.compiler.planned import bundle_bytes
+from cosmos_export.compiler.request_record import checkpoint_notes
+from cosmos_export.compiler.selection import tokenizer_bytes
 from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 
 if TYPE_CHECKING:
-    from cosmos_export.compile.stages import BuildResult
+    from cosmos_export.compiler.stages import BuildResult
 
 _DISK_MARGIN = 1.05
 """Share of the predicted size."""
@@ -72,7 +72,7 @@ def _bundle(
     writer = BundleWriter(output, options.force, _required_bytes(job), progress, options.resume, job.require_inputs)
     try:
         with writer:
-            from cosmos_export.compile.stages import build_bundle
+            from cosmos_export.compiler.stages import build_bundle
 
             if options.resume:
                 _log.info("%s", _resumed(writer))
@@ -115,7 +115,7 @@ def _resumed(writer: BundleWriter) -> str:
 
 
 def _compile_only(job: Job, progress: Progress) -> BuildResult:
-    from cosmos_export.compile.stages import compile_only
+    from cosmos_export.compiler.stages import compile_only
 
     return compile_only(job, progress)
 

@@ -1,6 +1,6 @@
 """The last stage of a build for a backend whose engines are built on the GPU itself: engines into a bundle that waits.
 
-    python -m cosmos_export.compile.finish BUNDLE
+    python -m cosmos_export.compiler.finish BUNDLE
 
 needs the builder and the GPU, and neither torch nor the checkpoint. The bundle is verified first; its manifest is
 replaced when every engine is there and has been checked. What an interrupted run leaves is found and built again.
@@ -39,9 +39,9 @@ from cosmos_export.printable import printable
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.tensorrt import FLAVOR, build_engine, require_gpu
-from cosmos_export.targets.trt_common import EngineReport, require_module
-from cosmos_export.targets.trt_plugins import parse_document
+from cosmos_export.targets.trt.common import EngineReport, require_module
+from cosmos_export.targets.trt.plugins import parse_document
+from cosmos_export.targets.trt.tensorrt import FLAVOR, build_engine, require_gpu
 
 REQUESTS = "engines/requests.json"
 REQUESTS_ROLE, PLUGIN_ROLE = "engine-requests", "plugin"
@@ -99,7 +99,7 @@ if ! "$python" -c 'import cosmos_export; raise SystemExit(cosmos_export.__versio
     echo "or name the Python that has it: PYTHON=/path/to/python sh $0" >&2
     exit 3
 fi
-exec "$python" -m cosmos_export.compile.finish "$here"
+exec "$python" -m cosmos_export.compiler.finish "$here"
 """
 
 
@@ -268,7 +268,7 @@ def _remove_leftovers(files: BundleFiles) -> None:
 def main(arguments: Sequence[str]) -> int:
     streams.guard()
     if len(arguments) != 1:
-        _say("usage: python -m cosmos_export.compile.finish BUNDLE")
+        _say("usage: python -m cosmos_export.compiler.finish BUNDLE")
         return 2
     try:
         manifest = finish(Path(arguments[0]))

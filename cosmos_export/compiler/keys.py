@@ -22,10 +22,11 @@ from cosmos_export.bundle import strict
 from cosmos_export.ir.spec import WeightBinding, WeightSource
 from cosmos_export.kernels.description import NAMESPACE
 from cosmos_export.stamps import Stamp
-from cosmos_export.targets import Target, trt_common
+from cosmos_export.targets import Target
+from cosmos_export.targets.onnx.weights import Stored
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt_common import EngineFacts, EngineReport
-from cosmos_export.targets.weights import Stored
+from cosmos_export.targets.trt import common as trt_common
+from cosmos_export.targets.trt.common import EngineFacts, EngineReport
 
 Components = Mapping[str, str]
 """What a key is made of: name → value, or digest of it."""
@@ -150,4 +151,4 @@ def _version(module: str) -> str:
 @cache
 def _worker_digest() -> str:
     """Digest of the program that drives the builder: another one may set it up differently."""
-    return hashlib.sha256(Path(trt_common.__file__).with_name("_trt_worker.py").read_bytes()).hexdigest()
+    return hashlib.sha256(Path(trt_common.__file__).with_name("worker.py").read_bytes()).hexdigest()

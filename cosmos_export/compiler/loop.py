@@ -11,7 +11,7 @@ from collections.abc import Collection
 import numpy as np
 import torch
 
-from cosmos_export.compile.time_table import schedule_table, timesteps
+from cosmos_export.compiler.time_table import schedule_table, timesteps
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Program

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
-from cosmos_export.compile.forms import quantize_copy
-from cosmos_export.compile.options import Job
+from cosmos_export.compiler.forms import quantize_copy
+from cosmos_export.compiler.options import Job
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.gates import (

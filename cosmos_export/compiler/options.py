@@ -11,19 +11,19 @@ from typing import Literal, get_args
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
-from cosmos_export.compile.memory import memory_budget, require_memory
-from cosmos_export.compile.request_record import check_request
-from cosmos_export.compile.selection import select
-from cosmos_export.compile.time_table import DEFAULT_MODE, checkpoint_schedule
+from cosmos_export.compiler.memory import memory_budget, require_memory
+from cosmos_export.compiler.request_record import check_request
+from cosmos_export.compiler.selection import select
+from cosmos_export.compiler.time_table import DEFAULT_MODE, checkpoint_schedule
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
+from cosmos_export.precision.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
+from cosmos_export.precision.stored_recipe import recipe_for
 from cosmos_export.sampling import Overrides, Schedule, Segment
 from cosmos_export.stamps import Inputs, require_unchanged, unchanged
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
-from cosmos_export.targets.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
-from cosmos_export.targets.stored_recipe import recipe_for
 
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
@@ -53,7 +53,7 @@ class BuildOptions:
     outputs: tuple[str, ...] | None = None
     """Velocities to compute; None: all of the modalities."""
     components: tuple[str, ...] | None = None
-    """Besides the transformer: `cosmos_export.compile.selection.COMPONENTS`, or ``all`` or ``none``; None: all."""
+    """Besides the transformer: `cosmos_export.compiler.selection.COMPONENTS`, or ``all`` or ``none``; None: all."""
     mode: str = DEFAULT_MODE
     """What the schedule's defaults are for: `cosmos_export.sampling.MODES`."""
     steps: int | None = None
@@ -65,7 +65,7 @@ class BuildOptions:
     """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
     step a call."""
     recipe: str | None = None
-    """What each product computes in: `cosmos_export.targets.recipe.recipe_names`, or ``auto``: what
+    """What each product computes in: `cosmos_export.precision.recipe.recipe_names`, or ``auto``: what
     `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
     overrides: tuple[str, ...] = ()
     """``PLACE=SCHEME``, over the recipe's own rules."""
@@ -89,7 +89,7 @@ class BuildOptions:
     ignore_adapters: bool = False
     """Build the weights without the adapters that lie beside them."""
     cache: Path | None = None
-    """Directory that knows engines of other bundles (`cosmos_export.compile.cache`); None: every engine is built."""
+    """Directory that knows engines of other bundles (`cosmos_export.compiler.cache`); None: every engine is built."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def resolve(options: BuildOptions) -> Job:
     budget = memory_budget(options, target)
     require_compiler()
     if target.backend == "tensorrt-rtx":
-        from cosmos_export.targets.tensorrt_rtx import FLAVOR
-        from cosmos_export.targets.trt_common import require_module
+        from cosmos_export.targets.trt.common import require_module
+        from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
 
         require_module(FLAVOR)
     checkpoint = open_checkpoint(options.checkpoint)

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import Planned
-from cosmos_export.compile.options import Job
+from cosmos_export.compiler.options import Job
 from cosmos_export.plan.precision import precision
 from cosmos_export.plan.sizes import BUILDER_BYTES, PlannedEngine, builder_bytes, components, gates_bytes, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
 
 if TYPE_CHECKING:
-    from cosmos_export.compile.artifacts import Engine
+    from cosmos_export.compiler.artifacts import Engine
 
 _BLOCK_BYTES = 512
 """Size of a block in the counter of blocks that a file has on the disk."""

@@ -13,7 +13,7 @@ import torch
 from cosmos_export.calibration.table import SCALES_FILE, read_scale_table
 from cosmos_export.checkpoint import Checkpoint, Tower, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import read_header
-from cosmos_export.compile.options import Job
+from cosmos_export.compiler.options import Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.evaluation.gates import wrong_scales
 from cosmos_export.ir import ops
@@ -25,7 +25,7 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.passes.pipeline import PassOptions
-from cosmos_export.targets.onnx_lowering import gemm_name
+from cosmos_export.targets.onnx.lowering import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _INPUT = ".input_amax"

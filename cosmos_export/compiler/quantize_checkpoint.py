@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from cosmos_export.calibration.table import read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Tower, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
-from cosmos_export.compile.options import require_compiler
+from cosmos_export.compiler.options import require_compiler
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import unchanged

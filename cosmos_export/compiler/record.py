@@ -27,18 +27,18 @@ from cosmos_export.bundle import (
     Volatile,
 )
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.compile.coverage import coverage_verdicts
-from cosmos_export.compile.cuts import chains
-from cosmos_export.compile.loop import LOOP_TABLES, loop_inputs, loop_outputs
-from cosmos_export.compile.losses import loss_values, loss_verdicts, precision_record
-from cosmos_export.compile.planned import planned
-from cosmos_export.compile.request_record import request_record
+from cosmos_export.compiler.coverage import coverage_verdicts
+from cosmos_export.compiler.cuts import chains
+from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_outputs
+from cosmos_export.compiler.losses import loss_values, loss_verdicts, precision_record
+from cosmos_export.compiler.planned import planned
+from cosmos_export.compiler.request_record import request_record
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
 
 if TYPE_CHECKING:
-    from cosmos_export.compile.stages import BuildResult
+    from cosmos_export.compiler.stages import BuildResult
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 _GEOMETRY = (

@@ -1,6 +1,6 @@
 """What the manifest says of the model to those who make requests: sizes of the latents, the prompt, the sampling.
 
-No torch; the prompt's pieces are compiled in `cosmos_export.compile.prompt`.
+No torch; the prompt's pieces are compiled in `cosmos_export.compiler.prompt`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cosmos_export.bundle.manifest import Scalar
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.compile.selection import codec_config
+from cosmos_export.compiler.selection import codec_config
 from cosmos_export.diagnostics import UserError
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment

@@ -32,8 +32,8 @@ from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import TensorEntry
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-from cosmos_export.compile.allocator import return_freed_memory
-from cosmos_export.compile.artifacts import (
+from cosmos_export.compiler.allocator import return_freed_memory
+from cosmos_export.compiler.artifacts import (
     INDUCTOR,
     Engine,
     cache_entries,
@@ -46,25 +46,25 @@ from cosmos_export.compile.artifacts import (
     write_models,
     write_plugins,
 )
-from cosmos_export.compile.builders import Builders
-from cosmos_export.compile.cache import Cache
-from cosmos_export.compile.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
-from cosmos_export.compile.coverage import coverage_note
-from cosmos_export.compile.cuts import chains, cut_graphs, cut_notes
-from cosmos_export.compile.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, EngineRequest, requests_text, script_text
-from cosmos_export.compile.first_layers import FIRST_BYTES, first_layers, job_of_part
-from cosmos_export.compile.forms import Forms, Pieces, make_forms
-from cosmos_export.compile.input_files import InputHashes
-from cosmos_export.compile.keys import plugin_nodes
-from cosmos_export.compile.loop import LOOP_TABLES, loop_inputs, loop_tables
-from cosmos_export.compile.losses import Losses, measure_losses, require_losses, write_losses
-from cosmos_export.compile.metering import Meter
-from cosmos_export.compile.options import ENGINE_BACKENDS, Job
-from cosmos_export.compile.planned import builder_memory, gates_memory
-from cosmos_export.compile.precision import layer_weights, pass_options, planned_types, require_scales
-from cosmos_export.compile.record import manifest
-from cosmos_export.compile.request_record import checkpoint_notes
-from cosmos_export.compile.time_table import schedule_table, timesteps
+from cosmos_export.compiler.builders import Builders
+from cosmos_export.compiler.cache import Cache
+from cosmos_export.compiler.components import Codec, codec_engines, codec_profiles, write_codec, write_tokenizer
+from cosmos_export.compiler.coverage import coverage_note
+from cosmos_export.compiler.cuts import chains, cut_graphs, cut_notes
+from cosmos_export.compiler.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, EngineRequest, requests_text, script_text
+from cosmos_export.compiler.first_layers import FIRST_BYTES, first_layers, job_of_part
+from cosmos_export.compiler.forms import Forms, Pieces, make_forms
+from cosmos_export.compiler.input_files import InputHashes
+from cosmos_export.compiler.keys import plugin_nodes
+from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_tables
+from cosmos_export.compiler.losses import Losses, measure_losses, require_losses, write_losses
+from cosmos_export.compiler.metering import Meter
+from cosmos_export.compiler.options import ENGINE_BACKENDS, Job
+from cosmos_export.compiler.planned import builder_memory, gates_memory
+from cosmos_export.compiler.precision import layer_weights, pass_options, planned_types, require_scales
+from cosmos_export.compiler.record import manifest
+from cosmos_export.compiler.request_record import checkpoint_notes
+from cosmos_export.compiler.time_table import schedule_table, timesteps
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.codecs import codec_parity
@@ -78,7 +78,7 @@ from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec, WeightSource
 from cosmos_export.ir.text import print_program
-from cosmos_export.memory import available_bytes
+from cosmos_export.machine.memory import available_bytes
 from cosmos_export.passes.base import Effect
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.passes.cut_graph import CutGraph
@@ -91,16 +91,16 @@ from cosmos_export.runtime import load_bundle
 from cosmos_export.runtime.onnx_sessions import NAME as ONNX_RUNTIME
 from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
 from cosmos_export.sampling import coefficient_table
-from cosmos_export.targets.engine_inspector import (
+from cosmos_export.targets.onnx.plugins import Plugins
+from cosmos_export.targets.onnx.weights import read_source
+from cosmos_export.targets.profiles import Profile, input_shapes
+from cosmos_export.targets.trt.engine_inspector import (
     EngineExpectation,
     EngineSummary,
     check_engine,
     inspect_engine,
     narrow_share,
 )
-from cosmos_export.targets.plugin_lowering import Plugins
-from cosmos_export.targets.profiles import Profile, input_shapes
-from cosmos_export.targets.weights import read_source
 
 PARITY_MEMORY_SHARE = 0.4
 """Parity loads the stock model in fp32; above this share of the available memory it is left out and said to be."""
@@ -724,7 +724,7 @@ def _write_loop(
     out."""
     import onnx
 
-    from cosmos_export.targets.onnx_loop import lower_loop
+    from cosmos_export.targets.onnx.loop import lower_loop
 
     body = closed.graphs[closed.loop.body]
     stored = layout_of([program.graphs[closed.loop.body]])

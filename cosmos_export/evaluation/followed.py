@@ -23,7 +23,7 @@ from cosmos_export.evaluation.reference import relative_error
 from cosmos_export.ir import ops, packing
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import attend_rounded
-from cosmos_export.targets.onnx_lowering import ROUNDINGS, rounded_values
+from cosmos_export.targets.onnx.lowering import ROUNDINGS, rounded_values
 
 DIVISION = 2.0**-22
 """What a division in float32 may be off by, relative: that of a product with the reciprocal, and half a bit more."""

@@ -11,10 +11,10 @@ from cosmos_export.plan.precision import PlannedPrecision, precision
 from cosmos_export.plan.sizes import components, device, weight_copies
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.workload import Workload
+from cosmos_export.precision.recipe import DEFAULT, Recipe, load_recipe, recipe_names
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.description import Efficiency
-from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe, recipe_names
 
 AUTO = "auto"
 """What asks for the choice in the place of a recipe's name."""

@@ -22,10 +22,10 @@ from cosmos_export.plan.sizes import (
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import OperationCount, passes, request_work
 from cosmos_export.plan.workload import Workload
+from cosmos_export.precision.recipe import DEFAULT, Recipe, load_recipe
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.profiles import DimRange, ModelLimits, check_limits
-from cosmos_export.targets.recipe import DEFAULT, Recipe, load_recipe
 
 MEMORY_SHARE = 0.95
 """Share of a GPU's memory that a request may take. The driver and the allocator need the rest."""

@@ -1,6 +1,6 @@
 """What a recipe means for sizes and speed: bytes of a weight in each scheme, and the type its products are computed in.
 
-Which site gets which scheme is the recipe's (`cosmos_export.targets.recipe`); here it is only added up.
+Which site gets which scheme is the recipe's (`cosmos_export.precision.recipe`); here it is only added up.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import cache
 from types import MappingProxyType
 
 from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.precision.recipe import CORE, LINEARS, PROMPT_KV, Assignment, Recipe, resolve_recipe, segment_keys
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target, load_target
-from cosmos_export.targets.recipe import CORE, LINEARS, PROMPT_KV, Assignment, Recipe, resolve_recipe, segment_keys
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
+from cosmos_export.precision.recipe import WEIGHT_ONLY
 from cosmos_export.targets import Target
 from cosmos_export.targets.partition import partition
-from cosmos_export.targets.recipe import WEIGHT_ONLY
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
 """Bytes of an engine on top of its weights: kernels and the description of its layers."""

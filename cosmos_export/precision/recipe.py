@@ -281,7 +281,7 @@ def _wrong(what: str) -> NoReturn:
 
 
 def _folder() -> Any:
-    return resources.files("cosmos_export.targets") / "recipes"
+    return resources.files("cosmos_export.precision") / "recipes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

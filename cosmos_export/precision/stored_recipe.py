@@ -10,7 +10,7 @@ from cosmos_export.checkpoint import Checkpoint, Tower
 from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE
 from cosmos_export.checkpoint.quantization import StepPolicy
 from cosmos_export.diagnostics import UserError
-from cosmos_export.targets.recipe import DEFAULT, LINEARS, TOWERS, Recipe, load_recipe, parse_rule
+from cosmos_export.precision.recipe import DEFAULT, LINEARS, TOWERS, Recipe, load_recipe, parse_rule
 
 STORED = "checkpoint"
 """The name of the recipe that a quantized checkpoint states."""

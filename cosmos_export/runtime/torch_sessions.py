@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from cosmos_export.ir.graph import Graph
-    from cosmos_export.targets.inductor import Executable, Settings
+    from cosmos_export.targets.inductor.compiled import Executable, Settings
 
 NAME = "inductor"
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -138,7 +138,7 @@ class LoopSession:
     ) -> None:
         self._name = name
         self._executable = executable
-        from cosmos_export.targets.inductor import Steps
+        from cosmos_export.targets.inductor.compiled import Steps
 
         self._carried: dict[str, str] = dict(loop.carried)
         self._taken, self._returned = loop.taken, loop.returned
@@ -237,7 +237,7 @@ class TorchBackend:
 
     def open(self, graph: str) -> TorchSession | LoopSession:
         from cosmos_export.ir.serialize import read_graph
-        from cosmos_export.targets.inductor import Executable, Settings
+        from cosmos_export.targets.inductor.compiled import Executable, Settings
 
         try:
             document = parse_object(self._files.read(f"graphs/{graph}.json", "graph"))

@@ -4,7 +4,7 @@ A graph is specialised to the sizes of one call. What the compiler can fuse (nor
 written as plain tensor code, attention stays whole; `torch.compile` makes fused kernels of the rest. On a GPU the
 compiled function is captured when sizes come again, and replayed: a replay has no work on the host; a closed loop is
 captured with all its steps. Weights are arguments, not constants of the code: one copy on the device serves every size.
-This project's kernels take the place of what they compute where `Settings` names them (`inductor_fusions`).
+This project's kernels take the place of what they compute where `Settings` names them (`fusions`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cosmos_export.ir.dims import Shape, Size, bind, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.kernels.description import W4A16
-from cosmos_export.targets.inductor_fusions import fuse
+from cosmos_export.targets.inductor.fusions import fuse
 
 GROUP = 128
 """Columns that a scale of the INT4 kernel covers."""

@@ -21,9 +21,9 @@ from cosmos_export.ir.dims import Size, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_input, is_op, spec_of
 from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import WeightBinding
-from cosmos_export.targets.onnx_lowering import Lowering
-from cosmos_export.targets.plugin_lowering import Plugins
-from cosmos_export.targets.weights import Stored, numpy_dtype
+from cosmos_export.targets.onnx.lowering import Lowering
+from cosmos_export.targets.onnx.plugins import Plugins
+from cosmos_export.targets.onnx.weights import Stored, numpy_dtype
 
 
 def lower_loop(

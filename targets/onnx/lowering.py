@@ -25,8 +25,8 @@ from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_op, is
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E2M1_MAX, E2M1_VALUES, E4M3_MAX, NVFP4_BLOCK, SMALLEST_BLOCK_SCALE
 from cosmos_export.ir.spec import E2M1, INT4, WeightBinding
-from cosmos_export.targets.plugin_lowering import Plugins
-from cosmos_export.targets.weights import Stored, numpy_dtype, size_bytes
+from cosmos_export.targets.onnx.plugins import Plugins
+from cosmos_export.targets.onnx.weights import Stored, numpy_dtype, size_bytes
 
 OPSET = 23
 _IR_VERSION = 11

@@ -1,6 +1,6 @@
 """This project's kernels in models for TensorRT: what each stands for is found by dataflow, and becomes one node.
 
-The rewrites are those of the inductor backend (`inductor_fusions`); joint attention is an operation by itself. A node
+The rewrites are those of the inductor backend (`inductor.fusions`); joint attention is an operation by itself. A node
 is called like the form of the kernel that it runs, in the domain `kernels.description.NAMESPACE`, and is made ahead of
 time (``aot``). Models for a CPU have none.
 """
@@ -28,11 +28,11 @@ from cosmos_export.kernels.description import (
     QKV_PACK,
     SAMPLER_STEP,
 )
-from cosmos_export.targets.inductor_fusions import fuse, item
+from cosmos_export.targets.inductor.fusions import fuse, item
 
 if TYPE_CHECKING:
     from cosmos_export.kernels.plugins import Form
-    from cosmos_export.targets.onnx_lowering import Lowering
+    from cosmos_export.targets.onnx.lowering import Lowering
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NARROW = (torch.bfloat16, torch.float16)

@@ -2,7 +2,7 @@
 
 Both have nearly the same Python API, so the module is data (`TrtFlavor`). The builder runs in a subprocess, because it
 can crash; this module never imports it. The engine is streamed to a temporary file beside the output and renamed only
-when it is complete. `cosmos_export.targets._trt_worker` is the other side of the pipe.
+when it is complete. `cosmos_export.targets.trt.worker` is the other side of the pipe.
 
 The builder orders some things by their addresses, so equal engines need equal memory: the worker gets the same
 environment and the same relative paths wherever it builds, a heap of its own for each of the builder's threads (in one
@@ -195,7 +195,7 @@ def _run_worker(
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     path = os.pathsep.join([root, *(str(Path(entry).absolute()) for entry in given)])
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "cosmos_export.targets._trt_worker"],
+        [sys.executable, "-P", "-m", "cosmos_export.targets.trt.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """The TensorRT backend: engines for Hopper, data-centre Blackwell and Jetson Thor, built on the GPU they run on.
 
-The network, profiles, progress and the process that builds are those of TensorRT-RTX (`trt_common`); here is what full
+The network, profiles, progress and the process that builds are those of TensorRT-RTX (`common`); here is what full
 TensorRT has besides: settings of compatibility, a timing cache, and an inspector that lists the layers of an engine.
 """
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cosmos_export.diagnostics import InternalError, UnsupportedError
+from cosmos_export.machine.gpu import gpus
 from cosmos_export.progress import Progress
 from cosmos_export.targets.description import Target
-from cosmos_export.targets.gpu import gpus
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt_common import EngineReport, TrtFlavor, run_build
+from cosmos_export.targets.trt.common import EngineReport, TrtFlavor, run_build
 
 FLAVOR = TrtFlavor(
     module="tensorrt",

@@ -11,7 +11,7 @@ from pathlib import Path
 from cosmos_export.progress import Progress
 from cosmos_export.targets.description import Target
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt_common import EngineReport, TrtFlavor, run_build
+from cosmos_export.targets.trt.common import EngineReport, TrtFlavor, run_build
 
 FLAVOR = TrtFlavor(
     module="tensorrt_rtx",

@@ -1,4 +1,4 @@
-"""The build process: one request on stdin, JSON lines on stdout. Started by `trt_common`, never by hand.
+"""The build process: one request on stdin, JSON lines on stdout. Started by `common`, never by hand.
 
 Messages: ``progress`` (permille), ``log`` (text), then either ``failure`` (stage, details) or ``result``.
 """
@@ -103,7 +103,7 @@ def main() -> None:
         channel.fail("build", ["the builder does not start on this machine", *errors])
     plugins = request["settings"].get("plugins")
     if plugins is not None:
-        from cosmos_export.targets.trt_plugins import register_plugins
+        from cosmos_export.targets.trt.plugins import register_plugins
 
         register_plugins(trt, importlib.import_module(f"{request['module']}.plugin"), Path(plugins))
     network = builder.create_network(0)

@@ -27,18 +27,18 @@ from cosmos_export.bench.result import MeasuredPart, Measurement, compare, read_
 from cosmos_export.cli import console
 from cosmos_export.cli.bench import register as register_bench
 from cosmos_export.cli.doctor import register as register_doctor
-from cosmos_export.compile.precision import planned_types
+from cosmos_export.compiler.precision import planned_types
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.doctor import CheckState, Facts, examine
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.ops import aten
+from cosmos_export.machine.gpu import Gpu
+from cosmos_export.machine.packages import pins
 from cosmos_export.plan import published_subject
+from cosmos_export.precision.recipe import load_recipe, resolve_recipe
 from cosmos_export.progress import Silent
-from cosmos_export.requirements import pins
 from cosmos_export.targets import load_target
-from cosmos_export.targets.gpu import Gpu
-from cosmos_export.targets.recipe import load_recipe, resolve_recipe
 
 pytestmark = pytest.mark.xdist_group("bench")
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from typing import Any
 import bundle_samples
 import pytest
 
-import cosmos_export.compile.finish as finishing
+import cosmos_export.compiler.finish as finishing
 from cosmos_export.bundle import open_bundle, verify_bundle
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT, Output, PluginRecord, document_text

@@ -16,9 +16,9 @@ from cosmos_export.calibration.table import RECIPE_FILE, ScaleTable, read_scale_
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.precision.recipe import load_recipe, resolve_recipe
+from cosmos_export.precision.stored_recipe import recipe_text
 from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import load_recipe, resolve_recipe
-from cosmos_export.targets.stored_recipe import recipe_text
 
 WIDTH = 256
 READERS = {"q": ["q", "k"], "down": ["down"]}

@@ -31,8 +31,8 @@ from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scal
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
-from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint, resolve_calibration
-from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint, resolve_calibration
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.runtime import read_media
@@ -292,7 +292,7 @@ def test_a_killed_calibration_resumes_to_the_identical_table(checkpoint: Path, t
     calibrate_checkpoint(options(checkpoint, tmp_path / "whole", data, **small))
     code = (
         "import sys\nfrom pathlib import Path\n"
-        "from cosmos_export.compile.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint\n"
+        "from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint\n"
         "from cosmos_export.calibration.stream import Workspace\n"
         "from cosmos_export.sampling import Overrides\n"
         "advance = Workspace.advance\n"

@@ -18,7 +18,7 @@ import pytest
 from cosmos_export.calibration.sources import read_source
 from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scale_table
 from cosmos_export.diagnostics import UserError
-from cosmos_export.targets.recipe import load_recipe
+from cosmos_export.precision.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_check
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.cli import app
-from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.packing import fp8_scale
 

@@ -10,7 +10,7 @@ import fake_checkpoint as fake
 import pytest
 
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
-from cosmos_export.compile.input_files import InputHashes
+from cosmos_export.compiler.input_files import InputHashes
 from cosmos_export.progress import Silent
 
 

@@ -13,7 +13,7 @@ from cosmos_export.bundle import PolicyRecord
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.policy import Policy, read_policy
 from cosmos_export.cli import app
-from cosmos_export.compile.request_record import policy_notes, request_record
+from cosmos_export.compiler.request_record import policy_notes, request_record
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime.scenes import policy_of
 

@@ -133,7 +133,7 @@ def test_log_levels(capsys: pytest.CaptureFixture[str]) -> None:
         console.configure(**settings)
         console.log("debug", logging.DEBUG)
         console.log("info")
-        logging.getLogger("cosmos_export.compile").warning("from the library: %s", "[x]")
+        logging.getLogger("cosmos_export.compiler").warning("from the library: %s", "[x]")
         captured = capsys.readouterr()
         assert captured.out == ""
         return captured.err.splitlines()

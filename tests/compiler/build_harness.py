@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.bundle import Manifest, read_bundle
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler.options import BuildOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMER_ONLY = ("--target", "rtx-pro-6000", "--components", "none")
@@ -94,7 +94,7 @@ _captures: dict[object, Any] = {}
 
 
 def remembered_codec(name: str, config: Mapping[str, Any], sources: Mapping[str, Any]) -> Any:
-    from cosmos_export.compile.components import _CAPTURES
+    from cosmos_export.compiler.components import _CAPTURES
 
     key = (name, str(next(iter(sources.values())).file))
     if key not in _captures:
@@ -176,7 +176,7 @@ def scale_table(checkpoint: Path, output: Path, margin: float = 1.1) -> Path:
     from cosmos_export.evaluation.gates import observe_inputs
     from cosmos_export.ir.interpreter import read_weights
     from cosmos_export.passes.pipeline import default_passes, run_passes
-    from cosmos_export.targets.weights import read_source
+    from cosmos_export.targets.onnx.weights import read_source
 
     def make() -> None:
         found = open_checkpoint(checkpoint)

@@ -51,8 +51,8 @@ def scales(shared: Path, omni: Path) -> Path:
 @pytest.fixture
 def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds in this process share one capture of each checkpoint; everything after it is done every time."""
-    import cosmos_export.compile.components as components
-    import cosmos_export.compile.stages as stages
+    import cosmos_export.compiler.components as components
+    import cosmos_export.compiler.stages as stages
 
     monkeypatch.setattr(stages, "capture", harness.remembered_capture)
     monkeypatch.setattr(components, "capture_codec", harness.remembered_codec)

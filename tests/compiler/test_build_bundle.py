@@ -18,9 +18,9 @@ from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.evaluation.cases import CASES, Case
 from cosmos_export.evaluation.reference import Reference, relative_error
 from cosmos_export.targets import load_target
-from cosmos_export.targets.engine_inspector import inspect_engine
 from cosmos_export.targets.profiles import input_shapes, parse_profile
-from cosmos_export.targets.tensorrt_rtx import build_engine
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 pytestmark = pytest.mark.xdist_group("bundles")
 
@@ -242,7 +242,7 @@ def test_the_generator_takes_rows_of_the_table(omni_fp32: Path, captured_once: N
     import onnxruntime
     from safetensors.torch import load_file
 
-    from cosmos_export.compile.driver import build
+    from cosmos_export.compiler.driver import build
 
     build(harness.transformer_only(omni_fp32, tmp_path / "x", steps=4, parity="never"))
     table = load_file(tmp_path / "x/tables/schedule.safetensors")

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cosmos_export.cli import app
-from cosmos_export.compile.cache import Cache, Entry, key_of
+from cosmos_export.compiler.cache import Cache, Entry, key_of
 
 COMPONENTS = {"graph": "a" * 64, "weights": "b" * 64, "target": "12.0"}
 KEY = key_of(COMPONENTS)

@@ -18,17 +18,17 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
-import cosmos_export.compile.stages as stages
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.forms import make_forms
-from cosmos_export.compile.precision import pass_options
-from cosmos_export.compile.stages import BuildResult
+import cosmos_export.compiler.stages as stages
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.forms import make_forms
+from cosmos_export.compiler.precision import pass_options
+from cosmos_export.compiler.stages import BuildResult
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.followed import DIVISION
 from cosmos_export.evaluation.parity import RUNTIME_LIMIT, Measured, Parity
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
-from cosmos_export.targets.weights import read_source
+from cosmos_export.targets.onnx.weights import read_source
 
 pytestmark = pytest.mark.xdist_group("codes")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -17,13 +17,13 @@ import pytest
 import torch
 from build_harness import Built
 
-import cosmos_export.compile.components as components
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.components as components
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import BundleWriter, Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import BuildOptions, resolve
-from cosmos_export.compile.selection import COMPONENTS, component_bytes
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import BuildOptions, resolve
+from cosmos_export.compiler.selection import COMPONENTS, component_bytes
 from cosmos_export.diagnostics import CosmosExportError, FindingError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.codecs import codec_parity
@@ -31,7 +31,7 @@ from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir.graph import is_constant
 from cosmos_export.ir.program import Program
 from cosmos_export.progress import Silent
-from cosmos_export.targets.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
 
 pytestmark = pytest.mark.xdist_group("components")
 
@@ -371,7 +371,7 @@ def test_what_fails_beside_a_build_ends_it_at_the_next_stage(
     if what == "builder":
         monkeypatch.setattr(stages, "codec_engines", lambda *_: {"vae_decoder_first": fails})
     else:
-        monkeypatch.setattr("cosmos_export.compile.input_files.hash_file", fails)
+        monkeypatch.setattr("cosmos_export.compiler.input_files.hash_file", fails)
     sources = stages.weight_sources
     monkeypatch.setattr(stages, "weight_sources", lambda tensors: time.sleep(0.3) or sources(tensors))
     monkeypatch.setattr(stages, "capture", lambda *_, **__: pytest.fail("the transformer was captured"))

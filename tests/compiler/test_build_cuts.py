@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from cosmos_export.cli.build import _resume_command
-from cosmos_export.compile.builders import Builders
-from cosmos_export.compile.options import resolve
-from cosmos_export.compile.planned import parts
+from cosmos_export.compiler.builders import Builders
+from cosmos_export.compiler.options import resolve
+from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.plan.sizes import BUILDER_BYTES, builder_bytes, compiler_bytes
 from cosmos_export.progress import Progress, Silent

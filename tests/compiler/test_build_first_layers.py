@@ -9,11 +9,11 @@ import build_harness as harness
 import pytest
 from test_build_planted_faults import edges_swapped, in_manifest, refused
 
-import cosmos_export.compile.first_layers as parts
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.first_layers as parts
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.ops import aten

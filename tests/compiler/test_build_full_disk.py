@@ -21,10 +21,10 @@ import pytest
 
 from cosmos_export.bundle import read_bundle, verify_bundle
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile import stages
-from cosmos_export.compile.cache import Cache
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler import stages
+from cosmos_export.compiler.cache import Cache
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.diagnostics import ToolError
 
 pytest.importorskip("tensorrt_rtx")

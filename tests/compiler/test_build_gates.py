@@ -16,17 +16,17 @@ from typing import Any
 import build_harness as harness
 import pytest
 
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import verify_bundle
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.targets import trt_common
-from cosmos_export.targets.engine_inspector import EngineSummary, inspect_engine
+from cosmos_export.targets.trt import common as trt_common
+from cosmos_export.targets.trt.engine_inspector import EngineSummary, inspect_engine
 
 pytestmark = pytest.mark.xdist_group("builds")
 
@@ -157,7 +157,7 @@ def test_a_builder_that_is_killed(tmp_path: Path, omni: Path, monkeypatch: pytes
 def test_a_disk_that_fills_up(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from cosmos_export.targets import weights
+    from cosmos_export.targets.onnx import weights
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -187,7 +187,7 @@ def running(tmp_path: Path, omni: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 _ANNOUNCED = """
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.stages as stages
 capture = stages.capture
 def announced(*arguments, **options):
     print("capture", flush=True)

@@ -16,16 +16,16 @@ import torch
 from safetensors import safe_open
 
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
-from cosmos_export.compile import forms, stages
-from cosmos_export.compile.driver import _required_bytes, build
-from cosmos_export.compile.options import BuildOptions, Job, resolve
-from cosmos_export.compile.planned import bundle_bytes, parts
+from cosmos_export.compiler import forms, stages
+from cosmos_export.compiler.driver import _required_bytes, build
+from cosmos_export.compiler.options import BuildOptions, Job, resolve
+from cosmos_export.compiler.planned import bundle_bytes, parts
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, sampled
 from cosmos_export.ir.program import Program
-from cosmos_export.targets.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.engine_inspector import inspect_engine
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
 

@@ -16,12 +16,12 @@ import onnx
 import pytest
 import torch
 
-import cosmos_export.compile.artifacts as artifacts
-import cosmos_export.compile.precision as precision
-import cosmos_export.compile.stages as stages
-import cosmos_export.targets.weights as weights
+import cosmos_export.compiler.artifacts as artifacts
+import cosmos_export.compiler.precision as precision
+import cosmos_export.compiler.stages as stages
+import cosmos_export.targets.onnx.weights as weights
 from cosmos_export.bundle import Manifest, read_bundle
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -142,7 +142,7 @@ def test_in_the_model_that_the_engine_is_built_from(tmp_path: Path, edge: Path, 
 
 @pytest.mark.slow
 def test_in_the_decoder_that_the_engine_is_built_from(tmp_path: Path, edge: Path, monkeypatch: Patch) -> None:
-    from cosmos_export.compile import components
+    from cosmos_export.compiler import components
 
     made = components.write_models
 

@@ -13,14 +13,14 @@ import build_harness as harness
 import pytest
 import torch
 
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import open_verdicts, read_bundle, verify_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.cli.build import _verdict, _write_evidence
-from cosmos_export.compile.coverage import coverage_note, coverage_verdicts
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import resolve
-from cosmos_export.compile.stages import BuildResult
+from cosmos_export.compiler.coverage import coverage_note, coverage_verdicts
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import resolve
+from cosmos_export.compiler.stages import BuildResult
 from cosmos_export.diagnostics import CosmosExportError, FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -127,7 +127,7 @@ def test_weights_as_inputs_keep_the_kernels(
     tmp_path: Path, edge: Path, edge_scales: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever multiplies narrow by narrow. With 16-bit activations a weight is widened in the product, and stays."""
-    from cosmos_export.targets import onnx_lowering
+    from cosmos_export.targets.onnx import lowering as onnx_lowering
 
     monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
     options = {"target": "rtx-pro-6000", "calibration": edge_scales, "weights": "external"}
@@ -164,7 +164,7 @@ def test_weights_that_cannot_be_inputs_are_cut(
 ) -> None:
     """What a product widens stays in the engine, and in the builder's memory; what is an input does not."""
     from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
-    from cosmos_export.targets import onnx_lowering
+    from cosmos_export.targets.onnx import lowering as onnx_lowering
 
     monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
     layers = resolve(harness.transformer_only(edge, Path("x"))).layers
@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_inputs_are_cut(
 
 
 def test_weights_in_a_loop_on_the_device(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos_export.targets import onnx_lowering
+    from cosmos_export.targets.onnx import lowering as onnx_lowering
 
     monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
     options = {"target": "rtx-pro-6000", "weights": "external", "loop": "device", "steps": 4}
@@ -228,7 +228,7 @@ def test_a_scale_that_is_computed_is_caught(
     tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The activation's scale as a value of the graph: it builds, and multiplies in 16 bit."""
-    from cosmos_export.targets import onnx_lowering
+    from cosmos_export.targets.onnx import lowering as onnx_lowering
 
     rule = onnx_lowering._RULES[ops.QUANTIZE]
 
@@ -258,7 +258,7 @@ def test_block_sizes_on_fp8_are_caught(
     import numpy as np
 
     from cosmos_export.ir.graph import is_weight, spec_of
-    from cosmos_export.targets import onnx_lowering
+    from cosmos_export.targets.onnx import lowering as onnx_lowering
 
     rule = onnx_lowering._RULES[ops.DEQUANTIZE]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile.options import BuildOptions, resolve
-from cosmos_export.compile.overall import TASK, UNITS, Overall, expected_seconds
+from cosmos_export.compiler.options import BuildOptions, resolve
+from cosmos_export.compiler.overall import TASK, UNITS, Overall, expected_seconds
 
 
 class Recorder:
@@ -64,7 +64,7 @@ def test_without_expectations_nothing_is_shown() -> None:
 @pytest.mark.parametrize("loop", ["host", "device"])
 def test_every_long_task_of_a_build_is_expected(loop: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    from cosmos_export.compile.driver import build
+    from cosmos_export.compiler.driver import build
 
     checkpoint = write_demo_checkpoint(tmp_path / "checkpoint", layers=1, dtype="bfloat16")
     options = BuildOptions(checkpoint, tmp_path / "bundle", target="rtx-pro-6000", parity="never", loop=loop)  # type: ignore[arg-type]

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from cosmos_export.bundle import PromptRecord
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.compile import prompt
-from cosmos_export.compile.bounded import Limits
-from cosmos_export.compile.prompt import ChatTemplate, compile_chat_template
+from cosmos_export.compiler import prompt
+from cosmos_export.compiler.bounded import Limits
+from cosmos_export.compiler.prompt import ChatTemplate, compile_chat_template
 from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.runtime.tokenize import PromptTokenizer
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import cosmos_export.compile.options as build_options
-import cosmos_export.compile.stages as stages
+import cosmos_export.compiler.options as build_options
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import BundleFiles, read_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.strict_json import read_object
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import resolve
-from cosmos_export.compile.precision import activation_ranges
-from cosmos_export.compile.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import resolve
+from cosmos_export.compiler.precision import activation_ranges
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -34,7 +34,7 @@ from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.torch_sessions import TorchBackend
 from cosmos_export.sampling import Schedule
-from cosmos_export.targets.inductor import Settings
+from cosmos_export.targets.inductor.compiled import Settings
 
 pytestmark = pytest.mark.xdist_group("quantized")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

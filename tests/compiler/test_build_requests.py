@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosmos_export.compile.options import BuildOptions, resolve
+from cosmos_export.compiler.options import BuildOptions, resolve
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.targets import target_names
 
@@ -267,7 +267,7 @@ def test_fp16_weights(tmp_path: Path) -> None:
 def test_without_the_builder(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    import cosmos_export.targets.trt_common as trt_common
+    import cosmos_export.targets.trt.common as trt_common
 
     find = importlib.util.find_spec
     monkeypatch.setattr(trt_common, "find_spec", lambda name: None if name == "tensorrt_rtx" else find(name))
@@ -282,7 +282,7 @@ def test_without_the_builder(tmp_path: Path, omni: Path, monkeypatch: pytest.Mon
 def test_without_the_compiler(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
-    import cosmos_export.compile.options as options
+    import cosmos_export.compiler.options as options
 
     find = importlib.util.find_spec
     monkeypatch.setattr(options, "find_spec", lambda name: None if name == "diffusers" else find(name))
@@ -294,7 +294,7 @@ def test_without_the_compiler(tmp_path: Path, omni: Path, monkeypatch: pytest.Mo
 
 
 def test_without_space(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos_export.compile.driver import build
+    from cosmos_export.compiler.driver import build
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     with pytest.raises(ToolError) as caught:
@@ -308,8 +308,8 @@ def test_nothing_is_captured_for_a_request_that_ends_in_an_error(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The order of checks: whatever can be refused is refused before the first stage."""
-    import cosmos_export.compile.stages as stages
-    from cosmos_export.compile.driver import build
+    import cosmos_export.compiler.stages as stages
+    from cosmos_export.compiler.driver import build
 
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("work began")

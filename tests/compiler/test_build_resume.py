@@ -20,10 +20,10 @@ import pytest
 
 from cosmos_export.bundle import BundleWriter, verify_bundle
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compile import artifacts, stages
-from cosmos_export.compile.cache import Cache, copy_checked, differences
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler import artifacts, stages
+from cosmos_export.compiler.cache import Cache, copy_checked, differences
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 
@@ -46,7 +46,7 @@ def options(checkpoint: Path, output: Path | None, **changed: Any) -> BuildOptio
 @pytest.fixture(scope="module")
 def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, float]]:
     """A build without a pause, and the seconds it took."""
-    import cosmos_export.compile.stages  # noqa: F401  (forked children must not import it each)
+    import cosmos_export.compiler.stages  # noqa: F401  (forked children must not import it each)
 
     path = tmp_path_factory.mktemp("whole") / "bundle"
     start = time.perf_counter()
@@ -109,7 +109,7 @@ def test_finished_engines_are_not_built_again(
     full = True
 
     def recording(model: Path, path: Path, **settings: Any) -> Any:
-        from cosmos_export.targets.tensorrt_rtx import build_engine
+        from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
         if full and path.name == "generator.engine":
             records = path.parents[1] / ".state"

@@ -14,7 +14,7 @@ from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
 

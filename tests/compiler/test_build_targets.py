@@ -11,10 +11,10 @@ import torch
 
 from cosmos_export.bundle import Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
-from cosmos_export.targets.engine_inspector import EngineSummary, inspect_engine, read_header
+from cosmos_export.targets.trt.engine_inspector import EngineSummary, inspect_engine, read_header
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
 
@@ -132,7 +132,7 @@ def test_the_policy_profile(tmp_path: Path, omni: Path) -> None:
 
 
 def test_what_was_not_compared_is_said(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cosmos_export.compile.stages as stages
+    import cosmos_export.compiler.stages as stages
 
     manifest = built(omni, tmp_path / "x")
     verdict = next(v for v in manifest.evaluation if v.stage == "all")

@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 
-import cosmos_export.compile.finish as finishing
+import cosmos_export.compiler.finish as finishing
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.keys import plugin_nodes
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.keys import plugin_nodes
+from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT
+from cosmos_export.machine.gpu import Gpu, gpus
 from cosmos_export.runtime import load_bundle
 from cosmos_export.targets import load_target, tensorrt_rtx
-from cosmos_export.targets.gpu import Gpu, gpus
-from cosmos_export.targets.tensorrt import EngineSettings, require_gpu, worker_settings
-from cosmos_export.targets.trt_plugins import read_document
+from cosmos_export.targets.trt.plugins import read_document
+from cosmos_export.targets.trt.tensorrt import EngineSettings, require_gpu, worker_settings
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
 
@@ -58,7 +58,7 @@ def test_everything_but_the_engines_is_there(waiting: Path, omni: Path) -> None:
         assert all(len(span) == 3 for span in shapes.values())
     script = (root / "finish.sh").read_text()
     assert subprocess.run(["sh", "-n", root / "finish.sh"]).returncode == 0
-    assert "pip install '.[tensorrt]'" in script and "cosmos_export.compile.finish" in script
+    assert "pip install '.[tensorrt]'" in script and "cosmos_export.compiler.finish" in script
     with pytest.raises(CosmosExportError, match="has no engines") as caught:
         load_bundle(root)
     assert "finish.sh" in caught.value.hint

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 _CHILD = (
-    "from cosmos_export.compile.metering import Meter\n"
+    "from cosmos_export.compiler.metering import Meter\n"
     "with Meter() as meter, meter.stage('one'): pass\n"
     "print(meter.peak_resident_bytes)\n"
 )

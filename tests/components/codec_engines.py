@@ -15,12 +15,12 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.progress import Silent
 from cosmos_export.targets.description import load_target
-from cosmos_export.targets.engine_inspector import PlanGraph, inspect_engine
-from cosmos_export.targets.onnx_lowering import lower
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import layout, write_weights
 from cosmos_export.targets.profiles import input_shapes, parse_profile
-from cosmos_export.targets.tensorrt_rtx import build_engine
-from cosmos_export.targets.trt_common import EngineReport
-from cosmos_export.targets.weights import layout, write_weights
+from cosmos_export.targets.trt.common import EngineReport
+from cosmos_export.targets.trt.engine_inspector import PlanGraph, inspect_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 
 def write_onnx(program: Program, folder: Path, compute: torch.dtype | None = None) -> dict[str, Path]:

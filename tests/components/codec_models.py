@@ -19,7 +19,7 @@ from cosmos_export.checkpoint.shards import read_shards
 from cosmos_export.ir.interpreter import read_weights, run_graph
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.targets.weights import read_source
+from cosmos_export.targets.onnx.weights import read_source
 
 torch.set_num_threads(1)
 WEIGHTS = read_weights(read_source)

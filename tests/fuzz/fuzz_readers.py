@@ -166,7 +166,7 @@ def _plan(call: Call) -> None:
 
 
 def _options(call: Call, **more: Any) -> Any:
-    from cosmos_export.compile.options import BuildOptions
+    from cosmos_export.compiler.options import BuildOptions
 
     return BuildOptions(
         call.root / "checkpoint", call.root.parent / "never", profiles=(seeds.SIZES,), parity="never", **more
@@ -174,14 +174,14 @@ def _options(call: Call, **more: Any) -> Any:
 
 
 def _resolve(call: Call) -> None:
-    from cosmos_export.compile.options import resolve
+    from cosmos_export.compiler.options import resolve
 
     resolve(_options(call, components=call.choose(None, ("none",))))
 
 
 def _resolve_quantized(call: Call) -> None:
     """The published FP8 layout, whose recipe is stored in it."""
-    from cosmos_export.compile.options import resolve
+    from cosmos_export.compiler.options import resolve
 
     command("plan", call.root / "checkpoint", *call.choose((), ("--json",)))
     resolve(_options(call, components=("none",)))
@@ -192,9 +192,9 @@ def _codecs(call: Call) -> None:
     from cosmos_export.capture import codec as capturing
     from cosmos_export.capture.sources import weight_sources
     from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-    from cosmos_export.compile.components import capture_codec
-    from cosmos_export.compile.options import resolve
-    from cosmos_export.compile.selection import codec_config
+    from cosmos_export.compiler.components import capture_codec
+    from cosmos_export.compiler.options import resolve
+    from cosmos_export.compiler.selection import codec_config
 
     job = resolve(_options(call))
     before = capturing._Capture.graph
@@ -218,7 +218,7 @@ class _Enough(Exception):
 
 def _tokenizer(call: Call) -> None:
     from cosmos_export.checkpoint import open_checkpoint
-    from cosmos_export.compile.prompt import compile_chat_template
+    from cosmos_export.compiler.prompt import compile_chat_template
 
     compile_chat_template(open_checkpoint(call.root / "checkpoint"))
 
@@ -317,7 +317,7 @@ def _loose_graphs(call: Call) -> None:
 def _engine_requests(call: Call) -> None:
     """What is left to build of a bundle, as `finish` reads it."""
     from cosmos_export.bundle import read_files
-    from cosmos_export.compile.finish import read_requests
+    from cosmos_export.compiler.finish import read_requests
 
     read_requests(read_files(call.root / "x.bundle"))
 
@@ -334,8 +334,8 @@ def _scales(call: Call) -> None:
 
 
 def _recipe(call: Call) -> None:
+    from cosmos_export.precision.recipe import load_recipe, resolve_recipe
     from cosmos_export.targets import load_target
-    from cosmos_export.targets.recipe import load_recipe, resolve_recipe
 
     name = call.root / call.first("*.toml")
     command("recipes", "show", name, *call.choose((), ("--json",)))
@@ -420,7 +420,7 @@ def _lerobot(call: Call) -> None:
 
 
 def _cache(call: Call) -> None:
-    from cosmos_export.compile.cache import Cache
+    from cosmos_export.compiler.cache import Cache
 
     folder = call.root / "cache"
     keys = sorted(path.stem for path in folder.iterdir() if _KEY.fullmatch(path.stem)) or ["0"]

@@ -15,7 +15,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS / name) for name in ("compile", "bundle", "calibration", "checkpoint")]
+sys.path[:0] = [str(TESTS / name) for name in ("compiler", "bundle", "calibration", "checkpoint")]
 
 SIZES = "und_len=1:64:512,frames=1:2:3,height=3:3:4,width=3:5:6,sound_len=0,action_len=0"
 ROBOT = "und_len=1:132:512,frames=5:5:9,height=3:12:40,width=3:20:52,sound_len=0,action_len=16:16:32"
@@ -226,7 +226,7 @@ def sources(folder: Path) -> None:
 
 def cache(folder: Path) -> None:
     """A cache that knows three engines."""
-    from cosmos_export.compile.cache import Cache, Entry, key_of
+    from cosmos_export.compiler.cache import Cache, Entry, key_of
 
     (folder / "bundle").mkdir()
     entries = []

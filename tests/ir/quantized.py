@@ -20,8 +20,8 @@ from cosmos_export.ir.spec import WeightSource
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.passes.pipeline import PassOptions, default_passes, passes_of, run_passes
 from cosmos_export.progress import Silent
-from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.weights import layout, read_source, write_weights
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
 
 SCHEMES = ("fp8", "fp8-w8a16", "int4", "nvfp4")
 POLICY = Case("policy", 3, 4, 4, 9, clean=(0,), actions=5, clean_actions=(1, 3))

@@ -35,8 +35,8 @@ from cosmos_export.diagnostics import CosmosExportError, InternalError, UserErro
 from cosmos_export.ir.interpreter import run_program
 from cosmos_export.ir.spec import Rate
 from cosmos_export.ir.verifier import verify
+from cosmos_export.machine.packages import other_releases, pins
 from cosmos_export.passes.pipeline import default_passes, run_passes
-from cosmos_export.requirements import other_releases, pins
 
 CONFIG = tiny_config("omni")
 MASKS = [[1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 1.0], [0.0] * 5]

@@ -24,9 +24,9 @@ from cosmos_export.ir.text import print_program
 from cosmos_export.passes.cut_graph import cut, narrow_places
 from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
 from cosmos_export.progress import Silent
-from cosmos_export.targets.onnx_lowering import lower
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import layout, size_bytes, write_weights
 from cosmos_export.targets.partition import partition
-from cosmos_export.targets.weights import layout, size_bytes, write_weights
 
 pytestmark = pytest.mark.xdist_group("cut")
 SIZES = {"und_len": 64, "frames": 4, "height": 8, "width": 8, "sound_len": 16, "action_len": 16}

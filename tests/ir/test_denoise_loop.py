@@ -13,8 +13,8 @@ import torch
 from diffusers import UniPCMultistepScheduler
 from tiny_cosmos import Case, Compiled, Tensors, request, stock_forward
 
-from cosmos_export.compile.forms import close_loop
-from cosmos_export.compile.loop import loop_tables
+from cosmos_export.compiler.forms import close_loop
+from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import run_graph, run_loop, run_program
@@ -33,8 +33,8 @@ from cosmos_export.sampling import (
     resolve_schedule,
     unipc_step,
 )
-from cosmos_export.targets.onnx_loop import lower_loop
-from cosmos_export.targets.weights import Stored, numpy_dtype
+from cosmos_export.targets.onnx.loop import lower_loop
+from cosmos_export.targets.onnx.weights import Stored, numpy_dtype
 
 SCHEDULER: dict[str, Any] = {
     "use_karras_sigmas": True, "use_flow_sigmas": True, "prediction_type": "flow_prediction", "sigma_max": 200.0,

@@ -13,16 +13,16 @@ from onnx import numpy_helper
 from tiny_cosmos import random_model, sources_of_model, tiny_config, weights_of_model
 
 from cosmos_export.capture.model import capture
-from cosmos_export.compile.forms import close_loop
-from cosmos_export.compile.loop import loop_tables
+from cosmos_export.compiler.forms import close_loop
+from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import default_passes, run_passes
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
-from cosmos_export.targets.onnx_loop import lower_loop
-from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.weights import layout
+from cosmos_export.targets.onnx.loop import lower_loop
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import layout
 
 SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,

@@ -22,7 +22,7 @@ from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.ir.spec import TensorSpec, Transform, WeightBinding, WeightSource
-from cosmos_export.targets.weights import layout
+from cosmos_export.targets.onnx.weights import layout
 
 Place = tuple[str | int, ...]
 

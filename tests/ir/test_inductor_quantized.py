@@ -19,7 +19,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.progress import Silent
 from cosmos_export.runtime.torch_sessions import load_weight
-from cosmos_export.targets.inductor import (
+from cosmos_export.targets.inductor.compiled import (
     Executable,
     Settings,
     dequantize,
@@ -30,7 +30,7 @@ from cosmos_export.targets.inductor import (
     scaled_linear,
     specialise,
 )
-from cosmos_export.targets.weights import layout, write_weights
+from cosmos_export.targets.onnx.weights import layout, write_weights
 
 CPU = torch.device("cpu")
 

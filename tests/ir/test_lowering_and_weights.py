@@ -27,9 +27,17 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
 from cosmos_export.passes.pipeline import default_passes, run_passes
 from cosmos_export.progress import Silent
-from cosmos_export.targets import weights as weights_module
-from cosmos_export.targets.onnx_lowering import OPSET, lower
-from cosmos_export.targets.weights import ALIGNMENT, Stored, file_size, layout, numpy_dtype, read_source, write_weights
+from cosmos_export.targets.onnx import weights as weights_module
+from cosmos_export.targets.onnx.lowering import OPSET, lower
+from cosmos_export.targets.onnx.weights import (
+    ALIGNMENT,
+    Stored,
+    file_size,
+    layout,
+    numpy_dtype,
+    read_source,
+    write_weights,
+)
 
 
 def checkpoint(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, WeightSource]:

@@ -65,7 +65,7 @@ def test_every_pass_says_what_it_does_when_not_and_what_it_costs(kind: Any) -> N
 
 
 def test_the_list_of_passes_in_the_docs_is_that_of_the_code() -> None:
-    """To accept a change: UPDATE_DOCS=1 pytest tests/compiler/test_pipeline.py -k docs."""
+    """To accept a change: UPDATE_DOCS=1 pytest tests/ir/test_pipeline.py -k docs."""
     page = Path(cosmos_export.passes.pipeline.__file__).parents[1] / "docs/passes.md"
     text = page.read_text(encoding="utf-8")
     head, _, rest = text.partition(" -->\n")
@@ -373,7 +373,7 @@ def test_no_pass_holds_a_checkpoint_key(compile_tiny: Any) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_final_program_is_the_golden_one(compile_tiny: Any, backbone: str) -> None:
-    """Every operation of a compiled tiny model. To accept a change: UPDATE_GOLDEN=1 pytest tests/compiler -k golden."""
+    """Every operation of a compiled tiny model. To accept a change: UPDATE_GOLDEN=1 pytest tests/ir -k golden."""
     # Digests of computed constants follow the processor's last bit.
     text = re.sub(r"sha256:\w+", "sha256", print_program(compile_tiny(backbone).final))
     path = GOLDEN / f"tiny_{backbone}.txt"

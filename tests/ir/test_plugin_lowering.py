@@ -18,7 +18,7 @@ from onnx.reference.op_run import OpRun
 from quantized import Tiny
 from test_inductor_quantized import inputs_of
 
-from cosmos_export.compile.keys import plugin_nodes
+from cosmos_export.compiler.keys import plugin_nodes
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph
@@ -27,9 +27,9 @@ from cosmos_export.kernels.description import NAMESPACE, PLUGINS
 from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.kernels.plugins import Form, run
 from cosmos_export.progress import Silent
-from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.plugin_lowering import Plugins
-from cosmos_export.targets.weights import layout, write_weights
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.plugins import Plugins
+from cosmos_export.targets.onnx.weights import layout, write_weights
 
 _VIEWS = {
     np.dtype(ml_dtypes.bfloat16): (np.int16, torch.bfloat16),

@@ -28,10 +28,10 @@ from cosmos_export.passes.assign_precision import AssignPrecision, misplaced
 from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 from cosmos_export.passes.pipeline import run_passes
+from cosmos_export.precision.recipe import KINDS, STORAGE
 from cosmos_export.progress import Silent
-from cosmos_export.targets import weights as weights_module
-from cosmos_export.targets.recipe import KINDS, STORAGE
-from cosmos_export.targets.weights import layout, read_source, write_weights
+from cosmos_export.targets.onnx import weights as weights_module
+from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
 
 
 @pytest.fixture(scope="module")

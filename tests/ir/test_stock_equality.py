@@ -24,8 +24,8 @@ from tiny_cosmos import (
 from cosmos_export.ir.interpreter import run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import CAPTURE, default_passes
-from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.weights import Stored
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.weights import Stored
 
 PAIRS = [(b, c) for b in BACKBONES for c in cases_for(b)]
 

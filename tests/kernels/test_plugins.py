@@ -20,7 +20,7 @@ from cosmos_export.kernels import qkv_pack as pack
 from cosmos_export.kernels import sampler_step as sampler
 from cosmos_export.kernels.description import CAPABILITIES, evaluate
 from cosmos_export.kernels.launch import FP8, quantize
-from cosmos_export.targets.trt_plugins import read_document
+from cosmos_export.targets.trt.plugins import read_document
 
 BF16 = torch.bfloat16
 

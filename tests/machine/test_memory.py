@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_export import doctor
-from cosmos_export.memory import available_bytes
+from cosmos_export.machine.memory import available_bytes
 
 GIB = 1 << 30
 FREE = 20 * GIB

@@ -12,16 +12,16 @@ import pytest
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.published import NANO, SUPER
-from cosmos_export.compile.memory import parse_size
+from cosmos_export.compiler.memory import parse_size
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.plan import PlanRequest, estimate, from_checkpoint, parse_workload, precision, published_subject
 from cosmos_export.plan.latency import Habits, latency
 from cosmos_export.plan.precision import linear_parameters
 from cosmos_export.plan.sizes import builder_bytes, cache_bytes
 from cosmos_export.plan.work import codec_work, generator_pass, layer_linear, reasoner_pass
+from cosmos_export.precision.recipe import load_recipe
 from cosmos_export.sampling import Overrides, resolve_schedule
 from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import load_recipe
 
 T2V_720P = parse_workload("t2v-720p-189f", (512, 512))
 

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 
 from cosmos_export.cli import app, console
 from cosmos_export.diagnostics import CosmosExportError, InternalError, UnsupportedError, UserError
-from cosmos_export.targets import load_target
-from cosmos_export.targets.recipe import (
+from cosmos_export.precision.recipe import (
     LINEARS,
     Assignment,
     load_recipe,
@@ -19,6 +18,7 @@ from cosmos_export.targets.recipe import (
     recipe_names,
     resolve_recipe,
 )
+from cosmos_export.targets import load_target
 
 RTX = "rtx-pro-6000"
 VALID = """

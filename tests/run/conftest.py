@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "compile"), str(TESTS / "bundle")]
+sys.path[:0] = [str(TESTS / "compiler"), str(TESTS / "bundle")]
 
 from subjects import Subjects  # noqa: E402
 
@@ -28,8 +28,8 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subjects]:
     """For tests of the xdist group ``run-parity``: another worker would build the bundles again."""
     import build_harness as harness
 
-    import cosmos_export.compile.components as components
-    import cosmos_export.compile.stages as stages
+    import cosmos_export.compiler.components as components
+    import cosmos_export.compiler.stages as stages
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "capture", harness.remembered_capture)

@@ -9,8 +9,8 @@ from typing import Any
 import build_harness as harness
 
 from cosmos_export.bundle import Manifest
-from cosmos_export.compile.driver import build
-from cosmos_export.compile.options import BuildOptions
+from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.runtime import Generator, load_bundle
 from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
 

@@ -22,7 +22,7 @@ from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.torch_sessions import LoopDocument, TorchBackend, TorchValue, to_torch
 from cosmos_export.sampling import Schedule
-from cosmos_export.targets.inductor import Settings
+from cosmos_export.targets.inductor.compiled import Settings
 
 pytestmark = pytest.mark.xdist_group("run-inductor")
 

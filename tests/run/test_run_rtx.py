@@ -23,7 +23,7 @@ from fake_gpu import FakeCuda
 import cosmos_export.runtime.cuda_memory as cuda_memory
 import cosmos_export.runtime.rtx_sessions as rtx_sessions
 from cosmos_export.bundle import BundleFiles, Manifest, read_bundle
-from cosmos_export.compile.driver import build
+from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
@@ -83,7 +83,7 @@ def transformer(shared: Path, name: str, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def external(shared: Path) -> Path:
     """A bundle of the same request whose engines take their weights as inputs."""
-    import cosmos_export.targets.onnx_lowering as onnx_lowering
+    import cosmos_export.targets.onnx.lowering as onnx_lowering
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)

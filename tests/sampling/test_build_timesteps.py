@@ -14,7 +14,7 @@ from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.published import EDGE as EDGE_GEOMETRY
 from cosmos_export.checkpoint.published import NANO as NANO_GEOMETRY
 from cosmos_export.checkpoint.published import Geometry
-from cosmos_export.compile.time_table import checkpoint_schedule, timesteps
+from cosmos_export.compiler.time_table import checkpoint_schedule, timesteps
 from cosmos_export.diagnostics import UserError
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.sampling import CheckpointSampling, Overrides

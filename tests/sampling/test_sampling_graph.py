@@ -28,8 +28,8 @@ from cosmos_export.sampling import (
     unipc_step,
 )
 from cosmos_export.targets import load_target
-from cosmos_export.targets.onnx_lowering import lower
-from cosmos_export.targets.tensorrt_rtx import build_engine
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 Tensors = dict[str, torch.Tensor]
 Run = Callable[[Tensors], Tensors]

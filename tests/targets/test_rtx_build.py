@@ -19,9 +19,9 @@ from target_graphs import FP32, Graph, generator, generator_profile
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.progress import Silent
 from cosmos_export.targets import load_target
-from cosmos_export.targets.engine_inspector import read_header
-from cosmos_export.targets.tensorrt_rtx import FLAVOR, build_engine
-from cosmos_export.targets.trt_common import PROGRESS_STEPS, TrtFlavor, run_build
+from cosmos_export.targets.trt.common import PROGRESS_STEPS, TrtFlavor, run_build
+from cosmos_export.targets.trt.engine_inspector import read_header
+from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR, build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
 
@@ -85,7 +85,7 @@ def workers() -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if parent == os.getpid() and b"_trt_worker" in command:
+            if parent == os.getpid() and b"targets.trt.worker" in command:
                 found.append(int(entry.name))
     return found
 
@@ -190,7 +190,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from target_graphs import generator_profile
 from cosmos_export.targets import load_target
-from cosmos_export.targets.tensorrt_rtx import build_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 import os, signal
 
 class Kill:

@@ -29,14 +29,14 @@ from target_graphs import (
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.targets import load_target
-from cosmos_export.targets.engine_inspector import (
+from cosmos_export.targets.trt.engine_inspector import (
     EngineExpectation,
     PlanGraph,
     check_engine,
     inspect_engine,
     read_header,
 )
-from cosmos_export.targets.tensorrt_rtx import build_engine
+from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 pytest.importorskip("tensorrt_rtx", reason="the TensorRT-RTX builder is not installed")
 

@@ -117,7 +117,9 @@ def test_a_wrong_description_fails(old: str, new: str, message: str) -> None:
 
 
 def test_importing_targets_imports_nothing_heavy() -> None:
-    modules = "cosmos_export.targets.tensorrt_rtx, cosmos_export.targets.engine_inspector, cosmos_export.cli.targets"
+    modules = (
+        "cosmos_export.targets.trt.tensorrt_rtx, cosmos_export.targets.trt.engine_inspector, cosmos_export.cli.targets"
+    )
     code = f"import sys, {modules}; print([m for m in ('torch', 'onnx', 'tensorrt_rtx', 'numpy') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

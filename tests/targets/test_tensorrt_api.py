@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import cosmos_export.runtime.rtx_sessions as rtx_sessions
-from cosmos_export.targets import _trt_worker
+from cosmos_export.targets.trt import worker as trt_worker
 
 DOCUMENT = json.loads((Path(__file__).parent / "tensorrt_11_api.json").read_text())
 API: dict[str, Any] = DOCUMENT["api"]
@@ -121,7 +121,7 @@ def _fits(parameters: list[str], use: Use) -> bool:
     )
 
 
-FILES = [Path(module.__file__ or "") for module in (_trt_worker, rtx_sessions)]
+FILES = [Path(module.__file__ or "") for module in (trt_worker, rtx_sessions)]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from cosmos_export.kernels.description import (
     PluginRecord,
     document_text,
 )
-from cosmos_export.targets.trt_plugins import parse_document, read_document, register_plugins
+from cosmos_export.targets.trt.plugins import parse_document, read_document, register_plugins
 
 BINDINGS = importlib.util.find_spec("tensorrt_bindings")
 pytestmark = pytest.mark.skipif(BINDINGS is None, reason="the bindings of TensorRT are not installed (dev extra)")

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import os, sys, time
-from cosmos_export.targets._trt_worker import die_with_parent
+from cosmos_export.targets.trt.worker import die_with_parent
 die_with_parent(int(sys.argv[1]) or os.getppid())
 print(os.getpid(), flush=True)
 time.sleep(60)

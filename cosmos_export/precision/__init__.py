@@ -1,0 +1,1 @@
+"""Precision: schemes of quantization, and recipes that say which product of a model gets which."""

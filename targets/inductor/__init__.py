@@ -1,0 +1,1 @@
+"""Graphs as code that PyTorch compiles."""

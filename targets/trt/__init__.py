@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: engines, the process that builds them, and what they contain."""
