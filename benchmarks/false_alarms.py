@@ -26,7 +26,7 @@ from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.sampling import Overrides
 

@@ -27,7 +27,7 @@ import torch
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedRequest,

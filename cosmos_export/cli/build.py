@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from cosmos_export.bundle import Planned
     from cosmos_export.compiler.artifacts import Engine
-    from cosmos_export.compiler.options import Job
+    from cosmos_export.compiler.job import Job
     from cosmos_export.compiler.stages import BuildResult
     from cosmos_export.diagnostics import FindingError
 
@@ -132,7 +132,7 @@ def register(app: typer.Typer) -> None:
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import default_folder
         from cosmos_export.compiler.driver import build as run
-        from cosmos_export.compiler.options import BuildOptions
+        from cosmos_export.compiler.job import BuildOptions
 
         options = BuildOptions(
             checkpoint=checkpoint,

@@ -17,6 +17,7 @@ from cosmos_export import files
 from cosmos_export.bundle import BundleWriter, EngineCheck, Manifest, WeightInput
 from cosmos_export.bundle.files import hash_file
 from cosmos_export.compiler.cache import Cache, Entry, copy_checked, key_of
+from cosmos_export.compiler.job import ENGINE_BACKENDS, Job
 from cosmos_export.compiler.keys import (
     Components,
     engine_components,
@@ -25,7 +26,6 @@ from cosmos_export.compiler.keys import (
     report_from,
     weights_components,
 )
-from cosmos_export.compiler.options import ENGINE_BACKENDS, Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Loop

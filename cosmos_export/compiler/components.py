@@ -15,7 +15,7 @@ from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decod
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.compiler.artifacts import Engine, capability_check, write_engine, write_models
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.prompt import compile_chat_template
 from cosmos_export.compiler.selection import TOKENIZER, TOKENIZER_FILE, codec_config
 from cosmos_export.ir.graph import Graph, spec_of

@@ -7,7 +7,7 @@ from typing import Any
 
 from cosmos_export.bundle import Verdict
 from cosmos_export.calibration.coverage import part
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
 
 _ROWS = {"sound": "sound_len", "action": "action_len"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cosmos_export.compiler.forms import Pieces, cut_into_pieces
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.precision import planned_type
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import aten

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.allocator import keep_freed_memory
 from cosmos_export.compiler.coverage import require_coverage
-from cosmos_export.compiler.options import BuildOptions, Job, resolve
+from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.overall import Overall, expected_seconds
 from cosmos_export.compiler.planned import bundle_bytes
 from cosmos_export.compiler.request_record import checkpoint_notes

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
 from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.targets import load_target
 
 FIRST_BYTES = 1_500_000_000

@@ -15,7 +15,7 @@ import torch
 
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
 from cosmos_export.compiler.forms import quantize_copy
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.gates import (

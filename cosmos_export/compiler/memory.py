@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
+from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import UserError
 from cosmos_export.machine.memory import available_bytes
+from cosmos_export.plan.sizes import require_budget
 from cosmos_export.targets import Target
-
-if TYPE_CHECKING:
-    from cosmos_export.compiler.options import BuildOptions, Job
 
 _MARGIN_BYTES = 1 << 30
 """Free memory that is left to the rest of the machine."""
@@ -48,7 +47,4 @@ def require_memory(job: Job) -> None:
     """CX457: an engine needs more than the budget and cannot be cut, or not small enough."""
     if job.memory_budget is None or job.checkpoint.dtype != "bf16":
         return
-    from cosmos_export.compiler.planned import parts
-    from cosmos_export.plan.sizes import require_budget
-
     require_budget(parts(job), job.layers, job.memory_budget, loop=job.options.loop)

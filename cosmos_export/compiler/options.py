@@ -1,145 +1,45 @@
-"""What a build is asked for, and everything that can be refused before work begins. No torch."""
+"""Turns what a build is asked for into a job: everything that can be refused is refused here, before work begins.
+
+No torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.compiler.job import (
+    ENGINE_BACKENDS,
+    BuildOptions,
+    Job,
+    LoopMode,
+    ParityMode,
+    QualityMode,
+    WeightsMode,
+)
 from cosmos_export.compiler.memory import memory_budget, require_memory
 from cosmos_export.compiler.request_record import check_request
 from cosmos_export.compiler.selection import select
-from cosmos_export.compiler.time_table import DEFAULT_MODE, checkpoint_schedule
+from cosmos_export.compiler.time_table import checkpoint_schedule
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.precision.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
 from cosmos_export.precision.stored_recipe import recipe_for
-from cosmos_export.sampling import Overrides, Schedule, Segment
-from cosmos_export.stamps import Inputs, require_unchanged, unchanged
+from cosmos_export.sampling import Overrides, Schedule
+from cosmos_export.stamps import Inputs, unchanged
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
-ParityMode = Literal["auto", "always", "never"]
-LoopMode = Literal["host", "device"]
-QualityMode = Literal["enforce", "report"]
-ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
-"""Backends whose engines are built from models."""
-WeightsMode = Literal["embedded", "external"]
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
 MAX_SINGLE_STEPS = 8
 """Engines of one step in a loop on the device: as many as the published policy has, and two."""
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """A build request as the user gives it. ``output`` is None with ``until``: dumps only."""
-
-    checkpoint: Path
-    output: Path | None = None
-    target: str = "cpu"
-    backend: str | None = None
-    """None: the target's own."""
-    profiles: tuple[str, ...] = ("480p-121f",)
-    modalities: tuple[str, ...] | None = None
-    """None: all that the checkpoint generates."""
-    outputs: tuple[str, ...] | None = None
-    """Velocities to compute; None: all of the modalities."""
-    components: tuple[str, ...] | None = None
-    """Besides the transformer: `cosmos_export.compiler.selection.COMPONENTS`, or ``all`` or ``none``; None: all."""
-    mode: str = DEFAULT_MODE
-    """What the schedule's defaults are for: `cosmos_export.sampling.MODES`."""
-    steps: int | None = None
-    grid: str | None = None
-    shift: float | None = None
-    guidance: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    loop: LoopMode = "host"
-    """``device``: guidance, sampler and every step inside engines, one for each segment of the schedule; ``host``: one
-    step a call."""
-    recipe: str | None = None
-    """What each product computes in: `cosmos_export.precision.recipe.recipe_names`, or ``auto``: what
-    `cosmos_export.plan.choose` takes for the target, the profiles and the mode. None: as the checkpoint is."""
-    overrides: tuple[str, ...] = ()
-    """``PLACE=SCHEME``, over the recipe's own rules."""
-    calibration: Path | None = None
-    """A scale table, where the recipe or an override quantizes activations."""
-    kernels: tuple[str, ...] = ()
-    """This project's kernels that TensorRT is to run as plugins: `cosmos_export.kernels.description.PLUGINS`."""
-    weights: WeightsMode = "embedded"
-    """``external``: large weights are inputs of the engines, which stay small; they lie in the bundle once."""
-    quality: QualityMode = "enforce"
-    """Whether a loss of whole steps beyond its limit (gate G2) ends the build."""
-    parity: ParityMode = "auto"
-    until: str | None = None
-    dump: Path | None = None
-    force: bool = False
-    resume: bool = False
-    """Go on from what an interrupted build of the same output has finished."""
-    memory_budget: str | None = None
-    """Memory that no file backs which the build may take, ``16GiB`` or ``16GB``; an engine that needs more is cut into
-    several. None: what this machine has free, and a margin less."""
-    ignore_adapters: bool = False
-    """Build the weights without the adapters that lie beside them."""
-    cache: Path | None = None
-    """Directory that knows engines of other bundles (`cosmos_export.compiler.cache`); None: every engine is built."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that has been found possible."""
-
-    options: BuildOptions
-    checkpoint: Checkpoint
-    target: Target
-    profiles: tuple[Profile, ...]
-    modalities: tuple[str, ...]
-    outputs: tuple[str, ...]
-    components: tuple[str, ...]
-    schedule: Schedule
-    recipe: Recipe
-    precision: Assignment
-    scales: ScaleTable | None
-    memory_budget: int | None = None
-    """In bytes; None where no engine is built here."""
-    scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
-    """The files of ``scales`` as they were when it was read."""
-    part_of: int | None = None
-    """Layers of the whole model, where ``checkpoint`` is its first ones; None: it is the whole."""
-
-    @property
-    def inputs(self) -> tuple[Inputs, ...]:
-        """All that is read from files during the build."""
-        return self.checkpoint.inputs, self.scale_files
-
-    def require_inputs(self) -> None:
-        """CX118 where an input has changed since it was opened."""
-        require_unchanged(self.inputs, "the build")
-
-    @property
-    def layers(self) -> int:
-        return self.checkpoint.geometry.num_hidden_layers
-
-    @property
-    def quantized(self) -> bool:
-        return bool(self.precision.schemes)
-
-    @property
-    def generator_engines(self) -> int:
-        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
-        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
-        return self.schedule.segments_by(self.precision.segment_keys(self.target.backend))
 
 
 def resolve(options: BuildOptions) -> Job:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cosmos_export.checkpoint.codecs import CODECS
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.selection import codec_tensors_bytes
 from cosmos_export.plan.sizes import (
     CAPTURE_S_PER_LAYER,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import Planned
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.plan.precision import precision
 from cosmos_export.plan.sizes import BUILDER_BYTES, PlannedEngine, builder_bytes, components, gates_bytes, host
 from cosmos_export.plan.subject import Subject, from_checkpoint

@@ -13,7 +13,7 @@ import torch
 from cosmos_export.calibration.table import SCALES_FILE, read_scale_table
 from cosmos_export.checkpoint import Checkpoint, Tower, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import read_header
-from cosmos_export.compiler.options import Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.evaluation.gates import wrong_scales
 from cosmos_export.ir import ops

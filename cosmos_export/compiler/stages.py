@@ -55,11 +55,11 @@ from cosmos_export.compiler.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, Engin
 from cosmos_export.compiler.first_layers import FIRST_BYTES, first_layers, job_of_part
 from cosmos_export.compiler.forms import Forms, Pieces, make_forms
 from cosmos_export.compiler.input_files import InputHashes
+from cosmos_export.compiler.job import ENGINE_BACKENDS, Job
 from cosmos_export.compiler.keys import plugin_nodes
 from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_tables
 from cosmos_export.compiler.losses import Losses, measure_losses, require_losses, write_losses
 from cosmos_export.compiler.metering import Meter
-from cosmos_export.compiler.options import ENGINE_BACKENDS, Job
 from cosmos_export.compiler.planned import builder_memory, gates_memory
 from cosmos_export.compiler.precision import layer_weights, pass_options, planned_types, require_scales
 from cosmos_export.compiler.record import manifest

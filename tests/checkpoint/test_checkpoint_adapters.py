@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 from cosmos_export.cli import app
-from cosmos_export.compiler.options import BuildOptions, resolve
+from cosmos_export.compiler.job import BuildOptions
+from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.diagnostics import UserError
 

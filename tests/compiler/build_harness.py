@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.bundle import Manifest, read_bundle
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMER_ONLY = ("--target", "rtx-pro-6000", "--components", "none")

@@ -22,7 +22,8 @@ import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import BundleWriter, Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions, resolve
+from cosmos_export.compiler.job import BuildOptions
+from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.selection import COMPONENTS, component_bytes
 from cosmos_export.diagnostics import CosmosExportError, FindingError
 from cosmos_export.evaluation.cases import CASES

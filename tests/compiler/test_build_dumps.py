@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cosmos_export.cli import app
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import UserError
 from cosmos_export.passes.pipeline import CAPTURE, ORDER, default_passes
 

@@ -24,7 +24,7 @@ from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler import stages
 from cosmos_export.compiler.cache import Cache
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import ToolError
 
 pytest.importorskip("tensorrt_rtx")

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler import forms, stages
 from cosmos_export.compiler.driver import _required_bytes, build
-from cosmos_export.compiler.options import BuildOptions, Job, resolve
+from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.planned import bundle_bytes, parts
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES

@@ -13,8 +13,8 @@ import pytest
 import cosmos_export.compiler.finish as finishing
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.keys import plugin_nodes
-from cosmos_export.compiler.options import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT
 from cosmos_export.machine.gpu import Gpu, gpus

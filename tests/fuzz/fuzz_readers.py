@@ -166,7 +166,7 @@ def _plan(call: Call) -> None:
 
 
 def _options(call: Call, **more: Any) -> Any:
-    from cosmos_export.compiler.options import BuildOptions
+    from cosmos_export.compiler.job import BuildOptions
 
     return BuildOptions(
         call.root / "checkpoint", call.root.parent / "never", profiles=(seeds.SIZES,), parity="never", **more

@@ -10,7 +10,7 @@ import build_harness as harness
 
 from cosmos_export.bundle import Manifest
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.options import BuildOptions
+from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.runtime import Generator, load_bundle
 from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
 
