@@ -49,7 +49,8 @@ from cosmos_export.kernels.description import KERNELS, W4A16
 from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.plan import parse_workload, published_subject
 from cosmos_export.progress import Silent
-from cosmos_export.targets.inductor.compiled import Executable, Settings
+from cosmos_export.targets.inductor.executable import Executable
+from cosmos_export.targets.inductor.specialise import Settings
 
 WORKLOADS = [
     ("t2v-480p-189f", "vision", 90), ("policy-droid", "action", 25), ("t2i-720p", "vision", 50),

@@ -81,7 +81,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     schedule = _schedule(manifest)
     alone = name == REASONER
     requests = None if alone else numbered_requests(manifest, name, profile, (positive, negative))
-    session = loaded.backend.open(REASONER) if alone else None
+    session = loaded.executor.open(REASONER) if alone else None
     generator = None if alone else Generator(loaded)
 
     def run(number: int) -> dict[str, float]:
@@ -94,7 +94,7 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
     before = 1 + request.warm_up  # the first run compiles
     progress.begin("measure", before + request.runs)
     try:
-        with CardWatch(_index(loaded.backend.device)) as watch:
+        with CardWatch(_index(loaded.executor.device)) as watch:
             for number in range(before + request.runs):
                 watch.keeps = number >= before
                 found = run(number)
@@ -108,16 +108,16 @@ def measure_bundle(request: BundleRequest, progress: Progress, command: str = ""
         if generator is not None:
             generator.close()
         else:
-            loaded.backend.close()
+            loaded.executor.close()
     guided, steps = (0, 0) if alone else (sum(schedule.guided), schedule.steps)
     return Measurement(
         subject=str(request.bundle),
         model=manifest.model.variant,
         workload=name if alone else f"{name}-{profile.name}",
         recipe=manifest.recipe,
-        backend=loaded.backend.name,
-        device=loaded.backend.device,
-        card=_card_of(loaded.backend.device),
+        backend=loaded.executor.name,
+        device=loaded.executor.device,
+        card=_card_of(loaded.executor.device),
         components=tuple(MeasuredPart(part, tuple(values)) for part, values in samples.items()),
         steps=steps,
         forwards=steps + guided,

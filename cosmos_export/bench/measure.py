@@ -92,7 +92,7 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
     """
     from cosmos_export.bench import geometry as geometries
     from cosmos_export.kernels.description import KERNELS
-    from cosmos_export.targets.inductor.compiled import ATTENTIONS
+    from cosmos_export.targets.inductor.functions import ATTENTIONS
 
     check_runs(request.runs, request.warm_up, request.dry_run)
     unknown = request.kernels - set(KERNELS)
@@ -249,7 +249,8 @@ class _Graph:
 
     def __init__(self, graph: Graph, device: torch.device, request: GeometryRequest, kernels: frozenset[str]) -> None:
         from cosmos_export.bench import geometry as geometries
-        from cosmos_export.targets.inductor.compiled import Executable, Settings
+        from cosmos_export.targets.inductor.executable import Executable
+        from cosmos_export.targets.inductor.specialise import Settings
 
         settings = Settings(
             attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels,

@@ -25,7 +25,8 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Format, Part, WeightSource
-from cosmos_export.targets.inductor.compiled import Executable, Settings
+from cosmos_export.targets.inductor.executable import Executable
+from cosmos_export.targets.inductor.specialise import Settings
 
 if TYPE_CHECKING:
     from torch import nn

@@ -88,10 +88,10 @@ from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import load_bundle
-from cosmos_export.runtime.onnx_sessions import NAME as ONNX_RUNTIME
 from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
 from cosmos_export.sampling import coefficient_table
 from cosmos_export.targets.onnx.plugins import Plugins
+from cosmos_export.targets.onnx.sessions import NAME as ONNX_RUNTIME
 from cosmos_export.targets.onnx.weights import read_source
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt.engine_inspector import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cosmos_export.runtime.sessions import Array, Backend, Session, Value
+from cosmos_export.targets.sessions import Array, Executor, Session, Value
 
 
 class ChainSession:
@@ -47,10 +47,10 @@ class ChainSession:
 
 
 @dataclass(frozen=True)
-class ChainedBackend:
+class ChainedExecutor:
     """``inner``, which knows parts alone, with the graphs that they are parts of."""
 
-    inner: Backend
+    inner: Executor
     chains: Mapping[str, Sequence[str]]
     contracts: Mapping[str, tuple[Sequence[str], Sequence[str]]]
     """Names of the inputs and of the outputs of each of those graphs."""

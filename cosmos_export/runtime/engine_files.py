@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from cosmos_export.bundle import BundleFiles
 from cosmos_export.diagnostics import FindingError, UserError
-from cosmos_export.runtime.rtx_sessions import NAME
 from cosmos_export.targets.trt.engine_inspector import header_of
+from cosmos_export.targets.trt.sessions import NAME
 
 
 def engine_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:

@@ -18,14 +18,14 @@ import numpy as np
 from cosmos_export.bundle import EdgeRecord, LoopRecord, RequestRecord, SegmentRecord, StreamRecord
 from cosmos_export.diagnostics import FindingError, UnsupportedError
 from cosmos_export.progress import Progress, Silent
-from cosmos_export.runtime import onnx_sessions
 from cosmos_export.runtime.generate_options import DECODER, ENCODER, SOUND_DECODER, request_record
 from cosmos_export.runtime.loading import LoadedBundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.schedule_table import read_schedule_table
-from cosmos_export.runtime.sessions import PROMPT, STEP, Array, Session, Value
 from cosmos_export.runtime.step_inputs import Noise, initial_latents, noisy, request_inputs, sizes
 from cosmos_export.sampling import SolverState, coefficient_table, distilled_step, guide, unipc_step
+from cosmos_export.targets.onnx import sessions as onnx_sessions
+from cosmos_export.targets.sessions import PROMPT, STEP, Array, Session, Value
 
 NEGATIVE = "negative"
 """The run of a prompt's graph on the negative prompt."""
@@ -324,7 +324,7 @@ class Generator:
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:
-            self._sessions[name] = self.bundle.backend.open(name)
+            self._sessions[name] = self.bundle.executor.open(name)
         return self._sessions[name]
 
     def _done_with(self, name: str) -> None:
@@ -337,7 +337,7 @@ class Generator:
             session.close()
         self._sessions.clear()
         self._results.clear()
-        self.bundle.backend.close()
+        self.bundle.executor.close()
 
 
 def _host(value: Array | Value) -> Array:

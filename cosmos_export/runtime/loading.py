@@ -10,10 +10,12 @@ from cosmos_export.bundle import BundleFiles, Manifest, read_files
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.progress import Progress, Silent
-from cosmos_export.runtime import onnx_sessions, rtx_sessions, torch_sessions
-from cosmos_export.runtime.chains import ChainedBackend
+from cosmos_export.runtime.chains import ChainedExecutor
 from cosmos_export.runtime.contents import content_problems
-from cosmos_export.runtime.sessions import Backend
+from cosmos_export.targets.inductor import sessions as torch_sessions
+from cosmos_export.targets.onnx import sessions as onnx_sessions
+from cosmos_export.targets.sessions import Executor
+from cosmos_export.targets.trt import sessions as rtx_sessions
 
 _DEVICES = {
     onnx_sessions.NAME: ("cpu", "cuda"),
@@ -22,7 +24,7 @@ _DEVICES = {
     torch_sessions.NAME: ("cuda", "cpu"),
 }
 """Kinds of devices of each backend, its default first."""
-_OPEN: dict[str, Callable[[BundleFiles, str | None], Backend]] = {
+_OPEN: dict[str, Callable[[BundleFiles, str | None], Executor]] = {
     onnx_sessions.NAME: onnx_sessions.open_backend,
     rtx_sessions.NAME: rtx_sessions.open_backend,
     rtx_sessions.FULL_NAME: rtx_sessions.open_full_backend,
@@ -32,10 +34,10 @@ _OPEN: dict[str, Callable[[BundleFiles, str | None], Backend]] = {
 
 @dataclass(frozen=True)
 class LoadedBundle:
-    """A verified bundle and the backend that runs it."""
+    """A verified bundle and what runs it."""
 
     files: BundleFiles
-    backend: Backend
+    executor: Executor
 
     @property
     def manifest(self) -> Manifest:
@@ -68,13 +70,13 @@ def load_bundle(
     return LoadedBundle(files, chained(_OPEN[chosen](files, device), files.manifest))
 
 
-def chained(backend: Backend, manifest: Manifest) -> Backend:
-    """``backend`` with the graphs of ``manifest`` that were cut, each as the one session of its parts."""
+def chained(executor: Executor, manifest: Manifest) -> Executor:
+    """``executor`` with the graphs of ``manifest`` that were cut, each as the one session of its parts."""
     if not manifest.chains:
-        return backend
+        return executor
     cut = {graph: manifest.graphs[graph] for graph in manifest.chains}
     names = {g: ([t.name for t in c.inputs], [t.name for t in c.outputs]) for g, c in cut.items()}
-    return ChainedBackend(backend, manifest.chains, names)
+    return ChainedExecutor(executor, manifest.chains, names)
 
 
 def _require_known(backend: str, device: str | None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from cosmos_export.bundle import BundleFiles
 from cosmos_export.checkpoint.safetensors_header import parse_tensors
 from cosmos_export.diagnostics import FindingError, UserError
-from cosmos_export.runtime.sessions import STEP, Array
+from cosmos_export.targets.sessions import STEP, Array
 
 SCHEDULE_TABLE = "tables/schedule.safetensors"
 """What the build computed for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""

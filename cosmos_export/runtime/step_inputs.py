@@ -10,7 +10,7 @@ import numpy as np
 from cosmos_export.bundle import RequestRecord
 from cosmos_export.runtime import positions
 from cosmos_export.runtime.request import Request
-from cosmos_export.runtime.sessions import Array
+from cosmos_export.targets.sessions import Array
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def test_ours_beside_diffusers() -> None:
 
 
 def test_a_wrong_model_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cosmos_export.targets.inductor.compiled as inductor
+    import cosmos_export.targets.inductor.functions as inductor
 
     monkeypatch.setattr(inductor, "swiglu", lambda gate, up: torch.nn.functional.gelu(gate) * up)
     rows = check_numerics(tiny_geometry(published_subject("nano").geometry), CPU, case=TINY_CASE, compiled=False)

@@ -303,9 +303,9 @@ def _graphs(call: Call) -> None:
     loaded = load_bundle(call.root / "x.bundle", backend="inductor", device="cpu")
     try:
         for name in loaded.manifest.graphs:
-            loaded.backend.open(name)
+            loaded.executor.open(name)
     finally:
-        loaded.backend.close()
+        loaded.executor.close()
 
 
 def _loose_graphs(call: Call) -> None:

@@ -24,15 +24,8 @@ from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
-from cosmos_export.targets.inductor.compiled import (
-    Captured,
-    Executable,
-    Function,
-    Settings,
-    Steps,
-    specialise,
-    unrolled,
-)
+from cosmos_export.targets.inductor.executable import Captured, Executable, Function, Steps, unrolled
+from cosmos_export.targets.inductor.specialise import Settings, specialise
 from cosmos_export.targets.onnx.weights import layout
 
 CPU = torch.device("cpu")
@@ -150,7 +143,7 @@ def test_sizes_that_come_again_are_captured(compile_tiny: Any, monkeypatch: pyte
             made.append(self._inputs["input_ids"].numel())
             return super()._capture(function, warm)
 
-    monkeypatch.setattr("cosmos_export.targets.inductor.compiled.Captured", Counted)
+    monkeypatch.setattr("cosmos_export.targets.inductor.executable.Captured", Counted)
     monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
     own = model.final.graphs["reasoner"]
     run = executable(own, model, compiled=False)
@@ -208,7 +201,7 @@ def test_an_executable_goes_with_its_last_name(compile_tiny: Any, monkeypatch: p
         def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], Tensors]:
             return (lambda: None), function(self._inputs)
 
-    monkeypatch.setattr("cosmos_export.targets.inductor.compiled.Captured", Held)
+    monkeypatch.setattr("cosmos_export.targets.inductor.executable.Captured", Held)
     monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
     model = compile_tiny("omni")
     own = model.final.graphs["reasoner"]
@@ -241,7 +234,7 @@ def test_without_memory_for_a_captured_graph(compile_tiny: Any, monkeypatch: pyt
                     raise RuntimeError("the end of the capture failed")  # as PyTorch's does
             return super()._capture(function, warm)
 
-    monkeypatch.setattr("cosmos_export.targets.inductor.compiled.Captured", Large)
+    monkeypatch.setattr("cosmos_export.targets.inductor.executable.Captured", Large)
     monkeypatch.setattr(Executable, "_captures", property(lambda self: True))
     model = compile_tiny("omni")
     own = model.final.graphs["reasoner"]
@@ -271,7 +264,7 @@ def test_a_captured_loop_is_the_loop(compile_tiny: Any, monkeypatch: pytest.Monk
     steps = Steps(3, carried, rows, program.loop.returned)
     assert carried and rows and steps.returned
     plain = executable(own, model, compiled=False)
-    monkeypatch.setattr("cosmos_export.targets.inductor.compiled.Captured", Emulated)
+    monkeypatch.setattr("cosmos_export.targets.inductor.executable.Captured", Emulated)
     run = executable(own, model, compiled=False, whole_loop=whole)
     tokens = {name: object() for name in inputs if name not in carried and name not in rows}
     for seed in (1, 2, 3, 1):

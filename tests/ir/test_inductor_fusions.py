@@ -21,15 +21,10 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.kernels import operators
 from cosmos_export.kernels.description import KERNELS
 from cosmos_export.kernels.interpret import device_rounding
-from cosmos_export.targets.inductor.compiled import (
-    Executable,
-    Settings,
-    narrow_values,
-    packed_linear,
-    quantize,
-    specialise,
-)
+from cosmos_export.targets.inductor.executable import Executable
+from cosmos_export.targets.inductor.functions import narrow_values, packed_linear, quantize
 from cosmos_export.targets.inductor.fusions import fuse
+from cosmos_export.targets.inductor.specialise import Settings, specialise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Kernels run on the GPU if there is one, else in Triton's interpreter with the device's rounding."""
@@ -147,7 +142,7 @@ def _weights(tiny: Tiny) -> dict[str, torch.Tensor]:
 def test_a_product_of_packed_weights() -> None:
     """The kernel on the form in which a bundle has INT4."""
     from cosmos_export.kernels import gemm_w4a16 as w4
-    from cosmos_export.targets.inductor.compiled import dequantize_groups
+    from cosmos_export.targets.inductor.functions import dequantize_groups
 
     values = torch.randint(-8, 8, (24, 256), generator=torch.Generator().manual_seed(0))
     x, scales = torch.randn(9, 256).bfloat16(), (torch.rand(24, 2) * 0.1).bfloat16()

@@ -18,18 +18,17 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.progress import Silent
-from cosmos_export.runtime.torch_sessions import load_weight
-from cosmos_export.targets.inductor.compiled import (
-    Executable,
-    Settings,
+from cosmos_export.targets.inductor.executable import Executable
+from cosmos_export.targets.inductor.functions import (
     dequantize,
     dequantize_groups,
     narrow_values,
     quantize,
     rms_norm,
     scaled_linear,
-    specialise,
 )
+from cosmos_export.targets.inductor.sessions import load_weight
+from cosmos_export.targets.inductor.specialise import Settings, specialise
 from cosmos_export.targets.onnx.weights import layout, write_weights
 
 CPU = torch.device("cpu")

@@ -170,8 +170,8 @@ class Poisoned:
     """A backend whose ``graph`` returns NaN in its ``call``-th run."""
 
     def __init__(self, loaded: LoadedBundle, graph: str, call: int) -> None:
-        self._inner, self._graph, self._call, self._calls = loaded.backend, graph, call, 0
-        self.name, self.device = loaded.backend.name, loaded.backend.device
+        self._inner, self._graph, self._call, self._calls = loaded.executor, graph, call, 0
+        self.name, self.device = loaded.executor.name, loaded.executor.device
 
     def open(self, graph: str) -> Any:
         session = self._inner.open(graph)

@@ -20,9 +20,9 @@ from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
-from cosmos_export.runtime.torch_sessions import LoopDocument, TorchBackend, TorchValue, to_torch
 from cosmos_export.sampling import Schedule
-from cosmos_export.targets.inductor.compiled import Settings
+from cosmos_export.targets.inductor.sessions import LoopDocument, TorchExecutor, TorchValue, to_torch
+from cosmos_export.targets.inductor.specialise import Settings
 
 pytestmark = pytest.mark.xdist_group("run-inductor")
 
@@ -69,7 +69,7 @@ def same_requests(
     limit: float,
 ) -> None:
     """``asked``: frames and seeds of requests, one after another, which are those of ONNX Runtime."""
-    mine = Generator(LoadedBundle(BundleFiles(built), TorchBackend(BundleFiles(built), device, settings)))
+    mine = Generator(LoadedBundle(BundleFiles(built), TorchExecutor(BundleFiles(built), device, settings)))
     theirs = Generator(load_bundle(built, backend="onnxruntime"))
     for frames, seed in asked:
         own = replace(request(manifest, frames), seed=seed)
@@ -96,7 +96,7 @@ def test_requests_on_the_gpu(built: Path, manifest: Manifest) -> None:
 
 
 def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:
-    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
+    backend = TorchExecutor(BundleFiles(built), CPU, EAGER)
     first, second = backend.open("denoise_1"), backend.open("denoise_2")
     shared = {t.data_ptr() for t in first._executable._fixed.values()}
     own = {t.data_ptr() for t in second._executable._fixed.values()}
@@ -106,7 +106,7 @@ def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:
 
 def test_the_lengths_of_prompts_are_open(built: Path, manifest: Manifest) -> None:
     """In every graph that reads a prompt or what was made of it, by the manifest's edges; sizes of a video are not."""
-    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
+    backend = TorchExecutor(BundleFiles(built), CPU, EAGER)
     found = {name: backend.open(name)._executable.settings.open_dims for name in manifest.graphs}
     assert found["reasoner"] == {"und_len"} and found["denoise_1"] == {"und_len", "negative_und_len"}
     assert found["denoise_2"] == {"und_len"} and found["conditioning"] == set()
@@ -126,7 +126,7 @@ def test_what_cannot_be_run_says_so(built: Path, manifest: Manifest, shared: Pat
     with pytest.raises(CosmosExportError, match="no CUDA device 63") as caught:
         load_bundle(built, device="cuda:63")
     assert caught.value.code == "CX505" and "--device cpu" in caught.value.hint
-    backend = TorchBackend(BundleFiles(built), CPU, EAGER)
+    backend = TorchExecutor(BundleFiles(built), CPU, EAGER)
     session = backend.open("generator")
     with pytest.raises(CosmosExportError) as caught:
         session.run({name: np.zeros((2, 3)) for name in session.inputs})
@@ -156,7 +156,7 @@ def test_a_damaged_graph_is_refused(built: Path, manifest: Manifest, tmp_path: P
     (tmp_path / "graphs/generator.json").write_bytes(data)
     listed = FileRecord("graphs/generator.json", len(data), hashlib.sha256(data).hexdigest(), "graph")
     with pytest.raises(CosmosExportError, match=said) as caught:
-        TorchBackend(BundleFiles(tmp_path, replace(manifest, files=(listed,))), CPU, EAGER).open("generator")
+        TorchExecutor(BundleFiles(tmp_path, replace(manifest, files=(listed,))), CPU, EAGER).open("generator")
     assert caught.value.code == "CX502"
 
 
@@ -164,7 +164,7 @@ def test_a_graph_is_the_one_the_manifest_lists(built: Path, manifest: Manifest, 
     """Neither a graph nor what is beside it is looked for: a name that leads out of the bundle leads nowhere."""
     shutil.copytree(built, tmp_path / "x.bundle")
     shutil.copytree(built / "graphs", tmp_path / "outside")
-    backend = TorchBackend(BundleFiles(tmp_path / "x.bundle"), CPU, EAGER)
+    backend = TorchExecutor(BundleFiles(tmp_path / "x.bundle"), CPU, EAGER)
     path = tmp_path / "x.bundle/graphs/reasoner.json"
     path.write_bytes(path.read_bytes().replace(b"{", b"{ ", 1))
     for name in ("../../outside/reasoner", "reasoner"):
@@ -183,7 +183,7 @@ def test_a_link_that_changes_after_verification(built: Path, manifest: Manifest,
     link.symlink_to(built)
     loaded = load_bundle(link, backend=backend, device="cpu")
     if backend == "inductor":
-        loaded = LoadedBundle(loaded.files, TorchBackend(loaded.files, CPU, EAGER))
+        loaded = LoadedBundle(loaded.files, TorchExecutor(loaded.files, CPU, EAGER))
     link.unlink()
     link.symlink_to(other)
     found, wanted = (

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import cosmos_export.runtime.rtx_sessions as rtx_sessions
+import cosmos_export.targets.trt.sessions as rtx_sessions
 from cosmos_export.targets.trt import worker as trt_worker
 
 DOCUMENT = json.loads((Path(__file__).parent / "tensorrt_11_api.json").read_text())

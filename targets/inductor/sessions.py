@@ -20,13 +20,14 @@ from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.bundle.strict import AtLeast, decode
 from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
-from cosmos_export.runtime.sessions import PROMPT, Array, Value
+from cosmos_export.targets.sessions import PROMPT, Array, Value
 
 if TYPE_CHECKING:
     import torch
 
     from cosmos_export.ir.graph import Graph
-    from cosmos_export.targets.inductor.compiled import Executable, Settings
+    from cosmos_export.targets.inductor.executable import Executable
+    from cosmos_export.targets.inductor.specialise import Settings
 
 NAME = "inductor"
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -138,7 +139,7 @@ class LoopSession:
     ) -> None:
         self._name = name
         self._executable = executable
-        from cosmos_export.targets.inductor.compiled import Steps
+        from cosmos_export.targets.inductor.executable import Steps
 
         self._carried: dict[str, str] = dict(loop.carried)
         self._taken, self._returned = loop.taken, loop.returned
@@ -217,7 +218,7 @@ def _forget(session: TorchSession | LoopSession) -> None:
         torch.cuda.empty_cache()
 
 
-class TorchBackend:
+class TorchExecutor:
     """The graphs of a bundle on one device.
 
     They are compiled for the sizes of a request, but for any length of its prompts: a new prompt compiles nothing.
@@ -237,7 +238,8 @@ class TorchBackend:
 
     def open(self, graph: str) -> TorchSession | LoopSession:
         from cosmos_export.ir.serialize import read_graph
-        from cosmos_export.targets.inductor.compiled import Executable, Settings
+        from cosmos_export.targets.inductor.executable import Executable
+        from cosmos_export.targets.inductor.specialise import Settings
 
         try:
             document = parse_object(self._files.read(f"graphs/{graph}.json", "graph"))
@@ -316,7 +318,7 @@ def load_weight(source: Any, device: torch.device, file: BinaryIO | Path) -> tor
     return result
 
 
-def open_backend(files: BundleFiles, device: str | None) -> TorchBackend:
+def open_backend(files: BundleFiles, device: str | None) -> TorchExecutor:
     """PyTorch for the bundle, on ``cuda[:N]`` or ``cpu``.
 
     UnsupportedError CX503: torch is not installed; CX505: the bundle has no graphs for it, or there is no such GPU.
@@ -340,4 +342,4 @@ def open_backend(files: BundleFiles, device: str | None) -> TorchBackend:
             "`--device cpu` runs the same graphs, slowly",
         )  # fmt: skip
     chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
-    return TorchBackend(files, chosen)
+    return TorchExecutor(files, chosen)

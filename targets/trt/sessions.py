@@ -19,8 +19,8 @@ import numpy as np
 
 from cosmos_export.bundle import BundleFiles, EngineRecord
 from cosmos_export.diagnostics import ToolError, UnsupportedError
-from cosmos_export.runtime.cuda_memory import Device, DeviceMemory, DeviceValue, open_device
-from cosmos_export.runtime.sessions import Array, Value
+from cosmos_export.targets.sessions import Array, Value
+from cosmos_export.targets.trt.cuda_memory import Device, DeviceMemory, DeviceValue, open_device
 
 NAME = "tensorrt-rtx"
 FULL_NAME = "tensorrt"
@@ -77,7 +77,7 @@ class Weights:
         return found
 
 
-class RtxSession:
+class TrtSession:
     """An engine with one execution context, and ``weights`` where it takes some as inputs."""
 
     def __init__(
@@ -202,7 +202,7 @@ class RtxSession:
         self._weights.clear()
 
 
-class RtxBackend:
+class TrtExecutor:
     """The engines of a bundle on one GPU."""
 
     def __init__(self, trt: Any, device: Device, files: BundleFiles, name: str = NAME) -> None:
@@ -225,7 +225,7 @@ class RtxBackend:
     def device(self) -> str:
         return f"cuda:{self._device.index}"
 
-    def open(self, graph: str) -> RtxSession:
+    def open(self, graph: str) -> TrtSession:
         name = self._engines[graph].path
         self._log.clear()
         # Mapped: the runtime copies the weights to the device from the page cache, and nothing else holds them.
@@ -243,7 +243,7 @@ class RtxBackend:
             )
         captured = graph in self._captured
         weights = self._weights.of(self._engines[graph])
-        return RtxSession(
+        return TrtSession(
             self._trt, engine, graph, self._device, self._scratch, self._log, captured=captured, weights=weights
         )
 
@@ -251,7 +251,7 @@ class RtxBackend:
         self._device.close()
 
 
-def open_backend(files: BundleFiles, device: str | None) -> RtxBackend:
+def open_backend(files: BundleFiles, device: str | None) -> TrtExecutor:
     """TensorRT-RTX for the bundle, on ``cuda[:N]``.
 
     UnsupportedError CX503: it is not installed, or in another version than the engines are from; CX505: no such GPU.
@@ -259,12 +259,12 @@ def open_backend(files: BundleFiles, device: str | None) -> RtxBackend:
     return _open(NAME, files, device)
 
 
-def open_full_backend(files: BundleFiles, device: str | None) -> RtxBackend:
+def open_full_backend(files: BundleFiles, device: str | None) -> TrtExecutor:
     """TensorRT for the bundle; errors as `open_backend`."""
     return _open(FULL_NAME, files, device)
 
 
-def _open(name: str, files: BundleFiles, device: str | None) -> RtxBackend:
+def _open(name: str, files: BundleFiles, device: str | None) -> TrtExecutor:
     module, title, extra, package = _PACKAGES[name]
     manifest = files.manifest
     if not manifest.engines:
@@ -284,7 +284,7 @@ def _open(name: str, files: BundleFiles, device: str | None) -> RtxBackend:
             f"pip install {package}=={built}, or build the bundle again",
         )  # fmt: skip
     _, _, index = (device or "cuda").partition(":")
-    return RtxBackend(trt, open_device(int(index or 0), manifest.target.compute_capability), files, name)
+    return TrtExecutor(trt, open_device(int(index or 0), manifest.target.compute_capability), files, name)
 
 
 def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, tuple[int, ...]]) -> bool:

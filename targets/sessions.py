@@ -44,8 +44,8 @@ class Session(Protocol):
         """Give its memory back. Values it made stay."""
 
 
-class Backend(Protocol):
-    """A device with one verified bundle."""
+class Executor(Protocol):
+    """A device with one verified bundle: what a backend opens."""
 
     @property
     def name(self) -> str: ...

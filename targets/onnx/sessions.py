@@ -12,7 +12,7 @@ import numpy as np
 
 from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.diagnostics import ToolError, UnsupportedError
-from cosmos_export.runtime.sessions import Array, Value
+from cosmos_export.targets.sessions import Array, Value
 
 NAME = "onnxruntime"
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -98,7 +98,7 @@ class OnnxSession:
 
 
 @dataclass(frozen=True)
-class OnnxBackend:
+class OnnxExecutor:
     """The models of a bundle on one device."""
 
     files: BundleFiles
@@ -140,11 +140,11 @@ class OnnxBackend:
         """Nothing is held besides the sessions."""
 
 
-def open_backend(files: BundleFiles, device: str | None) -> OnnxBackend:
+def open_backend(files: BundleFiles, device: str | None) -> OnnxExecutor:
     """ONNX Runtime for the bundle, on ``cpu`` (the default) or ``cuda[:N]``. UnsupportedError CX503: not installed."""
     kind, _, index = (device or "cpu").partition(":")
     require_provider(kind)
-    return OnnxBackend(files, models(files.manifest), kind, int(index or 0))
+    return OnnxExecutor(files, models(files.manifest), kind, int(index or 0))
 
 
 def models(manifest: Manifest) -> dict[str, str]:

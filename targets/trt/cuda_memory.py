@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cosmos_export.diagnostics import ToolError, UnsupportedError
-from cosmos_export.runtime.sessions import Array
+from cosmos_export.targets.sessions import Array
 
 _ALL = 2**64 - 1
 _ALIGNMENT = 256
