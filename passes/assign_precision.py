@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
@@ -21,11 +21,11 @@ PROMPT_KV, UNQUANTIZED = "attention.kv", "bf16"
 OverSteps = Callable[[str, str, int], tuple[str, ...]]
 """Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
 
-_ATTENTION = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
-_ACTIVATIONS = (ops.SWIGLU, aten.relu.default)
-_MOVES = (*ops.VIEWS, aten.slice.Tensor, aten.select.int, aten.cat.default)
+_ATTENTION = ops.having(Trait.ATTENDS)
+_ACTIVATIONS = ops.having(Trait.ACTIVATION)
+_MOVES = ops.VIEWS | ops.having(Trait.PART) | ops.having(Trait.JOIN)
 _ON_THE_WAY_TO_ATTENTION = (*_MOVES, ops.RMS_NORM, ops.ROTARY)
-_ON_THE_WAY_TO_ACTIVATION = (*_MOVES,)
+_ON_THE_WAY_TO_ACTIVATION = _MOVES
 _BEHIND_ACTIVATION = (*_MOVES, aten.pow.Tensor_Scalar, aten.mul.Tensor)
 
 
@@ -155,7 +155,7 @@ def towers_of(program: Program) -> dict[str, Graph]:
     return {tower: program.graphs[name] for name, tower in (*found.items(), (body.name, GEN))}
 
 
-def _reaches(program: Program, graph: Graph, node: Node, ends: tuple[object, ...], through: tuple[object, ...]) -> bool:
+def _reaches(program: Program, graph: Graph, node: Node, ends: Collection[object], through: Collection[object]) -> bool:
     """The value of ``node`` comes to one of ``ends`` by operations of ``through`` alone, over edges too."""
     stack, seen = list(_readers(program, graph, node)), set[Node]()
     while stack:
@@ -176,7 +176,7 @@ def _readers(program: Program, graph: Graph, node: Node) -> Iterator[tuple[Graph
             yield target, target.inputs[edge.input]
 
 
-def _follows(node: Node, starts: tuple[object, ...], through: tuple[object, ...]) -> bool:
+def _follows(node: Node, starts: Collection[object], through: Collection[object]) -> bool:
     """What ``node`` reads comes from one of ``starts`` by operations of ``through`` alone."""
     stack, seen = [node.args[0]], set[Node]()
     while stack:

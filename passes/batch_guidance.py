@@ -8,14 +8,13 @@ from functools import partial
 from typing import Any
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import Dim, equal, expression, simplify, symbol
-from cosmos_export.ir.graph import Graph, Node, copy_node, is_op, map_operands, spec_of
+from cosmos_export.ir.dims import Dim, expression, simplify, symbol
+from cosmos_export.ir.graph import Graph, Node, copy_node, is_op, map_operands, row_operands, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate, TensorSpec
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
-from cosmos_export.passes.rewriting import BINARY, UNARY
 
 NEGATIVE = "negative"
 """The run of the reasoner on the negative prompt; its values carry this prefix."""
@@ -124,8 +123,10 @@ class _Batch:
                 if not known.stacked and known.second is None:
                     self._values[operand] = _Value(self._double(known.first), stacked=True)
             return _Value(self._call(node, aten.cat.default, self._both(node), 0), stacked=True)
-        rows = _row_operands(node)
-        if rows is not None and all(v.second is None for v in operands):
+        rows = row_operands(node)
+        # What every row reads whole must be one value for both branches.
+        shared = all(self._values[n].second is None for n in node.all_input_nodes)
+        if shared and all(n in rows for n in node.all_input_nodes if self._values[n].stacked):
             self.stacked += 1
             return _Value(self._emit_stacked(node, rows), stacked=True)
         first, second = self._both(node)
@@ -141,17 +142,15 @@ class _Batch:
         return self._call(node, node.target, *map_operands(node.args, operand), **map_operands(node.kwargs, operand))
 
     def _emit_stacked(self, node: Node, rows: list[Node]) -> Node:
-        """``node`` on the rows of both branches; operands that are the same for both are repeated if they have rows."""
+        """``node`` on the rows of both branches; ``rows`` that are the same for both are repeated."""
         spec = spec_of(node)
 
         def operand(value: Node) -> Node:
-            known, own = self._values[value], spec_of(value)
-            has_rows = value in rows and own.rank == spec.rank and not equal(own.shape[0], 1)
-            has_rows |= value in rows and is_op(node, ops.ROTARY)
-            return self._double(known.first) if has_rows and not known.stacked else known.first
+            known = self._values[value]
+            return self._double(known.first) if value in rows and not known.stacked else known.first
 
         args = list(map_operands(node.args, operand))
-        if is_op(node, aten.view.default, aten.expand.default):
+        if is_op(node, aten.view.default):
             args[1] = [simplify(2 * expression(spec.shape[0])), *spec.shape[1:]]
         return self._call(node, node.target, *args, **node.kwargs)
 
@@ -173,19 +172,3 @@ class _Batch:
 
     def _call(self, like: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self._new.call(target, *args, like=like, by=self._by, **kwargs)
-
-
-def _row_operands(node: Node) -> list[Node] | None:
-    """Operands whose rows are the rows of ``node``, where each row of it follows from the same row of them alone."""
-    first = node.args[0]
-    if is_op(node, ops.ROTARY, ops.SWIGLU, *BINARY):
-        return [a for a in node.args if isinstance(a, Node)]
-    if is_op(node, aten.linear.default, aten.matmul.default, ops.RMS_NORM):
-        return [first] if spec_of(node).rank > 1 else None
-    if is_op(node, *UNARY):
-        return [first]
-    if is_op(node, aten.view.default):
-        return [first] if equal(spec_of(first).shape[0], spec_of(node).shape[0]) else None
-    if is_op(node, aten.slice.Tensor, aten.select.int, aten.squeeze.dim, aten.unsqueeze.default):
-        return [first] if ops.axis_of(node.args[1], spec_of(node).rank + 1) != 0 else None
-    return None

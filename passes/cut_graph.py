@@ -10,13 +10,11 @@ import sympy
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import Size, evaluate
-from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_weight, spec_of
+from cosmos_export.ir.graph import Graph, Node, copy_node, is_constant, is_input, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
-
-_RESHAPES = (aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def _unshown(own: Sequence[Node], taken: Sequence[Node]) -> set[str]:
     found: set[str] = set()
     for node in own:
         sizes = list(_sizes((node.args, node.kwargs)))
-        if node.target in _RESHAPES and len(sizes) == 1:
+        if is_op(node, aten.view.default) and len(sizes) == 1:
             continue  # the one that is left over
         for size in sizes:
             names = {symbol.name for symbol in size.free_symbols}

@@ -10,11 +10,11 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, non_negative, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.rewriting import Slicer, eliminate_common, uniform_value
+from cosmos_export.passes.rewriting import ELEMENTWISE, Slicer, eliminate_common, uniform_value
 
 _SWAPPED = [0, 2, 1, 3]
 """The permutation between [batch, rows, heads, d] and [batch, heads, rows, d]."""
@@ -306,9 +306,9 @@ def _repeats_halves(table: Node) -> bool:
             parts = node.args[0]
             last = (node.args[1] if len(node.args) > 1 else 0) in (-1, rank - 1)
             return last and len(parts) == 2 and parts[0] is parts[1]
-        if is_op(node, aten.cos.default, aten.sin.default, aten._to_copy.default):
+        if is_op(node, *ELEMENTWISE) and len(node.all_input_nodes) == 1:
             pass
-        elif is_op(node, aten.squeeze.dim, aten.slice.Tensor):
+        elif is_op(node, aten.squeeze.dim, *ops.having(Trait.PART)):
             source: Node = node.args[0]
             if ops.axis_of(node.args[1], spec_of(source).rank) == spec_of(source).rank - 1:
                 return False

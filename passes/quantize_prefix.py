@@ -40,7 +40,7 @@ class QuantizePrefix(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         body = program.graphs[program.loop.body]
-        for node in body.calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8):
+        for node in body.calls(*ops.having(ops.Trait.JOINT)):
             precision: Precision | None = node.meta.get("precision")
             if precision is None or precision.prefix != FP8:
                 continue

@@ -9,7 +9,7 @@ from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.rewriting import BINARY, MOVES, UNARY, Slicer, eliminate_common
+from cosmos_export.passes.rewriting import ELEMENTWISE, MOVES, Slicer, eliminate_common
 
 
 class ResolvePacking(Pass):
@@ -70,7 +70,7 @@ class ResolvePacking(Pass):
             source, axis, start, end, *step = node.args
             if step or source.op == "placeholder":
                 continue
-            slicer = Slicer(graph, self.name, through=UNARY | BINARY | MOVES)
+            slicer = Slicer(graph, self.name, through=ELEMENTWISE | MOVES)
             new = slicer.of(source, axis, start, end)
             if slicer.residual:
                 # Not a part itself. A slice of one part still frees the others of it.

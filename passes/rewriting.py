@@ -9,23 +9,15 @@ import torch
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, non_negative, product, simplify
-from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, row_operands, spec_of
+from cosmos_export.ir.ops import Trait, aten
 
-UNARY = frozenset({
-    aten.cos.default, aten.sin.default, aten.exp.default, aten.rsqrt.default, aten.silu.default, aten.relu.default,
-    aten.neg.default, aten.pow.Tensor_Scalar, aten._to_copy.default,
-})  # fmt: skip
-"""Elementwise, one value operand."""
-
-MOVES = ops.VIEWS | {
-    aten.cat.default, aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default,
-    aten.arange.start, aten.full.default,
-}  # fmt: skip
+ELEMENTWISE = ops.having(Trait.ELEMENTWISE)
+MOVES = frozenset[Any]().union(
+    *(ops.having(t) for t in (Trait.VIEW, Trait.PART, Trait.JOIN, Trait.WRITES, Trait.CREATES))
+)
 """Operations that place elements."""
-
-BINARY = frozenset({aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.where.self})
-"""Elementwise with broadcasting."""
+_COMMUTATIVE = ops.having(Trait.COMMUTATIVE)
 
 
 def eliminate_common(graph: Graph) -> int:
@@ -34,7 +26,7 @@ def eliminate_common(graph: Graph) -> int:
     count = 0
     for node in graph.calls():
         args, kwargs = list(node.args), dict(node.kwargs)
-        if node.target in ops.COMMUTATIVE and all(isinstance(a, Node) for a in args):
+        if node.target in _COMMUTATIVE and all(isinstance(a, Node) for a in args):
             args.sort(key=lambda n: n.name)
         key = (node.target, _key(args), _key(kwargs))
         first = seen.setdefault(key, node)
@@ -88,7 +80,7 @@ class Slicer:
         key = (value, axis, start, end)
         if key not in self._memo:
             allowed = value.op == "call_function" and (self._through is None or value.target in self._through)
-            rule = _RULES.get(value.target) if allowed or is_outer_product(value) else None
+            rule = _RULES.get(value.target, _rows) if allowed or is_outer_product(value) else None
             result = rule(self, value, axis, start, end) if rule else None
             self._memo[key] = result if result is not None else self._leave(value, axis, start, end)
         return self._memo[key]
@@ -223,20 +215,21 @@ def _matmul(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
     return s.call(node, node.target, along(a, 1), along(b, 2))
 
 
-def _rows_of_first(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
-    """rms_norm along any axis but the last; attention along its query rows."""
-    if axis == spec_of(node).rank - 1 or (is_op(node, ops.ATTENTION) and (axis != 0 or node.args[3])):
-        return None
-    if is_op(node, ops.JOINT_ATTENTION) and axis != 0:
+def _norm(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
+    if axis == spec_of(node).rank - 1:
         return None
     inner = s.of(node.args[0], axis, start, end)
     return s.call(node, node.target, inner, *node.args[1:])
 
 
-def _rotary(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
-    if axis != 0:
+def _rows(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
+    """Along the first axis, whatever has rows."""
+    rows = row_operands(node) if axis == 0 else []
+    if not rows:
         return None
-    return s.call(node, node.target, *(s.of(a, 0, start, end) for a in node.args))
+    parts = {n: s.of(n, 0, start, end) for n in rows}
+    args = map_operands(node.args, lambda n: parts.get(n, n))
+    return s.call(node, node.target, *args, **node.kwargs)
 
 
 def _scatter(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node | None:
@@ -260,7 +253,7 @@ def _full(s: Slicer, node: Node, axis: int, start: Size, end: Size) -> Node:
 
 
 _RULES: dict[Any, SliceRule] = {
-    **dict.fromkeys(UNARY | BINARY | {ops.SWIGLU}, _elementwise),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     aten.cat.default: _cat,
     aten.unsqueeze.default: _unsqueeze,
     aten.squeeze.dim: _dropped_axis,
@@ -271,10 +264,7 @@ _RULES: dict[Any, SliceRule] = {
     aten.view.default: _view,
     aten.linear.default: _linear,
     aten.matmul.default: _matmul,
-    ops.RMS_NORM: _rows_of_first,
-    ops.ATTENTION: _rows_of_first,
-    ops.JOINT_ATTENTION: _rows_of_first,
-    ops.ROTARY: _rotary,
+    ops.RMS_NORM: _norm,
     aten.slice_scatter.default: _scatter,
     aten.select_scatter.default: _scatter,
     aten.arange.start: _arange,

@@ -11,12 +11,12 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_op, is_weight, spec_of
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
 
-_PLACES = ops.VIEWS | {aten.slice.Tensor, aten.select.int}
-_ON_THE_WAY = _PLACES | {aten.cat.default, aten.where.self, aten.matmul.default, aten.cos.default, aten.sin.default}
+_PLACES = ops.VIEWS | ops.having(Trait.PART)
+_ON_THE_WAY = _PLACES | ops.having(Trait.JOIN) | ops.having(Trait.ELEMENTWISE) | {aten.matmul.default}
 """Operations between a position and the rotary tables made from it."""
 
 _Moved: TypeAlias = dict[int, list[tuple[Size, Node]]]

@@ -5,18 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from cosmos_export.diagnostics import UserError
-from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, non_negative, simplify
-from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_op, row_operands, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.motion import tidy
 from cosmos_export.passes.rewriting import Slicer, eliminate_common
-
-_LAYERS = frozenset({ops.RMS_NORM, ops.ROTARY, ops.SWIGLU, ops.ATTENTION, ops.JOINT_ATTENTION, aten.linear.default,
-                     aten.add.Tensor, aten.mul.Tensor, aten.relu.default, aten.silu.default, aten.pow.Tensor_Scalar,
-                     aten._to_copy.default, aten.view.default})  # fmt: skip
 
 
 class SliceOutputs(Pass):
@@ -93,27 +88,17 @@ class SliceOutputs(Pass):
         """The last row-wise operation of which only some rows are read, with the range that covers them; none of those
         that are ``stuck``."""
         for node in reversed(graph.calls()):
-            if node in stuck or node.target not in _LAYERS or not node.users or spec_of(node).rank == 0:
+            if node in stuck or not node.users or not row_operands(node):
                 continue
             ranges = [u.args[2:4] for u in node.users if is_op(u, aten.slice.Tensor) and u.args[1] == 0]
             if len(ranges) != len(node.users) or any(len(u.args) > 4 for u in node.users):
                 continue
             cover = _cover(ranges)
             rows = spec_of(node).shape[0]
-            if cover is None or (equal(cover[0], 0) and equal(cover[1], rows)) or not _passable(node):
+            if cover is None or (equal(cover[0], 0) and equal(cover[1], rows)):
                 continue
             return node, *cover
         return None
-
-
-def _passable(node: Node) -> bool:
-    """The first axis of ``node`` is an axis of rows in its rule."""
-    if is_op(node, ops.ATTENTION) and node.args[3]:
-        return False
-    if is_op(node, aten.view.default):
-        source: Node = node.args[0]
-        return equal(spec_of(source).shape[0], spec_of(node).shape[0])
-    return True
 
 
 def _cover(ranges: list[tuple[Size, Size]]) -> tuple[Size, Size] | None:

@@ -30,7 +30,7 @@ from cosmos_export.targets.onnx.lowering import gemm_name
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _INPUT = ".input_amax"
 _ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
-_WEIGHT_OPS = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+_WEIGHT_OPS = ops.having(ops.Trait.WIDENS)
 _TOWERS = {Tower.REASONER: "und", Tower.GENERATOR: "gen"}
 
 

@@ -463,7 +463,7 @@ class _Watch:
 
 def body_dtype(closed: Program) -> torch.dtype:
     """The type in which a closed loop's body computes: that of its attention."""
-    attention = closed.graphs[closed.loop.body].calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
+    attention = closed.graphs[closed.loop.body].calls(*ops.having(ops.Trait.JOINT))
     return spec_of(attention[0]).dtype
 
 
@@ -774,7 +774,7 @@ def _build_engine(
     return Engine(name, report, summary, check, attention, profiles, tuple(weights), layer_weights(graph))
 
 
-_ATTENTIONS = (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
+_ATTENTIONS = ops.having(ops.Trait.ATTENDS)
 
 
 def _profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
@@ -878,7 +878,7 @@ def _request(
         profiles=tuple(profile.name for profile in profiles),
         shapes=tuple(input_shapes(profile, spec) for profile in profiles),
         decomposable_attention=decomposable,
-        attention=len(graph.calls(ops.ATTENTION, ops.JOINT_ATTENTION)),
+        attention=len(graph.calls(*(_ATTENTIONS - ops.having(ops.Trait.ROUNDS)))),
     )
 
 

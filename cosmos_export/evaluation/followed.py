@@ -88,7 +88,7 @@ class Followed:
                 lambda which, x, step: self._taken(node, which, x, partial(packing.to_fp8, scale=step)),
             )  # fmt: skip
         x, scale = operands
-        rounding = packing.to_fp8 if is_op(node, ops.QUANTIZE) else ops.requantize_blocks
+        rounding = packing.to_fp8 if is_op(node, ops.QUANTIZE) else ops.REQUANTIZE_BLOCKS
         return self._taken(node, 0, x, partial(rounding, scale=scale))
 
     def _taken(

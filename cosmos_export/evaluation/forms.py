@@ -32,7 +32,7 @@ _SIZES = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Concat", "Squeeze", "Uns
 _UP_TO_TYPE = frozenset({"output_dtype"})
 _SMALLEST = 3
 """The first dim when an operation is evaluated."""
-_NO_EVALUATOR = (ops.DEQUANTIZE_BLOCKS, ops.REQUANTIZE_BLOCKS)
+_NO_EVALUATOR = ops.having(ops.Trait.BLOCKS)
 """Blocks of four-bit floats: TensorRT's own operations, for which the CPU's form computes with codes."""
 _REFUSED = (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
 """What ONNX's evaluator raises for operations and operands that it does not know."""

@@ -16,7 +16,7 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.interpreter import Tensors, Weights, compute_value, run_program
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.packing import E2M1_MAX, E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform
@@ -27,6 +27,7 @@ from cosmos_export.sampling.solvers import SolverState, distilled_step, guide, u
 
 Observer = Callable[[Node, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """A linear, its input [rows, K], its weight [N, K] and its result."""
+_ROUNDINGS = ops.having(Trait.ROUNDS) - ops.having(Trait.ATTENDS)
 
 
 def observe_inputs(program: Program, inputs: Tensors, weights: Weights) -> dict[str, float]:
@@ -70,7 +71,7 @@ def wrong_scales(
             found.append(f"{where}: {[float(f'{s:.4g}') for s in scale]} for {[float(f'{w:.4g}') for w in wanted]}")
 
     for graph in program.graphs.values():
-        for node in graph.calls(ops.QUANTIZE, ops.REQUANTIZE_BLOCKS):
+        for node in graph.calls(*_ROUNDINGS):
             widened = [user for user in node.users if is_op(user, ops.DEQUANTIZE)]
             read = widened if is_op(node, ops.QUANTIZE) else [node]
             names = [name for value in read for user in value.users for name in _linears_from(user)]
@@ -79,7 +80,7 @@ def wrong_scales(
                 wanted = max(linears.get(name, inf) for name in names) / largest
                 for one in (node, *widened):
                     compare(names[0], one.args[1], [wanted])
-    for node in program.graphs[program.loop.body].calls(ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8):
+    for node in program.graphs[program.loop.body].calls(*ops.having(Trait.JOINT)):
         if "precision" not in node.meta:
             continue
         layer = node.meta["precision"].layer
@@ -208,9 +209,7 @@ def _quantized_linears(graph: Graph) -> Iterator[tuple[tuple[str, ...], Node]]:
             yield packed[0].meta["weight"].keys, node
 
 
-_COMPUTED = (ops.QUANTIZE, ops.DEQUANTIZE, ops.REQUANTIZE_BLOCKS, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
-
-
+_COMPUTED = _ROUNDINGS | ops.having(Trait.WIDENS)
 _PUT = (aten.mul.Tensor, aten.linear.default, aten.add.Tensor)
 
 

@@ -21,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from cosmos_export.ir import ops
+from cosmos_export.ir.dims import equal
 from cosmos_export.ir.spec import TensorSpec, WeightBinding
 
 if TYPE_CHECKING:
@@ -76,16 +77,31 @@ def is_input(node: Node) -> bool:
 
 def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorSpec:
     """Spec of ``target(*args, **kwargs)``. SpecError for an unknown operation and for operands that do not fit."""
-    rule = ops.RULES.get(target)
-    if rule is None:
+    known = ops.OPERATIONS.get(target)
+    if known is None:
         raise ops.SpecError(f"`{target}` is not in the dialect")
     try:
-        operands = inspect.signature(rule).bind(
+        operands = inspect.signature(known.rule).bind(
             *map_operands(tuple(args), spec_of), **map_operands(dict(kwargs), spec_of)
         )
     except TypeError as error:
         raise ops.SpecError(f"operands of `{target}`: {error}") from error
-    return rule(*operands.args, **operands.kwargs)
+    return known.rule(*operands.args, **operands.kwargs)
+
+
+def row_operands(node: Node) -> list[Node]:
+    """The operands whose rows are the rows of ``node``: row i of it follows from row i of these and from the whole of
+    all others. Empty for a value without such, as where an operation mixes rows."""
+    known = ops.OPERATIONS.get(node.target)
+    if node.op != "call_function" or known is None:
+        return []
+    args, kwargs = map_operands(node.args, spec_of), map_operands(node.kwargs, spec_of)
+    found: list[Node] = []
+    map_operands([node.args[at] for at in known.row_positions(*args, **kwargs)], found.append)
+    if ops.Trait.ELEMENTWISE in known.traits:
+        rank = spec_of(node).rank
+        return [n for n in found if rank and spec_of(n).rank == rank and not equal(spec_of(n).shape[0], 1)]
+    return found
 
 
 class Graph:

@@ -25,17 +25,6 @@ Observe = Callable[[Node, Mapping[Node, torch.Tensor]], None]
 Follow = Callable[[Node, Mapping[Node, torch.Tensor]], torch.Tensor | None]
 """An operation that is to run, and the values at hand: its result from elsewhere, or None where it is computed."""
 
-_NATIVE: dict[Any, Callable[..., torch.Tensor]] = {
-    # These carry their type as an argument in the IR but not in ATen's overload.
-    ops.aten._to_copy.default: lambda x, dtype: x.to(dtype),
-    ops.aten.view.default: lambda x, shape: x.reshape(shape),
-    ops.aten.full.default: lambda size, value, dtype: torch.full(size, value, dtype=dtype),
-    # Layout in memory is no part of a graph, yet it chooses among kernels that round differently: always the plain one.
-    ops.aten.scaled_dot_product_attention.default: lambda query, key, value, *rest, **options: (
-        ops.aten.scaled_dot_product_attention.default(*(t.contiguous() for t in (query, key, value)), *rest, **options)
-    ),
-}
-
 
 def weight_norm(magnitudes: torch.Tensor, directions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Rows of a weight that is stored as magnitudes and directions, computed in ``dtype`` by torch's own function."""
@@ -208,8 +197,7 @@ def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Te
         return widen(value) if isinstance(value, torch.dtype) else value
 
     args, kwargs = (map_operands(operands, values.__getitem__) for operands in (node.args, node.kwargs))
-    function = _NATIVE.get(node.target, node.target)
-    result = function(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
+    result = ops.OPERATIONS[node.target].reference(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
     assert isinstance(result, torch.Tensor)
     # A table is read as it is stored, and its rows are widened: a vocabulary has more of them than a step reads.
     return result.to(widen(result.dtype)) if node.target is ops.aten.embedding.default else result

@@ -36,7 +36,7 @@ from cosmos_export.ir.spec import DTYPE_NAMES, E2M1, INT4, TensorSpec, Transform
 
 SCHEMA = 1
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_TARGETS = {str(target): target for target in ops.RULES}
+_TARGETS = {str(target): target for target in ops.OPERATIONS}
 _FILE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._+\-]{0,238}[A-Za-z0-9_+\-])?")
 _ELEMENT = TensorSpec | sympy.Expr | int | float
 """An operand of elementwise arithmetic."""
@@ -225,7 +225,7 @@ def _takes(kind: Any, wanted: type) -> bool:
 @cache
 def _operand_types(target: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Annotations of the operands of an operation: by position, and by name."""
-    rule = ops.RULES[target]
+    rule = ops.OPERATIONS[target].rule
     hints = get_type_hints(rule)
     parameters = inspect.signature(rule).parameters.values()
     named = {p.name: _ELEMENT if hints[p.name] is Any else hints[p.name] for p in parameters}

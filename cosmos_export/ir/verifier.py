@@ -89,7 +89,7 @@ def _verify_graph(program: Program, graph: Graph, forbidden: frozenset[object], 
         elif node.op == "placeholder":
             if is_input(node) and node.name not in program.rates and not _fed(program, graph, node):
                 _fail(stage, where, "is an input that neither the caller nor an edge supplies")
-        elif node.op != "call_function" or node.target not in ops.RULES:
+        elif node.op != "call_function" or node.target not in ops.OPERATIONS:
             _fail(stage, where, f"is not in the dialect: {node.target}")
         else:
             if node.target in forbidden:

@@ -19,7 +19,7 @@ from torch.utils._sympy.functions import FloorDiv
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Shape, Size, bind, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
-from cosmos_export.ir.ops import aten
+from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.kernels.description import W4A16
 from cosmos_export.targets.inductor.functions import implementations, narrow_values, packed_linear, scaled_linear
 from cosmos_export.targets.inductor.fusions import fuse
@@ -196,12 +196,12 @@ class _Lowering:
             return self._add(node.name, function, self._concrete(operands), dtype, shape)
         args = self._concrete(node.args)
         kwargs = {k: self._concrete(v) for k, v in node.kwargs.items()}
-        if node.target in (aten.full.default, aten.arange.start):
+        if is_op(node, *ops.having(Trait.CREATES)):
             kwargs["device"] = _DEVICE  # new values appear where the others are
         if node.target is ops.JOINT_ATTENTION_FP8 and self._own_fp8:
             *operands, scales, scale = args
             return self._fp8_attention(node.name, operands, scales, scale)
-        attends = node.target in (ops.ATTENTION, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8)
+        attends = is_op(node, *ops.having(Trait.ATTENDS))
         return self._add(node.name, node.target, args, dtype, shape, kwargs, attends=attends)
 
     def _fp8_attention(self, name: str, wide: Sequence[_Operand], scales: _Operand, scale: float) -> _Call:

@@ -186,7 +186,7 @@ def _key_parts(node: Node) -> list[Node]:
     return [node.args[1], node.args[3]] if is_op(node, ops.JOINT_ATTENTION) else [node.args[1]]
 
 
-_KEPT_NARROW = (ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS)
+_KEPT_NARROW = ops.having(ops.Trait.WIDENS)
 """Widened before the loop, a weight would be read wide in every step."""
 
 

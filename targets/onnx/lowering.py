@@ -147,7 +147,7 @@ class Lowering:
             self.values[node] = self.constant(node.meta["constant"].numpy(), node.name)
         else:
             plugin = self._plugins.rule(node) if self._plugins is not None else None
-            rule = plugin or _RULES.get(node.target)
+            rule = plugin or RULES.get(node.target)
             if rule is None:
                 raise InternalError("CX230", f"`{node.name}`: no ONNX form of {node.target}")
             self.values[node] = rule(self, node)
@@ -358,7 +358,7 @@ def gemm_name(node: Node) -> str:
     return f"gemm_{node.name}"
 
 
-ROUNDINGS = (ops.QUANTIZE, ops.REQUANTIZE_BLOCKS, ops.JOINT_ATTENTION_FP8)
+ROUNDINGS = ops.having(ops.Trait.ROUNDS)
 """Operations that round activations."""
 
 
@@ -501,7 +501,7 @@ def _matmul(low: Lowering, node: Node) -> str:
     return low.op("MatMul", *(low.values[a] for a in node.args))
 
 
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_CONVOLUTIONS = ops.having(ops.Trait.CONVOLUTION)
 
 
 def _operands(node: Node, *defaults: Any) -> list[Any]:
@@ -679,7 +679,7 @@ def _joint_attention(low: Lowering, node: Node) -> str:
     return low.attend(node, keys, values, scale, False)
 
 
-_RULES: dict[Any, Rule] = {
+RULES: dict[Any, Rule] = {
     aten.add.Tensor: _binary("Add"),
     aten.sub.Tensor: _binary("Sub"),
     aten.mul.Tensor: _binary("Mul"),

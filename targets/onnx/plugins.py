@@ -60,7 +60,7 @@ class Plugins:
 
     def rule(self, node: Node) -> Callable[[Lowering, Node], str] | None:
         """How ``node`` becomes a plugin; None where it does not."""
-        if JOINT_ATTENTION in self.kernels and is_op(node, ops.JOINT_ATTENTION, ops.JOINT_ATTENTION_FP8):
+        if JOINT_ATTENTION in self.kernels and is_op(node, *ops.having(ops.Trait.JOINT)):
             return self._joint_attention if _attends(node) else None
         return self._rules.get(node.target)
 

@@ -230,7 +230,7 @@ def test_a_scale_that_is_computed_is_caught(
     """The activation's scale as a value of the graph: it builds, and multiplies in 16 bit."""
     from cosmos_export.targets.onnx import lowering as onnx_lowering
 
-    rule = onnx_lowering._RULES[ops.QUANTIZE]
+    rule = onnx_lowering.RULES[ops.QUANTIZE]
 
     def computed(low: Any, node: Any) -> str:
         x, scale = node.args
@@ -239,7 +239,7 @@ def test_a_scale_that_is_computed_is_caught(
         low.values[scale] = low.op("Div", wide, low.constant(packing_constant(), "largest"))
         return rule(low, node)
 
-    monkeypatch.setitem(onnx_lowering._RULES, ops.QUANTIZE, computed)
+    monkeypatch.setitem(onnx_lowering.RULES, ops.QUANTIZE, computed)
     with pytest.raises(FindingError) as caught:
         quantized(edge, tmp_path / "x", "fp8", target="rtx-pro-6000", calibration=edge_scales, steps=1)
     assert caught.value.code == "CX450" and "planned fp8" in caught.value.message
@@ -260,7 +260,7 @@ def test_block_sizes_on_fp8_are_caught(
     from cosmos_export.ir.graph import is_weight, spec_of
     from cosmos_export.targets.onnx import lowering as onnx_lowering
 
-    rule = onnx_lowering._RULES[ops.DEQUANTIZE]
+    rule = onnx_lowering.RULES[ops.DEQUANTIZE]
 
     def blocked(low: Any, node: Any) -> str:
         x, _, dtype = node.args
@@ -273,7 +273,7 @@ def test_block_sizes_on_fp8_are_caught(
             kind = {}
         return low.op("DequantizeLinear", low.values[x], scales, axis=1, block_size=32, **kind)
 
-    monkeypatch.setitem(onnx_lowering._RULES, ops.DEQUANTIZE, blocked)
+    monkeypatch.setitem(onnx_lowering.RULES, ops.DEQUANTIZE, blocked)
     with pytest.raises(CosmosExportError) as caught:
         quantized(
             edge,

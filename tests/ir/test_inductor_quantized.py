@@ -96,10 +96,10 @@ def test_what_the_compiler_makes_of_quantized_products() -> None:
         return torch.nn.functional.linear(y, dequantize_groups(packed, groups))
 
     found = torch.compile(layer, dynamic=False, fullgraph=True)(x)
-    narrow = ops.quantize(ops.rms_norm(x, norm, 1e-6), scale)
-    y = ops.dequantize(narrow, scale, torch.float32) @ ops.dequantize(weight, row_scales, torch.float32).T
+    narrow = ops.QUANTIZE(ops.RMS_NORM(x, norm, 1e-6), scale)
+    y = ops.DEQUANTIZE(narrow, scale, torch.float32) @ ops.DEQUANTIZE(weight, row_scales, torch.float32).T
     numbers = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(torch.int16)
-    wide = ops.dequantize_groups(torch.where(numbers > 7, numbers - 16, numbers).float(), groups.float())
+    wide = ops.DEQUANTIZE_GROUPS(torch.where(numbers > 7, numbers - 16, numbers).float(), groups.float())
     assert distance(found, y @ wide.T) < 0.02
 
 
@@ -141,10 +141,10 @@ def test_a_scale_for_each_output(bias: bool) -> None:
     x_scale, w_scale = torch.tensor(0.5), torch.rand(48) + 0.1
     given = torch.randn(48).bfloat16() if bias else None
     found = scaled_linear(x, x_scale, weight, w_scale, torch.bfloat16, given)
-    wide = [ops.dequantize(t, s, torch.float32) for t, s in ((x, x_scale), (weight, w_scale))]
+    wide = [ops.DEQUANTIZE(t, s, torch.float32) for t, s in ((x, x_scale), (weight, w_scale))]
     wanted = torch.nn.functional.linear(wide[0], wide[1], given.float() if given is not None else None)
     assert distance(found, wanted) < 4e-3
-    assert torch.equal(dequantize(weight, w_scale, torch.bfloat16), ops.dequantize(weight, w_scale, torch.bfloat16))
+    assert torch.equal(dequantize(weight, w_scale, torch.bfloat16), ops.DEQUANTIZE(weight, w_scale, torch.bfloat16))
 
 
 def test_a_product_that_the_library_does_not_take_is_widened() -> None:

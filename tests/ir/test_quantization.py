@@ -87,7 +87,7 @@ def test_int4_is_symmetric_in_groups_and_zero_groups_stay_zero() -> None:
     values = packing.to_int4(rows, scale, 128)
     assert values[1, :128].abs().max() == 0 and scale[1, 0] == 1
     assert values[0].abs().max() == 7
-    back = ops.dequantize_groups(values, scale)
+    back = ops.DEQUANTIZE_GROUPS(values, scale)
     assert distance(back, rows) < 0.13
 
 
@@ -103,9 +103,9 @@ def test_errors_of_gaussian_weights(omni: Tiny, tmp_path: Path, format: Format, 
     if format is Format.NVFP4:
         parts[Part.BLOCK_SCALE] = value(binding.packed(format, Part.BLOCK_SCALE))
     back = {
-        Format.FP8: lambda v, s, b: ops.dequantize(v, s, torch.float32),
-        Format.INT4: lambda v, s, b: ops.dequantize_groups(v, s),
-        Format.NVFP4: lambda v, s, b: ops.dequantize_blocks(v, b, s, torch.float32),
+        Format.FP8: lambda v, s, b: ops.DEQUANTIZE(v, s, torch.float32),
+        Format.INT4: lambda v, s, b: ops.DEQUANTIZE_GROUPS(v, s),
+        Format.NVFP4: lambda v, s, b: ops.DEQUANTIZE_BLOCKS(v, b, s, torch.float32),
     }[format](parts[Part.VALUES], parts[Part.SCALE], parts.get(Part.BLOCK_SCALE))
     assert distance(back, w) == pytest.approx(limit, rel=0.05)
 
@@ -287,7 +287,7 @@ def test_fp8_weights_that_are_merged_keep_their_bytes_and_scales(tmp_path: Path,
     merged = first.merged(tuple(rest), transform)
     values, scale = (merged.packed(Format.FP8, part) for part in (Part.VALUES, Part.SCALE))
     assert scale.shape == (96,)
-    back = ops.dequantize(value(values), value(scale), torch.float32)
+    back = ops.DEQUANTIZE(value(values), value(scale), torch.float32)
     once = [read_source(s).float() * read_source(s.scale) for s in merged.sources if s.scale is not None]
     together = transform is Transform.INTERLEAVE
     assert torch.equal(back, torch.stack(once, dim=1).flatten(0, 1) if together else torch.cat(once))

@@ -35,7 +35,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_equals_the_graphs_operation(rows: int, keys: int, prefix: int, heads: int, kv_heads: int, size: int) -> None:
     given = operands(rows, keys, prefix, heads, kv_heads, size)
     found = joint_attention(*given, 0.3, tile=SMALL)
-    assert relative(found, ops.joint_attention(*given, 0.3)) < 1e-6
+    assert relative(found, ops.JOINT_ATTENTION(*given, 0.3)) < 1e-6
     assert relative(found, reference(*given, 0.3)) < 1e-6
 
 
@@ -44,7 +44,7 @@ def test_bf16_is_within_its_rounding() -> None:
     found = joint_attention(*given, 0.2, tile=SMALL)
     assert found.dtype == torch.bfloat16
     exact = reference(*given, 0.2)
-    assert relative(found, exact) < 1.2 * relative(ops.joint_attention(*given, 0.2), exact) + 1e-3
+    assert relative(found, exact) < 1.2 * relative(ops.JOINT_ATTENTION(*given, 0.2), exact) + 1e-3
 
 
 @pytest.mark.parametrize("lengths", [(0, 19), (7, 16), (19, 1)])
@@ -57,7 +57,7 @@ def test_each_branch_has_its_own_prompt(lengths: tuple[int, int]) -> None:
     found = joint_attention(*given, 0.25, prefix_lengths=own, tile=SMALL)
     for branch, length in enumerate(lengths):
         alone = [t[branch] for t in given[:3]] + [t[branch, :length] for t in given[3:]]
-        assert relative(found[branch], ops.joint_attention(*alone, 0.25)) < 1e-6
+        assert relative(found[branch], ops.JOINT_ATTENTION(*alone, 0.25)) < 1e-6
 
 
 def test_operands_are_read_where_they_lie() -> None:
@@ -68,7 +68,7 @@ def test_operands_are_read_where_they_lie() -> None:
     prefix = [torch.randn(9, kv, size).to(DEVICE) for _ in "kv"]
     stored = v.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     assert stored.stride(0) == 1
-    wanted = ops.joint_attention(q, k, v, *prefix, 0.25)
+    wanted = ops.JOINT_ATTENTION(q, k, v, *prefix, 0.25)
     assert relative(joint_attention(q, k, v, *prefix, 0.25, tile=SMALL), wanted) < 1e-6
     assert relative(joint_attention(q, k, stored, *prefix, 0.25, tile=SMALL), wanted) < 1e-6
 

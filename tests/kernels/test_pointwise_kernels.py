@@ -56,8 +56,8 @@ def test_qkv_pack_is_norm_then_rotary(
     found = pack.qkv_pack(q, k, v, w_q, w_k, cos, sin, 1e-6, tile=Tile((4,)))
     angles = [t.repeat(repeats, 1) for t in (cos, sin)]
     for result, x, w in ((found[0], q, w_q), (found[1], k, w_k)):
-        normal = ops.rms_norm(x.unflatten(1, (-1, size)), w, 1e-6).to(dtype)
-        wanted = ops.rotary(normal, *angles).to(dtype)
+        normal = ops.RMS_NORM(x.unflatten(1, (-1, size)), w, 1e-6).to(dtype)
+        wanted = ops.ROTARY(normal, *angles).to(dtype)
         # A device contracts products and sums: in fp32 a small difference of two numbers is many steps there.
         assert result.is_contiguous()
         assert steps_apart(result, wanted) <= (1 if dtype == BF16 else 64) or (dtype == F32 and DEVICE != "cpu")
@@ -72,7 +72,7 @@ def test_qkv_pack_without_norms() -> None:
     q, k, v = projections(5, 2, 1, 16, BF16)
     cos, sin = random(5, 8, seed=1), random(5, 8, seed=2)
     plain = pack.qkv_pack(q, k, v, None, None, cos, sin, 1e-6, tile=Tile((4,)))
-    assert torch.equal(plain[0], ops.rotary(q.unflatten(1, (-1, 16)), cos, sin))
+    assert torch.equal(plain[0], ops.ROTARY(q.unflatten(1, (-1, 16)), cos, sin))
     weight = random(16, seed=3)
     half = pack.qkv_pack(q, k, v, None, weight, cos, sin, 1e-6, tile=Tile((4,)))
     assert torch.equal(half[0], plain[0]) and not torch.equal(half[1], plain[1])
@@ -117,7 +117,7 @@ def test_norm_quantize(width: int, dtype: torch.dtype, weight: torch.dtype, stat
     delta = random(5, width, dtype=dtype, seed=2) if residual else None
     scale = torch.tensor([0.011], device=DEVICE) if static else None
     total = x + delta if delta is not None else x.clone()
-    normal = ops.rms_norm(total, w, 1e-6).to(dtype)
+    normal = ops.RMS_NORM(total, w, 1e-6).to(dtype)
     expected = norm.reference(x, w, 1e-6, scale, delta=delta)
     y, scales = norm.norm_quantize(x, w, 1e-6, scale, delta=delta)
     assert torch.equal(x, total)  # the residual sum, in place
@@ -159,7 +159,7 @@ def test_activation_quantize(gated: bool, static: bool, rows: int, width: int, d
     merged = random(rows, 2 * width, dtype=dtype)
     x, up = merged.split(width, dim=1)
     scale = torch.tensor([0.03], device=DEVICE) if static else None
-    value = ops.swiglu(x, up) if gated else torch.relu(x) * torch.relu(x)
+    value = ops.SWIGLU(x, up) if gated else torch.relu(x) * torch.relu(x)
     y, scales = act.activation_quantize(x, up if gated else None, scale, tile=Tile((64,)))
     value = value.clamp(-448 * 0.03, 448 * 0.03) if static else value
     expected, expected_scales = act.reference(x, up if gated else None, scale)
