@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import os
 import shlex
 import sys
-from contextlib import suppress
-from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +18,6 @@ if TYPE_CHECKING:
     from cosmos_export.compiler.artifacts import Engine
     from cosmos_export.compiler.job import Job
     from cosmos_export.compiler.stages import BuildResult
-    from cosmos_export.diagnostics import FindingError
 
 
 def register(app: typer.Typer) -> None:
@@ -131,7 +124,8 @@ def register(app: typer.Typer) -> None:
         """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import default_folder
-        from cosmos_export.compiler.driver import build as run
+        from cosmos_export.compiler.document import build as run
+        from cosmos_export.compiler.document import build_document
         from cosmos_export.compiler.job import BuildOptions
 
         options = BuildOptions(
@@ -174,22 +168,9 @@ def register(app: typer.Typer) -> None:
             if left is None:
                 console.set_resume_command(None)
 
-        def found(result: BuildResult, error: FindingError) -> None:
-            if output is None:
-                return
-            written = _write_evidence(output, result, error)
-            if written:
-                console.log(f"what was measured: {', '.join(map(str, written))}", logging.WARNING)
-
-        result = run(options, console.progress(), begins, fails, found)
-        document = _document(result, output)
-        if output is not None:
-            _write_beside(output, "build.json", _json(document))
-            for name in _EVIDENCE:  # of an earlier build, which failed
-                with suppress(OSError):
-                    _beside(output, name).unlink(missing_ok=True)
+        result = run(options, console.progress(), begins, fails)
         if as_json:
-            console.emit_json(document)
+            console.emit_json(build_document(result, output))
         else:
             _print(result)
         failed = result.manifest is not None and any(v.verdict == "fail" for v in result.manifest.evaluation)
@@ -226,6 +207,7 @@ def _print(result: BuildResult) -> None:
     from rich.table import Table
 
     from cosmos_export.cli import console
+    from cosmos_export.compiler.document import not_compared
 
     out = console.out()
     passes = Table("pass", "changed", "declined", "seconds", title="Passes", title_justify="left", box=None)
@@ -245,7 +227,7 @@ def _print(result: BuildResult) -> None:
     for m in result.parity:
         for what, value in m.details.items():
             out.print(f" {m.stage}: {what}: {value:.3g}" if value % 1 else f" {m.stage}: {what}: {value:,.0f}")
-    for subject, note in _not_compared(result).items():
+    for subject, note in not_compared(result).items():
         out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
     if result.losses is not None:
         out.print(_losses(result))
@@ -314,12 +296,6 @@ def _losses(result: BuildResult) -> Any:
     return table
 
 
-def _not_compared(result: BuildResult) -> dict[str, str]:
-    """Why a component was not compared with diffusers', by component."""
-    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
-    return {subject: note for subject, note in notes.items() if note}
-
-
 def _gemms(engine: Engine) -> str:
     """How many GEMMs one profile has, by type."""
     types = engine.summary.graphs[0].gemm_types() if engine.summary.graphs else {}
@@ -351,129 +327,3 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     if failed:
         return f"built {output}, with failures that were only to be reported: {'; '.join(failed)}"
     return f"built {output}: transformer{components}, {engines}{proof}"
-
-
-def _gates(result: BuildResult) -> dict[str, Any] | None:
-    if result.losses is None:
-        return None
-    from cosmos_export.compiler.losses import loss_values
-
-    worst = [
-        {"site": w.site, "scheme": w.scheme, "relative": w.relative if isfinite(w.relative) else None}
-        for w in result.losses.worst_linears
-    ]
-    problems = [f"{f.site}: {f.relative:.4f} > {f.limit:.4f}" for f in result.losses.failed_linears]
-    quality = {
-        m.stage: {"metric": m.metric, "value": m.value if isfinite(m.value) else None, "limit": m.limit}
-        for m in result.quality
-    }
-    problems += result.losses.step_problems
-    return {**loss_values(result.losses), "worst": worst, "problems": problems, "loops": quality}
-
-
-_EVIDENCE = ("quantization.json", "quantization.html")
-"""What a build that a gate ended leaves beside `build.json`: the report that would be in its bundle."""
-
-
-def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:
-    """What a build measured until ``error`` ended it, beside the bundle that there is not; the paths."""
-    from cosmos_export.compiler.losses import loss_texts
-
-    failed = {"code": error.code, "message": error.message, "hint": error.hint}
-    texts = {"build.json": _json({**_document(result, None), "failed": failed})}
-    if result.losses is not None:
-        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.job), strict=True))
-    return [path for name, text in texts.items() if (path := _write_beside(output, name, text)) is not None]
-
-
-def _json(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, indent=2, allow_nan=False) + "\n"
-
-
-def _beside(output: Path, name: str) -> Path:
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - as the bundle's writer sees it
-    return output.with_name(f"{output.name}.{name}")
-
-
-def _write_beside(output: Path, name: str, text: str) -> Path | None:
-    """``text`` beside the bundle. ``build.json`` is what ``--json`` prints, with seconds, bytes and peak memory of each
-    stage: the bundle itself has nothing that differs between two builds of the same inputs but for a part of its
-    manifest. None, and a warning, where it cannot be written."""
-    path = _beside(output, name)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:  # the bundle is there, and whole; or there is none, and the command says why
-        logging.getLogger("cosmos_export").warning("the report %s was not written: %s", path, error)
-        return None
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-    return path
-
-
-def _document(result: BuildResult, output: Path | None) -> dict[str, Any]:
-    from cosmos_export.compiler.record import verdicts
-
-    return {
-        "output": None if output is None else str(output),
-        "passes": [
-            {
-                "name": r.name,
-                "form": r.form,
-                "changes": dict(r.result.changes),
-                "declined": [{"where": d.where, "reason": d.reason} for d in r.result.declined],
-                "seconds": round(r.seconds, 3),
-            }
-            for r in result.passes
-        ],
-        "parity": [
-            {
-                "stage": m.stage,
-                "subject": m.subject,
-                "metric": m.metric,
-                "value": m.value if isfinite(m.value) else None,
-                "limit": m.limit,
-                "case": m.case,
-                "passed": m.passed,
-                **({"details": dict(m.details)} if m.details else {}),
-            }
-            for m in result.parity
-        ],
-        "parity_note": result.parity_note,
-        "recipe": result.job.precision.recipe,
-        "precision": result.job.precision.table(),
-        "gates": _gates(result),
-        "components": list(result.job.components),
-        "not_compared": _not_compared(result),
-        "notes": result.notes,
-        "verdicts": [asdict(verdict) for verdict in verdicts(result)],
-        "engines": [
-            {
-                "graph": e.graph,
-                "size_bytes": e.report.size_bytes,
-                "attention": e.attention,
-                "fused_attention": e.fused_attention,
-                "attention_types": sorted({a.type for g in e.summary.graphs for a in g.attention}),
-                "gemms": dict(e.summary.graphs[0].gemm_types()) if e.summary.graphs else {},
-                "narrow_share": round(e.narrow_share, 4),
-                "dequantize_kernels": sorted({name for g in e.summary.graphs for name in g.dequantize}),
-                "activation_bytes": e.activation_bytes,
-                "profiles": list(e.profiles),
-                "reused": e.report.reused,
-                "build_s": round(e.report.build_s, 3),
-                "peak_memory_bytes": e.report.peak_memory_bytes,
-                "peak_anonymous_bytes": e.report.peak_anonymous_bytes,
-                "check": {"expected": e.check.expected, "found": e.check.found, "passed": e.check.passed},
-            }
-            for e in result.engines
-        ],
-        "dumps": [str(p) for p in result.dumps],
-        "seconds": round(result.seconds, 3),
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_anonymous_bytes": result.meter.peak_anonymous_bytes,
-        "stages": {
-            name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.meter.stages.items()
-        },
-    }

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from cosmos_export.checkpoint import Checkpoint
-    from cosmos_export.plan import Estimate, Subject
+    from cosmos_export.plan import Estimate
     from cosmos_export.plan.estimate import Fit, Load
-    from cosmos_export.targets.profiles import ModelLimits
 
 
 def register(app: typer.Typer) -> None:
@@ -62,34 +60,24 @@ def register(app: typer.Typer) -> None:
         """
         from cosmos_export.cli import console
         from cosmos_export.cli.build import interval
-        from cosmos_export.compiler.memory import parse_size
-        from cosmos_export.diagnostics import UserError
-        from cosmos_export.plan import PlanRequest, estimate, parse_workload
-        from cosmos_export.plan.choose import AUTO
-        from cosmos_export.precision.recipe import DEFAULT, load_recipe
-        from cosmos_export.precision.stored_recipe import recipe_for
-        from cosmos_export.sampling import Overrides
-        from cosmos_export.targets import load_target
+        from cosmos_export.compiler.plan_checkpoint import PlanOptions, plan_checkpoint
 
-        if loop not in ("host", "device"):
-            raise UserError("CX451", f"loop `{loop}` is not one of host, device", "pass one of host, device")
-        tokens = _tokens(prompt_tokens)
-        subject, limits, opened = subject_of(checkpoint, like)
-        if recipe == AUTO:
-            raise UserError(
-                "CX350", "a plan is of one recipe", "`cosmos-export recipes choose` says which one `auto` is"
+        found = plan_checkpoint(
+            PlanOptions(
+                checkpoint=checkpoint,
+                like=like,
+                targets=tuple(target.split(",")),
+                workloads=tuple(workload or PlanOptions.workloads),
+                recipe=recipe,
+                overrides=tuple(settings or ()),
+                prompt_tokens=_tokens(prompt_tokens),
+                steps=steps,
+                guidance=guidance,
+                guidance_interval=interval(guidance_interval),
+                loop=loop,  # type: ignore[arg-type]
+                memory_budget=memory_budget,
             )
-        chosen = load_recipe(recipe or DEFAULT) if opened is None else recipe_for(opened, recipe)
-        request = PlanRequest(
-            targets=tuple(load_target(name.strip()) for name in dict.fromkeys(target.split(","))),
-            workloads=tuple(parse_workload(text, tokens) for text in dict.fromkeys(workload or ["t2v-480p-189f"])),
-            recipe=chosen,
-            settings=tuple(settings or ()),
-            loop=loop,  # type: ignore[arg-type]
-            overrides=Overrides(steps=steps, guidance=guidance, guidance_interval=interval(guidance_interval)),
-            memory_budget=None if memory_budget is None else parse_size(memory_budget),
         )
-        found = estimate(subject, request, limits)
         if as_json:
             console.emit_json(found.to_json())
         else:
@@ -109,24 +97,6 @@ def _tokens(text: str | None) -> tuple[int, int] | None:
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
         raise UserError("CX481", f"prompt tokens `{text}` are neither N nor N:NEGATIVE", "for example 512 or 1615:2863")
     return int(numbers[0]), int(numbers[-1])
-
-
-def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
-    """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
-    from cosmos_export.checkpoint import open_checkpoint
-    from cosmos_export.compiler.options import all_modalities, model_limits
-    from cosmos_export.diagnostics import UserError
-    from cosmos_export.plan import from_checkpoint, published_subject
-
-    if (checkpoint is None) == (like is None):
-        raise UserError(
-            "CX480", "a plan is for a checkpoint or for a published size", "give CHECKPOINT, or --like nano"
-        )
-    if like is not None:
-        return published_subject(like), None, None
-    assert checkpoint is not None
-    opened = open_checkpoint(checkpoint)
-    return from_checkpoint(opened), model_limits(opened, all_modalities(opened)), opened
 
 
 def _report(found: Estimate) -> list[Any]:

@@ -36,21 +36,21 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Write a checkpoint in the published ModelOpt layout, one linear in memory at a time."""
         from cosmos_export.cli import console
-        from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint as run
+        from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
 
-        result = run(
-            checkpoint,
-            calibration,
-            output,
-            kind=kind,
-            towers=[part.strip() for part in towers.split(",") if part.strip()],
-            rounding=fp8_rounding,
-            policy=step_policy,
+        request = QuantizeRequest(
+            checkpoint=checkpoint,
+            output=output,
+            calibration=calibration,
+            format=kind,
+            towers=tuple(part.strip() for part in towers.split(",") if part.strip()),
+            fp8_rounding=fp8_rounding,
+            step_policy=step_policy,
             link=link,
             ignore_adapters=ignore_adapters,
             force=force,
-            progress=console.progress(),
         )
+        result = quantize_checkpoint(request, console.progress())
         if as_json:
             console.emit_json({"output": output, "format": kind, "fp8_rounding": fp8_rounding, **vars(result)})
         mixed = ", steps mixed as published" if result.policy else ""

@@ -85,7 +85,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _choose(checkpoint: Path | None, like: str | None, target: str, workload: list[str]) -> tuple[Recipe, list[Tried]]:
-    from cosmos_export.cli.plan import subject_of
+    from cosmos_export.compiler.plan_checkpoint import subject_of
     from cosmos_export.plan import choose, offered_bytes, parse_workload
     from cosmos_export.sampling import Overrides, resolve_schedule
     from cosmos_export.targets import load_target

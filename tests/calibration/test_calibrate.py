@@ -32,7 +32,7 @@ from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
 from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint, resolve_calibration
-from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
 from cosmos_export.runtime import read_media
@@ -414,7 +414,10 @@ def test_awq_scales_are_shared_by_linears_that_read_one_tensor(tmp_path: Path, d
     assert not np.array_equal(
         table.pre_scales["layers.0.mlp.up_proj"], table.pre_scales["layers.0.mlp_moe_gen.up_proj"]
     )
-    assert quantize_checkpoint(path, tmp_path / "scales", tmp_path / "int4", kind="int4").quantized == 14
+    assert (
+        quantize_checkpoint(QuantizeRequest(path, tmp_path / "scales", tmp_path / "int4", format="int4")).quantized
+        == 14
+    )
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

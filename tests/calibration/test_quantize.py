@@ -20,7 +20,7 @@ from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_check
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.cli import app
-from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.packing import fp8_scale
 
@@ -73,7 +73,7 @@ def tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def test_fp8_is_the_published_layout_and_our_reader_takes_it(tmp_path: Path, source: Path) -> None:
-    result = quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+    result = quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     before, after = open_checkpoint(source), open_checkpoint(tmp_path / "fp8")
     assert after.precision == "fp8-modelopt" and after.quantization is not None
     policy = after.quantization.step_policy
@@ -99,7 +99,7 @@ def test_fp8_is_the_published_layout_and_our_reader_takes_it(tmp_path: Path, sou
 def test_the_rest_is_a_whole_checkpoint(tmp_path: Path, source: Path) -> None:
     (source / "modelopt_state.pth").write_bytes(b"a pickle")
     try:
-        quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+        quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     finally:
         (source / "modelopt_state.pth").unlink()
     out = tmp_path / "fp8"
@@ -119,7 +119,7 @@ def test_the_rest_is_a_whole_checkpoint(tmp_path: Path, source: Path) -> None:
 
 
 def test_links_in_place_of_copies(tmp_path: Path, source: Path) -> None:
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8", link=True)
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8", link=True))
     vae = "vae/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "fp8" / vae).stat().st_ino == (source / vae).stat().st_ino
     assert open_checkpoint(tmp_path / "fp8").precision == "fp8-modelopt"
@@ -127,7 +127,7 @@ def test_links_in_place_of_copies(tmp_path: Path, source: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "limit"), [("fp8", 0.03), ("int4", 0.14), ("nvfp4", 0.11)])
 def test_what_is_written_stands_for_the_weight(kind: Format, limit: float, tmp_path: Path, source: Path) -> None:
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / kind, kind=kind)
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / kind, format=kind))
     written, before = entries(tmp_path / kind), open_checkpoint(source)
     for name, want in before.expected.items():
         if want.linear:
@@ -142,7 +142,7 @@ def test_what_is_written_stands_for_the_weight(kind: Format, limit: float, tmp_p
 
 
 def test_pre_scales_go_into_int4(tmp_path: Path, source: Path) -> None:
-    quantize_checkpoint(source, source.parent / "awq", tmp_path / "int4", kind="int4")
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "awq", tmp_path / "int4", format="int4"))
     written, before = entries(tmp_path / "int4"), open_checkpoint(source)
     table = synthetic_table(before, pre_scales=True)
     linear = "layers.1.mlp_moe_gen.down_proj"
@@ -155,7 +155,9 @@ def test_pre_scales_go_into_int4(tmp_path: Path, source: Path) -> None:
 
 
 def test_one_tower(tmp_path: Path, source: Path) -> None:
-    result = quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8", towers=["generator"])
+    result = quantize_checkpoint(
+        QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8", towers=("generator",))
+    )
     found = open_checkpoint(tmp_path / "fp8")
     assert result.quantized == 2 * 7
     assert found.tensors["layers.0.self_attn.to_q.weight"].dtype == "BF16"
@@ -165,7 +167,9 @@ def test_one_tower(tmp_path: Path, source: Path) -> None:
 
 def test_modelopt_rounding_is_another_file_with_the_same_scales(tmp_path: Path, source: Path) -> None:
     for rounding in ("exact", "modelopt"):
-        quantize_checkpoint(source, source.parent / "scales", tmp_path / rounding, rounding=rounding)
+        quantize_checkpoint(
+            QuantizeRequest(source, source.parent / "scales", tmp_path / rounding, fp8_rounding=rounding)
+        )
         config = json.loads((tmp_path / rounding / "transformer" / "config.json").read_text())
         assert config["quantization_config"]["producer"]["fp8_rounding"] == rounding
     exact, twice = (entries(tmp_path / name) for name in ("exact", "modelopt"))
@@ -180,7 +184,7 @@ def test_diffusers_reads_the_policy_and_the_weights(tmp_path: Path, source: Path
     from diffusers import Cosmos3OmniTransformer
     from diffusers.pipelines.cosmos.mixed_precision import Cosmos3MixedPrecisionConfig
 
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     raw = json.loads((tmp_path / "fp8" / "transformer" / "config.json").read_text())
     parsed = Cosmos3MixedPrecisionConfig.resolve(
         mixed_precision_format="fp8", quantization_config=raw["quantization_config"]
@@ -217,7 +221,7 @@ def test_modelopt_reads_what_is_written(kind: Format, tmp_path: Path, source: Pa
             scale=scale, double_scale=parts["weight_scale_2"], block_sizes={-1: 16}
         )
 
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / kind, kind=kind)
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / kind, format=kind))
     written, seen = entries(tmp_path / kind), 0
     for name, want in open_checkpoint(source).expected.items():
         if not want.linear:
@@ -239,7 +243,7 @@ def test_a_module_of_modelopt_takes_the_tensors(tmp_path: Path, source: Path) ->
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt 0.47 (extra modelopt)")
     import modelopt.torch.quantization as mtq
 
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     linear, written = "layers.0.mlp_moe_gen.up_proj", entries(tmp_path / "fp8")
     parts = {k.removeprefix(f"{linear}."): tensor(e) for k, e in written.items() if k.startswith(f"{linear}.")}
     inputs = torch.linspace(-9, 9, 4 * parts["weight"].shape[1]).reshape(4, -1).bfloat16()
@@ -275,7 +279,7 @@ def rewritten(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], list
 
 def test_the_published_revision_with_all_its_oddities_is_the_same_input(tmp_path: Path, source: Path) -> None:
     """Scales in another shard, leftovers of calibration, and names of the training framework, some twice."""
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     plain = quantized_linears(open_checkpoint(tmp_path / "fp8"))
     before = {name: bytes(linear.weight.raw()) for name, linear in plain.items()}
     query = "layers.0.self_attn.add_q_proj"
@@ -307,7 +311,7 @@ def test_the_published_revision_with_all_its_oddities_is_the_same_input(tmp_path
 
 @pytest.mark.parametrize("leaf", ["weight_scale", "input_scale"])
 def test_scales_that_are_no_scales_are_refused(leaf: str, tmp_path: Path, source: Path) -> None:
-    quantize_checkpoint(source, source.parent / "scales", tmp_path / "fp8")
+    quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "fp8"))
     name = f"layers.1.mlp.down_proj.{leaf}"
 
     def without(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -328,14 +332,14 @@ def test_a_checkpoint_that_is_not_quantized_has_none(source: Path) -> None:
 def test_bad_requests_are_refused_before_work(tmp_path: Path, source: Path) -> None:
     scales = source.parent / "scales"
     out = tmp_path / "out"
-    refused("CX332", lambda: quantize_checkpoint(source, scales, out, kind="fp9"))
-    refused("CX332", lambda: quantize_checkpoint(source, scales, out, rounding="up"))
-    refused("CX332", lambda: quantize_checkpoint(source, scales, out, towers=["und"]))
-    refused("CX330", lambda: quantize_checkpoint(source, scales, out, towers=[]))
-    refused("CX310", lambda: quantize_checkpoint(source, source, out))
-    refused("CX333", lambda: quantize_checkpoint(source, scales, source))
+    refused("CX332", lambda: quantize_checkpoint(QuantizeRequest(source, scales, out, format="fp9")))
+    refused("CX332", lambda: quantize_checkpoint(QuantizeRequest(source, scales, out, fp8_rounding="up")))
+    refused("CX332", lambda: quantize_checkpoint(QuantizeRequest(source, scales, out, towers=("und",))))
+    refused("CX330", lambda: quantize_checkpoint(QuantizeRequest(source, scales, out, towers=())))
+    refused("CX310", lambda: quantize_checkpoint(QuantizeRequest(source, source, out)))
+    refused("CX333", lambda: quantize_checkpoint(QuantizeRequest(source, scales, source)))
     other = write_demo_checkpoint(tmp_path / "other", seed=3, **WIDE)
-    refused("CX311", lambda: quantize_checkpoint(other, scales, out))
+    refused("CX311", lambda: quantize_checkpoint(QuantizeRequest(other, scales, out)))
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
@@ -343,7 +347,9 @@ def test_a_table_that_lacks_a_linear_is_refused(tmp_path: Path, source: Path) ->
     whole = synthetic_table(open_checkpoint(source))
     amax = {key: value for key, value in whole.amax.items() if "layers.1.mlp.up_proj" not in key}
     write_scale_table(ScaleTable(amax, {}, whole.checkpoint), tmp_path / "partial")
-    message = refused("CX312", lambda: quantize_checkpoint(source, tmp_path / "partial", tmp_path / "out"))
+    message = refused(
+        "CX312", lambda: quantize_checkpoint(QuantizeRequest(source, tmp_path / "partial", tmp_path / "out"))
+    )
     assert "layers.1.mlp.up_proj" in message
 
 
@@ -353,7 +359,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, source: Path, monke
 
     monkeypatch.setattr("cosmos_export.calibration.write_quantized.write_json", stop)
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(source, source.parent / "scales", tmp_path / "out")
+        quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / "out"))
     assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +370,9 @@ def test_nan_in_a_weight_is_found(tmp_path: Path) -> None:
         file.seek(entry.offset)
         file.write(b"\xff\xff")
     write_scale_table(synthetic_table(open_checkpoint(path)), tmp_path / "scales")
-    message = refused("CX331", lambda: quantize_checkpoint(path, tmp_path / "scales", tmp_path / "out"))
+    message = refused(
+        "CX331", lambda: quantize_checkpoint(QuantizeRequest(path, tmp_path / "scales", tmp_path / "out"))
+    )
     assert "layers.1.mlp.up_proj.weight" in message
     assert not (tmp_path / "out").exists()
 
@@ -398,7 +406,9 @@ def test_a_checkpoint_that_changes_while_it_is_quantized(
 
     quantized_weight = quantizing.quantized_weight
     monkeypatch.setattr(quantizing, "quantized_weight", changed)
-    message = refused("CX118", lambda: quantize_checkpoint(path, tmp_path / "scales", tmp_path / "fp8"))
+    message = refused(
+        "CX118", lambda: quantize_checkpoint(QuantizeRequest(path, tmp_path / "scales", tmp_path / "fp8"))
+    )
     assert message.startswith("the checkpoint changed during quantization: ") and str(file) in message
     assert not (tmp_path / "fp8").exists()
 
@@ -409,6 +419,6 @@ def test_linked_files_are_not_written_to(tmp_path: Path) -> None:
     lineage = path / "calibration_lineage.json"
     lineage.write_text("{}\n")
     write_scale_table(synthetic_table(open_checkpoint(path)), tmp_path / "scales")
-    quantize_checkpoint(path, tmp_path / "scales", tmp_path / "fp8", link=True)
+    quantize_checkpoint(QuantizeRequest(path, tmp_path / "scales", tmp_path / "fp8", link=True))
     assert lineage.read_text() == "{}\n" and lineage.stat().st_nlink == 1
     assert (tmp_path / "fp8/vae/config.json").stat().st_ino == (path / "vae/config.json").stat().st_ino

@@ -16,8 +16,9 @@ import torch
 import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import open_verdicts, read_bundle, verify_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
-from cosmos_export.cli.build import _verdict, _write_evidence
+from cosmos_export.cli.build import _verdict
 from cosmos_export.compiler.coverage import coverage_note, coverage_verdicts
+from cosmos_export.compiler.document import _write_evidence
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.stages import BuildResult

@@ -23,7 +23,7 @@ from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.precision import activation_ranges
-from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -65,7 +65,7 @@ def fp8(shared: Path, edge: Path, table: Path) -> Path:
     path = shared / "edge-fp8"
 
     def make() -> None:
-        quantize_checkpoint(edge, table, path)
+        quantize_checkpoint(QuantizeRequest(edge, table, path))
 
     return harness.once(path, make)
 
