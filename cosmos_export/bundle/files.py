@@ -48,6 +48,9 @@ class BundleFiles:
         """SHA-256 of the manifest: what names this bundle."""
         self._records = {record.path: record for record in self.manifest.files}
 
+    def __repr__(self) -> str:
+        return f"BundleFiles({str(self.path)!r}, {self.manifest!r})"
+
     def record(self, name: str, role: str) -> FileRecord:
         """What the manifest says of the file ``name``; FindingError CX711 where it lists none in this role."""
         found = self._records.get(name)

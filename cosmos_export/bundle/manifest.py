@@ -411,6 +411,10 @@ class Manifest:
     """Left empty by the build: `BundleWriter.commit` fills it in."""
     schema_version: Literal[2] = 2
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.graphs)} graphs, {len(self.engines)} engines, {len(self.files)} files"
+        return f"Manifest({self.model.id}, {self.target.name}, {self.recipe}, {counts})"
+
     def to_bytes(self) -> bytes:
         """The canonical form with its digest, as written to ``manifest.json``."""
         return strict.seal(strict.encode(self))

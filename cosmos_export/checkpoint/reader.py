@@ -77,6 +77,9 @@ class Checkpoint:
     adapters: tuple[Path, ...] = ()
     """Files of adapters in its folders: `require_no_adapters` refuses to leave them out unasked."""
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.root)!r}, {self.variant}, {self.precision}, {len(self.tensors)} tensors)"
+
     def files(self) -> tuple[Path, ...]:
         """Every input file, sorted; links are not resolved, so that paths stay relative to ``root``."""
         return self.input_files

@@ -73,6 +73,9 @@ class CalibrateResult:
     pre_scales: int
     resumed: bool
 
+    def __repr__(self) -> str:
+        return f"CalibrateResult({str(self.output)!r}, {self.ranges} ranges from {len(self.job.samples)} passes)"
+
 
 def calibrate_checkpoint(options: CalibrateOptions, progress: Progress | None = None) -> CalibrateResult:
     """Write the scale table ``options.output``. CX31x the table; CX32x observers and coverage; CX34x the data."""

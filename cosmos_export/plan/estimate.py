@@ -101,6 +101,10 @@ class Estimate:
     builds: Mapping[str, Host]
     """By target."""
 
+    def __repr__(self) -> str:
+        fitting = sum(fit.verdict.startswith("fits") for fit in self.fits)
+        return f"Estimate({self.subject}, {self.recipe}, {fitting} of {len(self.fits)} fit)"
+
     @property
     def something_fits(self) -> bool:
         return any(fit.verdict.startswith("fits") for fit in self.fits)

@@ -20,6 +20,7 @@ from cosmos_export import files
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
 from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.runtime.in_memory import InMemory
 
 Actions = NDArray[np.float32]
 """[rows, width]."""
@@ -148,7 +149,7 @@ _MAX_STATISTICS_BYTES = files.MIB
 class ActionFile:
     """Actions as a file has them, and what it says of itself, as those that `run` writes do."""
 
-    path: Path
+    path: Path | InMemory[Actions]
     values: Actions
     embodiment: str | None = None
     """Whose they are."""
@@ -169,15 +170,17 @@ class ActionFile:
             _refuse(self.path, "they are in the model's units, and would be normalised again", hint)
 
 
-def read_actions(path: Path) -> ActionFile:
+def read_actions(path: Path | InMemory[Actions]) -> ActionFile:
     """float32 [rows, width] from a ``.json`` (rows of numbers, or an object with them under ``actions``) or a
     ``.safetensors`` file (``actions`` or ``action``, or its only tensor).
 
     CX611: unreadable, empty, rows of different width, or not finite.
     """
     facts: Mapping[str, Any] = {}
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
+    suffix = "" if isinstance(path, InMemory) else path.suffix.lower()
+    if isinstance(path, InMemory):
+        values = path.value
+    elif suffix == ".safetensors":
         header = read_header(path)
         values, facts = _read_tensor(path, header.tensors), header.metadata
     elif suffix == ".json":
@@ -233,7 +236,7 @@ def _read_json(path: Path) -> Any:
         _refuse(path, f"not JSON: {error}", "")
 
 
-def _refuse(path: Path, found: str, hint: str) -> NoReturn:
+def _refuse(path: object, found: str, hint: str) -> NoReturn:
     raise UserError("CX611", f"actions in {path}: {found}", hint)
 
 
@@ -321,14 +324,17 @@ class Beyond:
     clamped: bool = False
 
 
-def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale:
+def read_scale(path: Path | InMemory[Mapping[str, Any]], width: int, method: str | None = None) -> ActionScale:
     """Statistics in the layout of NVIDIA's framework: ``q01`` and ``q99``, ``min`` and ``max``, ``mean`` and ``std``,
     each a list of ``width`` numbers, at the top or under ``global``.
 
     ``method`` says which pair is meant; without it the file's ``method``, or the only pair there is. CX613 otherwise.
     """
     try:
-        document = parse_object(files.read_bytes(path, _MAX_STATISTICS_BYTES))
+        if isinstance(path, InMemory):
+            document = dict(path.value)
+        else:
+            document = parse_object(files.read_bytes(path, _MAX_STATISTICS_BYTES))
     except OSError as error:
         _refuse_scale(path, files.reason(error), "is it the right path?")
     except ValueError as error:
@@ -356,7 +362,7 @@ def read_scale(path: Path, width: int, method: str | None = None) -> ActionScale
     return ActionScale(chosen, (second + first) / 2, np.maximum(second - first, _SMALLEST) / 2)
 
 
-def _column(path: Path, key: str, values: Sequence[Any], width: int) -> NDArray[np.float64]:
+def _column(path: object, key: str, values: Sequence[Any], width: int) -> NDArray[np.float64]:
     numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not numbers or len(values) != width:
         said = f"{len(values)} values" if isinstance(values, list) else shown(values)
@@ -369,7 +375,7 @@ def _column(path: Path, key: str, values: Sequence[Any], width: int) -> NDArray[
     return found
 
 
-def _require_columns(path: Path, wrong: NDArray[np.bool_], says: Callable[[int], str], hint: str) -> None:
+def _require_columns(path: object, wrong: NDArray[np.bool_], says: Callable[[int], str], hint: str) -> None:
     """CX613 with what ``says`` of the first column that is ``wrong``."""
     if wrong.any():
         _refuse_scale(path, says(int(np.argmax(wrong))), hint)
@@ -379,5 +385,5 @@ def _choice() -> str:
     return " or ".join(METHODS)
 
 
-def _refuse_scale(path: Path, found: str, hint: str) -> NoReturn:
+def _refuse_scale(path: object, found: str, hint: str) -> NoReturn:
     raise UserError("CX613", f"action statistics in {path}: {found}", hint)

@@ -7,9 +7,11 @@ pipeline (diffusers, ``Cosmos3OmniPipeline``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ from cosmos_export.runtime.generate_options import (
     require_numbers,
     require_options,
 )
+from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
@@ -149,24 +152,39 @@ def noise_shapes(request_dims: Mapping[str, int], record: RequestRecord, mode: M
     return {name: shape for name, shape in shapes.items() if name in generated}
 
 
-def _read_noise(path: Path, stage: Stage, schedule: Schedule, record: RequestRecord) -> dict[str, NDArray[np.float32]]:
-    """float32 arrays of ``path`` by name, each of the shape the request has and finite; or CX617."""
+def _read_noise(
+    given: Path | InMemory[Mapping[str, NDArray[Any]]], stage: Stage, schedule: Schedule, record: RequestRecord
+) -> dict[str, NDArray[np.float32]]:
+    """float32 arrays of ``given`` by name, each of the shape the request has and finite; or CX617."""
     expected = noise_shapes(stage.dims, record, stage.mode)
     if schedule.sampler == "distilled-sde":
         expected |= {f"{name}_steps": (schedule.steps, *shape) for name, shape in expected.items()}
+    known = ", ".join(f"{n} {list(s)}" for n, s in expected.items())
+    noise: dict[str, NDArray[np.float32]] = {}
+    for name, shape, kind, read in _noise_tensors(given):
+        if expected.get(name) != shape or kind not in ("F64", "F32", "F16", "BF16"):
+            found = f"`{name}` {kind} {list(shape)}"
+            raise UserError("CX617", f"noise in {given}: {found}; this request takes {known}", "floating-point numbers")
+        noise[name] = np.asarray(read(), dtype=np.float32)
+        if not np.isfinite(noise[name]).all():
+            raise UserError("CX617", f"noise in {given}: `{name}` holds NaN or infinite values")
+    if not noise:
+        raise UserError("CX617", f"noise in {given}: no tensor in it")
+    return noise
+
+
+def _noise_tensors(
+    given: Path | InMemory[Mapping[str, NDArray[Any]]],
+) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[], NDArray[Any]]]]:
+    """Name, shape, type and reader of each tensor."""
+    if isinstance(given, InMemory):
+        for name, array in given.value.items():
+            kind = f"F{8 * array.dtype.itemsize}" if array.dtype.kind == "f" else str(array.dtype)
+            yield name, array.shape, kind, partial(np.asarray, array)
+        return
     try:
-        tensors = read_header(path).tensors
+        tensors = read_header(given).tensors
     except UserError as error:
         raise UserError("CX617", f"noise: {error.message}", "it is a .safetensors file") from error
-    noise: dict[str, NDArray[np.float32]] = {}
     for name, entry in tensors.items():
-        known = ", ".join(f"{n} {list(s)}" for n, s in expected.items())
-        if expected.get(name) != entry.shape or entry.dtype not in ("F64", "F32", "F16", "BF16"):
-            found = f"`{name}` {entry.dtype} {list(entry.shape)}"
-            raise UserError("CX617", f"noise in {path}: {found}; this request takes {known}", "floating-point numbers")
-        noise[name] = np.asarray(entry.array(), dtype=np.float32)
-        if not np.isfinite(noise[name]).all():
-            raise UserError("CX617", f"noise in {path}: `{name}` holds NaN or infinite values")
-    if not noise:
-        raise UserError("CX617", f"noise in {path}: no tensor in it")
-    return noise
+        yield name, entry.shape, entry.dtype, entry.array

@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.sampling import MODES, Mode, Overrides
 
 Keep = Literal["first", "last"]
@@ -29,9 +33,12 @@ class GenerateOptions:
     """Text, or the path of a ``.json`` caption; the task of an action."""
     negative: str | None = None
     mode: str | None = None
-    image: Path | None = None
-    video: Path | None = None
-    actions: Path | None = None
+    image: Path | InMemory[NDArray[np.uint8]] | None = None
+    """uint8 [1, height, width, 3] where it is in memory."""
+    video: Path | InMemory[NDArray[np.uint8]] | None = None
+    """uint8 [frames, height, width, 3] where it is in memory."""
+    actions: Path | InMemory[NDArray[np.float32]] | None = None
+    """float32 [rows, width] where they are in memory."""
     frames: int | None = None
     """In pixels, as are height and width."""
     height: int | None = None
@@ -54,11 +61,11 @@ class GenerateOptions:
     """Actions in the request."""
     tier: int | None = None
     action_width: int | None = None
-    action_stats: Path | None = None
+    action_stats: Path | InMemory[Mapping[str, Any]] | None = None
     action_normalization: str | None = None
     action_clamp: bool = False
     """Whether given actions are cut off at the bounds of the statistics. Models are trained without."""
-    noise: Path | None = None
+    noise: Path | InMemory[Mapping[str, NDArray[Any]]] | None = None
 
 
 _VIDEO_MODES = ("t2i", "t2v", "i2v", "v2v")

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.runtime.media import Frames, missing, require_av
 
 __all__ = ["Clip", "Frames", "has_sound", "read_clip", "read_image", "read_picture", "read_sound"]
@@ -83,8 +84,14 @@ def read_image(path: Path) -> Frames:
     return np.asarray(read_picture(path).frames[0])
 
 
-def read_picture(path: Path) -> Clip:
+def read_picture(path: Path | InMemory[Frames]) -> Clip:
     """The picture in ``path`` as a clip of one frame; CX614 as `read_image`."""
+    if isinstance(path, InMemory):
+        if len(path.value) != 1:
+            raise UserError(
+                "CX614", f"{path}: {len(path.value)} frames where one picture is expected", "pass a clip as `video`"
+            )
+        return Clip(path.value, None)
     still = _still(path)
     if isinstance(still, Clip):
         return still
@@ -98,7 +105,7 @@ def read_picture(path: Path) -> Clip:
 
 
 def read_clip(
-    path: Path,
+    path: Path | InMemory[Frames],
     count: int,
     *,
     last: bool = False,
@@ -111,6 +118,11 @@ def read_clip(
     frame [1, height, width, 3] as it is read, so that large ones need not be in memory together. CX614 if there is no
     frame.
     """
+    if isinstance(path, InMemory):
+        frames = path.value[-count:] if last else path.value[skip : skip + count]
+        if not len(frames):
+            raise UserError("CX614", f"{path}: no frame in it", "pass at least one")
+        return Clip(frames if each is None else np.concatenate([each(frame[None]) for frame in frames]), None)
     still = _still(path)
     if isinstance(still, Clip):
         if skip:

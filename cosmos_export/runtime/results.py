@@ -125,7 +125,7 @@ def write_results(
     for name, latent in generated.latents.items():
         _require_finite(latent, f"{name} latents")
     sound = _sound(outputs, generated, prepared, written)
-    actions = _actions(outputs, generated, prepared)
+    actions = actions_of(generated, prepared) if outputs.actions else None
     origin = {"mode": prepared.request.mode, "seed": str(prepared.request.seed)}
     if outputs.latents is not None:
         _timed(written, outputs.latents, lambda p: media.write_safetensors(p, generated.latents, mark, **origin))
@@ -221,9 +221,10 @@ def _sound(outputs: Outputs, generated: Generated, prepared: Prepared, written: 
     return _require_finite(sound, "sound")
 
 
-def _actions(outputs: Outputs, generated: Generated, prepared: Prepared) -> Array | None:
-    """float32 [rows, width], in the units of the data where there are statistics."""
-    if not outputs.actions:
+def actions_of(generated: Generated, prepared: Prepared) -> Array | None:
+    """float32 [rows, width], in the units of the data where there are statistics; None where the mode makes none.
+    FindingError CX663: they are not finite."""
+    if prepared.request.mode not in ("policy", "inverse-dynamics"):
         return None
     model = _require_finite(generated.actions(), "actions").astype(np.float32)
     return model if prepared.scale is None else prepared.scale.to_raw(model)

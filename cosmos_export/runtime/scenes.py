@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -230,7 +229,7 @@ def _lasting(frames: NDArray[Any], count: int) -> NDArray[Any]:
     return np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
 
 
-def _beyond_note(beyond: Beyond, path: Path | None) -> tuple[str, ...]:
+def _beyond_note(beyond: Beyond, path: object) -> tuple[str, ...]:
     if not beyond.count:
         return ()
     done = "cut off" if beyond.clamped else "kept, as in training (--action-clamp cuts them off)"
@@ -238,7 +237,7 @@ def _beyond_note(beyond: Beyond, path: Path | None) -> tuple[str, ...]:
     return (f"{path}: {values}, are beyond the statistics and {done}",)
 
 
-def _rate_note(found: float | None, fps: float, path: Path) -> tuple[str, ...]:
+def _rate_note(found: float | None, fps: float, path: object) -> tuple[str, ...]:
     if found is None or abs(found - fps) < 0.01 * fps:
         return ()
     return (f"{path} has {found:g} frames a second and is taken as {fps:g} (--fps)",)

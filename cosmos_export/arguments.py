@@ -1,0 +1,107 @@
+"""Arguments from outside as fields of a record of options: checked by the field's type, with an error that a caller
+can act on.
+
+Paths may be given as text, one value in place of a list of one, and None is always the field's default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from cosmos_export.diagnostics import UserError
+
+Options = TypeVar("Options")
+_NO_VALUE = object()
+_WORDS: Mapping[object, str] = {
+    str: "text", int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None",
+}  # fmt: skip
+
+
+def made(options: type[Options], where: str, given: Mapping[str, object]) -> Options:
+    """The record ``options`` of ``given``, by name of its fields; ``where`` is the function that was called.
+
+    UserError CX005 for a value that is not of its field's type, and for a field without default that is None.
+    """
+    hints = get_type_hints(options)
+    values = {name: taken(where, name, value, hints[name]) for name, value in given.items() if value is not None}
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in values:
+            raise UserError("CX005", f"`{where}` needs `{field.name}`", f"it takes {words(hints[field.name])}")
+    return options(**values)
+
+
+def taken(where: str, name: str, value: object, kind: Any) -> Any:
+    """``value`` as an instance of the type ``kind``; UserError CX005 where it is none."""
+    found = _converted(value, kind)
+    if found is _NO_VALUE:
+        text = repr(value)
+        shown = f"{text[:80]}…" if len(text) > 80 else text
+        message = f"`{name}` of `{where}` is {shown} ({type(value).__name__})"
+        raise UserError("CX005", message, f"`{name}` takes {words(kind)}")
+    return found
+
+
+def words(kind: Any) -> str:
+    """What a value of the type ``kind`` is, for a reader."""
+    if _is_union(kind):
+        parts = [words(one) for one in get_args(kind) if one is not type(None)]
+        return " or ".join(dict.fromkeys(parts))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(repr(value) for value in get_args(kind))}"
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        if items[-1] is Ellipsis:
+            return f"a list, each of it {words(items[0])}"
+        return f"{len(items)} values: {', '.join(words(item) for item in items)}"
+    return _WORDS.get(kind) or "a value in memory"
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
+def _converted(value: object, kind: Any) -> Any:
+    if _is_union(kind):
+        found = (_converted(value, one) for one in get_args(kind))
+        return next((one for one in found if one is not _NO_VALUE), _NO_VALUE)
+    if get_origin(kind) is Literal:
+        return value if isinstance(value, str) and value in get_args(kind) else _NO_VALUE
+    if get_origin(kind) is tuple:
+        return _list(value, get_args(kind))
+    if kind is bool or isinstance(value, bool):
+        return value if kind is bool and isinstance(value, bool) else _NO_VALUE
+    if kind is Path:
+        # Not of bytes: names of files are text everywhere here.
+        return Path(value) if isinstance(value, str | os.PathLike) and str(value) else _NO_VALUE
+    if value is None:
+        return None if kind is type(None) else _NO_VALUE
+    if kind in (int, float):
+        return _number(value, kind)
+    return value if isinstance(value, get_origin(kind) or kind) else _NO_VALUE
+
+
+def _number(value: object, kind: type) -> Any:
+    """Also NumPy's numbers of the same meaning; a whole number is a number, and not the reverse."""
+    if isinstance(value, str | bytes):
+        return _NO_VALUE
+    try:
+        return value.__index__() if kind is int else float(value)  # type: ignore[attr-defined, arg-type]
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return _NO_VALUE
+
+
+def _list(value: object, items: tuple[Any, ...]) -> Any:
+    if items[-1] is Ellipsis:
+        several = isinstance(value, Iterable) and not isinstance(value, str | os.PathLike)
+        found = tuple(_converted(one, items[0]) for one in (value if several else [value]))  # type: ignore[attr-defined]
+    else:
+        if not isinstance(value, list | tuple) or len(value) != len(items):
+            return _NO_VALUE
+        found = tuple(_converted(one, item) for one, item in zip(value, items, strict=True))
+    return _NO_VALUE if any(one is _NO_VALUE for one in found) else found
