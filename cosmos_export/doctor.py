@@ -18,6 +18,7 @@ from cosmos_export.machine.gpu import Gpu, gpus
 from cosmos_export.machine.memory import available_bytes
 from cosmos_export.machine.packages import installed_release, other_releases
 from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.backends import backend_of, backends, distributions
 
 _GIB = 1 << 30
 _LEAST_DRIVER = 580
@@ -25,16 +26,7 @@ _LEAST_DRIVER = 580
 _LEAST_MEMORY = 10 * _GIB
 _LEAST_DISK = 40 * _GIB
 """A bundle of Nano: its weights once, and again in engines."""
-_BACKENDS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "tensorrt-rtx": (("tensorrt-rtx-cu13", "rtx"),),
-    "tensorrt": (("tensorrt-cu13", "tensorrt"),),
-    "inductor": (("torch", "compile"),),
-    "onnxruntime": (("onnxruntime", "compile"),),
-}
-"""Backend → distributions it needs, and the extra that installs each."""
 _COMPILER = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
-_ANYWHERE = ("tensorrt-rtx", "onnxruntime")
-"""Backends that build without the GPU."""
 
 
 class CheckState(Enum):
@@ -148,7 +140,7 @@ def _cuda(found: Facts, target: Target | None) -> Finding:
     torch = found.versions.get("torch") or ""
     runtimes = [f"{name} {found.versions[name]}" for name in _CUDA_RUNTIMES if found.versions.get(name)]
     if torch.endswith("+cpu"):
-        needed = target is not None and target.backend == "inductor"
+        needed = target is not None and backend_of(target).compiles_when_run
         hint = (
             "PyTorch's index has builds with CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130"
         )
@@ -188,20 +180,20 @@ def _matching(found: Facts) -> list[Target]:
 def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
     name = f"target {target.name}"
     here = [gpu for gpu in found.gpus if gpu.compute_capability == target.compute_capability]
+    finished = backend_of(target).finished_here
     if target.compute_capability is not None and not here:
-        anywhere = target.backend in _ANYWHERE
         yield Finding(
             name, CheckState.NOTE, f"no GPU of compute capability {target.compute_capability} here",
-            "engines build here, and run there" if anywhere else "the bundle builds here and is finished there",
+            "engines build here, and run there" if finished else "the bundle builds here and is finished there",
         )  # fmt: skip
     for backend in (target.backend, *target.other_backends):
-        for package, extra in _BACKENDS[backend]:
-            version = found.versions.get(package)
+        for requirement in backends()[backend].requirements:
+            version = found.versions.get(requirement.distribution)
             # What finishes elsewhere is not missing here.
-            needed = asked and backend == target.backend and (backend in _ANYWHERE or bool(here))
+            needed = asked and backend == target.backend and (finished or bool(here))
             state = CheckState.OK if version else CheckState.BLOCKER if needed else CheckState.NOTE
-            hint = "" if version else f'pip install ".[{extra}]" in the checkout'
-            yield Finding(name, state, f"{backend}: {package} {version or 'not installed'}", hint)
+            hint = "" if version else f'pip install ".[{requirement.extra}]" in the checkout'
+            yield Finding(name, state, f"{backend}: {requirement.distribution} {version or 'not installed'}", hint)
     for gpu in here:
         if gpu.free_bytes is not None and gpu.memory_bytes and gpu.free_bytes < 0.5 * gpu.memory_bytes:
             free = f"{gpu.free_bytes / _GIB:.0f} of {gpu.memory_bytes / _GIB:.0f} GiB free"
@@ -227,7 +219,7 @@ def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
         hint = judge(found.environment[name]) if name in found.environment else ""
         if hint:
             yield Finding("environment", CheckState.NOTE, f"{name}={found.environment[name]}", hint)
-    if found.compiler is None and any("inductor" in (t.backend, *t.other_backends) for t in targets):
+    if found.compiler is None and any(_compiles_when_run(t) for t in targets):
         yield Finding(
             "environment",
             CheckState.NOTE,
@@ -236,8 +228,12 @@ def _traps(found: Facts, targets: list[Target]) -> Iterator[Finding]:
         )
 
 
+def _compiles_when_run(target: Target) -> bool:
+    return any(backends()[name].compiles_when_run for name in (target.backend, *target.other_backends))
+
+
 def _versions() -> dict[str, str | None]:
-    names = {*_COMPILER, *_CUDA_RUNTIMES, "triton", *(package for needs in _BACKENDS.values() for package, _ in needs)}
+    names = {*_COMPILER, *_CUDA_RUNTIMES, "triton", *distributions()}
     return {name: installed_release(name) for name in sorted(names)}
 
 

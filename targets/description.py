@@ -1,6 +1,7 @@
 """What a target is: data about one GPU, read from the TOML file of that name beside this module.
 
-Knows no backend and imports none; ``plan``, the build and the tuning read the same figures.
+Knows no backend and imports none (`cosmos_export.targets.backends` knows targets); ``plan``, the build and the tuning
+read the same figures.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import Any
 
 from cosmos_export.diagnostics import InternalError, UserError
 
-BACKENDS = ("tensorrt-rtx", "tensorrt", "inductor", "onnxruntime")
 PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
 """``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
 
@@ -99,12 +99,10 @@ class Target:
             raise InternalError("CX402", f"the description of target `{self.name}` is invalid: {problem}")
 
     def _problem(self) -> str | None:
-        for backend in (self.backend, *self.other_backends):
-            if backend not in BACKENDS:
-                return f"backend `{backend}` is not one of {', '.join(BACKENDS)}"
         if self.backend in self.other_backends:
             return f"backend `{self.backend}` is named twice"
-        if self.backend != "onnxruntime" and any(getattr(self, name) is None for name in _OF_A_GPU):
+        lacking = [name for name in _OF_A_GPU if getattr(self, name) is None]
+        if lacking and len(lacking) < len(_OF_A_GPU):
             return f"a GPU needs {', '.join(_OF_A_GPU)}"
         capability = self.compute_capability
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:

@@ -17,7 +17,7 @@ from cosmos_export import files
 from cosmos_export.bundle import BundleWriter, EngineCheck, Manifest, WeightInput
 from cosmos_export.bundle.files import hash_file
 from cosmos_export.compiler.cache import Cache, Entry, copy_checked, key_of
-from cosmos_export.compiler.job import ENGINE_BACKENDS, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.keys import (
     Components,
     engine_components,
@@ -33,6 +33,7 @@ from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import Stamp
+from cosmos_export.targets.backends.protocol import EngineOrder, LoweredGraph
 from cosmos_export.targets.onnx.weights import Stored, file_size, layout, write_weights
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt.common import EngineReport
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("cosmos_export")
 
 INDUCTOR = "inductor"
-"""The backend that runs the graphs themselves."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_models(
         _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)
     apart = narrow or external
     forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if apart else {}
-    if not apart or job.target.backend in ENGINE_BACKENDS:
+    if not apart or job.backend.engines is not None:
         forms[".onnx"] = None
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
@@ -117,7 +117,7 @@ def write_models(
             form: dict[str, Any] = {"external": external, "plugins": plugins} if of_engine else {}
             path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute, **form)))
             onnx.checker.check_model(str(path))
-        write_graph(graph, name, file, job, writer, places=stored)
+        job.backend.write(LoweredGraph(name, graph, file, stored), writer)
     return ".cpu.onnx" if apart else ".onnx"
 
 
@@ -201,31 +201,25 @@ def write_engine(
     decomposable_attention: bool,
 ) -> EngineReport:
     """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
-    from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
-
+    engines = job.backend.engines
+    assert engines is not None
     model, file = writer.path(f"onnx/{name}.onnx", "onnx"), f"engines/{name}.engine"
     path = writer.path(file, "engine")
     shapes = [input_shapes(profile, inputs) for profile in profiles]
     settings = {"decomposable_attention": decomposable_attention}
     weights = [_digest_of(f"onnx/{name}", writer) for name in external_files(model)]
-    components = engine_components(model, weights, job.target, shapes, settings, FLAVOR.module)
+    components = engine_components(model, weights, job.target, shapes, settings, engines.key())
     key = key_of(components)
     kept = writer.kept(file, key)
     if kept is not None:
         resumed = report_from(path, kept.facts, "resumed", kept.size_bytes, kept.sha256)
         if resumed is not None:
             return resumed
-    report = _copied(name, key, components, path, job, progress) or _build(
-        model, path, target=job.target, profiles=shapes, progress=progress, **settings
+    report = _copied(name, key, components, path, job, progress) or engines.build(
+        model, path, EngineOrder(shapes, decomposable_attention), job.target, progress
     )
     writer.keep(file, key, report.sha256, {**report_facts(report), "components": dict(components)})
     return report
-
-
-def _build(model: Path, path: Path, **settings: Any) -> EngineReport:
-    from cosmos_export.targets.trt.tensorrt_rtx import build_engine
-
-    return build_engine(model, path, **settings)
 
 
 def _digest_of(name: str, writer: BundleWriter) -> str:

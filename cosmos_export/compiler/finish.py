@@ -38,10 +38,11 @@ from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.printable import printable
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.backends import backend_of
+from cosmos_export.targets.backends.protocol import EngineOrder, Engines
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt.common import EngineReport, require_module
+from cosmos_export.targets.trt.checks import WantedEngine
 from cosmos_export.targets.trt.plugins import parse_document
-from cosmos_export.targets.trt.tensorrt import FLAVOR, build_engine, require_gpu
 
 REQUESTS = "engines/requests.json"
 REQUESTS_ROLE, PLUGIN_ROLE = "engine-requests", "plugin"
@@ -118,10 +119,13 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
         raise UserError("CX455", f"{root} does not wait for engines", "`cosmos-export bundle verify` shows what it has")
     requests = read_requests(files)
     target = load_target(manifest.target.name).on(manifest.target.backend)
-    require_module(FLAVOR)
-    require_gpu(target)
+    engines = backend_of(target).engines
+    if engines is None or engines.built_here:
+        raise UserError("CX455", f"{root} does not wait for engines", "`cosmos-export bundle verify` shows what it has")
+    engines.require()
+    engines.require_gpu(target)
     try:
-        complete = _with_engines(root, manifest, requests, target, progress)
+        complete = _with_engines(root, manifest, requests, engines, target, progress)
     except BaseException:
         _remove_leftovers(files)  # or the bundle would not verify
         raise
@@ -130,7 +134,12 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
 
 
 def _with_engines(
-    root: Path, manifest: Manifest, requests: Sequence[EngineRequest], target: Target, progress: Progress
+    root: Path,
+    manifest: Manifest,
+    requests: Sequence[EngineRequest],
+    builder: Engines,
+    target: Target,
+    progress: Progress,
 ) -> Manifest:
     """The manifest with every engine, which are built."""
     engines: list[EngineRecord] = []
@@ -140,22 +149,23 @@ def _with_engines(
     timings = _timing_cache(root)
     for request in requests:
         path = root / "engines" / f"{request.graph}.engine"
-        report = build_engine(
-            root / "onnx" / f"{request.graph}.onnx",
-            path,
-            target=target,
-            profiles=list(request.shapes),
-            progress=progress,
-            decomposable_attention=request.decomposable_attention,
-            timing_cache=timings,
-            plugins=root / PLUGIN_FOLDER if request.plugins else None,
-        )
+        plugins = root / PLUGIN_FOLDER if request.plugins else None
+        order = EngineOrder(request.shapes, request.decomposable_attention, timings, plugins)
+        report = builder.build(root / "onnx" / f"{request.graph}.onnx", path, order, target, progress)
         with path.open("rb", buffering=0) as file:
             size, digest = hash_file(file.fileno())
         name = f"engines/{path.name}"
         files.append(FileRecord(name, size, digest, "engine"))
         engines.append(EngineRecord(request.graph, request.graph, name, request.profiles, request.weights))
-        checks += engine_checks(request, report)
+        wanted = WantedEngine(
+            request.graph,
+            target.compute_capability or "",
+            len(request.profiles),
+            request.attention,
+            request.decomposable_attention,
+            request.plugins,
+        )
+        checks += builder.checks(wanted, report, builder.inspect(path))
         tools[report.builder] = report.builder_version
     failed = [check for check in checks if not check.passed]
     if failed:
@@ -168,25 +178,6 @@ def _with_engines(
         files=tuple(sorted((*manifest.files, *files), key=lambda file: file.path)),
         tools={**manifest.tools, **tools},
     )
-
-
-def engine_checks(request: EngineRequest, report: EngineReport) -> list[EngineCheck]:
-    """What can be said of an engine from its own inspector."""
-    fused = "nothing decomposed" if not request.decomposable_attention else "may be decomposed"
-    found = f"{report.attention} attentions parsed, none of which the builder may decompose"
-    layers = f"{report.layers} layers" + "".join(f", {n} × {kind}" for kind, n in report.layers_in.items())
-    checks = [
-        EngineCheck(
-            request.graph, "attention", f"{request.attention} attentions, {fused}",
-            found if not request.decomposable_attention else f"{report.attention} attentions parsed",
-            report.attention >= request.attention or request.decomposable_attention,
-        ),
-        EngineCheck(request.graph, "layers", "an engine that loads", layers, bool(report.layers)),
-    ]  # fmt: skip
-    if request.plugins:
-        wanted, parsed = f"{request.plugins} kernels of this bundle", f"{report.plugins} plugins parsed"
-        checks.append(EngineCheck(request.graph, "plugins", wanted, parsed, report.plugins == request.plugins))
-    return checks
 
 
 def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:

@@ -13,6 +13,7 @@ from cosmos_export.precision.recipe import Assignment, Recipe
 from cosmos_export.sampling import Schedule, Segment
 from cosmos_export.stamps import Inputs, require_unchanged
 from cosmos_export.targets import Target
+from cosmos_export.targets.backends import Backend, backend_of
 from cosmos_export.targets.profiles import Profile
 
 ParityMode = Literal["auto", "always", "never"]
@@ -124,4 +125,8 @@ class Job:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
-        return self.schedule.segments_by(self.precision.segment_keys(self.target.backend))
+        return self.schedule.segments_by(self.precision.segment_keys(self.target))
+
+    @property
+    def backend(self) -> Backend:
+        return backend_of(self.target)

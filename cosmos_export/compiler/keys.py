@@ -12,8 +12,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target
 from cosmos_export.targets.onnx.weights import Stored
 from cosmos_export.targets.profiles import ShapeRange
-from cosmos_export.targets.trt import common as trt_common
 from cosmos_export.targets.trt.common import EngineFacts, EngineReport
 
 Components = Mapping[str, str]
@@ -66,17 +63,17 @@ def engine_components(
     target: Target,
     profiles: Sequence[Mapping[str, ShapeRange]],
     settings: Mapping[str, Any],
-    module: str,
+    builder: Mapping[str, str],
 ) -> Components:
-    """Key of an engine. ``weights``: digests of the files that ``model`` takes its weights from."""
+    """Key of an engine. ``weights``: digests of the files that ``model`` takes its weights from; ``builder``: the key
+    of `Engines`."""
     return {
         "graph": hashlib.sha256(model.read_bytes()).hexdigest(),
         "weights": ",".join(weights),
         "target": target.compute_capability or "",
         "profiles": _digest([dict(profile) for profile in profiles]),
         "settings": json.dumps(dict(settings), sort_keys=True),
-        "builder": f"{module} {_version(module)}",
-        "worker": _worker_digest(),
+        **builder,
     }
 
 
@@ -140,15 +137,3 @@ def _file_identity(path: Path) -> list[Any]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def _version(module: str) -> str:
-    names = metadata.packages_distributions().get(module, ())
-    return ",".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
-
-
-@cache
-def _worker_digest() -> str:
-    """Digest of the program that drives the builder: another one may set it up differently."""
-    return hashlib.sha256(Path(trt_common.__file__).with_name("worker.py").read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import UserError
 from cosmos_export.machine.memory import available_bytes
 from cosmos_export.plan.sizes import require_budget
-from cosmos_export.targets import Target
+from cosmos_export.targets.backends import Backend
 
 _MARGIN_BYTES = 1 << 30
 """Free memory that is left to the rest of the machine."""
@@ -27,19 +27,15 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def memory_budget(options: BuildOptions, target: Target) -> int | None:
-    """The budget in bytes of a build for ``target``; None where it builds no engines.
+def memory_budget(options: BuildOptions, backend: Backend) -> int | None:
+    """The budget in bytes of a build for ``backend``; None where no engine is built here.
 
-    Without one it is what the machine has free, in whole GiB, so that it is the same again tomorrow. CX456 where one is
-    given and nothing would come of it.
+    Where none is asked for it is what the machine has free, in whole GiB, so that it is the same again tomorrow.
+    UserError CX456 for what is not a size.
     """
+    if not backend.builds_here:
+        return None
     asked = None if options.memory_budget is None else parse_size(options.memory_budget)
-    if target.backend != "tensorrt-rtx":
-        if asked is None:
-            return None
-        what = "a memory budget bounds the builder of engines, and for target"
-        what += f" `{target.name}` with {target.backend} none are built here"
-        raise UserError("CX456", what, "leave `--memory-budget` out")
     return asked or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)
 
 

@@ -13,7 +13,6 @@ from cosmos_export.calibration.table import ScaleTable, read_scale_table, requir
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.compiler.job import (
-    ENGINE_BACKENDS,
     BuildOptions,
     Job,
     LoopMode,
@@ -33,13 +32,13 @@ from cosmos_export.precision.stored_recipe import recipe_for
 from cosmos_export.sampling import Overrides, Schedule
 from cosmos_export.stamps import Inputs, unchanged
 from cosmos_export.targets import Target, load_target
+from cosmos_export.targets.backends import backend_of
+from cosmos_export.targets.backends.protocol import BuildAsked, PrecisionAsked
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
 _BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
-MAX_SINGLE_STEPS = 8
-"""Engines of one step in a loop on the device: as many as the published policy has, and two."""
 
 
 def resolve(options: BuildOptions) -> Job:
@@ -47,20 +46,15 @@ def resolve(options: BuildOptions) -> Job:
     _require_consistent(options)
     target = load_target(options.target).on(options.backend)
     profiles = _profiles(options.profiles)
-    if options.weights == "external" and target.backend not in ENGINE_BACKENDS:
-        raise UnsupportedError(
-            "CX452",
-            f"`--weights external` is about engines, and target `{target.name}` has none with {target.backend}",
-            "leave it out: the weights lie in the bundle once as it is",
-        )
-    _require_kernels(options, target)
-    budget = memory_budget(options, target)
+    _require_kernels(options.kernels)
+    backend = backend_of(target)
+    asked = BuildAsked(options.weights == "external", options.kernels, options.memory_budget is not None)
+    for refusal in backend.refusals(asked, target):
+        raise refusal
+    budget = memory_budget(options, backend)
     require_compiler()
-    if target.backend == "tensorrt-rtx":
-        from cosmos_export.targets.trt.common import require_module
-        from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
-
-        require_module(FLAVOR)
+    if backend.engines is not None and backend.engines.built_here:
+        backend.engines.require()
     checkpoint = open_checkpoint(options.checkpoint)
     with unchanged("the build", checkpoint.inputs):
         return _resolve(options, target, profiles, budget, checkpoint)
@@ -101,24 +95,10 @@ def _resolve(
     return found
 
 
-def _require_kernels(options: BuildOptions, target: Target) -> None:
-    """Kernels are plugins of TensorRT, compiled here for the target's GPU."""
-    if not options.kernels:
-        return
-    unknown = [name for name in options.kernels if name not in PLUGINS]
+def _require_kernels(kernels: Sequence[str]) -> None:
+    unknown = [name for name in kernels if name not in PLUGINS]
     if unknown:
         raise UserError("CX451", f"no kernel {', '.join(unknown)}", f"there are {', '.join(PLUGINS)}")
-    if target.backend != "tensorrt":
-        raise UnsupportedError(
-            "CX459",
-            f"`--kernels` makes plugins of TensorRT, and target `{target.name}` is built with {target.backend}",
-            "`--backend tensorrt` where the target has it; with inductor kernels are chosen when it runs "
-            "(`bench --kernels`)",
-        )
-    if find_spec("triton") is None:
-        raise UnsupportedError(
-            "CX802", "compiling kernels needs Triton, not installed here", 'pip install ".[kernels]" in the checkout'
-        )
 
 
 def _recipe(
@@ -166,37 +146,19 @@ def _precision(
         steps=schedule.steps,
         distilled=schedule.sampler == "distilled-sde",
     )
-    if found.schemes and checkpoint.dtype == "fp32" and target.backend == "tensorrt-rtx":
-        raise UnsupportedError(
-            "CX358",
-            f"recipe `{found.recipe}` quantizes a bf16 model, and {checkpoint.root} is fp32",
-            "a bf16 checkpoint (`demo-checkpoint --dtype bfloat16` makes one), or the target `cpu`",
-        )
-    alone = found.weight_only_steps()
-    if options.loop == "device" and target.backend == "tensorrt-rtx" and len(alone) > MAX_SINGLE_STEPS:
-        raise UnsupportedError(
-            "CX364",
-            f"{len(alone)} of {schedule.steps} steps multiply narrow weights by wide activations, and each would be an "
-            f"engine of its own (at most {MAX_SINGLE_STEPS})",
-            "leave `--loop device` out, or choose a recipe that quantizes the generator's activations, such as fp8",
-        )
-    if "fp8-attention" in found.schemes and target.backend == "tensorrt-rtx":
-        _require_fixed(profiles)
+    asked = PrecisionAsked(
+        recipe=found.recipe,
+        schemes=frozenset(found.schemes),
+        checkpoint=checkpoint.root,
+        checkpoint_dtype=checkpoint.dtype,
+        loop=options.loop,
+        steps=schedule.steps,
+        weight_only_steps=len(found.weight_only_steps()),
+        profiles=profiles,
+    )
+    for refusal in backend_of(target).precision_refusals(asked):
+        raise refusal
     return found
-
-
-def _require_fixed(profiles: Sequence[Profile]) -> None:
-    """FP8 attention is fused only over a number of keys that is known when the engine is built."""
-    for profile in profiles:
-        dynamic = [dim for dim, span in profile.dims.items() if span.min != span.max]
-        if dynamic:
-            fixed = ",".join(f"{dim}={profile.dims[dim].opt}" for dim in dynamic)
-            raise UnsupportedError(
-                "CX359",
-                f"FP8 attention needs to know the number of keys, and profile `{profile.name}` leaves "
-                f"{', '.join(dynamic)} open: the builder would fall back to stored scores",
-                f"fix them, for example `{profile.name},{fixed}`, or `--set gen.attention.core=bf16`",
-            )
 
 
 def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> ScaleTable | None:

@@ -87,7 +87,7 @@ def expected_seconds(job: Job) -> dict[str, float]:
     found["capture"] = geometry.num_hidden_layers * typical(CAPTURE_S_PER_LAYER)
     for name, size in graphs.items():
         found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
-    if job.target.backend == "tensorrt-rtx":
+    if job.backend.builds_here:
         for name, size in _engines(job, graphs).items():
             found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
     found["hashing inputs"] = 0.2 * sum(graphs.values()) / typical(HASH_BYTES_PER_S)

@@ -25,6 +25,7 @@ from cosmos_export.plan.workload import Workload
 from cosmos_export.precision.recipe import DEFAULT, Recipe, load_recipe
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import Target
+from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.profiles import DimRange, ModelLimits, check_limits
 
 MEMORY_SHARE = 0.95
@@ -129,7 +130,7 @@ def estimate(subject: Subject, request: PlanRequest, limits: ModelLimits | None 
         check_limits(workload.profile, limits or _limits(subject))
     planner = _Planner(subject, request)
     parts = planner.parts(request.workloads, planner.runs[0])
-    if request.memory_budget is not None and any(t.backend == "tensorrt-rtx" for t in planner.runs):
+    if request.memory_budget is not None and any(backend_of(t).builds_here for t in planner.runs):
         require_budget(parts, subject.geometry.num_hidden_layers, request.memory_budget, loop=request.loop)
     loads = tuple(planner.load(workload) for workload in request.workloads)
     segments = max(planner.engines(workload, planner.runs[0]) for workload in request.workloads)
@@ -151,7 +152,7 @@ def estimate(subject: Subject, request: PlanRequest, limits: ModelLimits | None 
                 subject,
                 parts,
                 segments,
-                t.backend != "onnxruntime",
+                backend_of(t).needs_gpu,
                 request.memory_budget,
                 bool(request.recipe.schemes or request.settings),
             )
@@ -212,7 +213,7 @@ class _Planner:
     def parts(self, workloads: Sequence[Workload], target: Target, recipe: Recipe | None = None) -> list[PlannedEngine]:
         guided = any(any(self.schedules[w.name].guided) for w in workloads)
         branches = 2 if guided and self.request.loop == "device" else 1
-        budget = self.request.memory_budget if target.backend == "tensorrt-rtx" else None
+        budget = self.request.memory_budget if backend_of(target).builds_here else None
         return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches, budget)
 
     def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> DeviceMemory:

@@ -92,7 +92,7 @@ class PlannedPrecision:
         ``device`` one for each run of steps with the same guidance branches and the same mix."""
         if loop == "host":
             return len(self.steps)
-        return len(schedule.segments_by(segment_keys(self.of_step, self.alone, target.backend)))
+        return len(schedule.segments_by(segment_keys(self.of_step, self.alone, target)))
 
     @property
     def computes(self) -> frozenset[str]:

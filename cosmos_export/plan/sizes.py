@@ -22,6 +22,7 @@ from cosmos_export.plan.work import encoded_frames
 from cosmos_export.plan.workload import Workload
 from cosmos_export.precision.recipe import WEIGHT_ONLY
 from cosmos_export.targets import Target
+from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.partition import partition
 
 CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
@@ -294,7 +295,7 @@ class DeviceMemory:
 def weight_copies(target: Target, engines: int) -> int:
     """How many times the generator's weights lie on the device, of which so many ``engines`` have them: each engine of
     a builder holds its own, and graphs in PyTorch read the same tensors."""
-    return 1 if target.backend == "inductor" else engines
+    return 1 if backend_of(target).shares_weights else engines
 
 
 def device(

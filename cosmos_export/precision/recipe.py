@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 from cosmos_export import files
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
+from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.description import PRECISIONS, Target
 
 TOWERS = ("und", "gen")
@@ -288,14 +289,11 @@ def _folder() -> Any:
 # Resolving
 
 
-def segment_keys(step_keys: Sequence[int], alone: Sequence[int], backend: str) -> tuple[int, ...]:
-    """``step_keys``, where each of the steps ``alone`` is unlike every other one.
-
-    Those multiply narrow weights by wide activations, and TensorRT-RTX builds each by itself: a weight that several
-    steps of one engine read is widened once for all of them, and lies there in full.
-    """
+def segment_keys(step_keys: Sequence[int], alone: Sequence[int], target: Target) -> tuple[int, ...]:
+    """``step_keys``; where the backend of ``target`` builds steps that multiply narrow weights by wide activations by
+    themselves, each of the steps ``alone`` is unlike every other one."""
     keys = list(step_keys)
-    for step in alone if backend == "tensorrt-rtx" else ():
+    for step in alone if backend_of(target).separates_weight_only_steps else ():
         keys[step] = len(keys) + step
     return tuple(keys)
 
@@ -358,9 +356,9 @@ class Assignment:
             step for step in range(self.steps) if any(self.scheme(*site, step) in WEIGHT_ONLY for site in sites)
         )
 
-    def segment_keys(self, backend: str) -> tuple[int, ...]:
+    def segment_keys(self, target: Target) -> tuple[int, ...]:
         """One number a step: of neighbours in a loop on the device, those with equal ones share an engine."""
-        return segment_keys(self.step_keys(), self.weight_only_steps(), backend)
+        return segment_keys(self.step_keys(), self.weight_only_steps(), target)
 
     def table(self) -> dict[str, str]:
         """Place → scheme of every site, sites that are alike together; what is not quantized is left out."""

@@ -24,7 +24,7 @@ from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.schedule_table import read_schedule_table
 from cosmos_export.runtime.step_inputs import Noise, initial_latents, noisy, request_inputs, sizes
 from cosmos_export.sampling import SolverState, coefficient_table, distilled_step, guide, unipc_step
-from cosmos_export.targets.onnx import sessions as onnx_sessions
+from cosmos_export.targets.backends import reference_backend
 from cosmos_export.targets.sessions import PROMPT, STEP, Array, Session, Value
 
 NEGATIVE = "negative"
@@ -274,7 +274,7 @@ class Generator:
             if built and table.dtype == self._session(first).inputs[edge.input]:
                 rows[edge.input] = table[:, None]
                 continue
-            graph = onnx_sessions.open_backend(self.bundle.files, "cpu").open(edge.source)
+            graph = reference_backend().open(self.bundle.files, "cpu").open(edge.source)
             rows[edge.input] = np.stack([graph.run({STEP: t[None]})[edge.output].numpy() for t in timesteps])
             graph.close()
         return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +11,8 @@ from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime.chains import ChainedExecutor
 from cosmos_export.runtime.contents import content_problems
-from cosmos_export.targets.inductor import sessions as torch_sessions
-from cosmos_export.targets.onnx import sessions as onnx_sessions
+from cosmos_export.targets.backends import backends
 from cosmos_export.targets.sessions import Executor
-from cosmos_export.targets.trt import sessions as rtx_sessions
-
-_DEVICES = {
-    onnx_sessions.NAME: ("cpu", "cuda"),
-    rtx_sessions.NAME: ("cuda",),
-    rtx_sessions.FULL_NAME: ("cuda",),
-    torch_sessions.NAME: ("cuda", "cpu"),
-}
-"""Kinds of devices of each backend, its default first."""
-_OPEN: dict[str, Callable[[BundleFiles, str | None], Executor]] = {
-    onnx_sessions.NAME: onnx_sessions.open_backend,
-    rtx_sessions.NAME: rtx_sessions.open_backend,
-    rtx_sessions.FULL_NAME: rtx_sessions.open_full_backend,
-    torch_sessions.NAME: torch_sessions.open_backend,
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ def load_bundle(
         )
     chosen = backend or files.manifest.target.backend
     _require_known(chosen, device)
-    return LoadedBundle(files, chained(_OPEN[chosen](files, device), files.manifest))
+    return LoadedBundle(files, chained(backends()[chosen].open(files, device), files.manifest))
 
 
 def chained(executor: Executor, manifest: Manifest) -> Executor:
@@ -80,10 +63,10 @@ def chained(executor: Executor, manifest: Manifest) -> Executor:
 
 
 def _require_known(backend: str, device: str | None) -> None:
-    if backend not in _OPEN:
-        raise UserError("CX504", f"backend {shown(backend)}; known: {', '.join(_OPEN)}")
+    if backend not in backends():
+        raise UserError("CX504", f"backend {shown(backend)}; known: {', '.join(backends())}")
     kind, _, index = (device or "").partition(":")
-    allowed = _DEVICES[backend]
+    allowed = backends()[backend].devices
     if device is not None and (kind not in allowed or (":" in device and not index.isdecimal())):
         names = [name if name == "cpu" else f"{name} or {name}:N" for name in allowed]
         raise UserError("CX504", f"device {shown(device)}; `{backend}` runs on {', '.join(names)}")

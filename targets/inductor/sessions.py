@@ -318,7 +318,7 @@ def load_weight(source: Any, device: torch.device, file: BinaryIO | Path) -> tor
     return result
 
 
-def open_backend(files: BundleFiles, device: str | None) -> TorchExecutor:
+def open_graphs(files: BundleFiles, device: str | None) -> TorchExecutor:
     """PyTorch for the bundle, on ``cuda[:N]`` or ``cpu``.
 
     UnsupportedError CX503: torch is not installed; CX505: the bundle has no graphs for it, or there is no such GPU.

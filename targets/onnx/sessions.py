@@ -140,7 +140,7 @@ class OnnxExecutor:
         """Nothing is held besides the sessions."""
 
 
-def open_backend(files: BundleFiles, device: str | None) -> OnnxExecutor:
+def open_models(files: BundleFiles, device: str | None) -> OnnxExecutor:
     """ONNX Runtime for the bundle, on ``cpu`` (the default) or ``cuda[:N]``. UnsupportedError CX503: not installed."""
     kind, _, index = (device or "cpu").partition(":")
     require_provider(kind)

@@ -12,6 +12,7 @@ heap what they take beside each other comes in another order each time), and (wh
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -24,6 +25,8 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
@@ -49,8 +52,11 @@ class TrtFlavor:
     """What differs between the two builders."""
 
     module: str
+    title: str
     extra: str
     """Optional dependency group of this project that installs it."""
+    distribution: str
+    """Package of its releases."""
     capabilities: frozenset[str]
     """Compute capabilities it can build for; empty: only that of the GPU in the machine."""
     first_version: tuple[int, int] | None = None
@@ -113,6 +119,23 @@ def require_module(flavor: TrtFlavor) -> None:
             f"building for this target needs the `{flavor.module}` Python module, which is not installed",
             f'pip install ".[{flavor.extra}]" in the checkout',
         )
+
+
+def builder_key(module: str) -> Mapping[str, str]:
+    """What decides the bytes of an engine besides what it is built from: the builder ``module``, and the program that
+    drives it, since another one may set it up differently."""
+    return {"builder": f"{module} {_version(module)}", "worker": _worker_digest()}
+
+
+@cache
+def _version(module: str) -> str:
+    names = metadata.packages_distributions().get(module, ())
+    return ",".join(f"{name} {metadata.version(name)}" for name in sorted(set(names)))
+
+
+@cache
+def _worker_digest() -> str:
+    return hashlib.sha256(Path(__file__).with_name("worker.py").read_bytes()).hexdigest()
 
 
 def run_build(

@@ -20,15 +20,9 @@ import numpy as np
 from cosmos_export.bundle import BundleFiles, EngineRecord
 from cosmos_export.diagnostics import ToolError, UnsupportedError
 from cosmos_export.targets.sessions import Array, Value
+from cosmos_export.targets.trt.common import TrtFlavor
 from cosmos_export.targets.trt.cuda_memory import Device, DeviceMemory, DeviceValue, open_device
 
-NAME = "tensorrt-rtx"
-FULL_NAME = "tensorrt"
-_PACKAGES: Mapping[str, tuple[str, str, str, str]] = {
-    NAME: ("tensorrt_rtx", "TensorRT-RTX", "rtx", "tensorrt-rtx-cu13"),
-    FULL_NAME: ("tensorrt", "TensorRT", "tensorrt", "tensorrt-cu13"),
-}
-"""Backend → module, title, this project's extra, package of its releases. Their API is one."""
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
     "HALF": np.dtype(np.float16),
@@ -205,9 +199,9 @@ class TrtSession:
 class TrtExecutor:
     """The engines of a bundle on one GPU."""
 
-    def __init__(self, trt: Any, device: Device, files: BundleFiles, name: str = NAME) -> None:
+    def __init__(self, trt: Any, device: Device, files: BundleFiles, name: str, title: str) -> None:
         manifest = files.manifest
-        self._name, self._title = name, _PACKAGES[name][1]
+        self._name, self._title = name, title
         self._trt, self._device, self._files = trt, device, files
         self._engines: dict[str, EngineRecord] = {record.graph: record for record in manifest.engines}
         loop = manifest.loop
@@ -251,40 +245,32 @@ class TrtExecutor:
         self._device.close()
 
 
-def open_backend(files: BundleFiles, device: str | None) -> TrtExecutor:
-    """TensorRT-RTX for the bundle, on ``cuda[:N]``.
+def open_engines(flavor: TrtFlavor, name: str, files: BundleFiles, device: str | None) -> TrtExecutor:
+    """The engines of the bundle for the backend ``name``, on ``cuda[:N]``.
 
-    UnsupportedError CX503: it is not installed, or in another version than the engines are from; CX505: no such GPU.
+    UnsupportedError CX503: the runtime is not installed, or in another version than the engines are from; CX505: no
+    such GPU, or no engines.
     """
-    return _open(NAME, files, device)
-
-
-def open_full_backend(files: BundleFiles, device: str | None) -> TrtExecutor:
-    """TensorRT for the bundle; errors as `open_backend`."""
-    return _open(FULL_NAME, files, device)
-
-
-def _open(name: str, files: BundleFiles, device: str | None) -> TrtExecutor:
-    module, title, extra, package = _PACKAGES[name]
     manifest = files.manifest
     if not manifest.engines:
         waits = any(file.path == "finish.sh" for file in manifest.files)
         hint = "run its finish.sh on the GPU" if waits else "`--backend onnxruntime` runs its models"
         raise UnsupportedError("CX505", "this bundle has no engines", hint)
     try:
-        trt = importlib.import_module(module)
+        trt = importlib.import_module(flavor.module)
     except ImportError as error:
         raise UnsupportedError(
-            "CX503", f"{title} is not installed: {error}", f'pip install ".[{extra}]" in the checkout'
+            "CX503", f"{flavor.title} is not installed: {error}", f'pip install ".[{flavor.extra}]" in the checkout'
         ) from error
-    built = manifest.tools.get(module)
+    built = manifest.tools.get(flavor.module)
     if built is not None and built != trt.__version__:
         raise UnsupportedError(
-            "CX503", f"{title} {trt.__version__} is installed; the engines are of {built}",
-            f"pip install {package}=={built}, or build the bundle again",
+            "CX503", f"{flavor.title} {trt.__version__} is installed; the engines are of {built}",
+            f"pip install {flavor.distribution}=={built}, or build the bundle again",
         )  # fmt: skip
     _, _, index = (device or "cuda").partition(":")
-    return TrtExecutor(trt, open_device(int(index or 0), manifest.target.compute_capability), files, name)
+    found = open_device(int(index or 0), manifest.target.compute_capability)
+    return TrtExecutor(trt, found, files, name, flavor.title)
 
 
 def _fits(profile: Mapping[str, Sequence[Sequence[int]]], shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -20,7 +20,9 @@ from cosmos_export.targets.trt.common import EngineReport, TrtFlavor, run_build
 
 FLAVOR = TrtFlavor(
     module="tensorrt",
+    title="TensorRT",
     extra="tensorrt",
+    distribution="tensorrt-cu13",
     capabilities=frozenset(),  # that of the GPU in the machine
     first_version=(11, 0),  # networks are strongly typed without a flag, and set_timing_cache refuses another machine's
 )

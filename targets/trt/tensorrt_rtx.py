@@ -15,7 +15,9 @@ from cosmos_export.targets.trt.common import EngineReport, TrtFlavor, run_build
 
 FLAVOR = TrtFlavor(
     module="tensorrt_rtx",
+    title="TensorRT-RTX",
     extra="rtx",
+    distribution="tensorrt-rtx-cu13",
     # 7.5 has no BF16; 8.0 and 8.6 build but expand K/V for each query head.
     capabilities=frozenset({"8.0", "8.6", "8.9", "12.0", "12.1"}),
 )

@@ -26,6 +26,7 @@ from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
+from cosmos_export.targets.trt import tensorrt_rtx
 
 pytest.importorskip("tensorrt_rtx")
 _CONTEXT = multiprocessing.get_context("fork")
@@ -108,9 +109,9 @@ def test_finished_engines_are_not_built_again(
     built: list[str] = []
     full = True
 
-    def recording(model: Path, path: Path, **settings: Any) -> Any:
-        from cosmos_export.targets.trt.tensorrt_rtx import build_engine
+    build_engine = tensorrt_rtx.build_engine
 
+    def recording(model: Path, path: Path, **settings: Any) -> Any:
         if full and path.name == "generator.engine":
             records = path.parents[1] / ".state"
             others = ("reasoner", "conditioning")  # built beside it, and finished first
@@ -120,7 +121,7 @@ def test_finished_engines_are_not_built_again(
         built.append(path.name)
         return build_engine(model, path, **settings)
 
-    monkeypatch.setattr(artifacts, "_build", recording)
+    monkeypatch.setattr(tensorrt_rtx, "build_engine", recording)
     with pytest.raises(ToolError, match="CX424"):
         build(options(checkpoint, tmp_path / "bundle"))
     assert "reasoner.engine" in built
@@ -146,7 +147,7 @@ def test_a_changed_profile_resumes_only_what_it_does_not_touch(
 
     monkeypatch.setattr(artifacts, "write_weights", recording)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(artifacts, "_build", failing)
+        patch.setattr(tensorrt_rtx, "build_engine", failing)
         build(options(checkpoint, tmp_path / "bundle"))
     first = list(written)
     assert "generator.weights" in first
@@ -222,7 +223,7 @@ def test_an_engine_of_damaged_weights_is_neither_built_nor_recorded(
 
     cache = Cache(tmp_path / "cache")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(artifacts, "_build", interrupted)
+        patched.setattr(tensorrt_rtx, "build_engine", interrupted)
         build(options(checkpoint, tmp_path / "first", cache=cache.folder))
     (weights,) = tmp_path.glob(".first.partial-*/onnx/generator.weights")
     flipped(weights)

@@ -19,7 +19,10 @@ from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT
 from cosmos_export.machine.gpu import Gpu, gpus
 from cosmos_export.runtime import load_bundle
-from cosmos_export.targets import load_target, tensorrt_rtx
+from cosmos_export.targets import load_target
+from cosmos_export.targets.trt import common as trt_common
+from cosmos_export.targets.trt import tensorrt, tensorrt_rtx
+from cosmos_export.targets.trt.checks import WantedEngine, report_checks
 from cosmos_export.targets.trt.plugins import read_document
 from cosmos_export.targets.trt.tensorrt import EngineSettings, require_gpu, worker_settings
 
@@ -69,7 +72,7 @@ def test_finishing_needs_the_builder_and_the_gpu(waiting: Path, omni: Path, monk
     with pytest.raises(CosmosExportError, match="`tensorrt` Python module, which is not installed") as caught:
         finishing.finish(root)
     assert caught.value.code == "CX404"
-    monkeypatch.setattr(finishing, "require_module", lambda flavor: None)
+    monkeypatch.setattr(trt_common, "require_module", lambda flavor: None)
     with pytest.raises(CosmosExportError, match=r"compute capability 9.0; this machine has: none") as caught:
         finishing.finish(root)
     assert caught.value.code == "CX405"
@@ -93,9 +96,9 @@ def test_finishing_completes_the_manifest(waiting: Path, omni: Path, monkeypatch
         object.__setattr__(report, "layers", 7)
         return report
 
-    monkeypatch.setattr(finishing, "require_module", lambda flavor: None)
-    monkeypatch.setattr(finishing, "require_gpu", lambda target: None)
-    monkeypatch.setattr(finishing, "build_engine", stand_in)
+    monkeypatch.setattr(trt_common, "require_module", lambda flavor: None)
+    monkeypatch.setattr(tensorrt, "require_gpu", lambda target: None)
+    monkeypatch.setattr(tensorrt, "build_engine", stand_in)
     with pytest.raises(ToolError):
         finishing.finish(root)
     assert (root / "manifest.json").read_bytes() == before and verify_bundle(root).ok
@@ -142,9 +145,9 @@ def test_kernels_are_plugins_of_the_bundle(tmp_path: Path, omni: Path, monkeypat
         given[onnx_path.stem] = plugins
         raise ToolError("CX422", "the builder was ended")
 
-    monkeypatch.setattr(finishing, "require_module", lambda flavor: None)
-    monkeypatch.setattr(finishing, "require_gpu", lambda target: None)
-    monkeypatch.setattr(finishing, "build_engine", stand_in)
+    monkeypatch.setattr(trt_common, "require_module", lambda flavor: None)
+    monkeypatch.setattr(tensorrt, "require_gpu", lambda target: None)
+    monkeypatch.setattr(tensorrt, "build_engine", stand_in)
     for graph in ("conditioning", "denoise"):
         monkeypatch.setattr(
             finishing, "read_requests", lambda files, graph=graph: [finishing_request(files.path, graph)]
@@ -184,17 +187,17 @@ def test_kernels_of_an_fp32_checkpoint(tmp_path: Path, omni_fp32: Path) -> None:
 
 
 def test_an_engine_that_is_not_as_planned_is_not_taken(tmp_path: Path) -> None:
-    request = finishing.EngineRequest("g", ("p",), ({},), False, 3)
+    wanted = WantedEngine("g", "9.0", 1, attention=3, decomposable_attention=False)
 
     class Report:
         attention, layers, layers_in = 2, 0, {"fp8": 4}
 
         plugins = 1
 
-    checks = finishing.engine_checks(request, Report())  # type: ignore[arg-type]
+    checks = report_checks(wanted, Report())  # type: ignore[arg-type]
     assert [check.passed for check in checks] == [False, False]
     assert checks[1].found == "0 layers, 4 × fp8"
-    *_, check = finishing.engine_checks(replace(request, plugins=2), Report())  # type: ignore[arg-type]
+    *_, check = report_checks(replace(wanted, plugins=2), Report())  # type: ignore[arg-type]
     assert (check.check, check.found, check.passed) == ("plugins", "1 plugins parsed", False)
 
 

@@ -155,7 +155,7 @@ def test_what_the_checkpoint_lacks(subjects: Subjects) -> None:
 
 def test_backends_and_devices(subjects: Subjects) -> None:
     bundle = subjects("omni").bundle
-    assert "known: onnxruntime, tensorrt-rtx" in refused(bundle, "CX504", "--backend", "tensorflow")
+    assert "known: inductor, onnxruntime, tensorrt" in refused(bundle, "CX504", "--backend", "tensorflow")
     assert "runs on cpu, cuda or cuda:N" in refused(bundle, "CX504", "--device", "tpu")
     import onnxruntime
 

@@ -30,6 +30,7 @@ from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.loading import chained
 from cosmos_export.runtime.request import Request
 from cosmos_export.sampling import Schedule
+from cosmos_export.targets.backends import backends
 from cosmos_export.targets.trt.sessions import TrtExecutor
 
 pytestmark = pytest.mark.xdist_group("run-rtx")
@@ -65,7 +66,7 @@ class Gpu:
         self.cuda = FakeCuda(**options)
         self.trt, self.engines = fake_gpu.fake_trt(self.cuda, root.resolve(), manifest)
         device = cuda_memory.connect(self.cuda, 0, manifest.target.compute_capability)
-        self.backend = TrtExecutor(self.trt, device, files)
+        self.backend = TrtExecutor(self.trt, device, files, "tensorrt-rtx", "TensorRT-RTX")
         self.generator = Generator(LoadedBundle(files, chained(self.backend, manifest)))
 
 
@@ -287,7 +288,7 @@ def test_an_engine_that_does_not_load(gpu: Gpu, monkeypatch: pytest.MonkeyPatch)
 def test_engines_of_another_version_are_refused(built: Path, manifest: Manifest) -> None:
     other = replace(manifest, tools={**manifest.tools, "tensorrt_rtx": "1.2.3"})
     with pytest.raises(CosmosExportError, match=r"is installed; the engines are of 1\.2\.3") as caught:
-        rtx_sessions.open_backend(BundleFiles(built, other), None)
+        backends()["tensorrt-rtx"].open(BundleFiles(built, other), None)
     assert caught.value.code == "CX503"
 
 

@@ -103,7 +103,6 @@ def test_valid_text_parses() -> None:
         ("memory_bytes = 1", 'memory_bytes = "1"', "not a int"),
         ("memory_bytes = 1\n", "", "a GPU needs"),
         ("memory_bytes = 1", "memory_bytes = -1", "positive"),
-        ('"tensorrt-rtx"', '"opencl"', "opencl"),
         ('"12.0"', '"sm120"', "sm120"),
         ('["bf16"]', '["bf17"]', "bf17"),
         ('mxfp8 = "slow"', 'bf16 = "slow"', "both"),

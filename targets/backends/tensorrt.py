@@ -1,0 +1,95 @@
+"""TensorRT: a build writes models and requests, and engines are built from them on the GPU that they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from cosmos_export.diagnostics import CosmosExportError, UnsupportedError
+from cosmos_export.targets.backends.protocol import Backend, BuildAsked, EngineOrder, Engines, Requirement
+from cosmos_export.targets.description import Target
+
+if TYPE_CHECKING:
+    from cosmos_export.bundle import BundleFiles, EngineCheck, Manifest
+    from cosmos_export.progress import Progress
+    from cosmos_export.targets.sessions import Executor
+    from cosmos_export.targets.trt.checks import WantedEngine
+    from cosmos_export.targets.trt.common import EngineReport
+    from cosmos_export.targets.trt.engine_inspector import EngineSummary
+
+
+class _Engines(Engines):
+    built_here = False
+    module = "tensorrt"
+
+    def require(self) -> None:
+        from cosmos_export.targets.trt.common import require_module
+        from cosmos_export.targets.trt.tensorrt import FLAVOR
+
+        require_module(FLAVOR)
+
+    def require_gpu(self, target: Target) -> None:
+        from cosmos_export.targets.trt.tensorrt import require_gpu
+
+        require_gpu(target)
+
+    def key(self) -> Mapping[str, str]:
+        from cosmos_export.targets.trt.common import builder_key
+
+        return builder_key(self.module)
+
+    def build(
+        self, model: Path, output: Path, order: EngineOrder, target: Target, progress: Progress | None = None
+    ) -> EngineReport:
+        from cosmos_export.targets.trt.tensorrt import build_engine
+
+        return build_engine(
+            model,
+            output,
+            target=target,
+            profiles=order.profiles,
+            progress=progress,
+            decomposable_attention=order.decomposable_attention,
+            timing_cache=order.timing_cache,
+            plugins=order.plugins,
+        )
+
+    def inspect(self, path: Path) -> EngineSummary | None:
+        return None
+
+    def checks(self, wanted: WantedEngine, report: EngineReport, found: EngineSummary | None) -> list[EngineCheck]:
+        from cosmos_export.targets.trt.checks import report_checks
+
+        return report_checks(wanted, report)
+
+    def problem(self, file: BinaryIO, path: str, manifest: Manifest) -> str | None:
+        return None
+
+
+class TensorRt(Backend):
+    name = "tensorrt"
+    title = "TensorRT"
+    devices = ("cuda",)
+    requirements = (Requirement("tensorrt-cu13", "tensorrt"),)
+    takes_kernels = True
+    engines = _Engines()
+
+    def refusals(self, asked: BuildAsked, target: Target) -> Iterator[CosmosExportError]:
+        yield from super().refusals(asked, target)
+        if asked.kernels and find_spec("triton") is None:
+            yield UnsupportedError(
+                "CX802",
+                "compiling kernels needs Triton, not installed here",
+                'pip install ".[kernels]" in the checkout',
+            )
+
+    def open(self, files: BundleFiles, device: str | None) -> Executor:
+        from cosmos_export.targets.trt.sessions import open_engines
+        from cosmos_export.targets.trt.tensorrt import FLAVOR
+
+        return open_engines(FLAVOR, self.name, files, device)
+
+
+BACKEND = TensorRt()
