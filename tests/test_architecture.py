@@ -31,7 +31,19 @@ LEVELS = {
     **dict.fromkeys(["targets", "passes", "capture"], 2),
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(
-        ["arguments", "diagnostics", "directories", "files", "machine", "printable", "progress", "stamps", "streams"], 0
+        [
+            "arguments",
+            "diagnostics",
+            "directories",
+            "family",
+            "files",
+            "machine",
+            "printable",
+            "progress",
+            "stamps",
+            "streams",
+        ],
+        0,
     ),
 }
 # Where the level alone would allow more than there should be.
@@ -39,10 +51,10 @@ ONLY = {
     "arguments": {"diagnostics"},
     "ir": {"diagnostics"},
     "bundle": {"diagnostics", "directories", "files", "progress", "stamps"},
-    "checkpoint": {"diagnostics", "directories", "files", "progress", "stamps"},
-    "sampling": {"diagnostics"},
+    "checkpoint": {"diagnostics", "directories", "family", "files", "progress", "stamps"},
+    "sampling": {"diagnostics", "family"},
     "stamps": {"diagnostics"},
-    "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "files"},
+    "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}

@@ -19,9 +19,10 @@ from cosmos_export.checkpoint.output import give_back, new_directory, require_sp
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json, write_shards
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.family import Family
 from cosmos_export.progress import Progress, Silent
 
-VARIANTS = ("omni", "edge")
+VARIANTS = tuple(family.value for family in Family)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 DEFAULT_SHARD_SIZE = 5_000_000_000
 TINY = {
@@ -38,7 +39,8 @@ _SPARE_BYTES = 4 << 20
 class DemoOptions:
     """Sizes; None means the default of the preset (tiny, or the published width named by ``true_width``)."""
 
-    variant: str = "omni"
+    variant: str | None = None
+    """A family; None: that of the published size that is named, or `Family.OMNI`."""
     true_width: str | None = None
     """A published size whose widths the transformer has, with two layers."""
     like: str | None = None
@@ -64,8 +66,8 @@ class DemoOptions:
 
     def geometry(self) -> Geometry:
         """The transformer these options describe, or CX132."""
-        if self.variant not in VARIANTS:
-            _refuse(f"variant {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        if self._variant not in VARIANTS:
+            _refuse(f"variant {self._variant!r} is not one of {', '.join(VARIANTS)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             _refuse(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.like is not None and self.true_width is not None:
@@ -76,8 +78,10 @@ class DemoOptions:
         if self.shard_size <= 0:
             _refuse(f"shard size {self.shard_size} is not positive")
         base = self._preset()
-        if base.family != self.variant:
-            _refuse(f"the width of {self.like or self.true_width} belongs to variant {base.family}, not {self.variant}")
+        if base.family != self._variant:
+            _refuse(
+                f"the width of {self.like or self.true_width} belongs to variant {base.family}, not {self._variant}"
+            )
         chosen = {
             "num_hidden_layers": self.layers, "hidden_size": self.hidden, "num_attention_heads": self.heads,
             "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.intermediate,
@@ -86,7 +90,7 @@ class DemoOptions:
         }  # fmt: skip
         changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         if self.sound_dim is not None and not base.sound_gen:
-            _refuse(f"variant {self.variant} has no sound")
+            _refuse(f"variant {self._variant} has no sound")
         vocab = changes.get("vocab_size", base.vocab_size)
         if vocab < components.MIN_VOCAB:
             _refuse(f"a vocabulary of {vocab} cannot hold the tokenizer's {components.MIN_VOCAB} tokens")
@@ -100,12 +104,17 @@ class DemoOptions:
         """The type of the weights, as the files name it."""
         return DTYPES[self.dtype or ("float32" if self.like is None else "bfloat16")]
 
+    @property
+    def _variant(self) -> str:
+        size = PUBLISHED.get(self.like or self.true_width or "")
+        return self.variant or (Family.OMNI if size is None else size.family)
+
     def _preset(self) -> Geometry:
         if self.like is not None:
             return PUBLISHED[self.like]
         if self.true_width is not None:
             return replace(PUBLISHED[self.true_width], num_hidden_layers=_TRUE_WIDTH_LAYERS)
-        family = PUBLISHED["edge" if self.variant == "edge" else "nano"]
+        family = PUBLISHED[Family(self._variant).facts.preset]
         return _derived(family, TINY | ({"sound_dim": _TINY_SOUND} if family.sound_gen else {}))
 
 
@@ -123,7 +132,7 @@ def _derived(base: Geometry, changes: dict[str, Any]) -> Geometry:
 
 
 def write_demo_checkpoint(
-    output: Path, variant: str = "omni", *, force: bool = False, progress: Progress | None = None, **options: Any
+    output: Path, variant: str | None = None, *, force: bool = False, progress: Progress | None = None, **options: Any
 ) -> Path:
     """Writes the checkpoint directory ``output`` and returns it. ``options`` are the fields of ``DemoOptions``.
 
@@ -209,9 +218,9 @@ def _root_index(
     expected: dict[str, ExpectedTensor],
     geometry: Geometry,
 ) -> dict[str, Any]:
-    """What transformers reads the reasoner from. Edge lists the reasoner's tensors only; the others list all."""
+    """What transformers reads the reasoner from."""
     weight_map = weight_maps["transformer"] | weight_maps["vision_encoder"]
-    if not geometry.gated:
+    if not geometry.family.facts.root_lists_generator:
         generator = {tensor.name for tensor in expected.values() if tensor.tower is Tower.GENERATOR}
         weight_map = {name: file for name, file in weight_map.items() if name not in generator}
     sizes = {spec.name: spec.size_bytes for part in parts for spec in part.tensors}

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_export.checkpoint.geometry import EDGE_BACKBONE, Geometry
-from cosmos_export.checkpoint.published import PROJECTOR_WIDTH, SOUND_WIDTHS, VAE_WIDTHS, VISION_WIDTHS
+from cosmos_export.checkpoint.geometry import Geometry
+from cosmos_export.checkpoint.published import PROJECTOR_WIDTH, SOUND_WIDTHS, VAE_WIDTHS
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json
 
 SPECIAL_TOKENS = (
@@ -91,41 +91,38 @@ def transformer_config(geometry: Geometry) -> dict[str, Any]:
 
     config = {"_class_name": "Cosmos3OmniTransformer", "_diffusers_version": __version__, **geometry.config}
     config |= {"joint_attn_implementation": "two_way", "position_embedding_type": "unified_3d_mrope"}
-    if geometry.gated:
-        del config["rope_axes_dim"]
-        return config | {"model_type": "qwen3_vl_text", "use_moe": True, "video_temporal_causal": False}
-    return config | {"backbone_type": EDGE_BACKBONE, "temporal_compression_factor": 4}
+    facts = geometry.family.facts
+    if facts.states_backbone:
+        return config | {"backbone_type": facts.backbone, "temporal_compression_factor": 4}
+    del config["rope_axes_dim"]
+    return config | {"model_type": f"{facts.reasoner}_text", "use_moe": True, "video_temporal_causal": False}
 
 
 def scheduler_config(geometry: Geometry) -> dict[str, Any]:
-    """The published samplers: Karras sigmas, or for Edge the plain flow grid."""
+    """The published sampler of the family."""
     from diffusers import UniPCMultistepScheduler
 
-    arguments: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    if geometry.gated:
-        arguments |= {"use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.147}
-    else:
-        arguments |= {"flow_shift": 3.0}
-    return _plain_config(UniPCMultistepScheduler(**arguments))
+    flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    return _plain_config(UniPCMultistepScheduler(**flow, **geometry.family.facts.scheduler))
 
 
 def model_index(geometry: Geometry) -> dict[str, Any]:
     """The pipeline. The safety checker is off: it is a separate model with its own licence and weights."""
     from diffusers import __version__
 
-    omni = geometry.gated
+    facts = geometry.family.facts
     sound = ["diffusers", "Cosmos3AVAEAudioTokenizer"] if geometry.sound_gen else [None, None]
     return {
         "_class_name": "Cosmos3OmniPipeline",
         "_diffusers_version": __version__,
-        "default_use_system_prompt": omni,
+        "default_use_system_prompt": facts.system_prompt,
         "enable_safety_checker": False,
         "safety_checker": [None, None],
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "sound_tokenizer": sound,
         "text_tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "Cosmos3OmniTransformer"],
-        "use_native_flow_schedule": not omni,
+        "use_native_flow_schedule": facts.native_grid,
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
 
@@ -176,8 +173,8 @@ def write_tokenizer(folder: Path) -> None:
 def reasoner(geometry: Geometry, dtype: str, true_size: bool = False) -> tuple[dict[str, Any], DemoComponent]:
     """Root ``config.json`` and the vision encoder with which transformers loads the reasoner; narrow unless
     ``true_size``."""
-    widths = VISION_WIDTHS[geometry.family] if true_size else {}
-    return (_omni_reasoner if geometry.gated else _edge_reasoner)(geometry, dtype, widths)
+    facts = geometry.family.facts
+    return _REASONERS[facts.reasoner](geometry, dtype, facts.vision if true_size else {})
 
 
 def _text_config(geometry: Geometry) -> dict[str, Any]:
@@ -190,7 +187,7 @@ def _text_config(geometry: Geometry) -> dict[str, Any]:
         "bos_token_id": ids["<|endoftext|>"],
         "eos_token_id": ids["<|im_end|>"],
         "pad_token_id": ids["<|endoftext|>"],
-        "max_position_embeddings": 262144 if geometry.gated else 131072,
+        "max_position_embeddings": geometry.family.facts.max_position,
         "tie_word_embeddings": False,
     }
 
@@ -209,7 +206,7 @@ def _root_config(architecture: str, model_type: str, dtype: str) -> dict[str, An
     }
 
 
-def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], DemoComponent]:
+def _qwen_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], DemoComponent]:
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLVisionModel
 
@@ -231,7 +228,9 @@ def _omni_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) ->
     return config, DemoComponent("vision_encoder", "model", vision, _specs(model.state_dict(), dtype))
 
 
-def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) -> tuple[dict[str, Any], DemoComponent]:
+def _nemotron_reasoner(
+    geometry: Geometry, dtype: str, widths: Mapping[str, Any]
+) -> tuple[dict[str, Any], DemoComponent]:
     """Edge keeps the encoder under its names in the whole model, projector included, and gives it no configuration."""
     import torch
     from transformers import Cosmos3EdgeConfig
@@ -263,6 +262,13 @@ def _edge_reasoner(geometry: Geometry, dtype: str, widths: Mapping[str, Any]) ->
         f"model.{part}.{name}": value for part, model in parts.items() for name, value in model.state_dict().items()
     }
     return config, DemoComponent("vision_encoder", "model", None, _specs(state, dtype))
+
+
+_REASONERS: Mapping[str, Callable[[Geometry, str, Mapping[str, Any]], tuple[dict[str, Any], DemoComponent]]] = {
+    "qwen3_vl": _qwen_reasoner,
+    "cosmos3_edge": _nemotron_reasoner,
+}
+"""By the prefix of the reasoner's ``model_type``."""
 
 
 def _diffusers_component(folder: str, model_class: Any, arguments: dict[str, Any], dtype: str) -> DemoComponent:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UserError
+from cosmos_export.family import ACTIVATIONS, Family, family_of
 
 MODEL_CLASS = "Cosmos3OmniTransformer"
-EDGE_BACKBONE = "cosmos3_edge_nemotron_dense"
 TIME_PROJECTION = 256
 """Width of the sinusoidal timestep embedding; a constant of the model class, not of its configuration."""
 
@@ -40,7 +40,7 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "video_temporal_causal": (False,),
     "temporal_compression_factor": (4,),
     "temporal_compression_factor_sound": (1,),
-    "backbone_type": (EDGE_BACKBONE, "qwen3_vl_dense", None),
+    "backbone_type": (*(family.facts.backbone for family in reversed(Family)), None),
 }
 """Keys the model class does not read, but whose other values name a different model."""
 
@@ -91,14 +91,9 @@ class Geometry:
         _validate(self)
 
     @property
-    def gated(self) -> bool:
-        """The MLP has a gate (SwiGLU); otherwise it is squared ReLU."""
-        return self.hidden_act == "silu"
-
-    @property
-    def family(self) -> str:
-        """``omni`` (Qwen3-VL backbone) or ``edge`` (Nemotron dense backbone)."""
-        return "omni" if self.gated else "edge"
+    def family(self) -> Family:
+        """Which backbone both towers have."""
+        return family_of(self.hidden_act)
 
     @property
     def has_und_k_norm_for_gen(self) -> bool:
@@ -152,8 +147,12 @@ def parse_geometry(config: Mapping[str, Any]) -> Geometry:
             unknown[key] = value
     values["rope_axes_dim"] = _rope_axes(config)
     geometry = Geometry(**values, unknown_keys=unknown)
-    if config.get("backbone_type") == EDGE_BACKBONE and geometry.gated:
-        _invalid(f"backbone_type is {EDGE_BACKBONE!r}, whose hidden_act is 'relu2', but hidden_act is 'silu'")
+    for facts in (family.facts for family in Family if family.facts.states_backbone):
+        if config.get("backbone_type") == facts.backbone and geometry.hidden_act != facts.activation:
+            _invalid(
+                f"backbone_type is {facts.backbone!r}, whose hidden_act is {facts.activation!r}, but hidden_act is "
+                f"{geometry.hidden_act!r}"
+            )
     return geometry
 
 
@@ -197,8 +196,8 @@ def _typed(key: str, value: Any, annotation: str) -> Any:
 
 
 def _validate(geometry: Geometry) -> None:
-    if geometry.hidden_act not in ("silu", "relu2"):
-        _unsupported("hidden_act", geometry.hidden_act, "'silu' or 'relu2'")
+    if geometry.hidden_act not in ACTIVATIONS:
+        _unsupported("hidden_act", geometry.hidden_act, " or ".join(map(repr, ACTIVATIONS)))
     if geometry.latent_patch_size not in PATCH_SIZES:
         _unsupported("latent_patch_size", geometry.latent_patch_size, " or ".join(map(str, PATCH_SIZES)))
     if not 0 < geometry.num_hidden_layers <= _MAX_LAYERS:

@@ -128,9 +128,8 @@ def _layer(geometry: Geometry, index: int, tower: Tower) -> Iterator[ExpectedTen
     elif geometry.has_und_k_norm_for_gen:
         yield norm("self_attn.k_norm_und_for_gen", head)
     yield norm(f"post_attention_layernorm{suffix}", (hidden,))
-    if geometry.gated:
-        yield linear(f"mlp{suffix}.gate_proj", ffn, hidden, "mlp.gate_up")
-    yield linear(f"mlp{suffix}.up_proj", ffn, hidden, "mlp.gate_up")
+    for name in geometry.family.facts.mlp_inputs:
+        yield linear(f"mlp{suffix}.{name}", ffn, hidden, "mlp.gate_up")
     yield linear(f"mlp{suffix}.down_proj", hidden, ffn, "mlp.down")
 
 

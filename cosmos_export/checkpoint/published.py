@@ -26,17 +26,6 @@ VAE_WIDTHS: Mapping[str, Any] = {
 SOUND_WIDTHS: Mapping[str, Any] = {
     "dec_dim": 320, "dec_c_mults": [1, 2, 4, 8, 16], "enc_dim": 192, "enc_num_blocks": 2, "enc_c_mults": [1, 2, 4],
 }  # fmt: skip
-VISION_WIDTHS: Mapping[str, Mapping[str, Any]] = {
-    "omni": {
-        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [8, 16, 24],
-    },
-    "edge": {
-        "num_hidden_layers": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16,
-        "num_patches": 256,
-    },
-}  # fmt: skip
-"""Configuration of the reasoner's vision encoder, by family."""
 PROJECTOR_WIDTH = 11520
 """Width of Edge's projector between vision encoder and text tower."""
 

@@ -142,7 +142,7 @@ def _read(root: Path, inputs: Inputs) -> Checkpoint:
         quantization=quantization,
         distilled_sigmas=sigmas,
         policy=policy,
-        max_position=pipeline_config.max_position(root, config, 262_144 if geometry.gated else 131_072),
+        max_position=pipeline_config.max_position(root, config, geometry.family.facts.max_position),
         input_files=_input_files(root, components, shards),
         inputs=inputs,
         adapters=find_adapters(root, {header.file for shard in shards.values() for header in shard.headers}),

@@ -67,7 +67,7 @@ def register(app: typer.Typer) -> None:
 
         write_demo_checkpoint(
             output,
-            variant or ("edge" if "edge" in (true_width, like) else "omni"),
+            variant,
             force=force,
             progress=console.progress(),
             true_width=true_width,

@@ -120,7 +120,7 @@ def _sampling(checkpoint: Checkpoint) -> SamplingRecord:
         scheduler={key: _plain(value) for key, value in stated.scheduler.items() if _is_plain(value)},
         native=stated.native,
         distilled_sigmas=stated.distilled_sigmas,
-        edge=stated.edge,
+        edge=stated.family.facts.recorded_as_edge,
         policy=stated.policy,
     )
 

@@ -182,7 +182,7 @@ def _sampler_error(table: np.ndarray, schedule: Schedule, scheduler: Mapping[str
 def schedule_problems(manifest: Manifest, built: Schedule, mode: str, stated: CheckpointSampling) -> Iterator[str]:
     """Where a request to the bundle would be sampled otherwise than the checkpoint and the build say."""
     found = checkpoint_sampling(manifest.request)
-    for name in ("native", "edge", "policy", "distilled_sigmas"):
+    for name in ("native", "family", "policy", "distilled_sigmas"):
         if getattr(found, name) != getattr(stated, name):
             yield f"its {name} of the sampling is {getattr(found, name)}, the checkpoint says {getattr(stated, name)}"
     for key, value in found.scheduler.items():

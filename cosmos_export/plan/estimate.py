@@ -171,7 +171,7 @@ def offered_bytes(target: Target) -> int | None:
 def _limits(subject: Subject) -> ModelLimits:
     geometry = subject.geometry
     return ModelLimits(
-        max_position=262_144 if geometry.gated else 131_072,
+        max_position=geometry.family.facts.max_position,
         temporal_margin=geometry.unified_3d_mrope_temporal_modality_margin,
         sound=geometry.sound_gen,
         action=geometry.action_gen,

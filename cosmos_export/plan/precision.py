@@ -147,6 +147,6 @@ def linear_parameters(geometry: Geometry) -> Mapping[str, int]:
     return {
         "attention.qkv": hidden * (query + 2 * keys),
         "attention.out": query * hidden,
-        "mlp.gate_up": (2 if geometry.gated else 1) * inner,
+        "mlp.gate_up": len(geometry.family.facts.mlp_inputs) * inner,
         "mlp.down": inner,
     }

@@ -46,9 +46,6 @@ COMPILER_BYTES, COMPILER_LAYER_BYTES = 450_000_000, 4_000_000
 GATES_SHARE = 19
 """Bytes that measuring a quantized linear takes, for each of its parameters."""
 
-STREAM_WIDTHS = {True: 2.65, False: 4.5}
-"""How many values of the model's width a row has at the widest point of a layer besides those of its MLP; with a gate
-and without."""
 LOOP_SHARE = 1.16
 """Activations of a loop on the device beside those of its body: it is unrolled a little."""
 
@@ -222,8 +219,8 @@ def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
     All layers share the memory of the widest point of one, its MLP: gate, up and their product, or up alone, with what
     the stream still needs. ``keys``: rows of keys and values that are joined for attention.
     """
-    inner = (3 if geometry.gated else 1) * geometry.intermediate_size
-    width = inner + STREAM_WIDTHS[geometry.gated] * geometry.hidden_size
+    facts = geometry.family.facts
+    width = facts.mlp_activations * geometry.intermediate_size + facts.stream_width * geometry.hidden_size
     return int(2 * rows * width) + 2 * 2 * geometry.key_value_width * keys
 
 
@@ -424,7 +421,8 @@ def _together(parts: Sequence[PlannedEngine], peaks: Mapping[str, int], segments
 
 def gates_bytes(geometry: Geometry) -> int:
     """Anonymous memory of measuring a quantized model, one linear at a time: the largest is an MLP's first."""
-    return GATES_SHARE * (2 if geometry.gated else 1) * geometry.intermediate_size * geometry.hidden_size
+    inputs = len(geometry.family.facts.mlp_inputs)
+    return GATES_SHARE * inputs * geometry.intermediate_size * geometry.hidden_size
 
 
 def builder_bytes(part: PlannedEngine) -> int:

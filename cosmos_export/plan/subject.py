@@ -95,7 +95,7 @@ def sampling_of(checkpoint: Checkpoint) -> CheckpointSampling:
         scheduler=checkpoint.scheduler,
         native=bool(checkpoint.model_index.get("use_native_flow_schedule")),
         distilled_sigmas=checkpoint.distilled_sigmas,
-        edge=not checkpoint.geometry.gated,
+        family=checkpoint.geometry.family,
         policy=None if policy is None else policy.domain,
     )
 
@@ -137,21 +137,20 @@ def published_subject(name: str) -> Subject:
         raise UserError("CX480", f"there is no published size `{name}`", f"one of {', '.join(PUBLISHED)}")
     geometry = PUBLISHED[name]
     codecs = {k: v for k, v in PUBLISHED_CODECS.items() if CODECS[k].modality != "sound" or geometry.sound_gen}
+    facts = geometry.family.facts
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "use_flow_sigmas": True,
         "prediction_type": "flow_prediction",
+        **facts.scheduler,
     }
-    scheduler |= (
-        {"use_karras_sigmas": True, "sigma_max": 200.0, "sigma_min": 0.147} if geometry.gated else {"flow_shift": 3.0}
-    )
     weights = sum(t.elements for t in expected_tensors(geometry).values()) + _ENCODER_PARAMETERS[name]
     weights += _SOUND_ENCODER_PARAMETERS if geometry.sound_gen else 0
     return Subject(
         name=f"Cosmos3-{name.capitalize()}",
         variant=name,
         geometry=geometry,
-        sampling=CheckpointSampling(scheduler=scheduler, native=not geometry.gated, edge=not geometry.gated),
+        sampling=CheckpointSampling(scheduler=scheduler, native=facts.native_grid, family=geometry.family),
         codecs=codecs,
         weight_norm={name: _FOLDED_PARAMETERS for name in codecs if name == "sound-decoder"},
         tokenizer_bytes=_TOKENIZER_BYTES,

@@ -34,7 +34,7 @@ class OperationCount:
 def layer_linear(geometry: Geometry) -> int:
     """Operations of one row through the linears of one layer of a tower."""
     hidden, query, keys = geometry.hidden_size, geometry.query_width, geometry.key_value_width
-    mlp = (3 if geometry.gated else 2) * hidden * geometry.intermediate_size
+    mlp = (len(geometry.family.facts.mlp_inputs) + 1) * hidden * geometry.intermediate_size
     return 2 * (2 * hidden * query + 2 * hidden * keys + mlp)
 
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.family import recorded_family
 from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule, resolve_schedule
 
 
@@ -15,7 +16,8 @@ def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
     sampling = record.sampling
     # Lists of a scheduler's configuration are tuples in a manifest.
     scheduler = {key: list(v) if isinstance(v, tuple) else v for key, v in sampling.scheduler.items()}
-    return CheckpointSampling(scheduler, sampling.native, sampling.distilled_sigmas, sampling.edge, sampling.policy)
+    family = recorded_family(sampling.edge)
+    return CheckpointSampling(scheduler, sampling.native, sampling.distilled_sigmas, family, sampling.policy)
 
 
 def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord, mode: Mode) -> Schedule:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cosmos_export.family import Family
+
 Interval = tuple[float, float]
 
 
@@ -32,21 +34,21 @@ WORKLOADS: Mapping[str, str] = {
 
 # Where engines differ, the one that samples on the checkpoint's own grid was preferred: TensorRT-LLM on Karras for
 # images (guidance 4.0 of the framework belongs to its uniform grid), vLLM-Omni on the native grid for Edge.
-DEFAULTS: Mapping[tuple[str, str], Default] = {
-    ("omni", "image"): Default(50, 7.0, 3.0, (400.0, 1000.0), "TensorRT-LLM defaults.py, vLLM-Omni"),
-    ("omni", "video"): Default(
+DEFAULTS: Mapping[tuple[Family, str], Default] = {
+    (Family.OMNI, "image"): Default(50, 7.0, 3.0, (400.0, 1000.0), "TensorRT-LLM defaults.py, vLLM-Omni"),
+    (Family.OMNI, "video"): Default(
         35, 6.0, 10.0, None, "NVIDIA framework sample_args.json, vLLM-Omni, TensorRT-LLM, diffusers"
     ),
-    ("omni", "action"): Default(30, 1.0, 10.0, None, "NVIDIA framework sample_args.json"),
-    ("omni", "droid"): Default(4, 3.0, 5.0, None, "vLLM-Omni, LightX2V"),
-    ("edge", "image"): Default(50, 4.0, 3.0, None, "TensorRT-LLM defaults.py"),
-    ("edge", "video"): Default(35, 5.0, 3.0, None, "vLLM-Omni"),
-    ("edge", "action"): Default(30, 1.0, 10.0, None, "NVIDIA framework sample_args.json"),
-    ("edge", "droid"): Default(4, 3.0, 5.0, (960.0, 1001.0), "vLLM-Omni"),
+    (Family.OMNI, "action"): Default(30, 1.0, 10.0, None, "NVIDIA framework sample_args.json"),
+    (Family.OMNI, "droid"): Default(4, 3.0, 5.0, None, "vLLM-Omni, LightX2V"),
+    (Family.EDGE, "image"): Default(50, 4.0, 3.0, None, "TensorRT-LLM defaults.py"),
+    (Family.EDGE, "video"): Default(35, 5.0, 3.0, None, "vLLM-Omni"),
+    (Family.EDGE, "action"): Default(30, 1.0, 10.0, None, "NVIDIA framework sample_args.json"),
+    (Family.EDGE, "droid"): Default(4, 3.0, 5.0, (960.0, 1001.0), "vLLM-Omni"),
 }
-"""By backbone (``omni``: Nano and Super) and workload; ``droid`` is the policy mode of a DROID policy checkpoint."""
+"""By family and workload; ``droid`` is the policy mode of a DROID policy checkpoint."""
 
 
-def default_for(mode: str, *, edge: bool, policy: str | None) -> Default:
+def default_for(mode: str, family: Family, policy: str | None) -> Default:
     droid = mode == "policy" and (policy or "").startswith("droid")
-    return DEFAULTS["edge" if edge else "omni", "droid" if droid else WORKLOADS[mode]]
+    return DEFAULTS[family, "droid" if droid else WORKLOADS[mode]]

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeGuard, get_args
 import numpy as np
 
 from cosmos_export.diagnostics import UserError
+from cosmos_export.family import Family
 from cosmos_export.sampling import grids
 from cosmos_export.sampling.defaults import Default, Interval, default_for
 from cosmos_export.sampling.grids import TRAINING_STEPS
@@ -111,7 +112,7 @@ class CheckpointSampling:
     native: bool = False
     """``use_native_flow_schedule`` of the model index."""
     distilled_sigmas: tuple[float, ...] | None = None
-    edge: bool = False
+    family: Family = Family.OMNI
     policy: str | None = None
     """Embodiment domain of a policy checkpoint."""
 
@@ -190,7 +191,7 @@ def resolve_schedule(checkpoint: CheckpointSampling, mode: str, overrides: Overr
     _require_settings(checkpoint)
     if checkpoint.distilled_sigmas is not None:
         return _distilled(checkpoint.distilled_sigmas, mode, asked)
-    return _unipc(checkpoint, default_for(mode, edge=checkpoint.edge, policy=checkpoint.policy), asked)
+    return _unipc(checkpoint, default_for(mode, checkpoint.family, checkpoint.policy), asked)
 
 
 def _require_settings(checkpoint: CheckpointSampling) -> None:

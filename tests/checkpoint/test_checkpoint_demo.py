@@ -337,7 +337,7 @@ def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"variant": "nano"}, "variant 'nano' is not one of omni, edge"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
         ({"true_width": "huge"}, "true width 'huge' is not one of nano, super, edge"),
-        ({"true_width": "edge"}, "belongs to variant edge, not omni"),
+        ({"variant": "omni", "true_width": "edge"}, "belongs to variant edge, not omni"),
         ({"vocab": 200}, "a vocabulary of 200 cannot hold the tokenizer's 263 tokens"),
         ({"heads": 3}, "num_attention_heads = 3 is not a multiple"),
         ({"layers": 0}, "num_hidden_layers = 0 is outside"),

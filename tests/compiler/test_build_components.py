@@ -255,7 +255,7 @@ def test_the_recorded_sampling_gives_the_recorded_schedule(complete: Built) -> N
     from cosmos_export.sampling import CheckpointSampling, resolve_schedule
 
     record, manifest = complete.manifest.request.sampling, complete.manifest
-    stated = CheckpointSampling(record.scheduler, record.native, record.distilled_sigmas, record.edge, record.policy)
+    stated = CheckpointSampling(record.scheduler, record.native, record.distilled_sigmas, policy=record.policy)
     again = resolve_schedule(stated, str(manifest.options["mode"]), None)
     assert again.timesteps == manifest.options["schedule.timesteps"]
     assert again.guidance == manifest.options["schedule.guidance"]

@@ -16,6 +16,7 @@ from tiny_cosmos import Case, Compiled, Tensors, request, stock_forward
 from cosmos_export.compiler.forms import close_loop
 from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.diagnostics import UnsupportedError
+from cosmos_export.family import Family
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import run_graph, run_loop, run_program
 from cosmos_export.ir.program import Program
@@ -46,13 +47,15 @@ NEGATIVE_IDS = torch.arange(11, 34)
 
 
 def schedule(steps: int = 5, guidance: float = 6.0, **changes: Any) -> Schedule:
-    sampling = CheckpointSampling({"_class_name": "UniPCMultistepScheduler", **SCHEDULER}, False, None, False, None)
+    sampling = CheckpointSampling({"_class_name": "UniPCMultistepScheduler", **SCHEDULER})
     return resolve_schedule(sampling, "t2v", Overrides(steps=steps, guidance=guidance, **changes))
 
 
 def edge_schedule(steps: int, interval: tuple[float, float]) -> Schedule:
     """Edge's own grid."""
-    sampling = CheckpointSampling({"_class_name": "UniPCMultistepScheduler", **EDGE_SCHEDULER}, True, None, True, None)
+    sampling = CheckpointSampling(
+        {"_class_name": "UniPCMultistepScheduler", **EDGE_SCHEDULER}, True, family=Family.EDGE
+    )
     return resolve_schedule(sampling, "policy", Overrides(steps=steps, guidance=3.0, guidance_interval=interval))
 
 
@@ -293,7 +296,7 @@ def test_state_that_is_not_handed_on_is_missed(omni: Compiled) -> None:
 
 def test_segments_of_a_stochastic_sampler_take_noise_for_their_own_steps(omni: Compiled, tmp_path: Path) -> None:
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0}
-    plan = resolve_schedule(CheckpointSampling(config, False, (1.0, 0.9, 0.8, 0.6), False, None), "i2v")
+    plan = resolve_schedule(CheckpointSampling(config, False, (1.0, 0.9, 0.8, 0.6)), "i2v")
     inputs = request(omni.config, Case("i2v", 3, 5, 6, 9, clean=(0,)))
     whole = closed(omni, plan)
     known = loop_inputs(omni, whole, inputs)
@@ -339,7 +342,7 @@ def test_the_distilled_loop_takes_its_noise_as_an_input(omni: Compiled, tmp_path
     """x ← (1 − σ')·x0 + σ'·ε with the checkpoint's own sigmas, one branch, clean frames pinned in every step."""
     sigmas = (1.0, 0.9375, 0.8333333333333334, 0.625)
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0}
-    plan = resolve_schedule(CheckpointSampling(config, False, sigmas, False, None), "i2v")
+    plan = resolve_schedule(CheckpointSampling(config, False, sigmas), "i2v")
     program = closed(omni, plan)
     case = Case("i2v", 3, 5, 6, 9, clean=(0,))
     inputs = request(omni.config, case)

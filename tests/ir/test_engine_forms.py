@@ -118,7 +118,7 @@ def test_a_fault_in_the_model_of_the_engine_is_found(narrow: tuple[Program, Any]
 @pytest.fixture(scope="module")
 def loop(narrow: tuple[Program, Any]) -> Callable[[], tuple[Graph, onnx.ModelProto, onnx.ModelProto]]:
     program, weights = narrow
-    stated = CheckpointSampling(SCHEDULER, True, None, False, None)
+    stated = CheckpointSampling(SCHEDULER, native=True)
     schedule = resolve_schedule(stated, "t2v", Overrides(steps=3, guidance=3.0, guidance_interval=(0.0, 1000.0)))
     ((_, closed),) = close_loop(program, schedule).items()
     graph, tables = closed.graphs[closed.loop.body], loop_tables(closed, schedule, weights)

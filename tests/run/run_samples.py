@@ -131,7 +131,7 @@ def manifest(
                 {k: tuple(v) if isinstance(v, list) else v for k, v in sampling.scheduler.items()},
                 sampling.native,
                 sampling.distilled_sigmas,
-                sampling.edge,
+                sampling.family.facts.recorded_as_edge,
                 sampling.policy,
             ),
         ),

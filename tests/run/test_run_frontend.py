@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from cosmos_export.bundle import BundleFiles, DimRecord, PolicyRecord
 from cosmos_export.cli import run
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
+from cosmos_export.family import Family
 from cosmos_export.runtime import canvas, embodiments, media, read_media
 from cosmos_export.runtime.frontend import GenerateOptions, prepare
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
@@ -468,7 +469,9 @@ def test_options_that_do_not_go_together(files: Path, options: Any, what: str) -
 
 
 def test_what_the_bundle_lacks(files: Path) -> None:
-    edge = manifest(modalities=("vision", "action"), has_sound=False, sampling=CheckpointSampling(EDGE, edge=True))
+    edge = manifest(
+        modalities=("vision", "action"), has_sound=False, sampling=CheckpointSampling(EDGE, family=Family.EDGE)
+    )
     assert "generates no sound" in refused("CX605", files, edge, sound=True).message
     silent = manifest(modalities=("vision", "action"))
     assert "built without sound" in refused("CX605", files, silent, sound=True).message

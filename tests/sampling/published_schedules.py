@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from cosmos_export.family import Family
 from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, resolve_schedule
 
 STEPS = (1, 2, 4, 20, 35, 50)
@@ -39,7 +40,7 @@ def checkpoint(config: dict[str, Any], *, native: bool = False, **facts: Any) ->
 
 
 NANO = checkpoint(KARRAS)
-EDGE = checkpoint(flow(3.0), native=True, edge=True)
+EDGE = checkpoint(flow(3.0), native=True, family=Family.EDGE)
 FOUR_STEP = checkpoint(DISTILLED, distilled_sigmas=SIGMAS)
 
 GRID_CASES = {

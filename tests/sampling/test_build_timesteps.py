@@ -16,6 +16,7 @@ from cosmos_export.checkpoint.published import NANO as NANO_GEOMETRY
 from cosmos_export.checkpoint.published import Geometry
 from cosmos_export.compiler.time_table import checkpoint_schedule, timesteps
 from cosmos_export.diagnostics import UserError
+from cosmos_export.family import Family
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.sampling import CheckpointSampling, Overrides
 
@@ -72,7 +73,7 @@ def test_a_step_count_that_is_not_sampled_is_refused(facts: Facts, steps: int) -
 def test_the_facts_are_the_checkpoint_s() -> None:
     droid = Facts(flow(5.0), EDGE_GEOMETRY, {"use_native_flow_schedule": True}, policy={"domain_name": "droid_lerobot"})
     assert sampling_of(droid.checkpoint()) == CheckpointSampling(
-        flow(5.0), native=True, edge=True, policy="droid_lerobot"
+        flow(5.0), native=True, family=Family.EDGE, policy="droid_lerobot"
     )
     assert checkpoint_schedule(droid.checkpoint(), "policy").timesteps == (999.0, 937.0, 833.0, 624.0)
     assert checkpoint_schedule(droid.checkpoint(), "policy").guided == (True, False, False, False)
