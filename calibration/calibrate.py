@@ -34,6 +34,7 @@ from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.step_inputs import sound_latents
+from cosmos_export.sampling import MODES
 from cosmos_export.stamps import Inputs
 
 _SEARCH_ROWS = 256
@@ -250,7 +251,8 @@ class _Makers:
 
     def _encoded(self, work: CalibrationRequest) -> NDArray[np.float32]:
         request = work.request
-        key = (work.clip, work.image, work.canvas, request.frames, request.height, request.width, request.mode == "v2v")
+        size, fit = (request.frames, request.height, request.width), MODES[request.mode].fit
+        key = (work.clip, work.image, work.canvas, *size, fit)
         if self._last is None or self._last[0] != key:
             self._encoder = self._encoder or Encoder(self._job.checkpoint)
             self._last = key, self._encoder(pixels(work, self._job.record))
@@ -275,16 +277,9 @@ class _Makers:
 
 def pixels(work: CalibrationRequest, record: RequestRecord) -> canvas.Float:
     """float32 [3, frames, H, W] in [−1, 1]: the clip or picture of ``work`` on its canvas."""
-    request, spatial = work.request, record.video.spatial
+    request, spatial, fit = work.request, record.video.spatial, MODES[work.request.mode].fit
     height, width = request.height * spatial, request.width * spatial
-
-    def shrunk(frame: read_media.Frames) -> canvas.Pixels:
-        return canvas.resize(frame, height, width)
-
-    def covered(frame: read_media.Frames) -> canvas.Float:
-        return canvas.cover(frame[0], height, width)[None]
-
-    each = None if work.canvas is not None else shrunk if request.mode == "v2v" else covered
+    each = None if work.canvas is not None else canvas.keeping(fit, height, width)
     if work.image is not None:
         path, count, skip = work.image, 1, 0
     else:
@@ -293,7 +288,7 @@ def pixels(work: CalibrationRequest, record: RequestRecord) -> canvas.Float:
     frames = read_media.read_clip(path, count, skip=skip, each=each).frames
     if work.canvas is not None:
         return canvas.action_canvas(frames, work.canvas)
-    return canvas.stretch(frames, height, width) if request.mode == "v2v" else frames.swapaxes(0, 1)
+    return canvas.placed(frames, fit, height, width)
 
 
 def workspace_folder(output: Path) -> Path:

@@ -6,7 +6,7 @@ are tokenized and measured against the shape profile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import ProfileRecord, RequestRecord
-from cosmos_export.calibration.sources import ClipPart, Item
+from cosmos_export.calibration.items import ClipPart, Item
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime import canvas, read_media
@@ -23,19 +23,15 @@ from cosmos_export.runtime.embodiments import Embodiment, embodiment, require_wi
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
 from cosmos_export.runtime.request import ActionPart, Request
-from cosmos_export.runtime.scenes import KEPT_LATENTS
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.runtime.tokenize import PromptTokenizer
-from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, resolve_schedule
+from cosmos_export.sampling import DEFAULT_MODE, MODES, CheckpointSampling, Mode, Overrides, resolve_schedule
+from cosmos_export.sampling.modes import IMAGE_MODE, Clue, PromptForm, modes_shown_by
 
 Latents = Literal["encoded", "borrowed", "recorded", "rollout", "noise"]
 """Where clean latents come from: the item's own clip, another item's, a file, the model itself; ``noise``: nowhere."""
 
-ACTION_MODES: tuple[Mode, ...] = ("policy", "forward-dynamics", "inverse-dynamics")
-_CLIP_MODES: tuple[Mode, ...] = ("t2v", "i2v", "v2v")
 _RATE_TOLERANCE = 0.01
-_LEAST_FRAMES: Mapping[str, int] = {"t2i": 1, "v2v": 1 + 4 * KEPT_LATENTS}
-"""Pixel frames a mode needs; five where it is not listed."""
 
 
 @dataclass(frozen=True)
@@ -91,27 +87,23 @@ def make_requests(
     for index, (number, item) in enumerate(items):
         for mode in _modes(item, index, setting):
             lender = lenders[index % len(lenders)] if lenders else None
-            works.append(_work(item, mode, number, lender, setting, tokenizer, use_system))
+            works.append(_work(item, MODES[mode], number, lender, setting, tokenizer, use_system))
     return works
 
 
-def _modes(item: Item, index: int, setting: Setting) -> tuple[Mode, ...]:
+def _modes(item: Item, index: int, setting: Setting) -> tuple[str, ...]:
     if item.mode is not None:
         return (item.mode,)
-    distilled = setting.sampling.distilled_sigmas is not None
     if item.actions is not None:
-        return ACTION_MODES
-    if item.clip is not None:
-        return (_CLIP_MODES[index % len(_CLIP_MODES)],)
-    if item.image is not None or _single(setting):
-        return ("t2i",)
+        return modes_shown_by(Clue.ACTIONS)
+    if item.clip is not None or item.image is not None:
+        turns = modes_shown_by(Clue.PICTURE if item.clip is None else Clue.CLIP)
+        return (turns[index % len(turns)],)
+    if setting.profile.dims["frames"].max == 1:
+        return (IMAGE_MODE,)
     if item.latents is not None and _recorded(item, setting)["vision"].shape[2] == 1:
-        return ("t2i",)
-    return ("t2v",) if not distilled or not _single(setting) else ("t2i",)
-
-
-def _single(setting: Setting) -> bool:
-    return setting.profile.dims["frames"].max == 1
+        return (IMAGE_MODE,)
+    return (DEFAULT_MODE,)
 
 
 def _work(
@@ -123,10 +115,10 @@ def _work(
     tokenizer: PromptTokenizer,
     use_system: bool,
 ) -> CalibrationRequest:
-    schedule = resolve_schedule(setting.sampling, mode, _overrides(setting.overrides, mode))
-    base = Request(mode, _NO_IDS, None, schedule, 1, 1, 1, setting.record.video.base_fps)
+    schedule = resolve_schedule(setting.sampling, mode.name, _overrides(setting.overrides, mode))
+    base = Request(mode.name, _NO_IDS, None, schedule, 1, 1, 1, setting.record.video.base_fps)
     work = CalibrationRequest(f"{item.name} ({mode})", source, base, "encoded")
-    if mode in ACTION_MODES:
+    if mode.acts:
         work, scene = _action(item, work, setting)
     elif item.latents is not None:
         work, scene = _from_file(item, work, setting)
@@ -134,7 +126,10 @@ def _work(
         work, scene = _video(item, work, lender, setting)
     request = work.request
     texts = request_texts(
-        item.prompt, item.negative or setting.negative, scene, action=DEFAULT_VIEWPOINT if request.action else None
+        item.prompt,
+        item.negative or setting.negative,
+        scene,
+        action=DEFAULT_VIEWPOINT if mode.prompt is PromptForm.TASK else None,
     )
     system = system_message(scene) if use_system else None
     guided = any(schedule.guided)
@@ -160,7 +155,7 @@ _NO_IDS = np.zeros(0, np.int64)
 
 def _overrides(asked: Overrides, mode: Mode) -> Overrides:
     """An interval is for requests that are guided; an action usually is not."""
-    return replace(asked, guidance_interval=None) if mode in ACTION_MODES and asked.guidance is None else asked
+    return replace(asked, guidance_interval=None) if mode.acts and asked.guidance is None else asked
 
 
 # -- videos and images ------------------------------------------------------------------------------------------------
@@ -169,7 +164,7 @@ def _overrides(asked: Overrides, mode: Mode) -> Overrides:
 def _video(
     item: Item, work: CalibrationRequest, lender: Item | None, setting: Setting
 ) -> tuple[CalibrationRequest, Scene]:
-    mode, video = work.request.mode, setting.record.video
+    mode, video = MODES[work.request.mode], setting.record.video
     clip, image, latents = item.clip, item.image, work.latents
     fps = item.fps
     if clip is None and image is None:
@@ -177,9 +172,9 @@ def _video(
         if latents == "borrowed":
             assert lender is not None
             clip = lender.clip
-    frames = 1 if mode == "t2i" else item.frames or setting.frames
+    frames = 1 if mode.single else item.frames or setting.frames
     notes: tuple[str, ...] = ()
-    if clip is not None and mode != "t2i":
+    if clip is not None and not mode.single:
         found = read_media.read_clip(clip.path, min(frames, clip.count or frames), skip=clip.skip, each=_corner)
         notes = found.notes
         frames = (len(found.frames) - 1) // video.temporal * video.temporal + 1
@@ -189,13 +184,13 @@ def _video(
         notes = read_media.read_clip(clip.path, 1, skip=clip.skip).notes
     elif image is not None:
         notes = read_media.read_picture(image).notes
-    least = _LEAST_FRAMES.get(mode, 1 + video.temporal)
+    least = (mode.least_frames - 1) * video.temporal + 1
     if frames < least:
         raise UserError(
-            "CX344", f"{item.name}: {frames} frames; mode {mode} needs {least}", "a longer clip, or mode=t2i"
+            "CX344", f"{item.name}: {frames} frames; mode {mode} needs {least}", f"a longer clip, or mode={IMAGE_MODE}"
         )
     height, width = setting.height // video.spatial, setting.width // video.spatial
-    sounding = "sound" in setting.modalities and mode != "t2i"
+    sounding = "sound" in setting.modalities and not mode.single
     sound = sounding and (latents == "rollout" or (clip is not None and _heard(clip, setting)))
     request = replace(
         work.request,
@@ -203,7 +198,7 @@ def _video(
         height=height,
         width=width,
         fps=fps or video.base_fps,
-        clean_frames=_CLEAN.get(mode, ()),
+        clean_frames=_clean(mode, (frames - 1) // video.temporal + 1),
         sound=sound,
     )
     scene = Scene(frames, setting.height, setting.width, request.fps)
@@ -221,12 +216,13 @@ def _heard(clip: ClipPart, setting: Setting) -> bool:
     return wanted and read_media.has_sound(clip.path)
 
 
-_CLEAN: Mapping[str, tuple[int, ...]] = {"i2v": (0,), "v2v": tuple(range(KEPT_LATENTS))}
+def _clean(mode: Mode, latent_frames: int) -> tuple[int, ...]:
+    return tuple(range(mode.given_frames(latent_frames)))
 
 
 def _made(item: Item, lender: Item | None, setting: Setting) -> Latents:
     """Where latents for a prompt without a picture come from."""
-    if item.mode in ("i2v", "v2v"):
+    if item.mode is not None and MODES[item.mode].sources:
         raise UserError("CX346", f"{item.name}: mode {item.mode} without a clip", "leave the mode out, or add a clip")
     if setting.latents == "rollout":
         return "rollout"
@@ -267,7 +263,8 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
         raise UserError(
             "CX346", f"{item.name}: mode {work.request.mode} without {what}", "…,video=CLIP.mp4 beside them"
         )
-    if work.request.mode == "policy" and record.policy is not None and record.policy.state:
+    mode = MODES[work.request.mode]
+    if mode.state and record.policy is not None and record.policy.state:
         raise UnsupportedError(
             "CX605",
             f"{item.name}: this checkpoint is a policy that is given the robot's state as the first row of its actions "
@@ -295,15 +292,14 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
     plan = canvas.plan_action_canvas(height, width, _tier(robot.tier, setting), video.spatial)
     given = item.actions[:rows]
     latent_frames = rows // video.temporal + 1
-    mode = work.request.mode
-    part = ActionPart(rows, robot.domain, columns, given if mode == "forward-dynamics" else None)
+    part = ActionPart(rows, robot.domain, columns, given if mode.clean_actions == "all" else None)
     request = replace(
         work.request,
         frames=rows + 1,
         height=max(plan.content_height // video.spatial, 1),
         width=max(plan.content_width // video.spatial, 1),
         fps=fps,
-        clean_frames=tuple(range(latent_frames)) if mode == "inverse-dynamics" else (0,),
+        clean_frames=_clean(mode, latent_frames),
         action=part,
     )
     scene = Scene(rows + 1, plan.height, plan.width, fps)
@@ -339,7 +335,7 @@ def _from_file(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[
         width=width,
         fps=fps,
         sound=sound,
-        clean_frames=_CLEAN.get(work.request.mode, ()),
+        clean_frames=_clean(MODES[work.request.mode], frames),
     )
     scene = Scene(pixel_frames, height * video.spatial, width * video.spatial, fps)
     return replace(work, request=request, latents="recorded", file=item.latents), scene

@@ -13,7 +13,8 @@ from cosmos_export.bench.measure import FEWEST_RUNS, REASONER, check_runs
 from cosmos_export.bench.result import MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.progress import Progress
-from cosmos_export.sampling import Schedule
+from cosmos_export.sampling import DEFAULT_MODE, MODES, Mode, Schedule
+from cosmos_export.sampling.modes import IMAGE_MODE
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import Manifest, ProfileRecord
@@ -25,23 +26,16 @@ if TYPE_CHECKING:
 class Kind:
     """A named workload: what a request of it has, at the sizes of a profile."""
 
-    mode: str
-    image: bool = False
-    """One frame."""
-    picture: bool = False
-    """The first frame is given."""
+    mode: Mode
     sound: bool = False
-    action: bool = False
 
 
 KINDS: Mapping[str, Kind] = {
-    "t2i": Kind("t2i", image=True),
-    "t2v": Kind("t2v"),
-    "i2v": Kind("i2v", picture=True),
-    "av": Kind("t2v", sound=True),
-    "policy": Kind("policy", picture=True, action=True),
+    **{mode.name: Kind(mode) for mode in MODES.values() if mode.clean_frames in (0, 1) and not mode.needs},
+    "av": Kind(MODES[DEFAULT_MODE], sound=True),
 }
-"""Besides these `REASONER`: one prompt through the reasoner."""
+"""Modes that start from a prompt, with a picture or without, and `DEFAULT_MODE` with sound. Besides these `REASONER`:
+one prompt through the reasoner."""
 _ROBOT = "droid_lerobot"
 
 
@@ -141,7 +135,7 @@ def _profile(manifest: Manifest, asked: str | None) -> ProfileRecord:
 
 def _built_for(manifest: Manifest, dims: Mapping[str, int]) -> str:
     mode = str(manifest.options["mode"])
-    return "t2i" if dims["frames"] == 1 else mode if mode in KINDS else "t2v"
+    return IMAGE_MODE if dims["frames"] == 1 else mode if mode in KINDS else DEFAULT_MODE
 
 
 def _schedule(manifest: Manifest) -> Schedule:
@@ -163,34 +157,35 @@ def numbered_requests(
     if name not in KINDS:
         raise UserError("CX672", f"workload `{name}` is not one of {', '.join((*KINDS, REASONER))}")
     kind, record = KINDS[name], manifest.request
+    mode = kind.mode
     schedule, dims = _schedule(manifest), {name: span.opt for name, span in profile.dims.items()}
     modalities = manifest.options["modalities"]
-    for wanted, has in (("sound", kind.sound), ("action", kind.action)):
+    for wanted, has in (("sound", kind.sound), ("action", mode.acts)):
         if has and (wanted not in modalities or not dims.get(f"{wanted}_len")):  # type: ignore[operator]
             raise UserError("CX672", f"workload `{name}` has {wanted}, and the bundle's profile none")
-    if kind.picture and ENCODER not in manifest.streams:
+    if mode.clean_frames and ENCODER not in manifest.streams:
         raise UnsupportedError("CX605", f"this bundle has no {ENCODER}", "build it with its components")
     lowest = {n: span.min for n, span in manifest.profiles[0].dims.items()}
-    if kind.image and lowest["frames"] > 1:
+    if mode.single and lowest["frames"] > 1:
         raise UserError(
             "CX672", f"workload `{name}` has one frame, and the bundle takes no fewer than {lowest['frames']}"
         )
     assert record is not None
-    frames = 1 if kind.image else record.video.temporal * (dims["frames"] - 1) + 1
+    frames = 1 if mode.single else record.video.temporal * (dims["frames"] - 1) + 1
     scale = record.video.spatial
     random = np.random.default_rng(0)
     pixels = None
-    if kind.picture:
+    if mode.clean_frames:
         pixels = random.uniform(-1, 1, (1, 3, 1, scale * dims["height"], scale * dims["width"])).astype(np.float32)
     action = None
-    if kind.action:
+    if mode.acts:
         robot = EMBODIMENTS[_ROBOT]
         action = ActionPart(dims["action_len"], robot.domain, robot.width or 1)
     positive = np.arange(tokens[0], dtype=np.int64)
     negative = np.arange(tokens[1], dtype=np.int64) if any(schedule.guided) else None
     base = Request(
-        kind.mode, positive, negative, schedule, frames, dims["height"], dims["width"], 24.0,  # type: ignore[arg-type]
-        clean_frames=(0,) if kind.picture else (), pixels=pixels, sound=kind.sound, action=action,
+        mode.name, positive, negative, schedule, frames, dims["height"], dims["width"], 24.0,
+        clean_frames=(0,) if mode.clean_frames else (), pixels=pixels, sound=kind.sound, action=action,
     )  # fmt: skip
 
     def numbered(number: int) -> Request:
@@ -219,7 +214,7 @@ def _decoded(result: Result, generator: Generator, request: Request) -> bool:
     from cosmos_export.runtime.generate_options import DECODER, SOUND_DECODER
 
     manifest, decoded = generator.bundle.manifest, False
-    if DECODER in manifest.streams and request.action is None:
+    if DECODER in manifest.streams and "vision" in MODES[request.mode].decoded:
         for _ in result.video():
             decoded = True
     if request.sound and SOUND_DECODER in manifest.graphs:

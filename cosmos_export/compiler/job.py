@@ -8,9 +8,8 @@ from typing import Literal
 
 from cosmos_export.calibration.table import ScaleTable
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.compiler.time_table import DEFAULT_MODE
 from cosmos_export.precision.recipe import Assignment, Recipe
-from cosmos_export.sampling import Schedule, Segment
+from cosmos_export.sampling import DEFAULT_MODE, Schedule, Segment
 from cosmos_export.stamps import Inputs, require_unchanged
 from cosmos_export.targets import Target
 from cosmos_export.targets.backends import Backend, backend_of

@@ -36,12 +36,13 @@ from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import PassOptions
 from cosmos_export.report.losses import loss_page
+from cosmos_export.sampling import DEFAULT_MODE, MODES
 
 REPORT_JSON, REPORT_PAGE = "report/quantization.json", "report/quantization.html"
 LINEAGE = "calibration/lineage.json"
 _STEPS = 6
 """Steps of the schedule that are looked at: the first, the last, and others between them."""
-_CASE = "text-to-video"
+_CASE = MODES[DEFAULT_MODE].title
 _NAMED = 5
 _DRAWS, _SMALL_BYTES = 3, 10**8
 """Draws of rounding errors; of a model with more weights one, as it has more values to take the mean over."""

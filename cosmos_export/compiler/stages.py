@@ -316,13 +316,9 @@ def _build(
     Cache(job.options.cache).add(cache_entries(writer, result.manifest, created))
 
 
-_CASES_OF_PART = ("text-to-video", "policy")
-"""Between them all modalities, clean and noisy rows."""
-
-
 def _cases_of_part(job: Job) -> list[Case]:
     """What a part of a model is compared on; a loop on the device, which runs all its steps, on the first that fits."""
-    found = [c for c in CASES if c.name in _CASES_OF_PART and set(c.outputs) & set(job.outputs)]
+    found = [c for c in CASES if c.mode.representative and set(c.outputs) & set(job.outputs)]
     return [c for c in found if not c.actions or "action" in job.modalities][: 1 if job.options.loop == "device" else 2]
 
 

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.plan.subject import sampling_of
-from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
+from cosmos_export.sampling import DEFAULT_MODE, Overrides, Schedule, resolve_schedule
 
 if TYPE_CHECKING:
     import torch
 
     from cosmos_export.ir.interpreter import Weights
     from cosmos_export.ir.program import Program
-
-DEFAULT_MODE = "t2v"
 
 
 def checkpoint_schedule(

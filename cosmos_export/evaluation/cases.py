@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from cosmos_export.runtime import positions
+from cosmos_export.sampling import DEFAULT_MODE, MODES, Mode
+from cosmos_export.sampling.modes import Clean
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Case:
     clean_actions: Sequence[int] | str = ()
     fps: float = 24.0
     timestep: float = 437.0
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that the case is of; the default one where it is of none."""
+        return next((mode for mode in MODES.values() if mode.title == self.name), MODES[DEFAULT_MODE])
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -83,16 +90,17 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-CASES = (
-    Case("text-to-image", prompt=33, frames=1, height=6, width=8),
-    Case("text-to-video", prompt=12, frames=5, height=5, width=6, sound=9, fps=16.0),
-    Case("image-to-video", prompt=1, frames=3, height=5, width=7, clean_frames=(0,)),
-    Case("video-to-video", prompt=70, frames=5, height=4, width=6, clean_frames=(0, 1), sound=3, fps=30.0),
-    Case("policy", prompt=20, frames=3, height=5, width=4, clean_frames=(0,), actions=8, fps=15.0),
-    Case(
-        "forward-dynamics", prompt=20, frames=3, height=4, width=5, clean_frames=(0,), actions=8, clean_actions="all",
-        fps=5.0,
-    ),
-    Case("inverse-dynamics", prompt=20, frames=3, height=4, width=4, clean_frames="all", actions=8, fps=10.0),
-)  # fmt: skip
-"""Small enough for a model of true width: at most a few hundred rows."""
+def _case(mode: Mode) -> Case:
+    sample = mode.sample
+    return Case(
+        mode.title, sample.prompt, sample.frames, sample.height, sample.width, _clean(mode.clean_frames), sample.sound,
+        sample.actions, _clean(mode.clean_actions or 0), sample.fps,
+    )  # fmt: skip
+
+
+def _clean(rows: Clean) -> Sequence[int] | str:
+    return rows if rows == "all" else tuple(range(rows))
+
+
+CASES = tuple(map(_case, MODES.values()))
+"""One per mode, from its sample: at most a few hundred rows."""

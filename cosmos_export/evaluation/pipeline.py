@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cosmos_export.sampling import Schedule
+from cosmos_export.sampling import MODES, Schedule
 
 Array = NDArray[Any]
 
@@ -115,6 +115,9 @@ def _run(checkpoint: Path, request: PublishedRequest) -> Published:
     if request.action is None:
         arguments |= {"num_frames": request.frames, "height": request.height, "width": request.width}
         arguments |= {"image": _image(request.image), "video": _video(request.video)}
+        if request.video is not None:
+            clean = MODES[request.mode].given_frames((request.frames - 1) // pipe.vae.config.scale_factor_temporal + 1)
+            arguments["condition_frame_indexes_vision"] = tuple(range(clean))
     else:
         arguments["action"] = _action(request)
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,9 @@ from cosmos_export.runtime.request import ActionPart, Request
 from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
 from cosmos_export.runtime.scheduling import checkpoint_sampling, request_schedule
 from cosmos_export.runtime.step_inputs import sound_latents
-from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule
+from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule
 from cosmos_export.sampling.solvers import SolverState, distilled_step, unipc_step
 
-MODES_OF_CASES: Mapping[str, Mode] = {
-    "text-to-image": "t2i", "text-to-video": "t2v", "image-to-video": "i2v", "video-to-video": "v2v",
-    "policy": "policy", "forward-dynamics": "forward-dynamics", "inverse-dynamics": "inverse-dynamics",
-}  # fmt: skip
 GUIDANCE = 3.0
 _STEPS = 3
 TABLE_LIMIT = 1e-5
@@ -75,7 +71,7 @@ def request_of(
         clean = rows.numpy() if case.clean_actions == "all" else None
         action = ActionPart(case.actions, int(inputs["action_domain"]), rows.shape[1], clean)
     return Request(
-        mode=MODES_OF_CASES.get(case.name, "t2v"),
+        mode=case.mode.name,
         input_ids=inputs["input_ids"].numpy(),
         negative_ids=negative.numpy() if any(schedule.guided) else None,
         schedule=schedule,
@@ -188,5 +184,5 @@ def schedule_problems(manifest: Manifest, built: Schedule, mode: str, stated: Ch
     for key, value in found.scheduler.items():
         if stated.scheduler.get(key) != value:
             yield f"its scheduler has {key} = {value}, the checkpoint says {stated.scheduler.get(key)}"
-    if request_schedule(Overrides(), manifest, manifest.request, cast(Mode, mode)) != built:
+    if request_schedule(Overrides(), manifest, manifest.request, mode) != built:
         yield f"a request of mode {mode} has another schedule than the one that was built for"

@@ -226,7 +226,7 @@ class _Planner:
     def load(self, workload: Workload) -> Load:
         schedule: Schedule = self.schedules[workload.name]
         reasoner, generator = request_work(self.subject, workload, schedule)
-        conditional, unconditional = passes(schedule)
+        conditional, unconditional = passes(workload, schedule)
         return Load(
             workload=workload.name,
             mode=workload.mode,

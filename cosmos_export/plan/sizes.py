@@ -18,7 +18,7 @@ from cosmos_export.checkpoint.layout import ExpectedTensor
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject
-from cosmos_export.plan.work import encoded_frames
+from cosmos_export.plan.work import decodes, encoded_frames
 from cosmos_export.plan.workload import Workload
 from cosmos_export.precision.recipe import WEIGHT_ONLY
 from cosmos_export.targets import Target
@@ -331,9 +331,9 @@ def _runs(part: PlannedEngine, workload: Workload) -> bool:
         case "vae_encoder_next":
             return frames > 1
         case "vae_decoder_first":
-            return workload.mode not in ("policy", "inverse-dynamics")
+            return decodes(workload)
         case "vae_decoder_next":
-            return workload.mode not in ("policy", "inverse-dynamics") and workload.dim("frames") > 1
+            return decodes(workload) and workload.dim("frames") > 1
         case "sound_decoder":
             return workload.dim("sound_len") > 0
     return True

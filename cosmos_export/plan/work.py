@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.plan.subject import PUBLISHED_CODECS, Subject
 from cosmos_export.plan.workload import Workload
-from cosmos_export.sampling import Schedule
+from cosmos_export.sampling import MODES, Schedule
 
 
 @dataclass(frozen=True)
@@ -73,30 +73,26 @@ def codec_work(subject: Subject, name: str, workload: Workload, frames: int | No
     return workload.dim("height") * workload.dim("width") * (first + further * (count - 1)) if count else 0.0
 
 
-CONDITIONED_FRAMES = {"i2v": 1, "v2v": 2, "policy": 1, "forward-dynamics": 1}
-"""Latent frames that each mode encodes; ``inverse-dynamics`` encodes all, text modes none."""
-
-
 def encoded_frames(workload: Workload) -> int:
-    if workload.mode == "inverse-dynamics":
-        return workload.dim("frames")
-    return CONDITIONED_FRAMES.get(workload.mode, 0)
+    """Latent frames of the request that are given, so that they are encoded."""
+    return MODES[workload.mode].given_frames(workload.dim("frames"))
 
 
 def decodes(workload: Workload) -> bool:
     """Whether the request ends with frames; a policy's end with actions."""
-    return workload.mode not in ("policy", "inverse-dynamics")
+    return "vision" in MODES[workload.mode].decoded
 
 
-def passes(schedule: Schedule) -> tuple[int, int]:
-    """Passes of the generator on the prompt and on the negative prompt."""
-    return schedule.steps, sum(schedule.guided)
+def passes(workload: Workload, schedule: Schedule) -> tuple[int, int]:
+    """Passes of the generator on the prompt, and on the prompts of the other branches of guidance."""
+    others = len(MODES[workload.mode].guidance.branches) - 1
+    return schedule.steps, others * sum(schedule.guided)
 
 
 def request_work(subject: Subject, workload: Workload, schedule: Schedule) -> tuple[OperationCount, OperationCount]:
     """(reasoner once, generator over all steps)."""
     geometry, rows = subject.geometry, workload.rows
-    conditional, unconditional = passes(schedule)
+    conditional, unconditional = passes(workload, schedule)
     reasoner = reasoner_pass(geometry, workload.prompt_tokens)
     generator = generator_pass(geometry, rows, workload.prompt_tokens) * conditional
     if unconditional:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import MODES
-from cosmos_export.sampling.defaults import WORKLOADS
-from cosmos_export.targets.profiles import Profile, parse_profile
-
-PROMPT_TOKENS: Mapping[str, tuple[int, int]] = {"video": (1615, 2863), "image": (1544, 64), "action": (132, 64)}
-"""Tokens of the prompt and of the negative prompt in the official recipes, by kind of workload: a JSON caption, and the
-negative prompt for video; for images and actions an empty one in its template."""
+from cosmos_export.targets.profiles import NAMED_PROFILES, Profile, parse_profile
 
 
 @dataclass(frozen=True)
@@ -54,8 +48,6 @@ def parse_workload(text: str, prompt_tokens: tuple[int, int] | None = None) -> W
     profile that is none.
     """
     name = text.strip()
-    if name == "policy-droid":
-        return _workload(name, "policy", name, prompt_tokens)
     mode = next((m for m in sorted(MODES, key=len, reverse=True) if name == m or name.startswith(f"{m}-")), None)
     if mode is None:
         head = name.partition("-")[0]
@@ -65,16 +57,16 @@ def parse_workload(text: str, prompt_tokens: tuple[int, int] | None = None) -> W
             f"workload `{text}` begins with no mode; modes: {', '.join(MODES)}",
             f"did you mean `{near[0]}`?" if near else "for example t2v-480p-189f, t2i-720p, policy-droid",
         )
-    shape = name.removeprefix(mode).removeprefix("-")
+    shape = name if name in NAMED_PROFILES else name.removeprefix(mode).removeprefix("-")
     if not shape:
         raise UserError("CX481", f"workload `{text}` has no size", f"for example {mode}-480p")
-    if WORKLOADS[mode] == "image" and "=" not in shape:
+    if MODES[mode].single and "=" not in shape:
         shape += ",frames=1"
     return _workload(name, mode, shape, prompt_tokens)
 
 
 def _workload(name: str, mode: str, shape: str, prompt_tokens: tuple[int, int] | None) -> Workload:
-    positive, negative = prompt_tokens or PROMPT_TOKENS[WORKLOADS[mode]]
+    positive, negative = prompt_tokens or MODES[mode].settings.prompt_tokens
     profile = parse_profile(shape)
     longest = profile.dims["und_len"].max
     if not 0 < max(positive, negative) <= longest or min(positive, negative) < 1:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.diagnostics import UserError
+from cosmos_export.sampling.modes import Fit
 
 Float = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
@@ -77,6 +78,23 @@ def cover(image: Pixels, height: int, width: int) -> Float:
         plane[:] = _weighted(lines.swapaxes(-1, -2), down - first, weights).swapaxes(-1, -2)
     levels = np.clip(np.round(planes), 0, 255)
     return np.asarray(levels / np.float32(127.5) - np.float32(1), dtype=np.float32)
+
+
+def keeping(fit: Fit, height: int, width: int) -> Callable[[Pixels], NDArray[Any]]:
+    """What is kept of a frame [1, H, W, 3] as it is decoded, for `placed`: no more than the canvas needs."""
+
+    def covered(frame: Pixels) -> Float:
+        return cover(frame[0], height, width)[None]
+
+    def shrunk(frame: Pixels) -> Pixels:
+        return resize(frame, height, width)
+
+    return shrunk if fit == "stretch" else covered
+
+
+def placed(kept: NDArray[Any], fit: Fit, height: int, width: int) -> Float:
+    """Frames that were `keeping` on the canvas: float32 [3, frames, height, width] in [−1, 1]."""
+    return stretch(kept, height, width) if fit == "stretch" else kept.swapaxes(0, 1)
 
 
 def stretch(clip: Pixels, height: int, width: int) -> Float:

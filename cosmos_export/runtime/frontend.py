@@ -22,8 +22,6 @@ from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.generate_options import (
-    ACTION_MODES,
-    GENERATED,
     GenerateOptions,
     mode_of,
     request_record,
@@ -38,6 +36,7 @@ from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
 from cosmos_export.runtime.scheduling import request_schedule
 from cosmos_export.runtime.tokenize import PromptTokenizer, TokenIds
 from cosmos_export.sampling import Mode, Schedule
+from cosmos_export.sampling.modes import PromptForm
 
 __all__ = ["GenerateOptions", "Prepared", "noise_shapes", "prepare"]
 
@@ -76,19 +75,19 @@ def prepare(asked: GenerateOptions, files: BundleFiles) -> Prepared:
     require_options(asked, mode)
     require_capabilities(manifest, record, mode, asked.sound)
     require_numbers(asked)
-    schedule = request_schedule(asked.sampling, manifest, record, mode)
+    schedule = request_schedule(asked.sampling, manifest, record, mode.name)
     if asked.negative is not None and not any(schedule.guided):
         raise UserError(
             "CX616", "a negative prompt where no step is guided", "leave --negative out, or set --guidance above 1"
         )
-    builder = action_stage if mode in ACTION_MODES else video_stage
+    builder = action_stage if mode.acts else video_stage
     stage = builder(asked, manifest, record, mode)
     noise = _read_noise(asked.noise, stage, schedule, record) if asked.noise else {}
     ids, negative_ids, said = _tokenized(asked, stage, record, files, guided=any(schedule.guided))
     lengths = [len(ids)] if negative_ids is None else [len(ids), len(negative_ids)]
     profile = fit_profile(manifest.profiles, {**stage.dims, "und_len": lengths}, record)
     request = Request(
-        mode=mode,
+        mode=mode.name,
         input_ids=ids,
         negative_ids=negative_ids,
         schedule=schedule,
@@ -126,9 +125,10 @@ def _tokenized(
     if record.prompt is None:
         raise UnsupportedError("CX605", "this bundle has no tokenizer", "build it from a checkpoint that has one")
     prompt, negative = read_prompt(asked.prompt), read_prompt(asked.negative or "", "negative prompt")
-    if stage.mode in ACTION_MODES and prompt.caption and asked.viewpoint is not None:
+    task = stage.mode.prompt is PromptForm.TASK
+    if task and prompt.caption and asked.viewpoint is not None:
         raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
-    action = (asked.viewpoint or DEFAULT_VIEWPOINT) if stage.mode in ACTION_MODES else None
+    action = (asked.viewpoint or DEFAULT_VIEWPOINT) if task else None
     texts = request_texts(prompt, negative, stage.scene, action=action, metadata=asked.metadata)
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
@@ -148,7 +148,7 @@ def noise_shapes(request_dims: Mapping[str, int], record: RequestRecord, mode: M
         shapes["sound"] = (record.sound.channels, request_dims["sound_len"])
     if record.action is not None:
         shapes["action"] = (request_dims["action_len"], record.action.dim)
-    generated = {*GENERATED[mode], *(["sound"] if request_dims["sound_len"] else [])}
+    generated = {*mode.generated, *(["sound"] if request_dims["sound_len"] else [])}
     return {name: shape for name, shape in shapes.items() if name in generated}
 
 

@@ -16,6 +16,7 @@ from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.sampling import MODES, Mode, Overrides
+from cosmos_export.sampling.modes import Clue, implied_mode
 
 Keep = Literal["first", "last"]
 
@@ -68,36 +69,11 @@ class GenerateOptions:
     noise: Path | InMemory[Mapping[str, NDArray[Any]]] | None = None
 
 
-_VIDEO_MODES = ("t2i", "t2v", "i2v", "v2v")
-ACTION_MODES = ("policy", "forward-dynamics", "inverse-dynamics")
-_SOURCES: Mapping[str, tuple[str, ...]] = {
-    "t2i": (),
-    "t2v": (),
-    "i2v": ("image",),
-    "v2v": ("video",),
-    "policy": ("image", "video"),
-    "forward-dynamics": ("image", "video"),
-    "inverse-dynamics": ("video",),
-}
-"""Files a mode starts from: one of them."""
-
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {
-    "actions": ("forward-dynamics",),
-    "frames": _VIDEO_MODES,
-    "height": _VIDEO_MODES,
-    "width": _VIDEO_MODES,
-    "metadata": _VIDEO_MODES,
-    "sound": ("t2v", "i2v", "v2v"),
-    "keep": ("v2v",),
-    "embodiment": ACTION_MODES,
-    "viewpoint": ACTION_MODES,
-    "chunk": ACTION_MODES,
-    "tier": ACTION_MODES,
-    "action_width": ACTION_MODES,
-    "action_stats": ACTION_MODES,
-    "action_normalization": ACTION_MODES,
-    "action_clamp": ("forward-dynamics",),
+    name: tuple(mode.name for mode in MODES.values() if name in mode.options)
+    for name in dict.fromkeys(name for mode in MODES.values() for name in mode.options)
 }
+"""Modes in which each option that is not for every mode means something."""
 _INSTEAD = {
     "frames": "an action has --chunk and one frame more",
     "height": "the canvas of an action follows from its picture and --tier",
@@ -106,12 +82,7 @@ _INSTEAD = {
     "actions": "actions are given in forward dynamics and found in the other modes",
     "action_clamp": "it is about actions that are given",
 }
-GENERATED: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(_VIDEO_MODES, ("vision",)),
-    "policy": ("vision", "action"),
-    "forward-dynamics": ("vision",),
-    "inverse-dynamics": ("action",),
-}
+_NEEDED = {"actions": "a .json or .safetensors file of rows"}
 
 
 def request_record(manifest: Manifest) -> RequestRecord:
@@ -127,34 +98,33 @@ def mode_of(asked: GenerateOptions, manifest: Manifest, record: RequestRecord) -
     if asked.mode is not None:
         if asked.mode not in MODES:
             raise UserError("CX604", f"mode {shown(asked.mode)}; known: {', '.join(MODES)}")
-        return asked.mode
-    if asked.actions is not None:
-        return "forward-dynamics"
-    if record.sampling.policy is not None or asked.embodiment is not None:
-        return "policy"
-    if asked.video is not None:
-        return "v2v"
-    if asked.image is not None:
-        return "i2v"
+        return MODES[asked.mode]
     only_images = all(profile.dims["frames"].max == 1 for profile in manifest.profiles)
-    return "t2i" if asked.frames == 1 or (asked.frames is None and only_images) else "t2v"
+    found = {
+        Clue.ACTIONS: asked.actions is not None,
+        Clue.ROBOT: record.sampling.policy is not None or asked.embodiment is not None,
+        Clue.CLIP: asked.video is not None,
+        Clue.PICTURE: asked.image is not None,
+        Clue.ONE_FRAME: asked.frames == 1 or (asked.frames is None and only_images),
+    }
+    return implied_mode([clue for clue, there in found.items() if there])
 
 
 def require_options(asked: GenerateOptions, mode: Mode) -> None:
     """Every option that is given means something in ``mode``, and what it starts from is given once."""
     for name, modes in _ONLY_FOR.items():
         value = getattr(asked, name)
-        if value is not None and value is not False and mode not in modes:
+        if value is not None and value is not False and name not in mode.options:
             raise UserError(
                 "CX604",
                 f"{_flag(name)} is not for mode {mode}; it is for {', '.join(modes)}",
-                _INSTEAD.get(name, "") if mode in ACTION_MODES or name == "actions" else "",
+                _INSTEAD.get(name, "") if mode.acts or name == "actions" else "",
             )
     if asked.action_normalization is not None and asked.action_stats is None:
         raise UserError("CX604", "--action-normalization without --action-stats", "it says how to read that file")
     if asked.action_clamp and asked.action_stats is None:
         raise UserError("CX604", "--action-clamp without --action-stats", "it cuts off at the bounds of that file")
-    allowed = _SOURCES[mode]
+    allowed = mode.sources
     given = [name for name in ("image", "video") if getattr(asked, name) is not None]
     wanted = " or ".join(map(_flag, allowed))
     for name in given:
@@ -164,8 +134,9 @@ def require_options(asked: GenerateOptions, mode: Mode) -> None:
         raise UserError("CX604", f"{' and '.join(map(_flag, given))} are given", "one of them is enough")
     if allowed and not given:
         raise UserError("CX604", f"mode {mode} starts from {wanted}")
-    if mode == "forward-dynamics" and asked.actions is None:
-        raise UserError("CX604", "mode forward-dynamics needs --actions", "a .json or .safetensors file of rows")
+    for name in mode.needs:
+        if getattr(asked, name) is None:
+            raise UserError("CX604", f"mode {mode} needs {_flag(name)}", _NEEDED.get(name, ""))
 
 
 def _flag(name: str) -> str:
@@ -174,15 +145,14 @@ def _flag(name: str) -> str:
 
 def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, sound: bool) -> None:
     """The checkpoint, the graphs and the codecs of the bundle can do this."""
-    wanted = {*GENERATED[mode], *(["sound"] if sound else []), *(["action"] if mode in ACTION_MODES else [])}
     what = f"{mode}{' with sound' if sound else ''}"
     modalities, outputs = (manifest.options.get(name) for name in ("modalities", "outputs"))
-    for modality in sorted(wanted):
+    for modality in sorted(mode.modalities(sound)):
         if modality not in _names(modalities):
             if manifest.model.geometry.get(f"{modality}_dim", ...) is None:
                 _lacks(manifest, what, f"its model generates no {modality}", "another checkpoint does")
             _lacks(manifest, what, f"it was built without {modality}", f"build it with --modalities …,{modality}")
-    for modality in (*GENERATED[mode], *(["sound"] if sound else [])):
+    for modality in (*mode.generated, *(["sound"] if sound else [])):
         if f"{modality}_velocity" not in _names(outputs):
             _lacks(
                 manifest,
@@ -190,7 +160,7 @@ def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, 
                 f"it does not compute {modality}_velocity",
                 f"build it with --outputs …,{modality}_velocity",
             )
-    if mode == "policy" and record.policy is not None and record.policy.state:
+    if mode.state and record.policy is not None and record.policy.state:
         _lacks(
             manifest,
             what,
@@ -198,7 +168,7 @@ def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, 
             "and this version cannot give one",
             "without the state its actions would be wrong: run the checkpoint with NVIDIA's policy server until then",
         )
-    if _SOURCES[mode] and not has_component(manifest, ENCODER):
+    if mode.sources and not has_component(manifest, ENCODER):
         _lacks(manifest, what, "it has no encoder for pictures", "build it with its components")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cosmos_export.sampling import Mode, Schedule
+from cosmos_export.sampling import Schedule
 
 Array = NDArray[Any]
 
@@ -32,7 +32,8 @@ class ActionPart:
 class Request:
     """Everything that decides a result. Sizes are checked against the bundle's profiles before this is made."""
 
-    mode: Mode
+    mode: str
+    """Name of one of `cosmos_export.sampling.MODES`."""
     input_ids: Array
     """int64 [und_len] of the prompt."""
     negative_ids: Array | None

@@ -21,6 +21,8 @@ from cosmos_export.runtime import media
 from cosmos_export.runtime.frontend import Prepared
 from cosmos_export.runtime.generate_options import DECODER, SOUND_DECODER, has_component
 from cosmos_export.runtime.media import Audio, Mark
+from cosmos_export.sampling import MODES
+from cosmos_export.sampling.modes import IMAGE_MODE
 
 Array = NDArray[Any]
 
@@ -149,13 +151,13 @@ def _require_results(outputs: Outputs, prepared: Prepared, manifest: Manifest) -
     request = prepared.request
     if not outputs.all:
         raise UserError("CX662", "no output", "name one with -o, as `-o out.mp4`")
-    mode = request.mode
-    pictures = mode != "inverse-dynamics"
+    mode = MODES[request.mode]
+    pictures = "vision" in mode.generated
     present = {
         "video": pictures and request.frames > 1,
         "image": pictures and request.frames == 1,
         "sound": request.sound,
-        "actions": mode in ("policy", "inverse-dynamics"),
+        "actions": "action" in mode.generated,
     }
     made = " and ".join(kind for kind, there in present.items() if there) or "nothing but pictures"
     for kind, there in present.items():
@@ -179,7 +181,7 @@ def _result_hint(kind: str, made: str) -> str:
     if kind == "sound":
         return "add --sound"
     if kind == "image":
-        return "for a picture: --mode t2i"
+        return f"for a picture: --mode {IMAGE_MODE}"
     suffixes = [suffix for suffix, meant in _KINDS.items() if meant in made.split(" and ")]
     return f"names that end in {', '.join(suffixes)}" if suffixes else ""
 
@@ -224,7 +226,7 @@ def _sound(outputs: Outputs, generated: Generated, prepared: Prepared, written: 
 def actions_of(generated: Generated, prepared: Prepared) -> Array | None:
     """float32 [rows, width], in the units of the data where there are statistics; None where the mode makes none.
     FindingError CX663: they are not finite."""
-    if prepared.request.mode not in ("policy", "inverse-dynamics"):
+    if "action" not in MODES[prepared.request.mode].generated:
         return None
     model = _require_finite(generated.actions(), "actions").astype(np.float32)
     return model if prepared.scale is None else prepared.scale.to_raw(model)

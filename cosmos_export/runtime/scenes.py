@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,8 @@ from cosmos_export.runtime.generate_options import GenerateOptions
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
 from cosmos_export.runtime.step_inputs import sound_latents
-from cosmos_export.sampling import Mode
-
-KEPT_LATENTS = 2
-"""Latent frames of a clip that video-to-video continues: five pixel frames."""
+from cosmos_export.sampling import DEFAULT_MODE, Mode
+from cosmos_export.sampling.modes import IMAGE_MODE
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,13 @@ def video_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecor
     given = {
         "height": _latents("height", asked.height, video.spatial),
         "width": _latents("width", asked.width, video.spatial),
-        "frames": 1 if mode == "t2i" else _latent_frames(asked.frames, video.temporal),
+        "frames": 1 if mode.single else _latent_frames(asked.frames, video.temporal),
     }
-    if mode == "t2i" and asked.frames not in (None, 1):
-        raise UserError("CX609", f"{asked.frames} frames; an image (mode t2i) is 1", "use mode t2v for a clip")
-    least = {"t2i": 1, "v2v": KEPT_LATENTS + 1}.get(mode, 2)
+    if mode.single and asked.frames not in (None, 1):
+        raise UserError(
+            "CX609", f"{asked.frames} frames; an image (mode {mode}) is 1", f"use mode {DEFAULT_MODE} for a clip"
+        )
+    least = mode.least_frames
     if given["frames"] is not None and given["frames"] < least:
         first = (least - 1) * video.temporal + 1
         raise UserError("CX609", f"{asked.frames} frames; mode {mode} generates from {first}", _image_hint(mode))
@@ -70,18 +69,24 @@ def video_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecor
     dims |= {"sound_len": sound_latents(scene.frames, scene.fps, record) if asked.sound else 0, "action_len": 0}
     fit_profile(manifest.profiles, dims, record)  # before a file is read
     stage = Stage(mode, scene, dims)
-    if mode == "i2v" and asked.image is not None:
+    clean = mode.given_frames(dims["frames"])
+    if not clean:
+        return stage
+    clip = _given_clip(asked, mode, (clean - 1) * video.temporal + 1, scene)
+    notes = (*clip.notes, *(_rate_note(clip.fps, fps, asked.video) if asked.video is not None else ()))
+    return replace(stage, clean_frames=tuple(range(clean)), pixels=clip.frames[None], notes=notes)
+
+
+def _given_clip(asked: GenerateOptions, mode: Mode, count: int, scene: Scene) -> read_media.Clip:
+    """The first or last ``count`` frames of the request's file on its canvas: float32 [3, count, height, width]."""
+    keep = canvas.keeping(mode.fit, scene.height, scene.width)
+    if asked.image is not None:
         picture = read_media.read_picture(asked.image)
-        image = canvas.cover(picture.frames[0], scene.height, scene.width)
-        return replace(stage, clean_frames=(0,), pixels=image[None, :, None], notes=picture.notes)
-    if mode == "v2v" and asked.video is not None:
-        count = (KEPT_LATENTS - 1) * video.temporal + 1
-        shrink = partial(canvas.resize, height=scene.height, width=scene.width)
-        clip = read_media.read_clip(asked.video, count, last=asked.keep == "last", each=shrink)
-        pixels = canvas.stretch(_lasting(clip.frames, count), scene.height, scene.width)
-        notes = (*clip.notes, *_rate_note(clip.fps, fps, asked.video))
-        return replace(stage, clean_frames=tuple(range(KEPT_LATENTS)), pixels=pixels[None], notes=notes)
-    return stage
+        clip = replace(picture, frames=keep(picture.frames))
+    else:
+        assert asked.video is not None
+        clip = read_media.read_clip(asked.video, count, last=asked.keep == "last", each=keep)
+    return replace(clip, frames=canvas.placed(_lasting(clip.frames, count), mode.fit, scene.height, scene.width))
 
 
 def _sizes_from(
@@ -137,7 +142,7 @@ def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestReco
         if asked.action_clamp and not scale.bounded:
             raise UserError("CX604", "--action-clamp with a mean and a deviation, which are no bounds", "leave it out")
     notes: list[str] = []
-    if mode == "policy" and record.policy is not None and record.policy.state is None:
+    if mode.state and record.policy is not None and record.policy.state is None:
         notes.append("the checkpoint does not say whether its policy is given the robot's state (use_state): none is")
     given = beyond = None
     if raw is not None:
@@ -151,17 +156,18 @@ def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestReco
             notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")
     source = asked.video if asked.image is None else asked.image
     assert source is not None
-    all_given = mode == "inverse-dynamics"
-    clip = _source(asked, chunk + 1 if all_given else 1)
+    clean = mode.given_frames(latent_frames)
+    count = (clean - 1) * video.temporal + 1
+    clip = _source(asked, count)
     frames = clip.frames
     notes += clip.notes
     plan = canvas.plan_action_canvas(
         frames.shape[1], frames.shape[2], robot.tier if asked.tier is None else asked.tier, video.spatial
     )
-    if all_given:
-        if len(frames) <= chunk:
-            notes.append(f"{source} has {len(frames)} frames for {chunk + 1}: the last is repeated")
-        frames = _lasting(frames, chunk + 1)
+    if count > 1:
+        if len(frames) < count:
+            notes.append(f"{source} has {len(frames)} frames for {count}: the last is repeated")
+        frames = _lasting(frames, count)
         notes += _rate_note(clip.fps, fps, source)
     dims = {
         **lengths,
@@ -173,7 +179,7 @@ def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestReco
         mode,
         Scene(chunk + 1, plan.height, plan.width, fps),
         dims,
-        clean_frames=tuple(range(latent_frames)) if all_given else (0,),
+        clean_frames=tuple(range(clean)),
         pixels=canvas.action_canvas(frames, plan)[None],
         action=ActionPart(chunk, robot.domain, width, given),
         embodiment=robot,
@@ -262,4 +268,4 @@ def _latent_frames(pixels: int | None, temporal: int) -> int | None:
 
 
 def _image_hint(mode: Mode) -> str:
-    return "one frame is mode t2i" if mode == "t2v" else ""
+    return "" if mode.sources else f"one frame is mode {IMAGE_MODE}"

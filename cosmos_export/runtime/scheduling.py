@@ -8,7 +8,7 @@ from typing import Any, cast
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.family import recorded_family
-from cosmos_export.sampling import CheckpointSampling, Mode, Overrides, Schedule, resolve_schedule
+from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, resolve_schedule
 
 
 def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
@@ -20,7 +20,7 @@ def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
     return CheckpointSampling(scheduler, sampling.native, sampling.distilled_sigmas, family, sampling.policy)
 
 
-def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord, mode: Mode) -> Schedule:
+def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord, mode: str) -> Schedule:
     """The compiled schedule of a device loop; else the build's for its own mode, with what the request changes."""
     assert manifest.loop is not None
     recorded = _recorded(manifest)

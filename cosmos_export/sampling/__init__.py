@@ -1,11 +1,10 @@
 """Sampling as data and arithmetic: schedules, coefficient tables and the steps they drive. Needs numpy only."""
 
+from cosmos_export.sampling.modes import DEFAULT_MODE, MODES, Mode
 from cosmos_export.sampling.schedule import (
     GRIDS,
-    MODES,
     CheckpointSampling,
     Grid,
-    Mode,
     Overrides,
     Sampler,
     Schedule,
@@ -25,6 +24,7 @@ from cosmos_export.sampling.solvers import (
 
 __all__ = [
     "COLUMNS",
+    "DEFAULT_MODE",
     "GRIDS",
     "MODES",
     "CheckpointSampling",

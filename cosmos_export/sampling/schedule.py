@@ -16,17 +16,16 @@ import numpy as np
 from cosmos_export.diagnostics import UserError
 from cosmos_export.family import Family
 from cosmos_export.sampling import grids
-from cosmos_export.sampling.defaults import Default, Interval, default_for
+from cosmos_export.sampling.defaults import Default, Interval
 from cosmos_export.sampling.grids import TRAINING_STEPS
+from cosmos_export.sampling.modes import MODES
 
 Sampler = Literal["unipc", "distilled-sde"]
 Grid = Literal["karras", "flow", "native", "distilled"]
-Mode = Literal["t2i", "t2v", "i2v", "v2v", "policy", "forward-dynamics", "inverse-dynamics"]
 
-MODES: tuple[Mode, ...] = get_args(Mode)
 GRIDS: tuple[Grid, ...] = get_args(Grid)
 _UNIPC_GRIDS = tuple(g for g in GRIDS if g != "distilled")
-_DISTILLED_MODES = ("t2i", "t2v", "i2v", "v2v")
+_DISTILLED_MODES = tuple(mode.name for mode in MODES.values() if mode.distilled)
 _PUBLISHED_BOUNDS = {"sigma_min": grids.PUBLISHED_SIGMA_MIN, "sigma_max": grids.PUBLISHED_SIGMA_MAX}
 _LAST_TIMESTEP = 1001
 """Upper end of the guidance intervals that engines publish: one above the largest timestep."""
@@ -180,7 +179,7 @@ def resolve_schedule(checkpoint: CheckpointSampling, mode: str, overrides: Overr
     """The schedule of a request of ``mode``.
 
     A distilled checkpoint has one schedule. Otherwise the grid is the checkpoint's own, with its own shift; steps,
-    guidance and interval are those of ``defaults.DEFAULTS``; each can be overridden.
+    guidance and interval are those of the mode's declaration; each can be overridden.
 
     Raises UserError naming the field, its value and what is allowed: CX460 steps, CX461 a scheduler that is not
     compiled, CX462 grid or shift, CX463 guidance or interval, CX464 mode.
@@ -191,7 +190,7 @@ def resolve_schedule(checkpoint: CheckpointSampling, mode: str, overrides: Overr
     _require_settings(checkpoint)
     if checkpoint.distilled_sigmas is not None:
         return _distilled(checkpoint.distilled_sigmas, mode, asked)
-    return _unipc(checkpoint, default_for(mode, checkpoint.family, checkpoint.policy), asked)
+    return _unipc(checkpoint, MODES[mode].default(checkpoint.family, checkpoint.policy), asked)
 
 
 def _require_settings(checkpoint: CheckpointSampling) -> None:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from cosmos_export.calibration.sources import Source, parse_source, read_source
+from cosmos_export.calibration.source_options import parse_source
+from cosmos_export.calibration.sources import Source, read_source
 from cosmos_export.diagnostics import UserError
 
 

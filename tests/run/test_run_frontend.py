@@ -20,7 +20,7 @@ from cosmos_export.diagnostics import CosmosExportError, FindingError, Unsupport
 from cosmos_export.family import Family
 from cosmos_export.runtime import canvas, embodiments, media, read_media
 from cosmos_export.runtime.frontend import GenerateOptions, prepare
-from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
+from cosmos_export.sampling import MODES, CheckpointSampling, Mode, Overrides, resolve_schedule
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,32 @@ def test_a_prompt_is_enough(files: Path) -> None:
     assert (request.clean_frames, request.pixels, request.action, request.sound) == ((), None, None, False)
     assert request.negative_ids is not None
     assert request.input_ids.dtype == np.int64
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=str)
+def test_every_mode_makes_a_request(files: Path, mode: Mode) -> None:
+    """What a mode declares is what its requests have: the rows that are given, and what has to be said for it."""
+    # Both files hold more frames than a chunk of 16 actions has.
+    given = {"image": "robot.png", "video": "robot.mp4", "actions": "actions.json"}
+    acting: dict[str, Any] = {"embodiment": "umi", "chunk": 16, "tier": 256} if mode.acts else {}
+    said = {name: given[name] for name in (*mode.sources[:1], *mode.needs)}
+    found = manifest({"small": SMALL, "robot": ROBOT})
+    request, record = ask(files, found, mode=mode.name, **acting, **said).request, found.request
+    assert record is not None
+    latents = (request.frames - 1) // record.video.temporal + 1
+    assert request.mode == mode.name and latents >= mode.least_frames
+    assert request.clean_frames == tuple(range(mode.given_frames(latents)))
+    if request.clean_frames:
+        shown = (len(request.clean_frames) - 1) * record.video.temporal + 1
+        assert request.pixels.shape[:3] == (1, 3, shown)
+    assert (request.action is not None) == mode.acts
+    if request.action is not None:
+        assert (request.action.given is not None) == (mode.clean_actions == "all")
+    for name in said:
+        rest = {key: value for key, value in said.items() if key != name}
+        refused("CX604", files, found, mode=mode.name, **acting, **rest)
+    for other in {"image", "video"} - set(mode.sources):
+        assert "is not for mode" in refused("CX604", files, mode=mode.name, **{other: given[other]}).message
 
 
 def test_sizes_and_sound(files: Path) -> None:

@@ -17,6 +17,7 @@ import run_samples
 from run_samples import MARK
 from subjects import PROFILE, Subject, Subjects
 
+from cosmos_export import sampling
 from cosmos_export.evaluation.parity import PROGRAM_LIMIT
 from cosmos_export.evaluation.pipeline import (
     Published,
@@ -127,6 +128,10 @@ def agree(found: Result, expected: Published, prepared: Prepared) -> None:
     if request.mode in ("policy", "inverse-dynamics"):
         errors |= distances({"actions": found.actions()}, {"actions": expected.actions})
     assert max(errors.values()) <= LIMIT, errors
+
+
+def test_every_mode_is_compared() -> None:
+    assert {*MODES} - {"sound"} == {*sampling.MODES}
 
 
 @pytest.mark.parametrize(("backbone", "mode"), CASES)

@@ -24,7 +24,6 @@ from published_schedules import checkpoint as sampled_by
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import MODES, CheckpointSampling, Overrides, Schedule, Segment, resolve_schedule
-from cosmos_export.sampling.defaults import DEFAULTS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grids
@@ -131,10 +130,10 @@ def test_defaults(
 
 
 def test_every_default_names_its_source_and_resolves() -> None:
-    assert all(row.source for row in DEFAULTS.values())
     for checkpoint in (NANO, EDGE, replace(NANO, policy="droid_lerobot"), replace(EDGE, policy="droid_lerobot")):
-        for mode in MODES:
-            assert len(resolve_schedule(checkpoint, mode).sigmas) > 1
+        for mode in MODES.values():
+            assert mode.default(checkpoint.family, checkpoint.policy).source
+            assert len(resolve_schedule(checkpoint, mode.name).sigmas) > 1
 
 
 def test_another_grid_takes_the_shift_of_the_mode() -> None:

@@ -1,0 +1,153 @@
+"""Readers of sources by what a path is: lists of prompts, objects, captions, actions, pictures, clips, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cosmos_export import files
+from cosmos_export.calibration.entries import PROMPT_KEYS, bad_entry, entry_item, medium_item, model_actions
+from cosmos_export.calibration.items import CLIPS, IMAGES, Item, Options, SourceContent
+from cosmos_export.calibration.lerobot import read_lerobot
+from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
+
+
+def reader(path: Path) -> Callable[[Path, Options], SourceContent]:
+    """What reads ``path``; CX340 for a name that is no source."""
+    if path.is_dir():
+        if (path / "meta" / "info.json").exists():
+            return read_lerobot
+        return _read_folder
+    suffix = path.suffix.lower()
+    if suffix in (*IMAGES, *CLIPS):
+        return _read_medium
+    if suffix not in _READERS:
+        known = ", ".join((*_READERS, *CLIPS, *IMAGES))
+        raise UserError(
+            "CX340", f"{path}: a name that ends in {shown(suffix)} is no source", f"known: {known}, folders"
+        )
+    return _READERS[suffix]
+
+
+def _read_text(path: Path, options: Options) -> SourceContent:
+    """One prompt a line."""
+    lines = _decoded(path).splitlines()
+    items = [
+        Item(f"{path.name}:{number}", text_prompt(line.strip())) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    return SourceContent("prompts", tuple(items), (path,))
+
+
+def _read_lines(path: Path, options: Options) -> SourceContent:
+    """One object a line."""
+    items = []
+    for number, line in enumerate(_decoded(path).splitlines(), 1):
+        if line.strip():
+            name = f"{path.name}:{number}"
+            items.append(entry_item(name, _object(path, number, line), path.parent))
+    return SourceContent("jsonl", tuple(items), (path,))
+
+
+def _read_json(path: Path, options: Options) -> SourceContent:
+    """A caption, an object or a list of objects as in ``.jsonl``, or actions."""
+    rows = document = _json(path)
+    if isinstance(document, dict) and not PROMPT_KEYS & document.keys():
+        rows = document.get("actions")
+    if isinstance(rows, list) and rows and isinstance(rows[0], list):
+        file = model_actions(path)
+        item = Item(path.name, Prompt(""), actions=file.values, embodiment=file.embodiment)
+        return SourceContent("actions", (item,), (path,))
+    if isinstance(document, list):
+        entries = [_checked(path, number, entry) for number, entry in enumerate(document, 1)]
+        items = tuple(entry_item(f"{path.name}:{n}", entry, path.parent) for n, entry in enumerate(entries, 1))
+        return SourceContent("json", items, (path,))
+    entry = _checked(path, 1, document)
+    if PROMPT_KEYS & entry.keys():
+        return SourceContent("json", (entry_item(path.name, entry, path.parent),), (path,))
+    return SourceContent("caption", (Item(path.name, read_prompt(str(path))),), (path,))
+
+
+def _json(path: Path) -> Any:
+    text = _decoded(path)
+    try:
+        return parse_document(text.encode(), finite=False)
+    except ValueError as error:
+        raise UserError("CX340", f"{path} is not JSON: {error}") from error
+
+
+def _read_latents(path: Path, options: Options) -> SourceContent:
+    """Latents as `cosmos-export run --save-latents` writes them."""
+    return SourceContent("latents", (Item(path.name, Prompt(""), latents=path),), ())
+
+
+def _read_medium(path: Path, options: Options) -> SourceContent:
+    return SourceContent("media", (medium_item(path),), ())
+
+
+def _read_folder(path: Path, options: Options) -> SourceContent:
+    """Pictures and clips, each with the text or caption beside it that has its name."""
+    items: list[Item] = []
+    beside_them: list[Path] = []
+    notes: list[str] = []
+    present = sorted(path.rglob("*"))
+    texts = {(p.with_suffix(""), p.suffix.lower()): p for p in present if p.suffix.lower() in _BESIDE}
+    for medium in (p for p in present if p.suffix.lower() in (*IMAGES, *CLIPS)):
+        item = medium_item(medium)
+        beside = [found for suffix in _BESIDE if (found := texts.get((medium.with_suffix(""), suffix))) is not None]
+        if beside:
+            item = _told(item, beside[0])
+            beside_them.append(beside[0])
+            notes += [f"{other.name} is not read: {beside[0].name} is beside {medium.name} too" for other in beside[1:]]
+        items.append(item)
+    return SourceContent("media", tuple(items), tuple(beside_them), tuple(notes))
+
+
+_BESIDE = (".txt", ".json")
+"""Endings of what is beside a picture or a clip; the first comes first."""
+
+
+def _told(item: Item, beside: Path) -> Item:
+    """``item``, a picture or a clip, with what the file beside it says: text, a caption, or an object with a prompt."""
+    if beside.suffix.lower() == ".txt":
+        return replace(item, prompt=text_prompt(_decoded(beside).strip()))
+    document = _json(beside)
+    if not isinstance(document, dict) or not PROMPT_KEYS & document.keys():
+        return replace(item, prompt=read_prompt(str(beside)))
+    said = entry_item(item.name, document, beside.parent)
+    if said.image not in (None, item.image) or (said.clip is not None and said.clip != item.clip):
+        bad_entry(str(beside), f"it names another picture or clip than {item.name}")
+    return replace(said, image=item.image, clip=item.clip)
+
+
+_READERS: Mapping[str, Callable[[Path, Options], SourceContent]] = {
+    ".txt": _read_text,
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".safetensors": _read_latents,
+}
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        return parse_object(line.encode())
+    except ValueError as error:
+        raise UserError("CX340", f"{path}, line {number}: {error}", "one JSON object a line") from error
+
+
+def _checked(path: Path, number: int, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict):
+        raise UserError("CX340", f"{path}: entry {number} is {type(entry).__name__}, not an object")
+    return entry
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return files.read_bytes(path).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError("CX340", f"cannot read {path}: {files.reason(error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError("CX340", f"{path} is not UTF-8 text") from error
