@@ -253,7 +253,6 @@ KNOWN_CIRCLES = [
     {f"cosmos_export.calibration.{name}" for name in ("algorithms", "awq", "modelopt_search")},
     {"cosmos_export.calibration.lerobot", "cosmos_export.calibration.sources"},
     {"cosmos_export.compiler.record", "cosmos_export.compiler.stages"},
-    {"cosmos_export.targets.onnx.lowering", "cosmos_export.targets.onnx.plugins"},
 ]
 """Circles that are still to be opened. None may be added."""
 

@@ -138,7 +138,7 @@ def layout_of(graphs: Iterable[Graph]) -> dict[WeightBinding, Stored]:
 
 def weight_inputs(graph: Graph, file: str, stored: Mapping[WeightBinding, Stored]) -> tuple[WeightInput, ...]:
     """Weights that an engine of ``graph`` takes as inputs, in order, from ``file`` of the bundle."""
-    from cosmos_export.targets.onnx.lowering import external_weights
+    from cosmos_export.targets.onnx.model import external_weights
 
     return tuple(
         WeightInput(

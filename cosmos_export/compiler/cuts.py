@@ -13,7 +13,7 @@ from cosmos_export.ir.spec import Format
 from cosmos_export.passes.cut_graph import narrow_places
 from cosmos_export.passes.pipeline import Watch
 from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
-from cosmos_export.targets.onnx.lowering import external_nodes
+from cosmos_export.targets.onnx.model import external_nodes
 from cosmos_export.targets.onnx.weights import size_bytes
 from cosmos_export.targets.partition import partition
 

@@ -25,7 +25,7 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.passes.pipeline import PassOptions
-from cosmos_export.targets.onnx.lowering import gemm_name
+from cosmos_export.targets.onnx.model import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _INPUT = ".input_amax"

@@ -23,7 +23,7 @@ from cosmos_export.evaluation.reference import relative_error
 from cosmos_export.ir import ops, packing
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import attend_rounded
-from cosmos_export.targets.onnx.lowering import ROUNDINGS, rounded_values
+from cosmos_export.targets.onnx.rounded import rounded_values
 
 DIVISION = 2.0**-22
 """What a division in float32 may be off by, relative: that of a product with the reciprocal, and half a bit more."""
@@ -53,7 +53,9 @@ class Roundings:
     """Where the models of ``graph`` round activations: for each operation that does, the values before and after."""
 
     def __init__(self, graph: Graph) -> None:
-        self.places: dict[Node, list[tuple[str, str]]] = {node: [] for node in graph.calls(*ROUNDINGS)}
+        self.places: dict[Node, list[tuple[str, str]]] = {
+            node: [] for node in graph.calls(*ops.having(ops.Trait.ROUNDS))
+        }
 
     def find(self, model: onnx.ModelProto) -> frozenset[str]:
         """Look for them in ``model``; the values that it has to show."""

@@ -22,7 +22,7 @@ from cosmos_export.bundle import WeightInput
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import evaluate
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
-from cosmos_export.targets.onnx.lowering import weight_name
+from cosmos_export.targets.onnx.model import weight_name
 
 EVALUATED_LIMIT = 1e-5
 """float32, relative L2, of an operation that the two forms write differently."""

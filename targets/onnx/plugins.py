@@ -29,10 +29,10 @@ from cosmos_export.kernels.description import (
     SAMPLER_STEP,
 )
 from cosmos_export.targets.inductor.fusions import fuse, item
+from cosmos_export.targets.onnx.model import ModelBuilder
 
 if TYPE_CHECKING:
     from cosmos_export.kernels.plugins import Form
-    from cosmos_export.targets.onnx.lowering import Lowering
 
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NARROW = (torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ class Plugins:
         fuse(result.fx, rewrites)
         return result
 
-    def rule(self, node: Node) -> Callable[[Lowering, Node], str] | None:
+    def rule(self, node: Node) -> Callable[[ModelBuilder, Node], str] | None:
         """How ``node`` becomes a plugin; None where it does not."""
         if JOINT_ATTENTION in self.kernels and is_op(node, *ops.having(ops.Trait.JOINT)):
             return self._joint_attention if _attends(node) else None
@@ -81,7 +81,7 @@ class Plugins:
             )
 
     @cached_property
-    def _rules(self) -> Mapping[Any, Callable[[Lowering, Node], str]]:
+    def _rules(self) -> Mapping[Any, Callable[[ModelBuilder, Node], str]]:
         if all(name == JOINT_ATTENTION for name in self.kernels):
             return {}
         from cosmos_export.kernels import operators
@@ -96,7 +96,7 @@ class Plugins:
         }
 
     def _call(
-        self, low: Lowering, node: Node, kernel: str, inputs: Sequence[str], results: int, **settings: Any
+        self, low: ModelBuilder, node: Node, kernel: str, inputs: Sequence[str], results: int, **settings: Any
     ) -> str:
         """A node of the form of ``kernel`` with ``settings``; the name of its first result."""
         from cosmos_export.kernels.plugins import Form
@@ -114,7 +114,7 @@ class Plugins:
 
     # -- one kernel each ----------------------------------------------------------------------------------------------
 
-    def _joint_attention(self, low: Lowering, node: Node) -> str:
+    def _joint_attention(self, low: ModelBuilder, node: Node) -> str:
         query, key, value, prefix_key, prefix_value, *rest = node.args
         heads, size = (int(n) for n in spec_of(query).shape[1:])
         settings = {"kind": _KINDS[spec_of(query).dtype], "heads": heads, "kv_heads": int(spec_of(key).shape[1])}
@@ -125,7 +125,7 @@ class Plugins:
             names, narrow, scale = self._quantized(low, node, names), True, 1.0
         return self._call(low, node, "joint_attention", names, 1, size=size, scale=scale, narrow=narrow, **settings)
 
-    def _quantized(self, low: Lowering, node: Node, names: Sequence[str]) -> list[str]:
+    def _quantized(self, low: ModelBuilder, node: Node, names: Sequence[str]) -> list[str]:
         """Operands of FP8 attention: the query with its factor, keys, values transposed, and a scale for each head."""
         query, key, _, prefix_key, prefix_value, scales, scale = node.args
         steps = [float(s) for s in scales.meta["constant"]]
@@ -143,7 +143,7 @@ class Plugins:
         ]
         return [q, k, v, pk, pv, *of_heads]
 
-    def _norm_quantize(self, low: Lowering, node: Node) -> str:
+    def _norm_quantize(self, low: ModelBuilder, node: Node) -> str:
         *operands, eps, scale = node.args
         x, weight = operands[0], operands[-1]
         names = [low.values[a] for a in (*operands, scale)]
@@ -153,7 +153,7 @@ class Plugins:
             eps=float(eps), add=len(operands) == 3,
         )  # fmt: skip
 
-    def _activation_quantize(self, low: Lowering, node: Node) -> str:
+    def _activation_quantize(self, low: ModelBuilder, node: Node) -> str:
         x, up, scale = node.args
         width = int(spec_of(x).shape[1])
         source, offset, step = _columns(x)
@@ -169,7 +169,7 @@ class Plugins:
             up_offset=up_offset, gated=up is not None,
         )  # fmt: skip
 
-    def _qkv_pack(self, low: Lowering, node: Node) -> str:
+    def _qkv_pack(self, low: ModelBuilder, node: Node) -> str:
         query, key, _, q_weight, k_weight, cos, sin, eps = node.args
         merged, _, _ = _columns(query)
         size = 2 * int(spec_of(cos).shape[1])
@@ -181,7 +181,7 @@ class Plugins:
             kv_heads=int(spec_of(key).shape[1]) // size, size=size, eps=float(eps),
         )  # fmt: skip
 
-    def _unipc_step(self, low: Lowering, node: Node) -> str:
+    def _unipc_step(self, low: ModelBuilder, node: Node) -> str:
         row, cond, uncond, *state, masks, axes = node.args
         operands = [row, cond, cond if uncond is None else uncond, *state, *masks, *[row] * (2 - len(masks))]
         return self._call(
@@ -191,7 +191,7 @@ class Plugins:
         )  # fmt: skip
 
 
-def _transposed(low: Lowering, x: str) -> str:
+def _transposed(low: ModelBuilder, x: str) -> str:
     """[rows, heads, d] as [heads, d, rows] with rows up to a multiple of 16, the new ones zeros."""
     rows = low.op("Shape", x, start=0, end=1)
     multiple = low.ints([_ALIGNED])
@@ -227,7 +227,7 @@ def _stride(x: Node) -> int:
     return int(spec_of(x).shape[1])
 
 
-def _part(low: Lowering, node: Node) -> str:
+def _part(low: ModelBuilder, node: Node) -> str:
     """One of the results of a plugin."""
     made, index = node.args
     name: str = low.parts[made][index]

@@ -128,9 +128,9 @@ def test_weights_as_inputs_keep_the_kernels(
     tmp_path: Path, edge: Path, edge_scales: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever multiplies narrow by narrow. With 16-bit activations a weight is widened in the product, and stays."""
-    from cosmos_export.targets.onnx import lowering as onnx_lowering
+    from cosmos_export.targets.onnx import model as onnx_model
 
-    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    monkeypatch.setattr(onnx_model, "EXTERNAL_BYTES", 1024)
     options = {"target": "rtx-pro-6000", "calibration": edge_scales, "weights": "external"}
     result = quantized(edge, tmp_path / "x", recipe, **options)
     assert types(result) == PLANS[recipe]
@@ -165,9 +165,9 @@ def test_weights_that_cannot_be_inputs_are_cut(
 ) -> None:
     """What a product widens stays in the engine, and in the builder's memory; what is an input does not."""
     from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
-    from cosmos_export.targets.onnx import lowering as onnx_lowering
+    from cosmos_export.targets.onnx import model as onnx_model
 
-    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    monkeypatch.setattr(onnx_model, "EXTERNAL_BYTES", 1024)
     layers = resolve(harness.transformer_only(edge, Path("x"))).layers
     options = {"target": "rtx-pro-6000", "calibration": edge_scales, "weights": "external"}
     budget = f"{(compiler_bytes(layers) + BUILDER_BYTES) / 1e6 + 0.2}MB"
@@ -181,9 +181,9 @@ def test_weights_that_cannot_be_inputs_are_cut(
 
 
 def test_weights_in_a_loop_on_the_device(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos_export.targets.onnx import lowering as onnx_lowering
+    from cosmos_export.targets.onnx import model as onnx_model
 
-    monkeypatch.setattr(onnx_lowering, "EXTERNAL_BYTES", 1024)
+    monkeypatch.setattr(onnx_model, "EXTERNAL_BYTES", 1024)
     options = {"target": "rtx-pro-6000", "weights": "external", "loop": "device", "steps": 4}
     result = quantized(edge, tmp_path / "x", "bf16", **options)
     (loop,) = [engine for engine in result.engines if engine.graph == "denoise"]
@@ -229,9 +229,9 @@ def test_a_scale_that_is_computed_is_caught(
     tmp_path: Path, edge: Path, edge_scales: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The activation's scale as a value of the graph: it builds, and multiplies in 16 bit."""
-    from cosmos_export.targets.onnx import lowering as onnx_lowering
+    from cosmos_export.targets.onnx.rules import RULES
 
-    rule = onnx_lowering.RULES[ops.QUANTIZE]
+    rule = RULES[ops.QUANTIZE]
 
     def computed(low: Any, node: Any) -> str:
         x, scale = node.args
@@ -240,7 +240,7 @@ def test_a_scale_that_is_computed_is_caught(
         low.values[scale] = low.op("Div", wide, low.constant(packing_constant(), "largest"))
         return rule(low, node)
 
-    monkeypatch.setitem(onnx_lowering.RULES, ops.QUANTIZE, computed)
+    monkeypatch.setitem(RULES, ops.QUANTIZE, computed)
     with pytest.raises(FindingError) as caught:
         quantized(edge, tmp_path / "x", "fp8", target="rtx-pro-6000", calibration=edge_scales, steps=1)
     assert caught.value.code == "CX450" and "planned fp8" in caught.value.message
@@ -259,9 +259,9 @@ def test_block_sizes_on_fp8_are_caught(
     import numpy as np
 
     from cosmos_export.ir.graph import is_weight, spec_of
-    from cosmos_export.targets.onnx import lowering as onnx_lowering
+    from cosmos_export.targets.onnx.rules import RULES
 
-    rule = onnx_lowering.RULES[ops.DEQUANTIZE]
+    rule = RULES[ops.DEQUANTIZE]
 
     def blocked(low: Any, node: Any) -> str:
         x, _, dtype = node.args
@@ -274,7 +274,7 @@ def test_block_sizes_on_fp8_are_caught(
             kind = {}
         return low.op("DequantizeLinear", low.values[x], scales, axis=1, block_size=32, **kind)
 
-    monkeypatch.setitem(onnx_lowering.RULES, ops.DEQUANTIZE, blocked)
+    monkeypatch.setitem(RULES, ops.DEQUANTIZE, blocked)
     with pytest.raises(CosmosExportError) as caught:
         quantized(
             edge,

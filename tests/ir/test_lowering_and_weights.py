@@ -28,7 +28,8 @@ from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource
 from cosmos_export.passes.pipeline import default_passes, run_passes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx import weights as weights_module
-from cosmos_export.targets.onnx.lowering import OPSET, lower
+from cosmos_export.targets.onnx.lowering import lower
+from cosmos_export.targets.onnx.model import OPSET
 from cosmos_export.targets.onnx.weights import (
     ALIGNMENT,
     Stored,

@@ -18,7 +18,7 @@ from cosmos_export.ir.ops import OPERATIONS, Trait, aten
 from cosmos_export.ir.ops.declare import operation
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.pipeline import PHASES
-from cosmos_export.targets.onnx.lowering import RULES
+from cosmos_export.targets.onnx.rules import RULES
 
 BINDING = {"n": 3, "m": 4}
 ROOT = Path(cosmos_export.__file__).parents[1]
@@ -296,7 +296,8 @@ OWN_LISTS = {
 
 
 def lists_of_operations(source: str) -> Iterator[str]:
-    """Tuples, lists, sets and arguments that name two operations of the dialect or more. A dict is a table of rules."""
+    """Tuples, lists, sets and arguments that name two operations of the dialect or more. A dict is a table of rules,
+    and `rule` makes an entry of one."""
     known = {f"aten.{str(target).removeprefix('aten.')}" for target in OPERATIONS}
     own = {name for name in ops.__all__ if any(getattr(ops, name) is target for target in OPERATIONS)}
 
@@ -305,7 +306,8 @@ def lists_of_operations(source: str) -> Iterator[str]:
         return text.removeprefix("ops.") in known or text.removeprefix("ops.") in own
 
     for node in ast.walk(ast.parse(source)):
-        parts = node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
+        rules = isinstance(node, ast.Call) and ast.unparse(node.func) == "rule"
+        parts = [] if rules else node.args if isinstance(node, ast.Call) else getattr(node, "elts", [])
         if sum(map(names_one, parts)) > 1:
             yield ast.unparse(node)
 
@@ -330,4 +332,5 @@ def test_lists_are_seen() -> None:
     assert seen("x = (ops.RMS_NORM, ops.ROTARY)") and seen("is_op(n, aten.add.Tensor, aten.mul.Tensor)")
     assert seen("frozenset({aten.view.default, *ops.VIEWS, ops.ROTARY})") and seen("[RMS_NORM, ROTARY]")
     assert not seen("{ops.RMS_NORM: f, ops.ROTARY: g}") and not seen("(ops.RMS_NORM, ops.having(x))")
+    assert not seen("@rule(aten.clamp.default, aten.clamp_min.default)\ndef f(): ...")
     assert not seen("call(aten.add.Tensor, x)") and not seen("(aten.dropout.default, aten.type_as.default)")

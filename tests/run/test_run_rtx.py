@@ -84,10 +84,10 @@ def transformer(shared: Path, name: str, **options: Any) -> Path:
 @pytest.fixture(scope="module")
 def external(shared: Path) -> Path:
     """A bundle of the same request whose engines take their weights as inputs."""
-    import cosmos_export.targets.onnx.lowering as onnx_lowering
+    import cosmos_export.targets.onnx.model as onnx_model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_lowering, "EXTERNAL_BYTES", 4096)
+        patch.setattr(onnx_model, "EXTERNAL_BYTES", 4096)
         return transformer(shared, "rtx.external", parity="never", weights="external")
 
 
