@@ -206,17 +206,6 @@ MODES: Mapping[str, Mode] = MappingProxyType(
                 aliases=("video2video", "video2world"),
             ),
             Mode(
-                "extend",
-                "video extension",
-                VIDEOS,
-                Sample(prompt=9, frames=5, height=5, width=4, sound=4, fps=20.0),
-                sources=("video",),
-                options=(*_FRAME_OPTIONS, "sound", "keep"),
-                clean_frames=3,
-                fit="stretch",
-                distilled=False,
-            ),
-            Mode(
                 "policy",
                 "policy",
                 ACTIONS,

@@ -82,9 +82,6 @@ def modes(files: Path) -> dict[str, Mode]:
         "sound": Mode({**size, "sound": True}, {**size, "sound": True}, sound=True),
         "i2v": Mode({**size, "image": files / "image.png"}, {**size, "image": image}),
         "v2v": Mode({**size, "frames": 13, "video": files / "clip.mp4"}, {**size, "frames": 13, "video": clip}),
-        "extend": Mode(
-            {**size, "mode": "extend", "frames": 17, "video": files / "clip.mp4"}, {**size, "frames": 17, "video": clip}
-        ),
         "policy": acting("policy", {"image": files / "robot.png"}, {"image": robot}),
         "forward-dynamics": acting(
             "forward-dynamics",
@@ -96,7 +93,7 @@ def modes(files: Path) -> dict[str, Mode]:
     }
 
 
-MODES = ("t2i", "t2v", "sound", "i2v", "v2v", "extend", "policy", "forward-dynamics", "inverse-dynamics")
+MODES = ("t2i", "t2v", "sound", "i2v", "v2v", "policy", "forward-dynamics", "inverse-dynamics")
 CASES = [(backbone, mode) for backbone in ("omni", "edge") for mode in MODES if (backbone, mode) != ("edge", "sound")]
 
 
