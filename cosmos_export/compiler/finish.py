@@ -167,17 +167,22 @@ def _with_engines(
         )
         checks += builder.checks(wanted, report, builder.inspect(path))
         tools[report.builder] = report.builder_version
-    failed = [check for check in checks if not check.passed]
-    if failed:
-        lines = " | ".join(f"{c.engine}: {c.check}: {c.found}" for c in failed)
-        raise FindingError("CX450", f"engines do not contain what was planned: {lines}", "the bundle is as it was")
-    return replace(
+    complete = replace(
         manifest,
         engines=tuple(engines),
         plan_checks=(*manifest.plan_checks, *checks),
         files=tuple(sorted((*manifest.files, *files), key=lambda file: file.path)),
         tools={**manifest.tools, **tools},
     )
+    wrong = [f"{check.engine}: {check.check}: {check.found}" for check in checks if not check.passed]
+    for engine in engines:
+        with (root / engine.path).open("rb") as stream:
+            problem = builder.problem(stream, engine.path, complete)
+        wrong += [] if problem is None else [f"{engine.name}: {problem}"]
+    if wrong:
+        lines = " | ".join(wrong)
+        raise FindingError("CX450", f"engines do not contain what was planned: {lines}", "the bundle is as it was")
+    return complete
 
 
 def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from cosmos_export.diagnostics import CosmosExportError, UnsupportedError
+from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
 from cosmos_export.targets.backends.protocol import Backend, BuildAsked, EngineOrder, Engines, Requirement
 from cosmos_export.targets.description import Target
 
@@ -65,7 +65,13 @@ class _Engines(Engines):
         return report_checks(wanted, report)
 
     def problem(self, file: BinaryIO, path: str, manifest: Manifest) -> str | None:
-        return None
+        from cosmos_export.targets.trt.plan_header import plan_version, version_problem
+
+        try:
+            found = plan_version(file, path)
+        except UserError as error:
+            return error.message
+        return None if found is None else version_problem(found, manifest.tools.get(self.module))
 
 
 class TensorRt(Backend):

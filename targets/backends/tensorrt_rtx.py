@@ -68,6 +68,7 @@ class _Engines(Engines):
 
     def problem(self, file: BinaryIO, path: str, manifest: Manifest) -> str | None:
         from cosmos_export.targets.trt.engine_inspector import header_of
+        from cosmos_export.targets.trt.plan_header import version_problem
 
         try:
             header = header_of(file, path)
@@ -77,7 +78,7 @@ class _Engines(Engines):
         if found and target.compute_capability not in found:
             wanted = f"the target {target.name} has {target.compute_capability}"
             return f"is for compute capability {', '.join(found)}; {wanted}"
-        return None
+        return version_problem(header.version, manifest.tools.get(self.module))
 
 
 class TensorRtRtx(Backend):

@@ -198,3 +198,45 @@ def test_engines_are_for_the_target(
     bundle_samples.write(tmp_path / "x.bundle")
     found = dict(engine_problems(BundleFiles(tmp_path / "x.bundle")))
     assert (said is None and not found) or (said is not None and said in found[ENGINE])
+
+
+def test_engines_are_of_the_release_that_the_manifest_records(bundle: Path) -> None:
+    files = open_bundle(bundle)
+    for recorded, wrong in (("0.0.0.0", False), ("1.7.1.116", True)):
+        other = replace(files.manifest, tools={"tensorrt_rtx": recorded})
+        found = dict(engine_problems(BundleFiles(bundle, other)))
+        assert bool(found) == wrong
+        assert not wrong or found[ENGINE] == f"was built by 0.0.0.0, and the manifest says {recorded}"
+
+
+def plan(tag: bytes = b"ftrt", serialization: int = 0, version: bytes = bytes((11, 4, 0, 106))) -> bytes:
+    """What begins as a plan of TensorRT does, as its samples document it."""
+    return tag + serialization.to_bytes(4, "little") + bytes(16) + version + b"x" * 100
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (plan(), None),
+        (plan(version=bytes((10, 16, 1, 11))), "was built by 10.16.1.11, and the manifest says 11.4.0.106"),
+        (plan(serialization=1, version=bytes(4)), None),  # where the version is then is not documented
+        (plan(b"vtrt"), "is an engine of TensorRT-RTX, not of TensorRT"),
+        (plan(b"ptrt"), "is not a TensorRT engine"),
+        (plan()[:27], "is not a TensorRT engine"),
+        (b"x" * 200, "is not a TensorRT engine"),
+        (b"", "is not a TensorRT engine"),
+    ],
+)  # fmt: skip
+def test_engines_of_full_tensorrt_are_plans_of_its_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, said: str | None
+) -> None:
+    for name in (ENGINE, "engines/reasoner.plan"):
+        monkeypatch.setitem(bundle_samples.FILES, name, ("engine", content))
+    bundle_samples.write(tmp_path / "x.bundle")
+    manifest = open_bundle(tmp_path / "x.bundle").manifest
+    full = replace(manifest.target, name="b200", backend="tensorrt", compute_capability="10.0")
+    manifest = replace(manifest, target=full, tools={"tensorrt": "11.4.0.106"})
+    found = dict(engine_problems(BundleFiles(tmp_path / "x.bundle", manifest)))
+    assert (said is None and not found) or (said is not None and said in found[ENGINE])
+    unknown = replace(manifest, target=replace(full, backend="of-tomorrow"))
+    assert not dict(engine_problems(BundleFiles(tmp_path / "x.bundle", unknown)))
