@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from cosmos_export.ir import ops
-from cosmos_export.ir.graph import Graph, Node, copy_node, is_input, is_op, spec_of
+from cosmos_export.ir.graph import Graph, Node, copy_node, is_input, spec_of
+from cosmos_export.ir.match import behind
 from cosmos_export.ir.program import Edge, Program
 from cosmos_export.ir.rates import rates_of, sources_of
 from cosmos_export.ir.spec import Rate
@@ -20,12 +21,9 @@ def boundary(program: Program, graph: Graph, rates: Collection[Rate]) -> list[No
     found = []
     for node in graph.calls():
         # A user without a rate is the graph's output, which is read in every step.
-        if rate_of[node] in rates and any(rate_of.get(user, Rate.CARRIED) > rate_of[node] for user in node.users):
-            root = node
-            while is_op(root, *ops.VIEWS):
-                root = root.args[0]
-            if not is_input(root):
-                found.append(node)
+        faster = any(rate_of.get(user, Rate.CARRIED) > rate_of[node] for user in node.users)
+        if rate_of[node] in rates and faster and not is_input(behind(node, ops.VIEWS)):
+            found.append(node)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, non_negative, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.match import Any_, Bound, Call, OneOf, Pattern, match
 from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
@@ -102,40 +103,39 @@ class Normalize(Pass):
     # -- building blocks ----------------------------------------------------------------------------------------------
 
     def _norms(self, graph: Graph, result: PassResult) -> None:
-        for root in graph.calls(aten.rsqrt.default):
-            match = _match_norm(root)
-            if match is None:
-                result.decline(root, "rsqrt that is not the root mean square of one value along its last axis")
+        for end in graph.calls(aten.mul.Tensor):
+            found = match(_NORM, end)
+            if found is None or not _is_norm(end, found):
                 continue
-            x, weight, eps, end = match
-            new = graph.call(ops.RMS_NORM, x, weight, eps, before=end, like=end, by=self.name)
-            graph.replace(end, new)
+            norm = found["x"], found["weight"], float(found["eps"])
+            graph.replace(end, graph.call(ops.RMS_NORM, *norm, before=end, like=end, by=self.name))
             result.changes["norms"] += 1
+        graph.eliminate_dead_code()
+        for root in graph.calls(aten.rsqrt.default):
+            result.decline(root, "rsqrt that is not the root mean square of one value along its last axis")
 
     def _gates(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.mul.Tensor):
-            for gate, up in (node.args, node.args[::-1]):
-                same = is_op(gate, aten.silu.default) and isinstance(up, Node) and spec_of(gate) == spec_of(up)
-                if same and len(gate.users) == 1:
-                    source = gate.args[0]
-                    graph.replace(node, graph.call(ops.SWIGLU, source, up, before=node, like=node, by=self.name))
-                    result.changes["gated activations"] += 1
-                    break
+            found = match(_GATE, node)
+            if found is not None and isinstance(found["up"], Node) and spec_of(found["silu"]) == spec_of(found["up"]):
+                new = graph.call(ops.SWIGLU, found["gate"], found["up"], before=node, like=node, by=self.name)
+                graph.replace(node, new)
+                result.changes["gated activations"] += 1
 
     def _attention(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(aten.scaled_dot_product_attention.default):
             options = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
             options |= dict(zip(options, node.args[3:], strict=False)) | node.kwargs
-            rows = [_rows(a) for a in node.args[:3]]
-            back = _sole_user(node, aten.permute.default)
-            end = _sole_user(back, aten.squeeze.dim)
             plain = options["attn_mask"] is None and options["dropout_p"] == 0.0
-            if not plain or back is None or end is None or None in rows or _order(back) != _SWAPPED or end.args[1] != 0:
+            (end,) = _readers(node, 2) or (None,)
+            found = match(_ATTENTION, end) if plain and end is not None else None
+            if found is None or end is None:
                 result.decline(node, "attention with a mask, dropout, a batch, or another layout")
                 continue
             causal, scale = bool(options["is_causal"]), options["scale"]
             head = spec_of(node).shape[-1]
             scale = float(head) ** -0.5 if scale is None else float(scale)
+            rows = (found[name] for name in "qkv")
             new = graph.call(ops.ATTENTION, *rows, causal, scale, before=end, like=node, by=self.name)
             graph.replace(end, new)
             result.changes["attentions"] += 1
@@ -143,10 +143,10 @@ class Normalize(Pass):
     def _rotations(self, graph: Graph, result: PassResult) -> None:
         slicer = Slicer(graph, self.name)
         for node in graph.calls(aten.add.Tensor):
-            match = _match_rotation(node)
-            if match is None:
+            found = match(_ROTATION, node)
+            if found is None or not _is_rotation(found):
                 continue
-            x, cos, sin = match
+            x, cos, sin = (found[name] for name in ("x", "cos", "sin"))
             half = spec_of(x).shape[-1] // 2
             if not (_repeats_halves(cos) and _repeats_halves(sin)):
                 result.decline(node, "the two halves of its tables are not shown to be equal")
@@ -206,55 +206,86 @@ def _covers(user: Node, node: Node) -> bool:
     return isinstance(other, Node) and all(map(equal, spec_of(other).shape, spec_of(user).shape))
 
 
-def _uncast(node: Any, dtype: torch.dtype) -> Any:
-    """The operand of a cast to ``dtype``, or the node."""
-    return node.args[0] if is_op(node, aten._to_copy.default) and node.kwargs["dtype"] == dtype else node
+# -- building blocks as the exporter writes them -----------------------------------------------------------------------
 
 
-def _match_norm(root: Node) -> tuple[Node, Node, float, Node] | None:
-    """(x, weight, eps, last node) of the norm whose reciprocal root is ``root``."""
-    total = root.args[0]
-    if not is_op(total, aten.add.Tensor) or not isinstance(total.args[1], float):
-        return None
-    mean, eps = total.args
-    if not is_op(mean, aten.mean.dim) or list(mean.args[1]) != [-1] or mean.args[2] is not True:
-        return None
-    square = mean.args[0]
-    if not is_op(square, aten.pow.Tensor_Scalar) or square.args[1] != 2:
-        return None
-    wide = square.args[0]
-    if spec_of(wide).dtype != torch.float32:
-        return None
-    x = _uncast(wide, torch.float32)
-    scaled = _sole_user(root, aten.mul.Tensor)
-    if scaled is None or not ({wide, x} & set(scaled.args)):
-        return None
-    rounded = _sole_user(scaled, aten._to_copy.default) or scaled
-    end = _sole_user(rounded, aten.mul.Tensor)
-    if end is None:
-        return None
-    weight = end.args[1] if end.args[0] is rounded else end.args[0]
-    if not isinstance(weight, Node) or spec_of(weight) != TensorSpec(spec_of(end).dtype, spec_of(x).shape[-1:]):
-        return None
-    if spec_of(rounded).dtype != spec_of(weight).dtype:
-        return None
-    return x, weight, float(eps), end
+def _root(square: Pattern) -> Pattern:
+    """The reciprocal root of the mean of squares along the last axis."""
+    mean = Call(aten.mean.dim, square, [-1], True)
+    eps = Any_("eps", lambda value: isinstance(value, float))
+    return Call(aten.rsqrt.default, Call(aten.add.Tensor, mean, eps), sole=True)
 
 
-def _sole_user(node: Node | None, target: Any) -> Node | None:
-    if node is None or len(node.users) != 1:
-        return None
-    user = next(iter(node.users))
-    return user if is_op(user, target) else None
+_X, _WEIGHT = Any_("x"), Any_("weight", lambda value: isinstance(value, Node))
+_WIDE = Call(aten._to_copy.default, _X, name="wide", dtype=torch.float32)
+_SCALED = OneOf(
+    Call(aten.mul.Tensor, OneOf(_X, _WIDE), _root(Call(aten.pow.Tensor_Scalar, _WIDE, 2)), sole=True),
+    Call(aten.mul.Tensor, _X, _root(Call(aten.pow.Tensor_Scalar, _X, 2)), sole=True),
+)
+_NORM = OneOf(
+    Call(aten.mul.Tensor, Call(aten._to_copy.default, _SCALED, name="rounded", sole=True), _WEIGHT),
+    Call(aten.mul.Tensor, _SCALED, _WEIGHT),
+)
+_GATE = Call(aten.mul.Tensor, Call(aten.silu.default, Any_("gate"), name="silu", sole=True), Any_("up"))
 
 
-def _rows(value: Any) -> Node | None:
-    """x of ``permute(unsqueeze(x, 0), [0, 2, 1, 3])``: the batched, transposed form of rows."""
-    if is_op(value, aten.permute.default) and _order(value) == _SWAPPED:
-        inner: Node = value.args[0]
-        if is_op(inner, aten.unsqueeze.default) and inner.args[1] == 0:
-            return _first(inner)
-    return None
+def _batched(name: str) -> Pattern:
+    return Call(aten.permute.default, Call(aten.unsqueeze.default, Any_(name), 0), _SWAPPED)
+
+
+_ATTENTION = Call(
+    aten.squeeze.dim,
+    Call(
+        aten.permute.default,
+        Call(aten.scaled_dot_product_attention.default, *map(_batched, "qkv"), sole=True, more=True),
+        _SWAPPED, sole=True,
+    ),
+    0,
+)  # fmt: skip
+
+
+def _turned() -> Pattern:
+    """The halves of a head exchanged, the second one negated."""
+    second = Call(aten.slice.Tensor, _X, Any_("last"), Any_("half"), Any_("size"))
+    first = Call(aten.slice.Tensor, _X, Any_("last"), 0, Any_("half"))
+    return Call(aten.cat.default, [Call(aten.neg.default, second), first], Any_("axis"))
+
+
+_ROTATION = Call(
+    aten.add.Tensor,
+    Call(aten.mul.Tensor, _X, Call(aten.unsqueeze.default, Any_("cos"), 1)),
+    Call(aten.mul.Tensor, _turned(), Call(aten.unsqueeze.default, Any_("sin"), 1)),
+)
+"""x · cos + cat(-x[d/2:], x[:d/2]) · sin, with tables [rows, d] for every head."""
+
+
+def _is_norm(end: Node, found: Bound) -> bool:
+    """Statistics in float32, and one factor per column, in the type to which the normal value is rounded."""
+    x, weight = found["x"], found["weight"]
+    computed = end.args[0] if end.args[1] is weight else end.args[1]
+    fits = spec_of(weight) == TensorSpec(spec_of(end).dtype, spec_of(x).shape[-1:])
+    return (
+        fits and spec_of(found.get("wide", x)).dtype == torch.float32 and spec_of(computed).dtype == spec_of(end).dtype
+    )
+
+
+def _is_rotation(found: Bound) -> bool:
+    """Whole heads [rows, heads, d] are turned; both halves of a table's row are looked at by the caller."""
+    x = found["x"]
+    rank, size = spec_of(x).rank, spec_of(x).shape[-1]
+    if rank != 3 or not isinstance(size, int) or found["axis"] not in (-1, rank - 1):
+        return False
+    halves = (found["last"], found["half"], found["size"]) == (rank - 1, size // 2, size)
+    return halves and all(spec_of(found[t]).shape == (spec_of(x).shape[0], size) for t in ("cos", "sin"))
+
+
+def _readers(node: Node, steps: int) -> tuple[Node] | None:
+    """What reads ``node`` after ``steps`` operations, each the only reader of the one before."""
+    for _ in range(steps):
+        if len(node.users) != 1:
+            return None
+        (node,) = node.users
+    return (node,)
 
 
 def _order(permutation: Node) -> list[int]:
@@ -269,32 +300,6 @@ def _first(node: Node) -> Node:
 def _part(part: Node) -> list[Any]:
     """[axis, start, end, step] of a slice."""
     return [*part.args[1:], 1][:4]
-
-
-def _match_rotation(node: Node) -> tuple[Node, Node, Node] | None:
-    """(x, cos, sin) of ``x · cos + cat(-x[d/2:], x[:d/2]) · sin``."""
-    for straight, turned in (node.args, node.args[::-1]):
-        if not (is_op(straight, aten.mul.Tensor) and is_op(turned, aten.mul.Tensor)):
-            continue
-        x, cos = straight.args
-        rotated, sin = turned.args
-        if not (isinstance(x, Node) and is_op(rotated, aten.cat.default) and len(rotated.args[0]) == 2):
-            continue
-        rank, size = spec_of(x).rank, spec_of(x).shape[-1]
-        negated, first = rotated.args[0]
-        second = negated.args[0] if is_op(negated, aten.neg.default) else None
-        if rank != 3 or not isinstance(size, int) or rotated.args[1] not in (-1, rank - 1):
-            continue
-        halves = (x, rank - 1, size // 2, size), (x, rank - 1, 0, size // 2)
-        if not (is_op(second, aten.slice.Tensor) and second.args == halves[0]):
-            continue
-        if not (is_op(first, aten.slice.Tensor) and first.args == halves[1]):
-            continue
-        # [rows, d] for every head; both halves of a row are looked at by the caller.
-        tables = [_first(t) for t in (cos, sin) if is_op(t, aten.unsqueeze.default) and t.args[1] == 1]
-        if len(tables) == 2 and all(spec_of(t).shape == (spec_of(x).shape[0], size) for t in tables):
-            return x, tables[0], tables[1]
-    return None
 
 
 def _repeats_halves(table: Node) -> bool:

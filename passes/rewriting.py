@@ -10,6 +10,7 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, non_negative, product, simplify
 from cosmos_export.ir.graph import Graph, Node, is_op, map_operands, row_operands, spec_of
+from cosmos_export.ir.match import behind
 from cosmos_export.ir.ops import Trait, aten
 
 ELEMENTWISE = ops.having(Trait.ELEMENTWISE)
@@ -53,8 +54,7 @@ def is_outer_product(node: Node) -> bool:
 
 def uniform_value(node: Any) -> float | None:
     """The one number that fills ``node``, where it is only views of a fill."""
-    while is_op(node, *ops.VIEWS):
-        node = node.args[0]
+    node = behind(node, ops.VIEWS)
     return float(node.args[1]) if is_op(node, aten.full.default) else None
 
 

@@ -11,8 +11,10 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Size, equal, expression, simplify
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_op, is_weight, spec_of
+from cosmos_export.ir.match import Any_, Call, Pattern, Through, match
 from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
+from cosmos_export.ir.rates import sources_of
 from cosmos_export.passes.base import Pass, PassResult
 
 _PLACES = ops.VIEWS | ops.having(Trait.PART)
@@ -176,46 +178,44 @@ def _rotated(value: Node) -> set[bool]:
 
 def _angle(rotation: Node) -> Node | None:
     """The one value of which the tables of ``rotation`` are cosine and sine."""
-    found: list[Node | None] = []
-    for table, function in zip(rotation.args[1:], (aten.cos.default, aten.sin.default), strict=True):
-        node: Node = table
-        while is_op(node, *_PLACES):
-            node = node.args[0]
-        found.append(node.args[0] if is_op(node, function) else None)
-    cos, sin = found
-    return cos if cos is sin else None
+    found = match(_TABLES, rotation)
+    return None if found is None else found["angle"]
+
+
+def _shown(pattern: Pattern) -> Pattern:
+    return Through(_PLACES, pattern)
+
+
+_TABLES = Call(
+    ops.ROTARY,
+    Any_("x"),
+    _shown(Call(aten.cos.default, Any_("angle"))),
+    _shown(Call(aten.sin.default, Any_("angle"))),
+)
+_AXES = Any_("positions", lambda v: isinstance(v, Node) and spec_of(v).rank == 2 and spec_of(v).dtype == torch.float32)
+"""[axes, rows], shown as [axes, 1, 1, rows]."""
+_PRODUCT = _shown(Call(aten.matmul.default, Any_("others"), Through({aten.unsqueeze.default}, _AXES)))
+_SELECTION = _shown(Call(aten.where.self, Any_("others"), Any_("a"), Any_("b")))
 
 
 def _positions(angle: Node) -> Node | None:
     """P [axes, rows] (float) of angles that are placed from ``frequencies @ P``."""
-    node = angle
-    while is_op(node, *_PLACES):
-        node = node.args[0]
-    if is_op(node, aten.matmul.default):
-        found = _behind_views(node.args[1])
-        return None if found is None or _related(node.args[0], found) else found
-    if is_op(node, aten.where.self):
+    found = match(_PRODUCT, angle)
+    if found is None:
+        found = match(_SELECTION, angle)
+        if found is None:
+            return None
         # Both branches are parts of one product: the axes laid into one another.
-        branches = {_positions(branch) for branch in node.args[1:]}
-        found = branches.pop() if len(branches) == 1 else None
-        return None if found is None or _related(node.args[0], found) else found
-    return None
+        branches = {_positions(found[branch]) for branch in "ab"}
+        found["positions"] = branches.pop() if len(branches) == 1 else None
+    positions: Node | None = found["positions"]
+    return None if positions is None or _related(found["others"], positions) else positions
 
 
 def _related(value: Node, positions: Node) -> bool:
     """Whether ``value`` follows from anything but constants that ``positions`` follow from."""
-    shared = _behind(value) & _behind(positions)
+    shared = sources_of(value) & sources_of(positions)
     return any(not (is_constant(node) or is_weight(node)) for node in shared)
-
-
-def _behind(value: Node) -> set[Node]:
-    """``value`` and all that it follows from."""
-    found, waiting = {value}, [value]
-    while waiting:
-        new = set(waiting.pop().all_input_nodes) - found
-        found |= new
-        waiting += new
-    return found
 
 
 def _function(value: Any, positions: Node) -> Any:
@@ -225,13 +225,6 @@ def _function(value: Any, positions: Node) -> Any:
     if isinstance(value, Node) and value.op == "call_function":
         return value.target, *(_function(a, positions) for a in (*value.args, *value.kwargs.values()))
     return tuple(_function(v, positions) for v in value) if isinstance(value, (tuple, list)) else value
-
-
-def _behind_views(node: Node) -> Node | None:
-    """The value [axes, rows] that ``node`` [axes, 1, 1, rows] shows."""
-    while is_op(node, aten.unsqueeze.default):
-        node = node.args[0]
-    return node if spec_of(node).rank == 2 and spec_of(node).dtype == torch.float32 else None
 
 
 def _moved_axes(positions: Node) -> _Moved:
@@ -269,8 +262,14 @@ def _axis(cat: Node) -> int:
 
 def _addition(node: Node) -> Node | None:
     """The ``x + amount`` behind views, where the amount depends on dims."""
-    while is_op(node, *ops.VIEWS):
-        node = node.args[0]
-    if is_op(node, aten.add.Tensor) and isinstance(node.args[1], sympy.Expr) and not equal(node.args[1], 0):
-        return node
-    return None
+    found = match(_MOVED, node)
+    return None if found is None else found["addition"]
+
+
+_MOVED = Through(
+    ops.VIEWS,
+    Call(
+        aten.add.Tensor, Any_("x"), Any_("amount", lambda v: isinstance(v, sympy.Expr) and not equal(v, 0)),
+        name="addition",
+    ),
+)  # fmt: skip

@@ -288,7 +288,6 @@ def test_an_operation_is_declared_once() -> None:
 OWN_LISTS = {
     "passes/normalize.py": "what `normalize` must not leave",
     "passes/resolve_packing.py": "what `resolve_packing` must not leave",
-    "passes/shift_rope.py": "the two tables of a rotation, one of each",
     "passes/assign_precision.py": "what stands between the products of a layer: the definition of its sites",
     "cosmos_export/evaluation/gates.py": "what `insert_quantization` puts around a product",
 }
