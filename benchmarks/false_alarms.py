@@ -97,7 +97,7 @@ def measured(subject: Subject, folder: Path) -> dict[str, Any]:
         "outcome": "built",
         "verdicts": sorted({v.verdict for v in result.manifest.evaluation}),
         "requests": requests,
-        "requests_s": round(result.stage_seconds["requests"], 2),
+        "requests_s": round(result.costs.stages["requests"].seconds, 2),
         "build_s": round(time.perf_counter() - started, 2),
     }
 

@@ -136,7 +136,7 @@ def row(size: str, checkpoint: Path, scales: Path, target: str, recipe: str, wor
     if reasons:
         return found | {"problems": [f"built, and was to be refused: {reasons[0]}"]}
     engines = [described(engine) for engine in result.engines]
-    peak = round(result.peak_memory_bytes / 1e9, 2)
+    peak = round(result.costs.peak_resident_bytes / 1e9, 2)
     return found | {"engines": engines, "peak_gb": peak, "problems": list(problems(recipe, engines))}
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cosmos_export.bundle import Manifest
     from cosmos_export.calibration.write_quantized import QuantizeResult
     from cosmos_export.compiler.calibrate_checkpoint import CalibrateResult
-    from cosmos_export.compiler.stages import BuildResult
+    from cosmos_export.compiler.evidence import BuildResult
     from cosmos_export.plan import Estimate
     from cosmos_export.precision.recipe import Recipe
     from cosmos_export.runtime.frontend import GenerateOptions

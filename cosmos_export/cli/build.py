@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from cosmos_export.bundle import Planned
     from cosmos_export.compiler.artifacts import Engine
+    from cosmos_export.compiler.evidence import BuildResult
     from cosmos_export.compiler.job import Job
-    from cosmos_export.compiler.stages import BuildResult
 
 
 def register(app: typer.Typer) -> None:
@@ -207,7 +207,6 @@ def _print(result: BuildResult) -> None:
     from rich.table import Table
 
     from cosmos_export.cli import console
-    from cosmos_export.compiler.document import not_compared
 
     out = console.out()
     passes = Table("pass", "changed", "declined", "seconds", title="Passes", title_justify="left", box=None)
@@ -227,7 +226,7 @@ def _print(result: BuildResult) -> None:
     for m in result.parity:
         for what, value in m.details.items():
             out.print(f" {m.stage}: {what}: {value:.3g}" if value % 1 else f" {m.stage}: {what}: {value:,.0f}")
-    for subject, note in not_compared(result).items():
+    for subject, note in result.not_compared.items():
         out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
     if result.losses is not None:
         out.print(_losses(result))
@@ -255,8 +254,8 @@ def _print(result: BuildResult) -> None:
         out.print(f"\nComponents: {', '.join(('transformer', *result.job.components))}")
         files = result.manifest.files
         out.print(
-            f"{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.seconds:.1f} s, "
-            f"peak memory {_size(result.peak_memory_bytes)}"
+            f"{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.costs.seconds:.1f} s, "
+            f"peak memory {_size(result.costs.peak_resident_bytes)}"
         )
     for path in result.dumps:
         out.print(str(path), soft_wrap=True)
@@ -319,7 +318,7 @@ def _verdict(result: BuildResult, output: Path | None) -> str:
     proof = "parity not measured"
     if result.parity:
         proof = f"{len(result.parity)} stages within their limits of diffusers"
-        if result.parity_note:
+        if "transformer" in result.not_compared:
             proof += ", not the whole transformer"
     engines = f"{len(result.engines)} engines with {attention} fused attentions, " if result.engines else ""
     components = "".join(f" + {name}" for name in result.job.components)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,7 +27,6 @@ from cosmos_export.compiler.keys import (
 )
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.graph import Graph
-from cosmos_export.ir.program import Loop
 from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
@@ -43,8 +41,6 @@ if TYPE_CHECKING:
     from cosmos_export.targets.onnx.plugins import Plugins
 
 _log = logging.getLogger("cosmos_export")
-
-INDUCTOR = "inductor"
 
 
 @dataclass(frozen=True)
@@ -146,34 +142,6 @@ def weight_inputs(graph: Graph, file: str, stored: Mapping[WeightBinding, Stored
         )
         for name, binding in external_weights(graph).items()
     )
-
-
-def write_graph(
-    graph: Graph,
-    name: str,
-    weights_file: str,
-    job: Job,
-    writer: BundleWriter,
-    *,
-    places: Mapping[WeightBinding, Stored],
-    loop: Loop | None = None,
-) -> None:
-    """``graphs/NAME.json`` for the backend that runs graphs as they are; a closed ``loop`` over the graph with it."""
-    if job.target.backend != INDUCTOR:
-        return
-    from cosmos_export.ir.serialize import graph_document
-
-    def place(binding: WeightBinding) -> tuple[int, int]:
-        return places[binding].offset, places[binding].size_bytes
-
-    document: dict[str, Any] = {"graph": graph_document(graph, weights_file, place)}
-    if loop is not None:
-        document["loop"] = {
-            "steps": loop.steps, "carried": dict(loop.carried), "rows": list(loop.rows), "taken": list(loop.taken),
-            "returned": list(loop.returned),
-        }  # fmt: skip
-    text = json.dumps(document, separators=(",", ":"))
-    writer.path(f"graphs/{name}.json", "graph").write_text(text, encoding="utf-8")
 
 
 def _write_weights(

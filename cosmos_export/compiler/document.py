@@ -18,7 +18,7 @@ from cosmos_export.diagnostics import FindingError
 from cosmos_export.progress import Progress
 
 if TYPE_CHECKING:
-    from cosmos_export.compiler.stages import BuildResult
+    from cosmos_export.compiler.evidence import BuildResult
 
 _log = logging.getLogger("cosmos_export")
 VERSION = 1
@@ -46,12 +46,6 @@ def build(
             with suppress(OSError):
                 _beside(output, name).unlink(missing_ok=True)
     return result
-
-
-def not_compared(result: BuildResult) -> dict[str, str]:
-    """Why a component was not compared with diffusers', by component."""
-    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
-    return {subject: note for subject, note in notes.items() if note}
 
 
 def _gates(result: BuildResult) -> dict[str, Any] | None:
@@ -144,13 +138,13 @@ def build_document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             }
             for m in result.parity
         ],
-        "parity_note": result.parity_note,
+        "parity_note": result.not_compared.get("transformer", ""),
         "recipe": result.job.precision.recipe,
         "precision": result.job.precision.table(),
         "gates": _gates(result),
         "components": list(result.job.components),
-        "not_compared": not_compared(result),
-        "notes": result.notes,
+        "not_compared": dict(result.not_compared),
+        "notes": list(result.notes),
         "verdicts": [asdict(verdict) for verdict in verdicts(result)],
         "engines": [
             {
@@ -173,10 +167,10 @@ def build_document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             for e in result.engines
         ],
         "dumps": [str(p) for p in result.dumps],
-        "seconds": round(result.seconds, 3),
-        "peak_memory_bytes": result.peak_memory_bytes,
-        "peak_anonymous_bytes": result.meter.peak_anonymous_bytes,
+        "seconds": round(result.costs.seconds, 3),
+        "peak_memory_bytes": result.costs.peak_resident_bytes,
+        "peak_anonymous_bytes": result.costs.peak_anonymous_bytes,
         "stages": {
-            name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.meter.stages.items()
+            name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.costs.stages.items()
         },
     }

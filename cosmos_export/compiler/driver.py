@@ -24,7 +24,7 @@ from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 
 if TYPE_CHECKING:
-    from cosmos_export.compiler.stages import BuildResult
+    from cosmos_export.compiler.evidence import BuildResult
 
 _DISK_MARGIN = 1.05
 """Share of the predicted size."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import MappingProxyType
 
+from cosmos_export.bundle import BundleWriter
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
 from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.strict_json import read_object
+from cosmos_export.compiler.allocator import return_freed_memory
+from cosmos_export.compiler.evidence import Evidence
 from cosmos_export.compiler.job import Job
+from cosmos_export.compiler.published import MEMORY_SHARE
+from cosmos_export.diagnostics import FindingError
+from cosmos_export.machine.memory import available_bytes
 from cosmos_export.targets import load_target
 
 FIRST_BYTES = 1_500_000_000
@@ -74,3 +81,28 @@ def job_of_part(job: Job, part: Checkpoint, output: Path) -> Job:
         job, options=options, checkpoint=part, target=load_target("cpu"), components=(), memory_budget=None,
         part_of=job.layers,
     )  # fmt: skip
+
+
+def compare_first_layers(
+    job: Job, writer: BundleWriter, evidence: Evidence, build: Callable[[Job, BundleWriter, Evidence], None]
+) -> str:
+    """``build`` a bundle of the first layers of both towers, measured as that of a model that fits in memory; it is not
+    kept. It proves the capture, the passes and the lowering of this geometry, and reads a part of the weights.
+
+    What it measures is added to ``evidence``; returns what is to be said of it. FindingError as for a whole model.
+    """
+    memory = min(available_bytes(), job.memory_budget or inf)
+    with writer.scratch() as folder:
+        part = first_layers(job.checkpoint, folder, FIRST_BYTES, int(MEMORY_SHARE * memory))
+        if part is None:
+            return "; its first layer alone does not fit either"
+        first = f"first {part.geometry.num_hidden_layers} of {job.layers} layers"
+        seen, inner = Evidence(), BundleWriter(folder / "bundle", require_inputs=job.require_inputs)
+        try:
+            build(job_of_part(job, part, folder / "bundle"), inner, seen)
+        except FindingError as error:
+            raise FindingError(error.code, f"{first} alone: {error.message}", error.hint) from error
+        finally:
+            evidence.parity.extend([replace(measured, stage=f"{measured.stage}, {first}") for measured in seen.parity])
+    return_freed_memory()
+    return f"; its {first} were compared"

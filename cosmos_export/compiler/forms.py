@@ -31,6 +31,12 @@ class Forms:
     closed: Mapping[str, Program] = field(default_factory=dict)
     """Loops that run by themselves, by the names of the models that they become."""
 
+    @property
+    def graphs(self) -> dict[str, Graph]:
+        """The program's graphs, and the other bodies of its loop."""
+        others = {name: variant.graphs[variant.loop.body] for name, variant in self.variants.items()}
+        return {**self.program.graphs, **others}
+
 
 def make_forms(
     plain: Program,

@@ -18,7 +18,6 @@ from cosmos_export.targets.profiles import Profile
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
 QualityMode = Literal["enforce", "report"]
-ENGINE_BACKENDS = ("tensorrt-rtx", "tensorrt")
 """Backends whose engines are built from models."""
 WeightsMode = Literal["embedded", "external"]
 
@@ -129,3 +128,8 @@ class Job:
     @property
     def backend(self) -> Backend:
         return backend_of(self.target)
+
+    @property
+    def closed_segments(self) -> tuple[Segment, ...]:
+        """The segments whose loops run on the device by themselves; none where the host runs the loop."""
+        return self.segments if self.options.loop == "device" else ()

@@ -1,23 +1,20 @@
-"""What each stage of a build costs: seconds, bytes from and to the disk, and memory that no file backs.
+"""The stages of a build as they are timed and shown, and what each costs: seconds, bytes of the disk, and memory.
 
 Memory is sampled, of this process and of the builders it starts, so a peak shorter than the interval can be missed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import resource
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+from cosmos_export.machine.process import disk_bytes, family_memory
+from cosmos_export.progress import Progress
 
 _INTERVAL_S = 0.05
-_BLOCK_BYTES = 512
-"""Size of a block in the counters of `getrusage`."""
 
 
 @dataclass
@@ -32,17 +29,31 @@ class StageCost:
     """Peak of this process and its builders together; 0 where the system does not tell."""
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a build has cost so far."""
+
+    stages: Mapping[str, StageCost]
+    peak_anonymous_bytes: int
+    peak_resident_bytes: int
+    """Largest resident set that this process or one of its builders had; 0 where the system does not tell."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all stages together."""
+        return sum(cost.seconds for cost in self.stages.values())
+
+
 class Meter:
     """Measures stages. Use as a context manager around the build; stages do not overlap."""
 
     def __init__(self) -> None:
-        self.stages: dict[str, StageCost] = {}
+        self._stages: dict[str, StageCost] = {}
         self._current: StageCost | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="meter", daemon=True)
-        self.peak_anonymous_bytes = 0
-        self.peak_resident_bytes = 0
-        """Largest resident set that this process or one of its builders had; 0 where the system does not tell."""
+        self._peak_anonymous_bytes = 0
+        self._peak_resident_bytes = 0
 
     def __enter__(self) -> Meter:
         self._thread.start()
@@ -52,11 +63,16 @@ class Meter:
         self._over.set()
         self._thread.join()
 
+    def costs(self) -> Costs:
+        """What was measured until now."""
+        stages = {name: replace(cost) for name, cost in self._stages.items()}
+        return Costs(stages, self._peak_anonymous_bytes, self._peak_resident_bytes)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add what happens inside to stage ``name``."""
-        cost = self.stages.setdefault(name, StageCost())
-        before, start = _blocks(), time.perf_counter()
+        cost = self._stages.setdefault(name, StageCost())
+        before, start = disk_bytes(), time.perf_counter()
         outer, self._current = self._current, cost
         self._look()
         try:
@@ -65,55 +81,50 @@ class Meter:
             self._look()
             self._current = outer
             cost.seconds += time.perf_counter() - start
-            read, written = (after - first for after, first in zip(_blocks(), before, strict=True))
-            cost.read_bytes += read * _BLOCK_BYTES
-            cost.written_bytes += written * _BLOCK_BYTES
+            read, written = (after - first for after, first in zip(disk_bytes(), before, strict=True))
+            cost.read_bytes += read
+            cost.written_bytes += written
 
     def add(self, name: str, seconds: float) -> None:
         """Time that was measured elsewhere."""
-        self.stages.setdefault(name, StageCost()).seconds += seconds
+        self._stages.setdefault(name, StageCost()).seconds += seconds
 
     def _sample(self) -> None:
         while not self._over.wait(_INTERVAL_S):
             self._look()
 
     def _look(self) -> None:
-        processes = [_memory(pid) for pid in (os.getpid(), *_children(os.getpid()))]
-        found = sum(memory.get("RssAnon", 0) for memory in processes)
-        # `getrusage` would hold the peak of whoever started this process; VmHWM is this program's own.
-        resident = max(memory.get("VmHWM", 0) for memory in processes)
-        self.peak_anonymous_bytes = max(self.peak_anonymous_bytes, found)
-        self.peak_resident_bytes = max(self.peak_resident_bytes, resident)
+        processes = family_memory()
+        found = sum(memory.anonymous_bytes for memory in processes)
+        self._peak_anonymous_bytes = max(self._peak_anonymous_bytes, found)
+        self._peak_resident_bytes = max(self._peak_resident_bytes, *(one.peak_resident_bytes for one in processes))
         current = self._current
         if current is not None:
             current.peak_anonymous_bytes = max(current.peak_anonymous_bytes, found)
 
 
-def anonymous_bytes() -> int:
-    """Memory no file backs, of this process and its children (Linux); 0 where it is not told."""
-    return sum(_memory(pid).get("RssAnon", 0) for pid in (os.getpid(), *_children(os.getpid())))
+class Stages:
+    """Times stages and shows them. None begins once ``nothing_failed`` raises what happened beside them."""
 
+    def __init__(
+        self, meter: Meter, progress: Progress, nothing_failed: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        self.progress = progress
+        """For everything that a stage reports by itself."""
+        self._meter = meter
+        self._nothing_failed = nothing_failed
 
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += [int(child) for child in (task / "children").read_text(encoding="ascii").split()]
-    return found
+    @contextmanager
+    def __call__(self, name: str, detail: str = "", *, shown: bool = True) -> Iterator[None]:
+        """Time what happens inside as stage ``name``, and show it unless it shows itself."""
+        self._nothing_failed()
+        with self._meter.stage(name), self._task(f"{name} {detail}".strip()) if shown else nullcontext():
+            yield
 
-
-def _memory(pid: int) -> dict[str, int]:
-    """Bytes by the names that ``/proc`` has for them; empty where it does not tell."""
-    found: dict[str, int] = {}
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(("RssAnon:", "VmHWM:")):
-                name, kibibytes, _ = line.split()
-                found[name.rstrip(":")] = int(kibibytes) * 1024
-    return found
-
-
-def _blocks() -> tuple[int, int]:
-    """Blocks read and written by this process and by the builders that have ended."""
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_inblock for u in usage), sum(u.ru_oublock for u in usage)
+    @contextmanager
+    def _task(self, name: str) -> Iterator[None]:
+        self.progress.begin(name)
+        try:
+            yield
+        finally:
+            self.progress.end(name)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import cosmos_export
 from cosmos_export.bundle import (
@@ -20,6 +19,7 @@ from cosmos_export.bundle import (
     Manifest,
     ModelRecord,
     ProfileRecord,
+    PromptRecord,
     SegmentRecord,
     TargetRecord,
     Tensor,
@@ -27,8 +27,11 @@ from cosmos_export.bundle import (
     Volatile,
 )
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.compiler.components import Codec
 from cosmos_export.compiler.coverage import coverage_verdicts
 from cosmos_export.compiler.cuts import chains
+from cosmos_export.compiler.evidence import BuildResult
+from cosmos_export.compiler.forms import Forms, Pieces
 from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.compiler.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.compiler.planned import planned
@@ -37,9 +40,6 @@ from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
 
-if TYPE_CHECKING:
-    from cosmos_export.compiler.stages import BuildResult
-
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 _GEOMETRY = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -47,19 +47,27 @@ _GEOMETRY = (
 )  # fmt: skip
 
 
-def manifest(
-    result: BuildResult,
-    program: Program,
-    closed: Mapping[str, Program],
-    inputs: tuple[InputFile, ...],
-    created: str,
-) -> Manifest:
-    """Everything a reader needs to know of this build, but for the files, which the writer adds.
+@dataclass(frozen=True)
+class BundleContents:
+    """What a build made for its bundle, and what it read for it."""
 
-    ``closed`` has the loops that run by themselves, one a segment of the schedule, where the bundle has them.
-    """
+    forms: Forms
+    pieces: Pieces
+    """What every graph is lowered as: itself, or the graphs it was cut into."""
+    codecs: tuple[Codec, ...]
+    prompt: PromptRecord | None
+    inputs: tuple[InputFile, ...]
+    """Files of the checkpoint."""
+    created: str
+    """When, in UTC."""
+
+
+def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
+    """Everything a reader needs to know of this build, except the files, which the writer adds."""
     job, checkpoint = result.job, result.job.checkpoint
-    programs = (program, *(codec.program for codec in result.codecs))
+    program, closed, pieces = contents.forms.program, contents.forms.closed, contents.pieces
+    bodies, codecs = contents.forms.bodies, contents.codecs
+    programs = (program, *(codec.program for codec in codecs))
     return Manifest(
         model=ModelRecord(
             id=checkpoint.origin.repository or checkpoint.root.resolve().name,
@@ -67,32 +75,32 @@ def manifest(
             revision=checkpoint.origin.revision,
             geometry={name: getattr(checkpoint.geometry, name) for name in _GEOMETRY},
         ),
-        inputs=inputs,
+        inputs=contents.inputs,
         target=TargetRecord(job.target.name, job.target.backend, job.target.compute_capability),
         profiles=tuple(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in job.profiles
         ),
         recipe=job.precision.recipe if job.quantized else checkpoint.precision,
         graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
-        | {name: _contract(program.graphs[program.loop.body]) for name in result.bodies}
-        | {graph.name: _contract(graph) for cut in result.pieces.values() if len(cut) > 1 for graph in cut}
+        | {name: _contract(program.graphs[program.loop.body]) for name in bodies}
+        | {graph.name: _contract(graph) for cut in pieces.values() if len(cut) > 1 for graph in cut}
         | _loop_contracts(closed),
-        chains=chains(result.pieces),
+        chains=chains(pieces),
         edges=(
             *(EdgeRecord(e.source, e.output, e.target, e.input) for one in programs for e in one.edges),
             *(
                 EdgeRecord(e.source, e.output, name, e.input)
-                for name in dict.fromkeys(result.bodies)
+                for name in dict.fromkeys(bodies)
                 if name != program.loop.body
                 for e in program.edges_into(program.loop.body)
             ),
             *_loop_edges(closed),
         ),
-        loop=_loop(program, closed, result.bodies),
+        loop=_loop(program, closed, bodies),
         # Its report is of what the gates measured, which do not look at a part.
         precision=precision_record(job) if job.quantized and job.part_of is None else None,
-        streams={codec.stream_name: codec.stream for codec in result.codecs if codec.stream is not None},
-        request=request_record(checkpoint, job.modalities, result.prompt),
+        streams={codec.stream_name: codec.stream for codec in codecs if codec.stream is not None},
+        request=request_record(checkpoint, job.modalities, contents.prompt),
         engines=tuple(
             EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, e.weights)
             for e in result.engines
@@ -114,13 +122,13 @@ def manifest(
         evaluation=verdicts(result),
         plan_checks=tuple(engine.check for engine in result.engines),
         volatile=Volatile(
-            created=created,
-            build_seconds=round(result.seconds, 3),
-            peak_memory_bytes=result.peak_memory_bytes,
-            stage_seconds={name: round(value, 3) for name, value in result.stage_seconds.items()},
+            created=contents.created,
+            build_seconds=round(result.costs.seconds, 3),
+            peak_memory_bytes=result.costs.peak_resident_bytes,
+            stage_seconds={name: round(cost.seconds, 3) for name, cost in result.costs.stages.items()},
             measured={name: value for m in (*result.parity, *result.quality) for name, value in m.numbers.items()}
             | ({} if result.losses is None else loss_values(result.losses)),
-            planned=planned(job, result.engines, result.meter.peak_anonymous_bytes),
+            planned=planned(job, result.engines, result.costs.peak_anonymous_bytes),
         ),
     )
 
@@ -192,9 +200,9 @@ def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over)
         for m in (*result.parity, *result.quality)
     ]
-    notes = {"transformer": result.parity_note, **result.codec_parity_notes}
     missing = [
-        Verdict("all", subject, "relative L2", None, "not-measured", note) for subject, note in notes.items() if note
+        Verdict("all", subject, "relative L2", None, "not-measured", why)
+        for subject, why in result.not_compared.items()
     ]
     engines = [
         Verdict("engine", e.graph, "relative L2", None, "not-measured", "needs the target's GPU")

@@ -9,9 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from cosmos_export.bundle import BundleWriter
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.plan.subject import sampling_of
-from cosmos_export.sampling import DEFAULT_MODE, Overrides, Schedule, resolve_schedule
+from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE
+from cosmos_export.sampling import DEFAULT_MODE, Overrides, Schedule, coefficient_table, resolve_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +55,17 @@ def schedule_table(
     with _one_thread():
         rows = [run_graph(graph, {name: step.reshape(1)}, weights, compute=compute) for step in steps]
     return {output: torch.cat([row[output] for row in rows]) for output in graph.outputs}
+
+
+def write_schedule_table(program: Program, schedule: Schedule, weights: Weights, writer: BundleWriter) -> None:
+    """The bundle's table of ``schedule``: timesteps, the sampler's coefficients and time embeddings, [steps, …]."""
+    import torch
+    from safetensors.torch import save
+
+    steps = timesteps(schedule)
+    coefficients = torch.from_numpy(coefficient_table(schedule).astype(np.float32))
+    table = {"timesteps": steps, "coefficients": coefficients, **schedule_table(program, steps, weights)}
+    writer.path(SCHEDULE_TABLE, "table").write_bytes(save(table))
 
 
 @contextmanager

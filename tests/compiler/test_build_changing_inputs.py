@@ -14,6 +14,7 @@ import build_harness as harness
 import numpy as np
 import pytest
 
+import cosmos_export.compiler.published as published
 from cosmos_export.bundle import BundleWriter, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
@@ -189,13 +190,13 @@ def test_a_difference_from_the_published_model_is_not_called_a_bug(
 def test_the_reference_reads_a_file_that_is_truncated(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parity = stages.Parity
+    parity = published.Parity
 
     def truncating(*given: Any, **rest: Any) -> Any:
         emptied(checkpoint)
         return parity(*given, **rest)
 
-    monkeypatch.setattr(stages, "Parity", truncating)
+    monkeypatch.setattr(published, "Parity", truncating)
     with pytest.raises(UserError, match="CX118"):
         build(options(checkpoint, tmp_path / "x", parity="always"))
 

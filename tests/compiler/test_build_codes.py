@@ -18,11 +18,12 @@ import torch
 from onnx import helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
+import cosmos_export.compiler.published as published
 import cosmos_export.compiler.stages as stages
 from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.forms import make_forms
 from cosmos_export.compiler.precision import pass_options
-from cosmos_export.compiler.stages import BuildResult
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.followed import DIVISION
 from cosmos_export.evaluation.parity import RUNTIME_LIMIT, Measured, Parity
@@ -73,7 +74,7 @@ class Compared:
 
 def compared(checkpoint: Path, output: Path, **options: Any) -> Compared:
     patch = pytest.MonkeyPatch()
-    patch.setattr(stages, "Parity", partial(Parity, cases=CASE))
+    patch.setattr(published, "Parity", partial(Parity, cases=CASE))
     patch.setattr(stages, "capture", harness.remembered_capture)
     try:
         request = harness.transformer_only(checkpoint, output, quality="report", steps=8, **options)

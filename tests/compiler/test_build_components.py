@@ -18,6 +18,9 @@ import torch
 from build_harness import Built
 
 import cosmos_export.compiler.components as components
+import cosmos_export.compiler.engines as engines
+import cosmos_export.compiler.first_layers as first_layers
+import cosmos_export.compiler.published as published
 import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import BundleWriter, Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
@@ -50,7 +53,7 @@ def complete(shared: Path, omni: Path) -> Built:
 @pytest.fixture
 def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The transformer has tests of its own."""
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[:1]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[:1]))
 
 
 def built(checkpoint: Path, output: Path, **options: Any) -> Manifest:
@@ -370,7 +373,7 @@ def test_what_fails_beside_a_build_ends_it_at_the_next_stage(
         raise OSError("a disk that does not answer")
 
     if what == "builder":
-        monkeypatch.setattr(stages, "codec_engines", lambda *_: {"vae_decoder_first": fails})
+        monkeypatch.setattr(engines, "codec_engines", lambda *_: {"vae_decoder_first": fails})
     else:
         monkeypatch.setattr("cosmos_export.compiler.input_files.hash_file", fails)
     sources = stages.weight_sources
@@ -386,7 +389,8 @@ def test_without_memory_each_component_counts_for_itself(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The transformer may be too large to compare where a codec is not."""
-    monkeypatch.setattr(stages, "available_bytes", lambda: 2_000_000)
+    for module in (published, first_layers):
+        monkeypatch.setattr(module, "available_bytes", lambda: 2_000_000)
     manifest = built(omni, tmp_path / "x", parity="auto", components=("vae-decoder",))
     verdicts = {v.subject: v.verdict for v in manifest.evaluation}
     assert verdicts.pop("tables") == "pass"

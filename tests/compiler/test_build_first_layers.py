@@ -9,8 +9,9 @@ import build_harness as harness
 import pytest
 from test_build_planted_faults import edges_swapped, in_manifest, refused
 
+import cosmos_export.compiler.first_layers as first_layers
 import cosmos_export.compiler.first_layers as parts
-import cosmos_export.compiler.stages as stages
+import cosmos_export.compiler.published as published
 from cosmos_export.bundle import Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.compiler.driver import build
@@ -34,7 +35,8 @@ def little_memory(edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock model of two layers is within its share, that of three is not."""
     monkeypatch.setattr(parts, "_VOCABULARY", VOCABULARY)
     needed = 4 * sum(t.elements for n, t in open_checkpoint(edge).expected.items() if not n.startswith("layers.2."))
-    monkeypatch.setattr(stages, "available_bytes", lambda: int(needed / stages.PARITY_MEMORY_SHARE))
+    for module in (published, first_layers):
+        monkeypatch.setattr(module, "available_bytes", lambda: int(needed / published.MEMORY_SHARE))
 
 
 def verdicts(manifest: Manifest) -> dict[str, str]:

@@ -16,7 +16,9 @@ from typing import Any
 import build_harness as harness
 import pytest
 
-import cosmos_export.compiler.stages as stages
+import cosmos_export.compiler.engines as engines
+import cosmos_export.compiler.graphs as graphs
+import cosmos_export.compiler.published as published
 from cosmos_export.bundle import verify_bundle
 from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import FindingError, ToolError
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("builds")
 @pytest.fixture(autouse=True)
 def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two cases of seven are enough to see that something is wrong."""
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[3:5]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[3:5]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ def test_attention_that_is_not_fused(tmp_path: Path, omni: Path, monkeypatch: py
         found = inspect_engine(path)
         return replace(found, graphs=tuple(replace(g, attention=g.attention[1:]) for g in found.graphs))
 
-    monkeypatch.setattr(stages, "inspect_engine", unfused)
+    monkeypatch.setattr(engines, "inspect_engine", unfused)
     with pytest.raises(FindingError) as caught:
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert (caught.value.code, caught.value.exit_code) == ("CX450", 1)
@@ -61,7 +63,7 @@ def test_an_engine_for_another_gpu(tmp_path: Path, omni: Path, monkeypatch: pyte
         found = inspect_engine(path)
         return replace(found, header=replace(found.header, compute_capabilities=("8.9", "12.0")))
 
-    monkeypatch.setattr(stages, "inspect_engine", other)
+    monkeypatch.setattr(engines, "inspect_engine", other)
     with pytest.raises(FindingError, match=r"conditioning: 8\.9, 12\.0"):
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert harness.leftovers(tmp_path) == []
@@ -92,8 +94,8 @@ class Perturb(Pass):
 def test_a_pass_that_changes_the_results(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    passes = stages.passes_of
-    monkeypatch.setattr(stages, "passes_of", lambda *asked: [*passes(*asked), Perturb(factor)])
+    passes = graphs.passes_of
+    monkeypatch.setattr(graphs, "passes_of", lambda *asked: [*passes(*asked), Perturb(factor)])
     with pytest.raises(FindingError) as caught:
         build(harness.transformer_only(omni, tmp_path / "x"))
     assert (caught.value.code, caught.value.exit_code) == ("CX601", 1)
@@ -109,14 +111,14 @@ def test_an_older_bundle_outlives_a_build_that_fails(
     output = tmp_path / "x"
     build(harness.transformer_only(omni, output, parity="never", steps=2))
     before = (output / "manifest.json").read_bytes()
-    passes = stages.passes_of
-    monkeypatch.setattr(stages, "passes_of", lambda *asked: [*passes(*asked), Perturb(2.0)])
+    passes = graphs.passes_of
+    monkeypatch.setattr(graphs, "passes_of", lambda *asked: [*passes(*asked), Perturb(2.0)])
     with pytest.raises(FindingError):
         build(harness.transformer_only(omni, output, force=True))
     assert (output / "manifest.json").read_bytes() == before
     assert verify_bundle(output).ok
     assert harness.leftovers(tmp_path) == ["x"]
-    monkeypatch.setattr(stages, "passes_of", passes)
+    monkeypatch.setattr(graphs, "passes_of", passes)
     build(harness.transformer_only(omni, output, parity="never", steps=3, force=True))
     assert (output / "manifest.json").read_bytes() != before
     assert verify_bundle(output).ok

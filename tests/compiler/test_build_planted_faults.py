@@ -17,8 +17,11 @@ import pytest
 import torch
 
 import cosmos_export.compiler.artifacts as artifacts
+import cosmos_export.compiler.models as models
 import cosmos_export.compiler.precision as precision
+import cosmos_export.compiler.published as published
 import cosmos_export.compiler.stages as stages
+import cosmos_export.compiler.time_table as time_table
 import cosmos_export.targets.onnx.weights as weights
 from cosmos_export.bundle import Manifest, read_bundle
 from cosmos_export.compiler.driver import build
@@ -39,7 +42,7 @@ def edge_scales(shared: Path, edge: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _quick(captured_once: None, monkeypatch: Patch) -> None:
     """One case of seven is enough to see that something is wrong."""
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[1:2]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[1:2]))
 
 
 def refused(checkpoint: Path, output: Path, **options: Any) -> CosmosExportError:
@@ -96,13 +99,13 @@ def test_edges_of_a_quantized_bundle(tmp_path: Path, edge: Path, edge_scales: Pa
 @pytest.mark.parametrize("table", ["schedule_table", "coefficient_table"])
 def test_in_the_table_of_the_schedule(tmp_path: Path, edge: Path, monkeypatch: Patch, table: str) -> None:
     """Time embeddings in the reverse order, or coefficients that are all one."""
-    made = getattr(stages, table)
+    made = getattr(time_table, table)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         found = made(*arguments, **options)
         return np.ones_like(found) if table == "coefficient_table" else {n: v.flip(0) for n, v in found.items()}
 
-    monkeypatch.setattr(stages, table, wrong)
+    monkeypatch.setattr(time_table, table, wrong)
     error = refused(edge, tmp_path / "x")
     assert error.code == "CX621"
     assert ("sampler" if table == "coefficient_table" else "time_embedding of step") in error.message
@@ -123,7 +126,7 @@ def swap_two(model: onnx.ModelProto) -> None:
 
 
 def test_in_the_model_that_the_engine_is_built_from(tmp_path: Path, edge: Path, monkeypatch: Patch) -> None:
-    made = stages.write_models
+    made = models.write_models
 
     def wrong(graphs: Any, stem: str, narrow: bool, plan: Any, writer: Any, *rest: Any, **options: Any) -> str:
         suffix = made(graphs, stem, narrow, plan, writer, *rest, **options)
@@ -134,7 +137,7 @@ def test_in_the_model_that_the_engine_is_built_from(tmp_path: Path, edge: Path, 
             path.write_bytes(model.SerializeToString())
         return suffix
 
-    monkeypatch.setattr(stages, "write_models", wrong)
+    monkeypatch.setattr(models, "write_models", wrong)
     error = refused(edge, tmp_path / "x", target="h100", backend="tensorrt")
     assert (error.code, error.exit_code) == ("CX620", 1)
     assert error.message.startswith("onnx/generator.onnx, which engines are built from, is not the model that was run")

@@ -13,15 +13,16 @@ import build_harness as harness
 import pytest
 import torch
 
-import cosmos_export.compiler.stages as stages
+import cosmos_export.compiler.published as published
 from cosmos_export.bundle import open_verdicts, read_bundle, verify_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.cli.build import _verdict
 from cosmos_export.compiler.coverage import coverage_note, coverage_verdicts
 from cosmos_export.compiler.document import _write_evidence
 from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.options import resolve
-from cosmos_export.compiler.stages import BuildResult
+from cosmos_export.compiler.remarks import other_schedule
 from cosmos_export.diagnostics import CosmosExportError, FindingError, InternalError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
@@ -37,7 +38,7 @@ FIXED = "256p-9f,und_len=33,sound_len=0,action_len=0"
 
 @pytest.fixture(autouse=True)
 def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[1:2]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[1:2]))
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +157,7 @@ def test_a_table_made_on_another_schedule_is_said(edge: Path, edge_scales: Path)
         job = resolve(harness.transformer_only(edge, Path("x"), **options, steps=steps))
         table = replace(job.scales, lineage={"schedules": [job.schedule.text("t2v").replace(" 35 ", " 4 ")]})
         job = replace(job, scales=table if differs else job.scales)
-        found = [note for note in stages._mismatches(job) if "scale table" in note]
+        found = list(other_schedule(job.scales, "t2v", job.schedule))
         assert bool(found) is differs, (found, made)
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cosmos_export.compiler.options as build_options
-import cosmos_export.compiler.stages as stages
+import cosmos_export.compiler.published as published
 from cosmos_export.bundle import BundleFiles, read_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
@@ -43,7 +43,7 @@ LAYERS = 3
 
 @pytest.fixture(autouse=True)
 def _quick(captured_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[1:2]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[1:2]))
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def test_every_body_of_a_host_loop_is_requested_of_tensorrt(tmp_path: Path, fp8:
 
 
 def test_gates_see_the_outputs_that_there_are(tmp_path: Path, fp8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "Parity", partial(Parity, cases=CASES[-1:]))
+    monkeypatch.setattr(published, "Parity", partial(Parity, cases=CASES[-1:]))
     build(harness.transformer_only(
         fp8, tmp_path / "x", target="cpu", quality="report", steps=8, outputs=("action_velocity",),
         profiles=("256p,frames=1:2:3,action_len=4:8:16",), modalities=None,

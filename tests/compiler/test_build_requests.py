@@ -315,7 +315,7 @@ def test_nothing_is_captured_for_a_request_that_ends_in_an_error(
     def never(*arguments: object, **options: object) -> None:
         raise AssertionError("work began")
 
-    for name in ("capture", "Parity", "write_tokenizer", "write_codec"):
+    for name in ("capture", "load_published", "write_tokenizer", "write_codec"):
         monkeypatch.setattr(stages, name, never)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()

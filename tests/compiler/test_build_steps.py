@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cosmos_export.compiler.driver import build
+from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.losses import Losses
-from cosmos_export.compiler.stages import BuildResult
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.evaluation.gates import FOUR_BIT_STEPS, FP8_STEPS, StepLoss, rounded_at_random
 

@@ -132,13 +132,15 @@ def test_the_policy_profile(tmp_path: Path, omni: Path) -> None:
 
 
 def test_what_was_not_compared_is_said(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import cosmos_export.compiler.stages as stages
+    import cosmos_export.compiler.first_layers as first_layers
+    import cosmos_export.compiler.published as published
 
     manifest = built(omni, tmp_path / "x")
     verdict = next(v for v in manifest.evaluation if v.stage == "all")
     assert (verdict.verdict, verdict.note) == ("not-measured", "not asked for (--parity never)")
     assert manifest.volatile.measured == {}
-    monkeypatch.setattr(stages, "available_bytes", lambda: 1_000_000)
+    for module in (published, first_layers):
+        monkeypatch.setattr(module, "available_bytes", lambda: 1_000_000)
     found = built(omni, tmp_path / "y", parity="auto").evaluation
     assert [v.verdict for v in found] == ["pass", "not-measured", "not-measured"]  # the tables' is the first
     note = "more than 40% of the memory there is (--parity always); its first layer alone does not fit either"

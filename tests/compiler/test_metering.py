@@ -6,7 +6,7 @@ import sys
 _CHILD = (
     "from cosmos_export.compiler.metering import Meter\n"
     "with Meter() as meter, meter.stage('one'): pass\n"
-    "print(meter.peak_resident_bytes)\n"
+    "print(meter.costs().peak_resident_bytes)\n"
 )
 _PARENT = (
     "import subprocess, sys\n"
