@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import cosmos_export
 from cosmos_export.bundle import RequestRecord
 from cosmos_export.calibration.algorithms import Algorithm
 from cosmos_export.calibration.coverage import Coverage, ForwardPass
@@ -31,6 +30,7 @@ from cosmos_export.checkpoint.output import require_space
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.precision.stored_recipe import recipe_text
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.release import VERSION
 from cosmos_export.runtime import canvas, read_media
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.step_inputs import sound_latents
@@ -81,7 +81,7 @@ class CalibrationJob:
             "observer": asdict(self.observer),
             "algorithm": self.algorithm.settings,
             "seed": self.seed,
-            "versions": {"cosmos-export": cosmos_export.__version__, "torch": torch.__version__},
+            "versions": {"cosmos-export": VERSION, "torch": torch.__version__},
         }
 
 
@@ -130,7 +130,7 @@ def _recipe(job: CalibrationJob, results: Sequence[LayerResult]) -> str:
 def lineage(job: CalibrationJob) -> dict[str, Any]:
     """What the table was made of; no paths, and the same for the same data."""
     return {
-        "tool": {"name": "cosmos-export", "version": cosmos_export.__version__},
+        "tool": {"name": "cosmos-export", "version": VERSION},
         "observer": job.observer.settings,
         "algorithm": job.algorithm.settings,
         "seed": job.seed,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import cosmos_export
 from cosmos_export import files, stamps
 from cosmos_export.calibration.formats import (
     FP4_BLOCK,
@@ -38,6 +37,7 @@ from cosmos_export.checkpoint.shards import INDEX_SUFFIX, PICKLES
 from cosmos_export.checkpoint.strict_json import optional_object, read_object
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.release import VERSION
 
 SHARD_SIZE = 5_000_000_000
 QUANT_FILE = "hf_quant_config.json"
@@ -281,7 +281,7 @@ def quantization_config(
         "config_groups": {"group_0": _group(options.kind)},
         "ignore": ignored,
         "modules_to_not_convert": ignored,
-        "producer": {"name": "cosmos-export", "version": cosmos_export.__version__, **_rounding(options)},
+        "producer": {"name": "cosmos-export", "version": VERSION, **_rounding(options)},
     }
     return config | ({"runtime": {"diffusion_step_policy": dict(FIRST_LAST_THREE)}} if with_policy else {})
 

@@ -12,7 +12,7 @@ from types import ModuleType as _ModuleType
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-__version__ = "0.1.0"
+from cosmos_export.release import VERSION as __version__
 
 __all__ = [
     "CosmosExportError",

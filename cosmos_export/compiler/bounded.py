@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cosmos_export
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
+from cosmos_export.release import ROOT
 
 _ENVIRONMENT = {"USE_TORCH": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """The work needs no tensors, and no network."""
@@ -52,7 +52,7 @@ def run_bounded(module: str, request: Mapping[str, Any], limits: Limits) -> Any:
     here. LimitError: the process took more than it may.
     """
     # -P and an explicit path: the working directory must not decide what the process imports.
-    root = str(Path(cosmos_export.__file__).resolve().parent.parent)
+    root = str(ROOT)
     given = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     path = os.pathsep.join([root, *given])
     code = f"from cosmos_export.compiler.bounded import serve; serve({module!r}, {limits.cpu_s}, {limits.memory_bytes})"

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 
-import cosmos_export
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.components import Codec, codec_profiles
 from cosmos_export.compiler.engines import ATTENTIONS, profile_dims
@@ -17,6 +16,7 @@ from cosmos_export.compiler.models import Model
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.spec import TensorSpec
+from cosmos_export.release import VERSION
 from cosmos_export.targets.profiles import Profile, input_shapes
 
 
@@ -63,7 +63,7 @@ def write_requests(requests: Iterable[EngineRequest], writer: BundleWriter, comp
     """The requests and the script as files of the bundle; returns what a reader of the result is told."""
     found = list(requests)
     writer.path(REQUESTS, REQUESTS_ROLE).write_text(requests_text(found), encoding="utf-8")
-    writer.path(SCRIPT, "script").write_text(script_text(cosmos_export.__version__), encoding="utf-8")
+    writer.path(SCRIPT, "script").write_text(script_text(VERSION), encoding="utf-8")
     return (
         f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "
         f"of compute capability {compute_capability}"

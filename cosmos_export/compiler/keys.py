@@ -15,10 +15,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import cosmos_export
 from cosmos_export.bundle import strict
 from cosmos_export.ir.spec import WeightBinding, WeightSource
 from cosmos_export.kernels.description import NAMESPACE
+from cosmos_export.release import VERSION
 from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target
 from cosmos_export.targets.onnx.weights import Stored
@@ -42,7 +42,7 @@ def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:
         ]
         for binding, place in stored.items()
     ]
-    return {"compiler": cosmos_export.__version__, "weights": _digest(bindings)}
+    return {"compiler": VERSION, "weights": _digest(bindings)}
 
 
 def _read_by(binding: WeightBinding) -> Iterator[WeightSource]:

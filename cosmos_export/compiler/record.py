@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
 
-import cosmos_export
 from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
@@ -39,6 +38,7 @@ from cosmos_export.compiler.request_record import request_record
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
+from cosmos_export.release import VERSION
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
 _GEOMETRY = (
@@ -181,7 +181,7 @@ def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def _tools(result: BuildResult) -> dict[str, str]:
-    tools = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
+    tools = {"cosmos-export": VERSION, "python": platform.python_version()}
     tools |= {name: _version(name) for name in _TOOLS}
     return tools | {e.report.builder: e.report.builder_version for e in result.engines}
 

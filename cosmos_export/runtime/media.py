@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-import cosmos_export
 from cosmos_export.checkpoint import dtypes
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
+from cosmos_export.release import VERSION
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -46,7 +46,7 @@ class Mark:
         return {
             "ai_generated": "true",
             "digital_source_type": "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia",
-            "generator": f"cosmos-export {cosmos_export.__version__}",
+            "generator": f"cosmos-export {VERSION}",
             "bundle": f"sha256:{self.bundle_id}",
         }
 

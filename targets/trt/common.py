@@ -31,9 +31,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-import cosmos_export
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.release import ROOT
 from cosmos_export.targets.description import Target
 from cosmos_export.targets.profiles import ShapeRange
 
@@ -214,7 +214,7 @@ def _run_worker(
 ) -> tuple[dict[str, Any], int | None]:
     """Run the worker in ``folder`` to its end; the result message and the peak of its anonymous memory."""
     # -P and an explicit path: the working directory must not decide what the worker imports.
-    root = str(Path(cosmos_export.__file__).resolve().parent.parent)
+    root = str(ROOT)
     given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     path = os.pathsep.join([root, *(str(Path(entry).absolute()) for entry in given)])
     process = subprocess.Popen(
