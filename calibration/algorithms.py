@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.precision.scheme import WIDE_BITS
+from cosmos_export.precision.schemes import searched_schemes
 
 ALGORITHMS: Mapping[str, str] = {
     "none": "ranges alone",
@@ -26,7 +28,10 @@ ALGORITHMS: Mapping[str, str] = {
 PROVIDER = "modelopt"
 DEFAULT_RANK, DEFAULT_BITS = 32, 6.0
 LARGEST_RANK = 256
-FORMATS: Mapping[str, float] = {"int4": 4.0, "fp8": 8.0, "bf16": 16.0}
+BUDGETED: Mapping[str, float] = {
+    scheme.name: float(WIDE_BITS if scheme.weight is None else scheme.weight.value_bits)
+    for scheme in sorted(searched_schemes("modelopt-auto"), key=lambda scheme: scheme.bits)
+}
 """Schemes that a budget chooses from, and the bits of a weight. ModelOpt quantizes NVFP4 activations on CUDA only."""
 
 Array = NDArray[np.float32]
@@ -41,7 +46,7 @@ class SearchResult:
     low_rank: Mapping[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """float32 [rank, K] and [N, rank], ``down`` and ``up``: up · down of the scaled weight is not quantized."""
     schemes: Mapping[str, str] = field(default_factory=dict)
-    """Linear → one of `FORMATS`."""
+    """Linear → one of `BUDGETED`."""
 
 
 Rows = Mapping[str, torch.Tensor]

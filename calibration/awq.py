@@ -13,8 +13,12 @@ import torch
 from torch import nn
 
 from cosmos_export.calibration.algorithms import SearchResult
-from cosmos_export.calibration.formats import INT4_GROUP, Inputs, dequantized, quantized_weight, require_shape
+from cosmos_export.calibration.formats import layout_of, quantized_weight
+from cosmos_export.precision.layout import LinearInputs
+from cosmos_export.precision.schemes import searched_schemes
 
+(_SCHEME,) = searched_schemes("awq")
+_LAYOUT = layout_of(_SCHEME.name)
 _ALPHAS = tuple(i / 10 for i in range(11))
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -29,7 +33,7 @@ def search_pre_scales(
     result: dict[str, torch.Tensor] = {}
     for name, linears in readers.items():
         weights = [layer.get_parameter(f"{linear}.weight").detach() for linear in linears]
-        if any(require_shape(tuple(weight.shape), "int4") for weight in weights):
+        if any(_LAYOUT.refusal(tuple(weight.shape)) for weight in weights):
             continue
         found = search(weights, rows[name], means[name])
         result |= dict.fromkeys(linears, found)
@@ -48,7 +52,7 @@ def _weight_mean(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean over all rows of |w| divided by the largest |w| in its group of input channels."""
     total = torch.zeros(weights[0].shape[1])
     for weight in weights:
-        groups = weight.float().abs().reshape(weight.shape[0], -1, INT4_GROUP)
+        groups = weight.float().abs().reshape(weight.shape[0], -1, _LAYOUT.numbers["group_size"])
         total += (groups / (groups.amax(-1, keepdim=True) + _TINY)).reshape(weight.shape).sum(0)
     return total / sum(weight.shape[0] for weight in weights)
 
@@ -60,7 +64,7 @@ def _factor(mean: torch.Tensor, weight_mean: torch.Tensor, alpha: float) -> torc
 
 def _error(weight: torch.Tensor, rows: torch.Tensor, factor: torch.Tensor) -> float:
     pre = 1 / factor
-    rounded = dequantized("int4", quantized_weight("int4", weight, Inputs(None, pre)))
+    rounded = _LAYOUT.decode(quantized_weight(_SCHEME.name, weight, LinearInputs(None, pre)))
     # In one product: what the rounded weight stands for, less the weight.
     difference = rounded * pre - weight.float()
     return float((rows @ difference.T).square().mean())

@@ -16,10 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosmos_export.calibration.algorithms import FORMATS, Rows, SearchResult
-from cosmos_export.calibration.formats import require_shape
+from cosmos_export.calibration.algorithms import BUDGETED, Rows, SearchResult
+from cosmos_export.calibration.formats import layout_of
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED, searched_schemes
 
-_CONFIGS = {"int4": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "fp8": "FP8_DEFAULT_CFG"}
+_CONFIGS = {name: config for name in BUDGETED if (config := SCHEMES[name].modelopt)}
+(_PRE_SCALED,) = searched_schemes("modelopt-awq")
+"""What pre-scales and parts of low rank are for."""
 _SEED = 0
 
 
@@ -113,13 +116,14 @@ def _scheme(recipe: Any) -> str:
     """The scheme of ModelOpt's choice; it names formats by the configuration they were given as, or by their bits."""
     text = str(recipe)
     for scheme, config in _CONFIGS.items():
-        if text.startswith(config) or text.endswith(f"(effective-bits: {FORMATS[scheme]})"):
+        if text.startswith(config) or text.endswith(f"(effective-bits: {BUDGETED[scheme]})"):
             return scheme
-    return "bf16"
+    return UNQUANTIZED
 
 
 def _fits(layer: nn.Module, members: Sequence[str]) -> bool:
-    return not any(require_shape(tuple(layer.get_parameter(f"{name}.weight").shape), "int4") for name in members)
+    shapes = (tuple(layer.get_parameter(f"{name}.weight").shape) for name in members)
+    return not any(map(layout_of(_PRE_SCALED.name).refusal, shapes))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Writes a quantized checkpoint in the published ModelOpt layout, one linear in memory at a time.
 
-Linears of the chosen towers become FP8, INT4 or NVFP4 with their scales beside them; every other tensor of the
+Linears of the chosen towers are stored in one scheme with their scales beside them; every other tensor of the
 transformer goes over byte by byte, and every other file of the checkpoint is copied or hard-linked, so that the result
 is a whole checkpoint. ModelOpt's own ``modelopt_state.pth`` is a pickle and is neither read nor written.
 """
@@ -17,15 +17,7 @@ from typing import Any
 import torch
 
 from cosmos_export import files, stamps
-from cosmos_export.calibration.formats import (
-    FP4_BLOCK,
-    INT4_GROUP,
-    Format,
-    Inputs,
-    Rounding,
-    quantized_weight,
-    require_shape,
-)
+from cosmos_export.calibration.formats import layout_of, quantized_weight
 from cosmos_export.calibration.table import LINEAGE_FILE, ScaleTable
 from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.checkpoint import Checkpoint, ExpectedTensor, Tower
@@ -36,6 +28,8 @@ from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json
 from cosmos_export.checkpoint.shards import INDEX_SUFFIX, PICKLES
 from cosmos_export.checkpoint.strict_json import optional_object, read_object
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.precision.layout import LinearInputs, Rounding
+from cosmos_export.precision.schemes import SCHEMES
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.release import VERSION
 
@@ -48,9 +42,6 @@ _WRITTEN = (ROOT_INDEX, QUANT_FILE, LINEAGE_COPY)
 _TASK = "quantize"
 _SPARE_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 24
-_ALGORITHMS: Mapping[Format, str] = {"fp8": "FP8", "int4": "W4A16_AWQ", "nvfp4": "NVFP4"}
-_TYPES: Mapping[Format, str] = {"fp8": "FP8_FP8", "int4": "INT4", "nvfp4": "NVFP4_NVFP4"}
-"""diffusers' names: weights, activations."""
 _IGNORED = (
     "embed_tokens", "lm_head", "proj_in", "proj_out", "time_embedder*", "audio_proj_in", "audio_proj_out",
     "action_proj_in", "action_proj_out", "model.visual*", "visual*",
@@ -62,7 +53,8 @@ _IGNORED = (
 class QuantizeOptions:
     """What to write. ``policy``: steps and tower with 16-bit activations; a distilled checkpoint has none."""
 
-    kind: Format
+    kind: str
+    """A scheme that has a layout: one of `calibration.formats.FORMATS`."""
     towers: tuple[Tower, ...] = (Tower.REASONER, Tower.GENERATOR)
     rounding: Rounding = "exact"
     policy: bool = True
@@ -103,7 +95,7 @@ def write_quantized_checkpoint(
     specs = list(_specs(checkpoint, chosen, inputs, options.kind))
     size = sum(spec.size_bytes for spec in specs)
     require_space(output, size + _SPARE_BYTES, "CX334", "the quantized checkpoint", "another disk, or fewer --towers")
-    with_policy = options.kind == "fp8" and options.policy and has_step_policy(checkpoint)
+    with_policy = layout_of(options.kind).step_policy and options.policy and has_step_policy(checkpoint)
     with new_directory(output, force) as folder:
         transformer = folder / "transformer"
         transformer.mkdir()
@@ -115,7 +107,9 @@ def write_quantized_checkpoint(
             config = read_object(checkpoint.components["transformer"] / "config.json")
             config["quantization_config"] = quantization_config(checkpoint, chosen, options, with_policy)
             write_json(transformer / "config.json", config)
-            write_json(folder / QUANT_FILE, {"quant_method": "modelopt", "quant_algo": _ALGORITHMS[options.kind]})
+            write_json(
+                folder / QUANT_FILE, {"quant_method": "modelopt", "quant_algo": layout_of(options.kind).algorithm}
+            )
             write_json(folder / LINEAGE_COPY, {"checkpoint": table.checkpoint, **table.lineage})
             _write_root_index(checkpoint, folder, weight_map)
             if not options.link:
@@ -153,15 +147,15 @@ def _chosen(checkpoint: Checkpoint, options: QuantizeOptions) -> dict[str, Expec
     if not chosen:
         raise UserError("CX330", "no tower is chosen", "--towers reasoner,generator")
     for name, tensor in chosen.items():
-        if problem := require_shape(tensor.shape, options.kind):
+        if problem := layout_of(options.kind).refusal(tensor.shape):
             raise UnsupportedError("CX330", f"{name} cannot be {options.kind}: {problem}", "another --format")
     return chosen
 
 
-def _require_room_for_table(table: ScaleTable, chosen: Mapping[str, ExpectedTensor], kind: Format) -> None:
+def _require_room_for_table(table: ScaleTable, chosen: Mapping[str, ExpectedTensor], kind: str) -> None:
     """CX330: INT4 would take the pre-scales of SVDQuant, which are for what is left beside its low-rank parts."""
     parts = [name for name in chosen if name.removesuffix(".weight") in table.low_rank]
-    if kind == "int4" and parts:
+    if SCHEMES[kind].pre_scaled and parts:
         raise UnsupportedError(
             "CX330",
             f"the scale table has low-rank parts of {len(parts)} linears ({parts[0]}, …), and the layout of a "
@@ -171,19 +165,20 @@ def _require_room_for_table(table: ScaleTable, chosen: Mapping[str, ExpectedTens
         )
 
 
-def _inputs(table: ScaleTable, linear: str, kind: Format) -> Inputs:
-    """What of the table the format has a place for. Pre-scales belong to weight-only INT4."""
-    pre = table.pre_scales.get(linear)
-    if kind == "int4":
-        return Inputs(None, None if pre is None else torch.from_numpy(pre.copy()))
-    return Inputs(table.input_amax(linear))
+def _inputs(table: ScaleTable, linear: str, kind: str) -> LinearInputs:
+    """What of the table the scheme has a place for."""
+    pre = table.pre_scales.get(linear) if SCHEMES[kind].pre_scaled else None
+    return LinearInputs(
+        table.input_amax(linear) if SCHEMES[kind].calibrated else None,
+        None if pre is None else torch.from_numpy(pre.copy()),
+    )
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def _specs(
-    checkpoint: Checkpoint, chosen: Mapping[str, ExpectedTensor], inputs: Mapping[str, Inputs], kind: Format
+    checkpoint: Checkpoint, chosen: Mapping[str, ExpectedTensor], inputs: Mapping[str, LinearInputs], kind: str
 ) -> Iterator[TensorHeader]:
     """Every tensor of the new transformer, the scales of a linear after its weight."""
     for name in checkpoint.expected:
@@ -192,22 +187,10 @@ def _specs(
             yield TensorHeader(name, entry.dtype, entry.shape)
             continue
         module, (rows, columns) = name.removesuffix("weight"), entry.shape
-        layouts: Mapping[Format, Mapping[str, tuple[str, tuple[int, ...]]]] = {
-            "fp8": {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": ("F32", ()), "input_scale": ("F32", ())},
-            "int4": {
-                "weight": ("U8", (rows // 2, columns)),
-                "weight_scale": ("F32", (rows, columns // INT4_GROUP)),
-                **({} if inputs[name].pre_scale is None else {"pre_quant_scale": (entry.dtype, (columns,))}),
-            },
-            "nvfp4": {
-                "weight": ("U8", (rows, columns // 2)),
-                "weight_scale": ("F8_E4M3", (rows, columns // FP4_BLOCK)),
-                "weight_scale_2": ("F32", ()),
-                "input_scale": ("F32", ()),
-            },
-        }
-        for leaf, (dtype, shape) in layouts[kind].items():
+        for leaf, (dtype, shape) in layout_of(kind).tensors(rows, columns).items():
             yield TensorHeader(module + leaf, dtype, shape)
+        if inputs[name].pre_scale is not None:
+            yield TensorHeader(f"{module}pre_quant_scale", entry.dtype, (columns,))
 
 
 class _Producer:
@@ -216,7 +199,7 @@ class _Producer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        inputs: Mapping[str, Inputs],
+        inputs: Mapping[str, LinearInputs],
         options: QuantizeOptions,
         progress: Progress,
         size: int,
@@ -272,12 +255,12 @@ def quantization_config(
 ) -> dict[str, Any]:
     """``quantization_config`` of ``transformer/config.json``, with the keys of the published revision."""
     kept = [name.removesuffix(".weight") for name, t in checkpoint.expected.items() if t.linear and name not in chosen]
-    ignored = [*_IGNORED, *kept]
+    ignored, layout = [*_IGNORED, *kept], layout_of(options.kind)
     config: dict[str, Any] = {
         "quant_method": "modelopt",
-        "quant_algo": _ALGORITHMS[options.kind],
-        "quant_type": _TYPES[options.kind],
-        "weight_only": options.kind == "int4",
+        "quant_algo": layout.algorithm,
+        "quant_type": layout.types,
+        "weight_only": SCHEMES[options.kind].weight_only,
         "config_groups": {"group_0": _group(options.kind)},
         "ignore": ignored,
         "modules_to_not_convert": ignored,
@@ -287,18 +270,14 @@ def quantization_config(
 
 
 def _rounding(options: QuantizeOptions) -> dict[str, str]:
-    return {"fp8_rounding": options.rounding} if options.kind == "fp8" else {}
+    """Which rounding was chosen, where there is a choice."""
+    return {"fp8_rounding": options.rounding} if len(layout_of(options.kind).roundings) > 1 else {}
 
 
-def _group(kind: Format) -> dict[str, Any]:
-    bits = 8 if kind == "fp8" else 4
-    numbers: dict[str, Any] = {"num_bits": bits, "type": "int" if kind == "int4" else "float"}
-    if kind == "int4":
-        return {"weights": {"dynamic": False, **numbers, "group_size": INT4_GROUP}, "targets": ["Linear"]}
-    if kind == "nvfp4":
-        numbers["group_size"] = FP4_BLOCK
-    both = {"dynamic": False, **numbers}
-    return {"input_activations": both, "weights": dict(both), "targets": ["Linear"]}
+def _group(kind: str) -> dict[str, Any]:
+    numbers = {"dynamic": False, **layout_of(kind).numbers}
+    read = {} if SCHEMES[kind].weight_only else {"input_activations": numbers}
+    return {**read, "weights": dict(numbers), "targets": ["Linear"]}
 
 
 # -- the rest of the checkpoint ---------------------------------------------------------------------------------------

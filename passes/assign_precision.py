@@ -13,10 +13,8 @@ from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
-
-UND, GEN = "und", "gen"
-QKV, OUT, GATE_UP, DOWN, CORE = "attention.qkv", "attention.out", "mlp.gate_up", "mlp.down", "attention.core"
-PROMPT_KV, UNQUANTIZED = "attention.kv", "bf16"
+from cosmos_export.precision.schemes import UNQUANTIZED
+from cosmos_export.precision.sites import CORE, DOWN, GATE_UP, GEN, OUT, PROMPT_KV, QKV, UND
 
 OverSteps = Callable[[str, str, int], tuple[str, ...]]
 """Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""

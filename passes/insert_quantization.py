@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -13,15 +14,11 @@ from cosmos_export.ir import ops, packing
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import Format, LowRank, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import LowRank, Transform, WeightBinding, WeightSource, parts_of
 from cosmos_export.passes.assign_precision import Precision, towers_of
 from cosmos_export.passes.base import Effect, Pass, PassResult
-
-BF16, FP8, FP8_W8A16, INT4, NVFP4 = "bf16", "fp8", "fp8-w8a16", "int4", "nvfp4"
-FP8_ATTENTION = "fp8-attention"
-INT4_GROUPS = (128, 64, 32)
-"""Columns with one scale: the largest that divides the row into two or more (with one, TensorRT-RTX 1.7 widens the
-whole weight in every call)."""
+from cosmos_export.precision.scheme import Scheme
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 
 
 @dataclass(frozen=True)
@@ -125,27 +122,29 @@ class InsertQuantization(Pass):
         """Quantize the labelled sites of one ``graph``, and count them in ``result``."""
         groups: dict[tuple[Node, str, WeightSource | None], list[Node]] = defaultdict(list)
         for node, precision in _sites(graph):
-            scheme = precision.at(self._step)
-            if scheme != BF16:
-                pre = self._ranges.pre_scale(node.args[1].meta["weight"]) if scheme == INT4 else None
-                groups[node.args[0], scheme, pre].append(node)
-        for (value, scheme, pre), linears in groups.items():
+            name = precision.at(self._step)
+            if name != UNQUANTIZED:
+                pre = self._ranges.pre_scale(node.args[1].meta["weight"]) if _for_linears(name).pre_scaled else None
+                groups[node.args[0], name, pre].append(node)
+        for (value, name, pre), linears in groups.items():
+            scheme = SCHEMES[name]
             read = self._input(graph, value, scheme, pre, linears, result)
             for node in linears:
                 weight = self._weight(graph, node, scheme, pre)
                 operands = (read, weight, *node.args[2:])
                 new = graph.call(aten.linear.default, *operands, before=node, like=node, by=self.name)
-                if scheme == INT4:
+                if scheme.pre_scaled:
                     new = self._with_low_rank(graph, node, read, new, result)
                 graph.replace(node, new)
-                result.changes[f"{scheme} linears"] += 1
+                result.changes[f"{name} linears"] += 1
         self._attentions(graph, result)
         graph.eliminate_dead_code()
 
     def _attentions(self, graph: Graph, result: PassResult) -> None:
         for node in graph.calls(ops.JOINT_ATTENTION):
             precision: Precision | None = node.meta.get("precision")
-            if precision is None or precision.at(self._step) != FP8_ATTENTION:
+            scheme = None if precision is None else SCHEMES[precision.at(self._step)]
+            if precision is None or scheme is None or scheme.attention is None:
                 continue
             *operands, scale = node.args
             name = f"{node.name}_scales"
@@ -158,9 +157,9 @@ class InsertQuantization(Pass):
                 )
             )
             scales.meta["layer"] = precision.layer
-            new = graph.call(ops.JOINT_ATTENTION_FP8, *operands, scales, scale, before=node, like=node, by=self.name)
+            new = graph.call(scheme.attention(), *operands, scales, scale, before=node, like=node, by=self.name)
             graph.replace(node, new)
-            result.changes["fp8 attentions"] += 1
+            result.changes[f"{scheme.computes} attentions"] += 1
 
     # -- activations --------------------------------------------------------------------------------------------------
 
@@ -168,7 +167,7 @@ class InsertQuantization(Pass):
         self,
         graph: Graph,
         value: Node,
-        scheme: str,
+        scheme: Scheme,
         pre: WeightSource | None,
         linears: list[Node],
         result: PassResult,
@@ -177,23 +176,18 @@ class InsertQuantization(Pass):
         first = linears[0]
         if pre is not None:
             return self._scaled(graph, value, pre, linears, result)
-        if scheme not in (FP8, NVFP4):
+        activation = scheme.activation
+        if activation is None:
             return value
         amaxes = [self._ranges.input_amax(n.args[1].meta["weight"]) for n in linears]
         amax = torch.tensor(max(amaxes), dtype=torch.float64)
         result.changes["activation quantizers"] += 1
-        if scheme == NVFP4:
-            _require_width(first, packing.NVFP4_BLOCK)
-            scale = self._constant(graph, value, packing.nvfp4_scale(amax))
-            return graph.call(ops.REQUANTIZE_BLOCKS, value, scale, before=first, like=first, by=self.name)
-        scale = self._constant(graph, value, packing.fp8_scale(amax))
-        narrow = graph.call(ops.QUANTIZE, value, scale, before=first, like=first, by=self.name)
-        dtype = spec_of(value).dtype
-        return graph.call(ops.DEQUANTIZE, narrow, scale, dtype, before=first, like=first, by=self.name)
-
-    @staticmethod
-    def _constant(graph: Graph, value: Node, scale: torch.Tensor) -> Node:
-        return graph.add_constant(f"{value.name}_scale", scale, module=value.meta.get("module", ""))
+        if activation.block:
+            _require_width(first, activation.block)
+        scale = graph.add_constant(f"{value.name}_scale", activation.scale(amax), module=value.meta.get("module", ""))
+        call = partial(graph.call, before=first, like=first, by=self.name)
+        rounded: Node = activation.requantize(call, value, scale, spec_of(value).dtype)
+        return rounded
 
     def _scaled(self, graph: Graph, value: Node, pre: WeightSource, linears: list[Node], result: PassResult) -> Node:
         """``value`` with its channels multiplied by ``pre``."""
@@ -215,33 +209,25 @@ class InsertQuantization(Pass):
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
-    def _weight(self, graph: Graph, node: Node, scheme: str, pre: WeightSource | None) -> Node:
+    def _weight(self, graph: Graph, node: Node, scheme: Scheme, pre: WeightSource | None) -> Node:
         """The dequantized weight of the linear ``node``."""
         old: Node = node.args[1]
         binding: WeightBinding = old.meta["weight"]
-
-        def part(format: Format, which: Part, **options: object) -> Node:
-            name = f"{old.name}_{format.value}_{which.value}"
-            new = graph.add_weight(name, binding.packed(format, which, **options), module=old.meta["module"])  # type: ignore[arg-type]
+        format = scheme.weight
+        assert format is not None
+        # A row of one group is widened whole in every call by TensorRT-RTX 1.7.
+        fitting = [size for size in format.groups if size < binding.unpacked_shape[1]]
+        group = _require_width(node, *fitting) if format.groups else 0
+        low_rank = self._ranges.part_of_low_rank(binding) if scheme.pre_scaled else None
+        parts = []
+        for part in parts_of(format):
+            packed = binding.packed(format, part, group=group, divisor=pre, low_rank=low_rank)
+            new = graph.add_weight(f"{old.name}_{format.name}_{part.value}", packed, module=old.meta["module"])
             new.meta["precision"] = old.meta["precision"]
-            return new
-
-        def call(target: object, *args: object) -> Node:
-            return graph.call(target, *args, before=node, like=node, by=self.name)
-
-        if scheme in (FP8, FP8_W8A16):
-            values, scale = part(Format.FP8, Part.VALUES), part(Format.FP8, Part.SCALE)
-            return call(ops.DEQUANTIZE, values, scale, binding.dtype)
-        if scheme == INT4:
-            width = binding.unpacked_shape[1]
-            group = _require_width(node, *(size for size in INT4_GROUPS if size < width))
-            options = {"group": group, "divisor": pre, "low_rank": self._ranges.part_of_low_rank(binding)}
-            values, scale = (part(Format.INT4, p, **options) for p in (Part.VALUES, Part.SCALE))
-            return call(ops.DEQUANTIZE_GROUPS, values, scale)
-        if scheme == NVFP4:
-            values, blocks, scale = (part(Format.NVFP4, p) for p in (Part.VALUES, Part.BLOCK_SCALE, Part.SCALE))
-            return call(ops.DEQUANTIZE_BLOCKS, values, blocks, scale, binding.dtype)
-        raise UserError("CX353", f"there is no scheme `{scheme}` for a linear", "`cosmos-export targets` lists schemes")
+            parts.append(new)
+        call = partial(graph.call, before=node, like=node, by=self.name)
+        wide: Node = format.widen(call, parts, binding.dtype)
+        return wide
 
     def _with_low_rank(self, graph: Graph, node: Node, read: Node, product: Node, result: PassResult) -> Node:
         """``product`` and what of the weight of ``node`` is not packed, multiplied in the model's own type."""
@@ -262,6 +248,28 @@ class InsertQuantization(Pass):
         wide = graph.call(aten.linear.default, narrow, up, before=node, like=node, by=self.name)
         result.changes["parts of low rank"] += 1
         return graph.call(aten.add.Tensor, product, wide, before=node, like=node, by=self.name)
+
+
+_NARROWED = ops.having(ops.Trait.WIDENS) | ops.having(ops.Trait.ROUNDS)
+
+
+def scheme_of(linear: Node) -> Scheme | None:
+    """The scheme in which the product ``linear`` computes, by the form of its weight and of what it reads; None for one
+    that is not quantized."""
+    x, weight = linear.args[:2]
+    packed = [n.meta["weight"].packing for n in weight.all_input_nodes if is_weight(n) and n.meta["weight"].packing]
+    if not packed:
+        return None
+    narrow = is_op(x, *_NARROWED)
+    return next(s for s in SCHEMES.values() if s.weight == packed[0].format and (s.activation is not None) == narrow)
+
+
+def _for_linears(name: str) -> Scheme:
+    """The scheme ``name``; CX353 where linears cannot be in it."""
+    scheme = SCHEMES.get(name)
+    if scheme is None or scheme.weight is None:
+        raise UserError("CX353", f"there is no scheme `{name}` for a linear", "`cosmos-export targets` lists schemes")
+    return scheme
 
 
 def _sites(graph: Graph) -> Iterator[tuple[Node, Precision]]:

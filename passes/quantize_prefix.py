@@ -10,7 +10,8 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
-from cosmos_export.passes.insert_quantization import FP8, Ranges
+from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.precision.schemes import UNQUANTIZED
 
 _NARROW = torch.float8_e4m3fn
 _FIRST_PREFIX = 3
@@ -42,7 +43,7 @@ class QuantizePrefix(Pass):
         body = program.graphs[program.loop.body]
         for node in body.calls(*ops.having(ops.Trait.JOINT)):
             precision: Precision | None = node.meta.get("precision")
-            if precision is None or precision.prefix != FP8:
+            if precision is None or precision.prefix == UNQUANTIZED:
                 continue
             scales = self._ranges.attention_scales(precision.layer, float(node.args[-1]))[1:]
             for operand, scale in enumerate(scales, _FIRST_PREFIX):

@@ -16,9 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.precision.schemes import SCHEMES
 
-PRECISIONS = ("fp32", "bf16", "fp8", "fp8-w8a16", "fp8-attention", "int4", "nvfp4")
-"""``fp8``: W8A8, one static scale a tensor. ``fp8-w8a16``, ``int4`` (groups of 128): weight only. ``nvfp4``: W4A4."""
+FP32 = "fp32"
+"""The type of a model that is fp32 throughout: a precision besides the schemes, which no recipe chooses."""
 
 _OPTIONAL = (
     "compute_capability",
@@ -76,8 +77,10 @@ class Target:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Schemes with a kernel in the backend that is chosen."""
-        return (*self.precisions, *self.also.get(self.backend, ()))
+        """Schemes with a kernel in the backend that is chosen: those that are listed, and those that require one."""
+        listed = (*self.precisions, *self.also.get(self.backend, ()))
+        implied = (name for name, scheme in SCHEMES.items() if scheme.requires in listed)
+        return (*listed, *(name for name in implied if name not in listed and name not in self.refused))
 
     def on(self, backend: str | None) -> Target:
         """This target with another of its backends; None: the default. UserError CX407 for one it does not have."""
@@ -108,8 +111,8 @@ class Target:
         if capability is not None and [part.isdigit() for part in capability.split(".")] != [True, True]:
             return f"compute capability `{capability}` is not of the form 12.0"
         named = {*self.precisions, *(scheme for schemes in self.also.values() for scheme in schemes)}
-        if named - set(PRECISIONS):
-            return f"unknown precisions {sorted(named - set(PRECISIONS))}"
+        if unknown := named - {FP32, *SCHEMES}:
+            return f"unknown precisions {sorted(unknown)}"
         if set(self.also) - {self.backend, *self.other_backends}:
             return f"precisions of backends it does not have: {sorted(self.also)}"
         both = named & set(self.refused)

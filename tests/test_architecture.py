@@ -27,8 +27,8 @@ LEVELS = {
     **dict.fromkeys(["evaluation", "report"], 6),  # the build measures and reports itself
     "calibration": 5,  # its inputs are requests, and the front end of requests is the runtime's
     **dict.fromkeys(["runtime", "plan", "doctor"], 4),
-    "precision": 3,
-    **dict.fromkeys(["targets", "passes", "capture"], 2),
+    **dict.fromkeys(["targets", "passes", "capture"], 3),
+    "precision": 2,  # a target lists schemes, and a pass asks them what to insert
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(
         [

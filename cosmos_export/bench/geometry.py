@@ -27,7 +27,7 @@ from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.serialize import graph_document, read_graph
 from cosmos_export.ir.spec import INT4, Part, Rate, TensorSpec, WeightBinding, WeightSource
 from cosmos_export.ir.verifier import verify
-from cosmos_export.passes.assign_precision import UNQUANTIZED, Precision
+from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.batch_guidance import NEGATIVE, NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.passes.insert_quantization import Ranges, linears_of
@@ -35,6 +35,7 @@ from cosmos_export.passes.pipeline import CAPTURE, PassOptions, passes_of, run_p
 from cosmos_export.passes.split_towers import CONDITIONING, REASONER
 from cosmos_export.plan import Workload
 from cosmos_export.precision.recipe import Assignment
+from cosmos_export.precision.schemes import UNQUANTIZED
 from cosmos_export.sampling import Schedule
 
 DEVIATION = 0.02

@@ -11,8 +11,10 @@ from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baseli
 from cosmos_export.bench.clock import CardWatch, timed
 from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.ir.formats import E4M3
 from cosmos_export.plan import Workload, parse_workload, published_subject
-from cosmos_export.precision.recipe import UNQUANTIZED, Assignment, load_recipe, resolve_recipe
+from cosmos_export.precision.recipe import DEFAULT, Assignment, load_recipe, resolve_recipe
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
@@ -38,7 +40,7 @@ class GeometryRequest:
 
     size: str
     workload: str
-    recipe: str = "bf16"
+    recipe: str = DEFAULT
     """A recipe of builds."""
     device: str = "cuda"
     runs: int = FEWEST_RUNS
@@ -173,7 +175,7 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
         during=watch.summary(),
         command=command,
         baselines=baselines,
-        baselines_left_out=(NO_FP8,) if request.baselines and assignment.schemes & _IN_FP8 else (),
+        baselines_left_out=(NO_FP8,) if request.baselines and any(map(_in_fp8, assignment.schemes)) else (),
     )
 
 
@@ -192,7 +194,10 @@ def _require_graphs(found: GeometryGraphs, folder: Path, assignment: Assignment,
         raise UserError("CX671", f"{folder} has no {' and no '.join(missing)}, which the workload runs", hint)
 
 
-_IN_FP8 = frozenset({"fp8", "fp8-w8a16", "fp8-attention"})
+def _in_fp8(scheme: str) -> bool:
+    """Whether a weight, or an operand of attention, is in FP8."""
+    weight = SCHEMES[scheme].weight
+    return SCHEMES[scheme].attention is not None if weight is None else weight.values == E4M3
 
 
 @dataclass(frozen=True)

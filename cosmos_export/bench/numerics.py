@@ -24,7 +24,9 @@ from cosmos_export.ir import packing
 from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.interpreter import Weights, read_weights, run_program
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import Format, Part, WeightSource
+from cosmos_export.ir.spec import Part, WeightSource
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
+from cosmos_export.precision.sites import LINEARS
 from cosmos_export.targets.inductor.executable import Executable
 from cosmos_export.targets.inductor.specialise import Settings
 
@@ -89,19 +91,20 @@ def check_numerics(
     run_passes(plain, default_passes())
     inputs = case.inputs(geometry.config, ("vision",))
     found, rounding = [], 0.0
-    for recipe, scheme in (("bf16", None), ("fp8-w8a16", "fp8-w8a16"), ("fp8", "fp8")):
-        program = plain if scheme is None else quantize_linears(plain, scheme, inputs, weights)
-        values = {} if scheme is None else widened(program, stored)
+    stored_so = (s for s in SCHEMES.values() if s.weight is not None and s.weight.one_e4m3_scale)
+    for scheme in (SCHEMES[UNQUANTIZED], *sorted(stored_so, key=lambda s: not s.weight_only)):
+        program = plain if scheme.weight is None else quantize_linears(plain, scheme.name, inputs, weights)
+        values = {} if scheme.weight is None else widened(program, stored)
         oracle = _stock(model, values, device, torch.float32, inputs)
         ours = relative_error(run_compiled(program, inputs, weights, device, compiled=compiled), oracle)
-        if recipe == "fp8":
+        if scheme.activation is not None:
             # Two roundings that have nothing to do with each other: of activations to FP8, and of everything to bf16.
             reference = run_program(program, inputs, weights, compute=torch.float32)
             measure, limit = hypot(relative_error(reference, oracle), rounding), W8A8_LIMIT
         else:
             rounding = relative_error(_stock(model, values, device, torch.bfloat16, inputs), oracle)
             measure, limit = rounding, PRECISION_LIMIT
-        found.append(Checked(recipe, ours, measure, limit).row)
+        found.append(Checked(scheme.name, ours, measure, limit).row)
     return found
 
 
@@ -110,11 +113,10 @@ def quantize_linears(plain: Program, scheme: str, inputs: Tensors, weights: Weig
     from cosmos_export.evaluation.gates import observe_inputs
     from cosmos_export.passes.insert_quantization import Ranges
     from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
-    from cosmos_export.precision.recipe import LINEARS, UNQUANTIZED
 
     options = PassOptions(
         over_steps=lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,),
-        ranges=Ranges(observe_inputs(plain, inputs, weights)) if scheme == "fp8" else Ranges(),
+        ranges=Ranges(observe_inputs(plain, inputs, weights)) if SCHEMES[scheme].calibrated else Ranges(),
     )
     program = plain.copy()
     run_passes(program, passes_of(options, "sites", "numbers"))
@@ -128,7 +130,7 @@ def widened(program: Program, stored: Mapping[str, torch.Tensor]) -> Tensors:
         for node in graph.weights.values():
             binding = node.meta["weight"]
             form = binding.packing
-            if form is None or form.format is not Format.FP8 or form.part is not Part.VALUES:
+            if form is None or not form.format.one_e4m3_scale or form.part is not Part.VALUES:
                 continue
             amax = torch.stack([stored[key].abs().amax().float() for key in binding.keys]).amax()
             scale = packing.fp8_scale(amax)

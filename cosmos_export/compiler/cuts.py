@@ -6,18 +6,16 @@ from collections.abc import Mapping
 
 from cosmos_export.compiler.forms import Pieces, cut_into_pieces
 from cosmos_export.compiler.job import Job
-from cosmos_export.compiler.precision import planned_type
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import aten
-from cosmos_export.ir.spec import Format
 from cosmos_export.passes.cut_graph import narrow_places
+from cosmos_export.passes.insert_quantization import scheme_of
 from cosmos_export.passes.pipeline import Watch
-from cosmos_export.plan.sizes import BUILDER_SHARE, largest_part
+from cosmos_export.plan.sizes import largest_part
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.targets.onnx.model import external_nodes
 from cosmos_export.targets.onnx.weights import size_bytes
 from cosmos_export.targets.partition import partition
-
-_SCHEMES = {None: "bf16", Format.INT4: "int4", Format.NVFP4: "nvfp4"}
 
 
 def cut_graphs(graphs: Mapping[str, Graph], job: Job, watch: Watch | None = None) -> Pieces:
@@ -58,14 +56,16 @@ def cut_notes(pieces: Pieces) -> list[str]:
 
 def builder_share_bytes(weight: Node) -> float:
     """Anonymous memory that the builder takes for the placeholder ``weight``."""
-    return size_bytes(weight.meta["weight"]) * BUILDER_SHARE[_scheme(weight)]
+    return size_bytes(weight.meta["weight"]) * _share(weight)
 
 
-def _scheme(weight: Node) -> str:
-    """FP8 weights are kept as they are where the product reads FP8 activations; where it does not, the builder widens
-    them."""
+def _share(weight: Node) -> float:
+    """Memory per stored byte. A packed weight that some product reads as it is stored is not widened for others."""
     packing = weight.meta["weight"].packing
-    if packing is None or packing.format is not Format.FP8:
-        return _SCHEMES[None if packing is None else packing.format]
-    linears = [node for user in weight.users for node in user.users if is_op(node, aten.linear.default)]
-    return "fp8" if any(planned_type(node) == "fp8" for node in linears) else "fp8-w8a16"
+    if packing is None:
+        return SCHEMES[UNQUANTIZED].builder_share
+    linears = (node for user in weight.users for node in user.users if is_op(node, aten.linear.default))
+    read_by = [scheme for linear in linears if (scheme := scheme_of(linear)) is not None]
+    if read_by:
+        return min(scheme.builder_share for scheme in read_by)
+    return max(scheme.builder_share for scheme in SCHEMES.values() if scheme.weight == packing.format)

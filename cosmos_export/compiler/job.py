@@ -123,7 +123,7 @@ class Job:
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
-        return self.schedule.segments_by(self.precision.segment_keys(self.target))
+        return self.schedule.segments_by(self.precision.segment_keys(separate=self.backend.separates_weight_only_steps))
 
     @property
     def backend(self) -> Backend:

@@ -19,10 +19,7 @@ from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.gates import (
-    FOUR_BIT_STEPS,
-    FP8_STEPS,
     LinearLoss,
-    StepLimits,
     StepLoss,
     linear_losses,
     record_rollout,
@@ -35,6 +32,8 @@ from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.precision.scheme import StepLimits
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.report.losses import loss_page
 from cosmos_export.sampling import DEFAULT_MODE, MODES
 
@@ -178,9 +177,9 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
         forms, latents = {step: quantized(step) for step in steps_of}, [given for _, given in on]
         for loss in linear_losses(watched, forms, latents, weights, whole=seen_of is None):
             linears.setdefault((loss.site, loss.scheme), loss)
-    narrow = job.precision.schemes & {"int4", "nvfp4"}
-    limits = FOUR_BIT_STEPS if narrow else FP8_STEPS
-    draws = 0 if narrow else _DRAWS if weight_bytes(plain) <= _SMALL_BYTES else 1
+    stated = (SCHEMES[name].steps for name in sorted(job.precision.schemes))
+    limits = StepLimits.loosest([limit for limit in stated if limit is not None])
+    draws = 0 if limits.median_share is None else _DRAWS if weight_bytes(plain) <= _SMALL_BYTES else 1
     steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights, draws)
     alike = tuple(
         Alike(keys.count(keys[at]), tuple(loss.step for loss in steps if keys[loss.step] == keys[at]), at)
@@ -212,7 +211,7 @@ def require_losses(losses: Losses, loops: Sequence[Measured], job: Job) -> None:
 def _hints(losses: list[LinearLoss]) -> str:
     """``--set`` for each of the sites that lose most."""
     places = dict.fromkeys(f"{f.tower}.{f.kind}[{f.layer}:{f.layer + 1}]" for f in losses[:_NAMED])
-    return " ".join(f"--set '{place}=bf16'" for place in places)
+    return " ".join(f"--set '{place}={UNQUANTIZED}'" for place in places)
 
 
 def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:

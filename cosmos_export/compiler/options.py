@@ -27,7 +27,8 @@ from cosmos_export.compiler.time_table import checkpoint_schedule
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
-from cosmos_export.precision.recipe import ACTIVATIONS, Assignment, Recipe, resolve_recipe
+from cosmos_export.precision.recipe import Assignment, Recipe, resolve_recipe
+from cosmos_export.precision.schemes import SCHEMES
 from cosmos_export.precision.stored_recipe import recipe_for
 from cosmos_export.sampling import Overrides, Schedule
 from cosmos_export.stamps import Inputs, unchanged
@@ -161,6 +162,10 @@ def _precision(
     return found
 
 
+def _quantizes_attention(precision: Assignment) -> bool:
+    return any(SCHEMES[name].attention is not None for name in precision.schemes)
+
+
 def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint) -> ScaleTable | None:
     """The scale table, of exactly this checkpoint; none for one that is quantized, which has its scales in it."""
     if checkpoint.quantization is not None:
@@ -168,14 +173,14 @@ def _scales(options: BuildOptions, precision: Assignment, checkpoint: Checkpoint
         return None
     if options.calibration is None:
         if precision.needs_calibration:
-            wanted = ", ".join(sorted(precision.schemes & ACTIVATIONS))
+            wanted = ", ".join(sorted(precision.calibrated))
             raise UserError(
                 "CX356",
                 f"recipe `{precision.recipe}` quantizes activations ({wanted}) and needs their ranges",
                 "make a scale table with `cosmos-export calibrate`, and pass `--calibration DIR`",
             )
         return None
-    if not precision.needs_calibration and "int4" not in precision.schemes:
+    if not precision.needs_calibration and not any(SCHEMES[name].pre_scaled for name in precision.schemes):
         if options.recipe == AUTO:
             return None  # the choice was not the caller's
         raise UserError(
@@ -191,7 +196,7 @@ def _require_stored_scales(options: BuildOptions, precision: Assignment, checkpo
         raise UserError(
             "CX356", f"{checkpoint.root} is quantized, and its scales are in it", "leave `--calibration` out"
         )
-    if "fp8-attention" in precision.schemes:
+    if _quantizes_attention(precision):
         raise UserError(
             "CX356",
             f"recipe `{precision.recipe}` quantizes attention, whose ranges no checkpoint has",

@@ -16,22 +16,21 @@ from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.evaluation.gates import wrong_scales
-from cosmos_export.ir import ops
 from cosmos_export.ir.dims import product
-from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.passes.insert_quantization import Ranges, scheme_of
 from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.precision.sites import GEN, UND
 from cosmos_export.targets.onnx.model import gemm_name
 
 _PRE_SCALE, _DOWN, _UP = ".pre_quant_scale", ".low_rank_down", ".low_rank_up"
 _INPUT = ".input_amax"
 _ATTENTION = re.compile(r".+?(?P<layer>\d+)\.attention\.generator\.(?P<operand>[qkv])_amax")
-_WEIGHT_OPS = ops.having(ops.Trait.WIDENS)
-_TOWERS = {Tower.REASONER: "und", Tower.GENERATOR: "gen"}
+_TOWERS = {Tower.REASONER: UND, Tower.GENERATOR: GEN}
 
 
 def pass_options(job: Job) -> PassOptions:
@@ -105,14 +104,8 @@ def _source(key: str, entry: Any) -> WeightSource:
 
 def planned_type(node: Node) -> str | None:
     """What the product of the linear ``node`` computes in, as engines call it; None for the model's own type."""
-    weight, x = node.args[1], node.args[0]
-    if not is_op(weight, *_WEIGHT_OPS):
-        return None
-    if is_op(weight, ops.DEQUANTIZE_BLOCKS):
-        return "nvfp4"
-    if is_op(weight, ops.DEQUANTIZE_GROUPS):
-        return "int4-weight"
-    return "fp8" if is_op(x, ops.DEQUANTIZE) else "fp8-weight"
+    scheme = scheme_of(node)
+    return None if scheme is None else scheme.engine
 
 
 def planned_types(graph: Graph) -> dict[str, str]:

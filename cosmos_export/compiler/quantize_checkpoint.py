@@ -47,8 +47,9 @@ class QuantizeRequest:
 def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = None) -> QuantizeResult:
     """Write the quantized checkpoint ``output``. CX332: an option; CX310–CX313 the table; CX330–CX334 the writing."""
     require_compiler()
-    from cosmos_export.calibration.formats import FORMATS, Rounding
+    from cosmos_export.calibration.formats import FORMATS
     from cosmos_export.calibration.write_quantized import QuantizeOptions, require_output, write_quantized_checkpoint
+    from cosmos_export.precision.layout import Rounding
 
     for name, value, allowed in (
         ("format", request.format, FORMATS),
@@ -64,7 +65,7 @@ def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = No
     with unchanged("quantization", source.inputs):
         require_checkpoint(table, source, progress)
     options = QuantizeOptions(
-        kind=request.format,  # type: ignore[arg-type]
+        kind=request.format,
         towers=tuple(Tower(tower) for tower in request.towers),
         rounding=request.fp8_rounding,  # type: ignore[arg-type]
         policy=request.step_policy,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cosmos_export.ir import ops
+from cosmos_export.ir.formats import E4M3
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
 from cosmos_export.ir.interpreter import Tensors, Weights, compute_value, run_program
 from cosmos_export.ir.ops import Trait, aten
@@ -22,6 +23,7 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.insert_quantization import InsertQuantization, linears_of
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.sampling import Schedule, coefficient_table
 from cosmos_export.sampling.solvers import SolverState, distilled_step, guide, unipc_step
 
@@ -110,9 +112,8 @@ def _linears_from(node: Node) -> tuple[str, ...]:
 
 # -- G1: each linear by itself ----------------------------------------------------------------------------------------
 
-LINEAR_LIMITS: Mapping[str, float] = {"fp8-w8a16": 0.0265, "fp8": 0.0374, "int4": 0.117, "nvfp4": 0.134}
-"""Relative error of one linear's result for Gaussian weights and inputs, by scheme: measured at 4096 × 4096."""
 LINEAR_MARGIN = 1.3
+"""What a linear may lose, in shares of `Scheme.linear_error`."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def linear_losses(
     for form in (*error, *(forms.keys() - error.keys() if whole else ())):
         lost, total = error.get(form, (inf, 1.0))
         place, scheme = _precision_of(forms[form]), form[1]
-        limit = LINEAR_LIMITS[scheme] * LINEAR_MARGIN
+        limit = SCHEMES[scheme].linear_error * LINEAR_MARGIN
         losses.append(LinearLoss(place.tower, place.kind, place.layer, scheme, _share(lost, total), limit))
     return losses
 
@@ -234,22 +235,6 @@ def _run_linear(linear: Node, x: torch.Tensor, weights: Weights) -> torch.Tensor
 
 
 # -- G2: whole steps --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepLimits:
-    """What a step may lose: relative L2 of its velocity, the median and the largest over all steps, and its cosine."""
-
-    median: float
-    largest: float
-    cosine: float
-    median_share: float | None = None
-    """The median and the largest in shares of what rounding alone loses (`rounding_loss`); None: not compared."""
-    largest_share: float | None = None
-
-
-FOUR_BIT_STEPS = StepLimits(0.08, 0.08, 0.996)
-FP8_STEPS = replace(FOUR_BIT_STEPS, median_share=LINEAR_MARGIN, largest_share=1.5)
 
 
 @dataclass(frozen=True)
@@ -326,13 +311,14 @@ def _off(
     """The result of a quantized product with its rounded operands ``off``; None for what is not quantized."""
     changed: list[Node] = []
     if is_op(node, aten.linear.default) and is_weight(node.args[1]) and "precision" in node.args[1].meta:
-        scheme = _label(node.args[1]).at(step)
-        changed = {"fp8": [*node.args[:2]], "fp8-w8a16": [node.args[1]]}.get(scheme, [])
+        scheme, (x, weight) = SCHEMES[_label(node.args[1]).at(step)], node.args[:2]
+        forms = (x, scheme.activation), (weight, scheme.weight)
+        changed = [operand for operand, form in forms if form is not None and form.values == E4M3]
     elif is_op(node, ops.JOINT_ATTENTION) and "precision" in node.meta:
         query, key, value, prefix_key, prefix_value = node.args[:5]
-        if _label(node).at(step) == "fp8-attention":
+        if SCHEMES[_label(node).at(step)].attention is not None:
             changed = [query, key, value, value, prefix_key, prefix_value, prefix_value]
-        elif _label(node).prefix == "fp8":
+        elif _label(node).prefix != UNQUANTIZED:
             changed = [prefix_key, prefix_value]
     if not changed:
         return None

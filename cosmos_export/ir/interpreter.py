@@ -13,7 +13,7 @@ from cosmos_export.ir import packing as packs
 from cosmos_export.ir.dims import bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Packing, Part, Transform, WeightBinding, WeightSource
 
 FOUR_BIT = frozenset({INT4, E2M1})
 """Types that weights may have and torch has no tensors of; see `read_weights`."""
@@ -88,21 +88,17 @@ def kept_scale(binding: WeightBinding, read: Callable[[WeightSource], torch.Tens
 
 
 def tensor_scale(packing: Packing, amax: torch.Tensor) -> torch.Tensor:
-    """The float32 scale of a packed weight whose largest magnitude is ``amax``."""
-    return packs.nvfp4_scale(amax) if packing.format is Format.NVFP4 else packs.fp8_scale(amax)
+    """The float32 scale of a packed weight whose largest magnitude is ``amax``; 1 where its rows have their own."""
+    return torch.ones(()) if packing.format.tensor_scale is None else packing.format.tensor_scale(amax)
 
 
 def pack_rows(packing: Packing, rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """One tensor of the packed form of float32 ``rows`` [n, K] of a weight whose `tensor_scale` is ``scale``."""
-    if packing.format is Format.INT4:
-        scales = packs.int4_scale(rows, packing.group, packing.dtype)
-        return scales if packing.part is Part.SCALE else packs.to_int4(rows, scales, packing.group)
-    if packing.part is Part.SCALE:
+    if packing.part is Part.SCALE and not packing.format.local:
         return scale
-    if packing.format is Format.FP8:
-        return packs.to_fp8(rows, scale)
-    blocks = packs.nvfp4_block_scale(rows, scale)
-    return blocks if packing.part is Part.BLOCK_SCALE else packs.to_e2m1(rows, blocks, scale)
+    form = packing.format
+    own = scale if form.row_scales is None else form.row_scales(rows, scale, packing.group, packing.dtype)
+    return form.numbers(rows, scale, own) if packing.part is Part.VALUES else own
 
 
 def run_graph(

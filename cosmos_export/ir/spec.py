@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cosmos_export.ir.dims import Shape, simplify_shape
-from cosmos_export.ir.packing import NVFP4_BLOCK
+from cosmos_export.ir.formats import Format
 
 INT4: torch.dtype = vars(torch)["int4"]  # a type without tensors, which torch's stubs do not name
 E2M1 = torch.float4_e2m1fn_x2
@@ -88,24 +88,21 @@ class Transform(Enum):
     """Sources are a vector and factors of its elements, multiplied in float32."""
 
 
-class Format(Enum):
-    """Low-precision forms of a weight [N, K]; `cosmos_export.ir.packing` has their arithmetic."""
-
-    FP8 = "fp8"
-    INT4 = "int4"
-    NVFP4 = "nvfp4"
-
-
 class Part(Enum):
     """The tensors of a packed weight."""
 
     VALUES = "values"
     """[N, K]; two 4-bit numbers are one byte where they are stored."""
     SCALE = "scale"
-    """float32 [], or [N] of merged weights that keep their own; of INT4 [N, K / group] in the type that the weight is
-    dequantized to."""
+    """float32 [], or [N] of merged weights that keep their own and where each row has one; of groups [N, K / group] in
+    the type that the weight is dequantized to."""
     BLOCK_SCALE = "block_scale"
-    """E4M3 [N, K / 16], of NVFP4."""
+    """E4M3 [N, K / block]."""
+
+
+def parts_of(format: Format) -> tuple[Part, ...]:
+    """The tensors of ``format``, in the order in which they are widened."""
+    return (Part.VALUES, Part.BLOCK_SCALE, Part.SCALE) if format.block else (Part.VALUES, Part.SCALE)
 
 
 @dataclass(frozen=True)
@@ -142,7 +139,7 @@ class Packing:
     dtype: torch.dtype
     """What the weight is dequantized to."""
     group: int = 0
-    """Columns with one scale, of INT4."""
+    """Columns with one scale, where there are groups."""
     divisor: WeightSource | None = None
     """[K]: what the columns are divided by before they are packed; the input is multiplied by it (AWQ)."""
     low_rank: LowRank | None = None
@@ -152,17 +149,11 @@ class Packing:
     def stored(self) -> torch.dtype:
         """The type of this tensor."""
         if self.part is Part.VALUES:
-            return _PACKED_TYPES[self.format]
+            values: torch.dtype = vars(torch)[self.format.values]
+            return values
         if self.part is Part.BLOCK_SCALE:
             return torch.float8_e4m3fn
-        return self.dtype if self.format is Format.INT4 else torch.float32
-
-
-_PACKED_TYPES: dict[Format, torch.dtype] = {
-    Format.FP8: torch.float8_e4m3fn,
-    Format.INT4: INT4,
-    Format.NVFP4: E2M1,
-}
+        return self.dtype if self.format.groups else torch.float32
 
 
 @dataclass(frozen=True)
@@ -196,16 +187,16 @@ class WeightBinding:
         if self.packing is None or self.packing.part is Part.VALUES:
             return whole
         if self.packing.part is Part.BLOCK_SCALE:
-            return (whole[0], whole[1] // NVFP4_BLOCK)
-        if self.packing.format is Format.INT4:
+            return (whole[0], whole[1] // self.packing.format.block)
+        if self.packing.format.groups:
             return (whole[0], whole[1] // self.packing.group)
-        return whole[:1] if self.keeps_bytes and len(self.sources) > 1 else ()
+        return whole[:1] if self.packing.format.local or (self.keeps_bytes and len(self.sources) > 1) else ()
 
     @property
     def keeps_bytes(self) -> bool:
         """Whether it is the FP8 form of what is stored in FP8: the bytes and scales as they are, nothing rounded."""
         packing = self.packing
-        if packing is None or packing.format is not Format.FP8 or packing.divisor is not None:
+        if packing is None or not packing.format.one_e4m3_scale or packing.divisor is not None:
             return False
         return all(source.scale is not None for source in self.sources)
 
@@ -230,7 +221,7 @@ class WeightBinding:
     def __str__(self) -> str:
         inner = ", ".join(self.keys)
         text = inner if self.transform is Transform.IDENTITY else f"{self.transform.value}({inner})"
-        return text if self.packing is None else f"{self.packing.format.value}_{self.packing.part.value}({text})"
+        return text if self.packing is None else f"{self.packing.format.name}_{self.packing.part.value}({text})"
 
     def packed(
         self,

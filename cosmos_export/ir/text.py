@@ -68,7 +68,7 @@ def _packed(text: str, packing: Packing, files: _Files) -> str:
         parts.append(f"divisor={_source(packing.divisor, files)}")
     if packing.low_rank is not None:
         parts.append(f"less={_low_rank(packing.low_rank, files)}")
-    return f"{packing.format.value}_{packing.part.value}({', '.join(parts)})"
+    return f"{packing.format.name}_{packing.part.value}({', '.join(parts)})"
 
 
 def _low_rank(low_rank: LowRank, files: _Files) -> str:

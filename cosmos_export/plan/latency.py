@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
+from cosmos_export.plan.precision import Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject, graph_parameters
 from cosmos_export.plan.work import (
     OperationCount,
@@ -19,11 +19,14 @@ from cosmos_export.plan.work import (
     reasoner_pass,
 )
 from cosmos_export.plan.workload import Workload
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target
 
 BANDWIDTH_EFFICIENCY = 0.8
 """Share of the nominal bandwidth at which weights are read."""
+_WIDE = SCHEMES[UNQUANTIZED].computes
+"""What codecs compute in, and products whose operands were widened."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Habits:
 
 def missing_rates(chosen: PlannedPrecision, target: Target) -> tuple[str, ...]:
     """Types that ``chosen`` computes in and that the target's description has no rate for; codecs compute in bf16."""
-    return tuple(sorted((chosen.computes | {"bf16"}) - set(target.peak_flops)))
+    return tuple(sorted((chosen.computes | {_WIDE}) - set(target.peak_flops)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def latency(
     launch = layers * habits.launch_s_per_layer
 
     def linear_s(work: OperationCount, mix: Mix, graph: str) -> float:
-        rates = {name: peak["bf16" if habits.emulates_fp8 else SCHEMES[name].computes] for name in mix.linears}
+        rates = {name: peak[_WIDE if habits.emulates_fp8 else SCHEMES[name].computes] for name in mix.linears}
         arithmetic = sum(share * work.linear / (efficiency.linear * rates[n]) for n, share in mix.linears.items())
         return max(arithmetic, parameters[graph] * mix.bits / 8 / read)
 
@@ -110,7 +113,7 @@ def latency(
     codec_s = 0.0
     if habits.codecs:
         operations = _codec_operations(subject, workload, habits)
-        codec_s = operations / (efficiency.codec * peak["bf16"])
+        codec_s = operations / (efficiency.codec * peak[_WIDE])
     return Latency(reasoner, generator, linear, attention, codec_s, generator / max(1, schedule.steps))
 
 

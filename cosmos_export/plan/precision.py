@@ -1,6 +1,7 @@
-"""What a recipe means for sizes and speed: bytes of a weight in each scheme, and the type its products are computed in.
+"""What a recipe means for sizes and speed, added up over the sites of a model.
 
-Which site gets which scheme is the recipe's (`cosmos_export.precision.recipe`); here it is only added up.
+Which site gets which scheme is the recipe's (`cosmos_export.precision.recipe`); what a scheme stores and computes in is
+the scheme's own (`cosmos_export.precision.schemes`).
 """
 
 from __future__ import annotations
@@ -12,31 +13,13 @@ from functools import cache
 from types import MappingProxyType
 
 from cosmos_export.checkpoint.geometry import Geometry
-from cosmos_export.precision.recipe import CORE, LINEARS, PROMPT_KV, Assignment, Recipe, resolve_recipe, segment_keys
+from cosmos_export.precision.recipe import Assignment, Recipe, resolve_recipe, segment_keys
+from cosmos_export.precision.scheme import WIDE_BITS
+from cosmos_export.precision.schemes import SCHEMES
+from cosmos_export.precision.sites import CORE, GEN, LINEARS, PROMPT_KV, UND
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target, load_target
-
-
-@dataclass(frozen=True)
-class PlannedScheme:
-    """``bits``: of a stored weight with its share of the block scales; ``computes``: the key of `Target.peak_flops` at
-    whose rate its products run."""
-
-    bits: float
-    computes: str
-
-
-SCHEMES: Mapping[str, PlannedScheme] = MappingProxyType(
-    {
-        "bf16": PlannedScheme(16, "bf16"),
-        "fp8": PlannedScheme(8, "fp8"),
-        "fp8-w8a16": PlannedScheme(8, "bf16"),
-        "int4": PlannedScheme(4 + 16 / 128, "bf16"),
-        "nvfp4": PlannedScheme(4 + 8 / 16, "nvfp4"),
-        "fp8-attention": PlannedScheme(8, "fp8"),
-    }
-)
-"""``int4``: groups of 128 with a 16-bit scale; ``nvfp4``: groups of 16 with an 8-bit scale."""
+from cosmos_export.targets.backends import backend_of
 
 Shares = Mapping[str, float]
 """Scheme → share of a tower's linears, by parameters, which is by work too."""
@@ -92,7 +75,8 @@ class PlannedPrecision:
         ``device`` one for each run of steps with the same guidance branches and the same mix."""
         if loop == "host":
             return len(self.steps)
-        return len(schedule.segments_by(segment_keys(self.of_step, self.alone, target)))
+        alone = self.alone if backend_of(target).separates_weight_only_steps else ()
+        return len(schedule.segments_by(segment_keys(self.of_step, alone)))
 
     @property
     def computes(self) -> frozenset[str]:
@@ -116,11 +100,11 @@ def _added_up(
     counts = Counter(keys)
     return PlannedPrecision(
         recipe=recipe.name,
-        reasoner=_mix(assigned, geometry, "und", 0),
-        steps=tuple((_mix(assigned, geometry, "gen", keys.index(key)), counts[key]) for key in sorted(counts)),
+        reasoner=_mix(assigned, geometry, UND, 0),
+        steps=tuple((_mix(assigned, geometry, GEN, keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
         alone=tuple(assigned.weight_only_steps()),
-        cache_share=sum(SCHEMES[assigned.scheme("und", PROMPT_KV, n)].bits for n in range(layers)) / (16 * layers),
+        cache_share=sum(SCHEMES[assigned.scheme(UND, PROMPT_KV, n)].bits for n in range(layers)) / (WIDE_BITS * layers),
     )
 
 

@@ -16,11 +16,12 @@ from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor
 from cosmos_export.diagnostics import UnsupportedError
-from cosmos_export.plan.precision import SCHEMES, Mix, PlannedPrecision
+from cosmos_export.plan.precision import Mix, PlannedPrecision
 from cosmos_export.plan.subject import Subject
 from cosmos_export.plan.work import decodes, encoded_frames
 from cosmos_export.plan.workload import Workload
-from cosmos_export.precision.recipe import WEIGHT_ONLY
+from cosmos_export.precision.scheme import WIDE_BITS
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.targets import Target
 from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.partition import partition
@@ -32,10 +33,9 @@ TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
 PROFILE_CODE_SHARE = 0.5
 """Each further profile has code of its own, about so much of the first one's."""
 
-BUILDER_SHARE: Mapping[str, float] = {"bf16": 1.15, "fp8": 1.08, "fp8-w8a16": 2.04, "int4": 2.53, "nvfp4": 1.15}
-"""Anonymous memory of the builder for each byte of weights, with merged projections and mapped weights."""
 CODEC_BUILDER_SHARE = 1.8
-"""The same where the weights are of convolutions."""
+"""Anonymous memory of the builder per byte of weights, where these are of convolutions; `Scheme.builder_share` has that
+of linears."""
 BUILDER_BYTES = 300_000_000
 """Memory of the builder in bytes, on top of its weights."""
 _BRIEF_BYTES = 100_000_000
@@ -133,7 +133,7 @@ def components(
         ]
         largest = max(sum(weigh(unit, form) for unit in run) for form, runs in forms for run in runs)
         engines = tuple(tuple(sum(stored_bytes(u, mix) for u in run) + code for run in runs) for _, runs in forms)
-        scheme = "bf16" if mix is None else mix.label
+        scheme = UNQUANTIZED if mix is None else mix.label
         found.append(
             PlannedEngine(name, parameters, weights, weights + code, activations, scheme, int(largest), engines)
         )
@@ -150,12 +150,12 @@ def _forms(name: str, mix: Mix | None, chosen: PlannedPrecision) -> list[Mix | N
 
 def _builder_weights(tensors: Sequence[ExpectedTensor], mix: Mix | None, external: bool) -> float:
     """Anonymous memory of the builder for ``tensors``; ``external``: for those that cannot be inputs of the engine."""
-    wide = 0.0 if external else BUILDER_SHARE["bf16"]
+    wide = 0.0 if external else SCHEMES[UNQUANTIZED].builder_share
     if mix is None:
         return wide * stored_bytes(tensors, None)
     linear = sum(tensor.elements for tensor in tensors if tensor.linear)
-    shares = {name: share for name, share in mix.linears.items() if not external or name in WEIGHT_ONLY}
-    narrow = sum(share * SCHEMES[name].bits / 8 * BUILDER_SHARE[name] for name, share in shares.items())
+    shares = {name: share for name, share in mix.linears.items() if not external or SCHEMES[name].weight_only}
+    narrow = sum(share * SCHEMES[name].bits / 8 * SCHEMES[name].builder_share for name, share in shares.items())
     return narrow * linear + wide * 2 * sum(tensor.elements for tensor in tensors if not tensor.linear)
 
 
@@ -210,7 +210,7 @@ def stored_bytes(tensors: Sequence[ExpectedTensor], mix: Mix | None) -> int:
     """Bytes of a graph's weights: linears as in ``mix``, everything else in bf16."""
     linear = sum(tensor.elements for tensor in tensors if tensor.linear)
     others = sum(tensor.elements for tensor in tensors if not tensor.linear)
-    return int(linear * (16 if mix is None else mix.bits) / 8) + 2 * others
+    return int(linear * (WIDE_BITS if mix is None else mix.bits) / 8) + 2 * others
 
 
 def activation_bytes(geometry: Geometry, rows: int, keys: int = 0) -> int:
@@ -255,7 +255,7 @@ def _codec(subject: Subject, name: str, workloads: Sequence[Workload]) -> list[P
         title = "_".join(filter(None, (name.replace("-", "_"), graph)))
         held = int(2 * parameters * CODEC_BUILDER_SHARE)
         forms = ((engine,),)
-        result.append(PlannedEngine(title, parameters, 2 * parameters, engine, each * size, "bf16", held, forms))
+        result.append(PlannedEngine(title, parameters, 2 * parameters, engine, each * size, UNQUANTIZED, held, forms))
     return result
 
 

@@ -20,42 +20,32 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from cosmos_export import files
 from cosmos_export.diagnostics import InternalError, UnsupportedError, UserError
-from cosmos_export.targets.backends import backend_of
-from cosmos_export.targets.description import PRECISIONS, Target
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED, schemes_for
+from cosmos_export.precision.sites import CORE, GEN, KINDS, LINEARS, PROMPT_KV, TOWERS, UND
 
-TOWERS = ("und", "gen")
-"""The reasoner, which runs once a prompt, and the generator, which runs in every step."""
-LINEARS = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
-"""Kinds of linears: those that read what attention's operands come from, that read its result, that an activation
-reads, and that read an activation."""
-CORE = "attention.core"
-"""The two products of attention itself."""
-PROMPT_KV = "attention.kv"
-"""Keys and values that the reasoner hands to the generator."""
-KINDS = (*LINEARS, CORE, PROMPT_KV)
-_ONLY: Mapping[str, str] = MappingProxyType({CORE: "gen", PROMPT_KV: "und"})
+_ONLY: Mapping[str, str] = MappingProxyType({CORE: GEN, PROMPT_KV: UND})
 """Kinds that one tower has alone: the reasoner's attention is as short as the prompt and runs once."""
-UNQUANTIZED = "bf16"
-"""The model's own type."""
-DEFAULT = "bf16"
+DEFAULT = UNQUANTIZED
+"""The recipe that quantizes nothing has the name of that scheme."""
 
-STORAGE: Mapping[str, str] = MappingProxyType({"fp8": "fp8", "fp8-w8a16": "fp8", "int4": "int4", "nvfp4": "nvfp4"})
-"""What a linear's weight is stored as; schemes with one storage share the weight."""
-ACTIVATIONS = frozenset({"fp8", "nvfp4", "fp8-attention"})
-"""Schemes that need the range of activations, that is calibration."""
-WEIGHT_ONLY = frozenset(STORAGE.keys() - ACTIVATIONS)
-"""Schemes that multiply narrow weights by wide activations: their products widen the weights themselves."""
-_SCHEMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        **dict.fromkeys(LINEARS, (UNQUANTIZED, *STORAGE)),
-        CORE: (UNQUANTIZED, "fp8-attention"),
-        PROMPT_KV: (UNQUANTIZED, "fp8"),
-    }
-)
+
+class Runner(Protocol):
+    """What a recipe asks of a target."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Names of the schemes that it has kernels for."""
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Schemes that would build but not pay, and why."""
+
 
 _PLACE = re.compile(r"(?P<tower>[a-z]+)(?:\.(?P<kind>[a-z_.]+))?(?:\[(?P<layers>[^\]]*)\])?(?:@(?P<steps>\S+))?")
 _SPAN = re.compile(r"(-?\d+)?:(-?\d+)?")
@@ -119,9 +109,9 @@ class Recipe:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """Schemes its rules use besides the model's own type, in the order of `PRECISIONS`."""
+        """Schemes its rules use besides the model's own type, in the order of `SCHEMES`."""
         used = {rule.scheme for rule in self.rules} - {UNQUANTIZED}
-        return tuple(name for name in PRECISIONS if name in used)
+        return tuple(name for name in SCHEMES if name in used)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,12 +234,12 @@ def parse_place(text: str, scheme: str) -> Place:
     if not kinds:
         _wrong(f"`{text}`: there is no kind `{prefix}`; kinds: attention, mlp, {', '.join(KINDS)}")
     for kind in kinds:
-        if scheme in PRECISIONS and scheme not in _SCHEMES[kind]:
-            _wrong(f"`{text}={scheme}`: {kind} takes {', '.join(_SCHEMES[kind])}")
+        if scheme in SCHEMES and kind not in SCHEMES[scheme].kinds:
+            _wrong(f"`{text}={scheme}`: {kind} takes {', '.join(schemes_for(kind))}")
     if prefix in _ONLY and match["tower"] != _ONLY[prefix]:
         _wrong(f"`{text}`: only `{_ONLY[prefix]}` has the kind {prefix}")
     layers, steps = _span(text, match["layers"]), _span(text, match["steps"])
-    if steps is not None and match["tower"] == "und":
+    if steps is not None and match["tower"] == UND:
         _wrong(f"`{text}`: the reasoner runs once a prompt and has no steps")
     return Place(text, match["tower"], kinds, layers, steps)
 
@@ -289,11 +279,10 @@ def _folder() -> Any:
 # Resolving
 
 
-def segment_keys(step_keys: Sequence[int], alone: Sequence[int], target: Target) -> tuple[int, ...]:
-    """``step_keys``; where the backend of ``target`` builds steps that multiply narrow weights by wide activations by
-    themselves, each of the steps ``alone`` is unlike every other one."""
+def segment_keys(step_keys: Sequence[int], alone: Sequence[int]) -> tuple[int, ...]:
+    """``step_keys``, where each of the steps ``alone`` is unlike every other one."""
     keys = list(step_keys)
-    for step in alone if backend_of(target).separates_weight_only_steps else ():
+    for step in alone:
         keys[step] = len(keys) + step
     return tuple(keys)
 
@@ -326,7 +315,7 @@ class Assignment:
 
     def over_steps(self, tower: str, kind: str, layer: int) -> tuple[str, ...]:
         """The site's scheme at every step."""
-        count = 1 if tower == "und" else self.steps
+        count = 1 if tower == UND else self.steps
         return tuple(self.scheme(tower, kind, layer, step) for step in range(count))
 
     def sites(self) -> Iterator[tuple[str, str, int]]:
@@ -341,24 +330,34 @@ class Assignment:
 
     @property
     def needs_calibration(self) -> bool:
-        return bool(self.schemes & ACTIVATIONS)
+        """Whether a scheme needs the ranges of activations."""
+        return bool(self.calibrated)
+
+    @property
+    def calibrated(self) -> frozenset[str]:
+        """Schemes that need the ranges of activations."""
+        return frozenset(name for name in self.schemes if SCHEMES[name].calibrated)
 
     def step_keys(self) -> tuple[int, ...]:
         """One number a step, equal where all sites have the same schemes; numbered as they first appear."""
-        columns = zip(*(self.over_steps(*site) for site in self.sites() if site[0] == "gen"), strict=True)
+        columns = zip(*(self.over_steps(*site) for site in self.sites() if site[0] == GEN), strict=True)
         seen: dict[tuple[str, ...], int] = {}
         return tuple(seen.setdefault(column, len(seen)) for column in columns)
 
     def weight_only_steps(self) -> tuple[int, ...]:
         """Steps in which the generator multiplies narrow weights by wide activations."""
-        sites = [site for site in self.sites() if site[0] == "gen"]
+        sites = [site for site in self.sites() if site[0] == GEN]
         return tuple(
-            step for step in range(self.steps) if any(self.scheme(*site, step) in WEIGHT_ONLY for site in sites)
+            step for step in range(self.steps) if any(SCHEMES[self.scheme(*site, step)].weight_only for site in sites)
         )
 
-    def segment_keys(self, target: Target) -> tuple[int, ...]:
-        """One number a step: of neighbours in a loop on the device, those with equal ones share an engine."""
-        return segment_keys(self.step_keys(), self.weight_only_steps(), target)
+    def segment_keys(self, *, separate: bool) -> tuple[int, ...]:
+        """One number per step: of neighbours in a loop on the device, those with equal ones share an engine.
+
+        ``separate``: each step that multiplies narrow weights by wide activations has an engine of its own, as some
+        backends build them.
+        """
+        return segment_keys(self.step_keys(), self.weight_only_steps() if separate else ())
 
     def table(self) -> dict[str, str]:
         """Place → scheme of every site, sites that are alike together; what is not quantized is left out."""
@@ -386,7 +385,7 @@ def _runs(values: Sequence[Any]) -> Iterator[tuple[Any, range]]:
 
 
 def resolve_recipe(
-    recipe: Recipe, overrides: Sequence[str], target: Target, *, layers: int, steps: int, distilled: bool = False
+    recipe: Recipe, overrides: Sequence[str], target: Runner, *, layers: int, steps: int, distilled: bool = False
 ) -> Assignment:
     """What ``recipe`` with ``overrides`` (``PLACE=SCHEME``, later ones count) means for a model on ``target``.
 
@@ -410,20 +409,20 @@ def resolve_recipe(
     return result
 
 
-def refusal(scheme: str, target: Target) -> str | None:
+def refusal(scheme: str, target: Runner) -> str | None:
     """Why ``target`` does not run ``scheme``; None where it does."""
     if scheme == UNQUANTIZED or scheme in target.schemes:
         return None
     return target.refused.get(scheme, f"`{target.name}` has no kernels that compute in it")
 
 
-def _require_scheme(rule: Rule, target: Target) -> None:
+def _require_scheme(rule: Rule, target: Runner) -> None:
+    runs = ", ".join(name for name in target.schemes if name in SCHEMES)
+    if rule.scheme not in SCHEMES and rule.scheme not in target.refused:
+        _wrong(f"`{rule}`: there is no scheme `{rule.scheme}`; schemes of `{target.name}`: {runs}")
     reason = refusal(rule.scheme, target)
     if reason is None:
         return
-    runs = ", ".join(target.schemes)
-    if rule.scheme not in PRECISIONS and rule.scheme not in target.refused:
-        _wrong(f"`{rule}`: there is no scheme `{rule.scheme}`; schemes of `{target.name}`: {runs}")
     raise UnsupportedError(
         "CX352",
         f"target `{target.name}` does not run {rule.scheme} (`{rule}`): {reason}",
@@ -435,10 +434,18 @@ def _require_one_storage(assignment: Assignment) -> None:
     """Steps share weights, so a linear whose scheme changes from step to step keeps one stored form."""
     for tower, kind, layer in assignment.sites():
         schemes = set(assignment.over_steps(tower, kind, layer))
-        if kind in LINEARS and len({STORAGE.get(scheme, scheme) for scheme in schemes}) > 1:
+        if kind in LINEARS and len({SCHEMES[scheme].storage for scheme in schemes}) > 1:
             raise UserError(
                 "CX354",
                 f"recipe `{assignment.recipe}` contradicts itself: {tower}.{kind} of layer {layer} is "
                 f"{' and '.join(sorted(schemes))} in different steps, and would be stored twice",
-                "steps may differ between fp8 and fp8-w8a16, which share the weight",
+                f"steps may differ between {_shared()}, which share the weight",
             )
+
+
+def _shared() -> str:
+    """Schemes that store a weight alike, in words."""
+    alike: dict[str, list[str]] = {}
+    for scheme in SCHEMES.values():
+        alike.setdefault(scheme.storage, []).append(scheme.name)
+    return ", or ".join(" and ".join(names) for names in alike.values() if len(names) > 1)

@@ -10,7 +10,10 @@ from cosmos_export.checkpoint import Checkpoint, Tower
 from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE
 from cosmos_export.checkpoint.quantization import StepPolicy
 from cosmos_export.diagnostics import UserError
-from cosmos_export.precision.recipe import DEFAULT, LINEARS, TOWERS, Recipe, load_recipe, parse_rule
+from cosmos_export.precision.recipe import DEFAULT, Recipe, load_recipe, parse_rule
+from cosmos_export.precision.scheme import Scheme
+from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED, stored_schemes, weight_only_form
+from cosmos_export.precision.sites import GEN, LINEARS, TOWERS, UND
 
 STORED = "checkpoint"
 """The name of the recipe that a quantized checkpoint states."""
@@ -53,26 +56,41 @@ def _rules(checkpoint: Checkpoint) -> Iterator[str]:
     assert checkpoint.quantization is not None
     policy = checkpoint.quantization.step_policy
     wide = dict.fromkeys(TOWERS, checkpoint.quantization.weight_only)
-    wide["und"] = wide["und"] or (policy is not None and policy.reasoner == "a16")
+    wide[UND] = wide[UND] or (policy is not None and policy.reasoner == "a16")
+    narrow = _stored_scheme()
     layers = checkpoint.geometry.num_hidden_layers
     for (tower, kind), stored in _stored_layers(checkpoint).items():
-        scheme = "fp8-w8a16" if wide[tower] else "fp8"
+        scheme = _wide(narrow) if wide[tower] else narrow.name
         for where in _ranges(stored, layers):
             yield f"{tower}.{kind}{where}={scheme}"
-            if tower == "gen" and policy is not None and not wide[tower]:
-                yield from (f"{tower}.{kind}{where}@{steps}={how}" for steps, how in _of_steps(policy))
+            if tower == GEN and policy is not None and not wide[tower]:
+                yield from (f"{tower}.{kind}{where}@{steps}={how}" for steps, how in _of_steps(policy, narrow))
 
 
-def _of_steps(policy: StepPolicy) -> Iterator[tuple[str, str]]:
+def _stored_scheme() -> Scheme:
+    """The scheme whose weights are of the type that the reader of checkpoints takes for quantized."""
+
+    def reads(scheme: Scheme) -> bool:
+        return scheme.layout is not None and scheme.layout.tensors(1, 1)["weight"][0] == QUANTIZED_DTYPE
+
+    return next(scheme for scheme in stored_schemes() if reads(scheme))
+
+
+def _wide(scheme: Scheme) -> str:
+    """Name of the scheme with the same weights and activations of 16 bit; that of ``scheme`` where it has them."""
+    return (weight_only_form(scheme) or scheme).name
+
+
+def _of_steps(policy: StepPolicy, narrow: Scheme) -> Iterator[tuple[str, str]]:
     """Ranges of steps whose scheme is not that of the others, later ones over earlier."""
     first, last = policy.first_steps, policy.last_steps
     if first:
-        yield f":{first}", "fp8-w8a16"
+        yield f":{first}", _wide(narrow)
     if last:
-        yield f"-{last}:", "fp8-w8a16"
+        yield f"-{last}:", _wide(narrow)
     if first and last and policy.overlap == "native":
         # Empty unless the loop is so short that the two ranges overlap.
-        yield f"-{last}:{first}", "fp8"
+        yield f"-{last}:{first}", narrow.name
 
 
 def _stored_layers(checkpoint: Checkpoint) -> dict[tuple[str, str], set[int]]:
@@ -102,23 +120,26 @@ def _ranges(layers: set[int], count: int) -> Iterator[str]:
 def recipe_text(checkpoint: Checkpoint, schemes: Mapping[str, str], title: str, summary: str) -> str:
     """A recipe file with a scheme for each linear of ``checkpoint``; those of a site have the same.
 
-    As in the recipe ``fp8``, the reasoner and the first and last three steps have 16-bit activations.
+    As in the published step policy, the reasoner and the first and last three steps have 16-bit activations where the
+    weight is the same in both.
     """
     layers = checkpoint.geometry.num_hidden_layers
+    narrow = (scheme for scheme in SCHEMES.values() if not scheme.weight_only)
+    wide = {scheme.name: form.name for scheme in narrow if (form := weight_only_form(scheme)) is not None}
     found: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for name, tensor in checkpoint.expected.items():
-        scheme = schemes.get(name.removesuffix(".weight"), DEFAULT) if tensor.linear else DEFAULT
-        if scheme != DEFAULT:
+        scheme = schemes.get(name.removesuffix(".weight"), UNQUANTIZED) if tensor.linear else UNQUANTIZED
+        if scheme != UNQUANTIZED:
             tower = _TOWERS[tensor.tower]
-            found[tower, tensor.kind, "fp8-w8a16" if (tower, scheme) == ("und", "fp8") else scheme].add(tensor.layer)
+            found[tower, tensor.kind, wide.get(scheme, scheme) if tower == UND else scheme].add(tensor.layer)
     rules: dict[str, list[str]] = defaultdict(list)
     for (tower, kind, scheme), chosen in found.items():
         places = [f"{tower}.{kind}{where}" for where in _ranges(chosen, layers)]
         rules[scheme] += places
-        if scheme == "fp8":
-            rules["fp8-w8a16"] += [f"{place}@{steps}" for place in places for steps in (":3", "-3:")]
+        if scheme in wide:
+            rules[wide[scheme]] += [f"{place}@{steps}" for place in places for steps in (":3", "-3:")]
     # The rules for some steps come last: of two that match, the later one counts.
-    ordered = sorted(rules.items(), key=lambda rule: rule[0] == "fp8-w8a16")
+    ordered = sorted(rules.items(), key=lambda rule: rule[0] in wide.values())
     text = f"title = {json.dumps(title)}\nsummary = {json.dumps(summary)}\n"
     text += 'experimental = false\nnot_for = []\nwarning = ""\nsource = []\n'
     for scheme, places in ordered:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.precision.schemes import SCHEMES
 from cosmos_export.targets.backends.protocol import Backend, EngineOrder, Engines, PrecisionAsked, Requirement
 from cosmos_export.targets.description import Target
 from cosmos_export.targets.profiles import Profile
@@ -104,7 +105,7 @@ class TensorRtRtx(Backend):
                 f"each would be an engine of its own (at most {MAX_SINGLE_STEPS})",
                 "leave `--loop device` out, or choose a recipe that quantizes the generator's activations, such as fp8",
             )
-        if "fp8-attention" in asked.schemes:
+        if any(SCHEMES[name].attention is not None for name in asked.schemes):
             yield from map(_open_dims, filter(_dynamic, asked.profiles))
 
     def open(self, files: BundleFiles, device: str | None) -> Executor:

@@ -20,7 +20,7 @@ from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import FOUR_BIT, as_multiplied, kept_scale, pack_rows, tensor_scale, weight_norm
 from cosmos_export.ir.packing import e2m1_codes, largest, nibbles
-from cosmos_export.ir.spec import E2M1, INT4, Format, Packing, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import E2M1, INT4, Packing, Part, Transform, WeightBinding, WeightSource
 from cosmos_export.progress import Progress
 
 ALIGNMENT = 4096
@@ -201,7 +201,7 @@ class _Scales:
 
     def of(self, binding: WeightBinding) -> torch.Tensor:
         assert binding.packing is not None
-        if binding.packing.format is Format.INT4:
+        if binding.packing.format.local:
             return torch.ones(())  # its scales are in the rows
         plain = replace(binding, dtype=torch.float32, packing=replace(binding.packing, part=Part.SCALE))
         if plain not in self._known:
@@ -217,7 +217,7 @@ def _packed(binding: WeightBinding, scales: _Scales) -> Iterator[bytes]:
         yield from (_bytes(block.to(binding.dtype)) for block in _rows(binding))
         return
     scale = scales.of(binding)
-    if packing.part is Part.SCALE and packing.format is not Format.INT4:
+    if packing.part is Part.SCALE and not packing.format.local:
         yield _bytes(scale)
         return
     for block in _rows(binding):

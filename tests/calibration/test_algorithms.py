@@ -11,11 +11,12 @@ from torch import nn
 
 from cosmos_export.calibration import algorithms
 from cosmos_export.calibration.algorithms import ALGORITHMS, Algorithm, SearchResult
-from cosmos_export.calibration.formats import Inputs, dequantized, quantized_weight
+from cosmos_export.calibration.formats import layout_of, quantized_weight
 from cosmos_export.calibration.table import RECIPE_FILE, ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.precision.layout import LinearInputs
 from cosmos_export.precision.recipe import load_recipe, resolve_recipe
 from cosmos_export.precision.stored_recipe import recipe_text
 from cosmos_export.targets import load_target
@@ -54,7 +55,7 @@ def error(layer: nn.Module, rows: dict[str, torch.Tensor], found: SearchResult, 
     pre = found.pre_scales.get(name, torch.ones(weight.shape[1]))
     down, up = found.low_rank.get(name, (torch.zeros(1, weight.shape[1]), torch.zeros(weight.shape[0], 1)))
     scaled, part = weight / pre, up @ down
-    packed = dequantized("int4", quantized_weight("int4", scaled - part, Inputs(None)))
+    packed = layout_of("int4").decode(quantized_weight("int4", scaled - part, LinearInputs(None)))
     result = (x * pre) @ (packed.float() + part).T
     return float((result - x @ weight.T).norm() / (x @ weight.T).norm())
 
@@ -92,7 +93,7 @@ def test_schemes_within_a_budget(layer: nn.Module, rows: dict[str, torch.Tensor]
     for bits in (5.0, 7.0, 12.0):
         schemes = search("modelopt-auto", layer, rows, bits=bits).schemes
         assert schemes.keys() == sizes.keys() and schemes["q"] == schemes["k"]
-        used = sum(sizes[name] * algorithms.FORMATS[scheme] for name, scheme in schemes.items())
+        used = sum(sizes[name] * algorithms.BUDGETED[scheme] for name, scheme in schemes.items())
         spent[bits] = used / sum(sizes.values())
         assert spent[bits] <= bits + 0.1
     assert spent[5.0] < spent[7.0] <= spent[12.0]

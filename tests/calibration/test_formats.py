@@ -9,17 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cosmos_export.calibration.formats import (
-    FORMATS,
-    Format,
-    Inputs,
-    Rounding,
-    dequantized,
-    quantized_weight,
-    require_shape,
-)
+from cosmos_export.calibration.formats import FORMATS, layout_of, quantized_weight
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir import packing
+from cosmos_export.precision.layout import LinearInputs, Rounding
 
 NAMES = sorted(fixture.CONFIGS)
 
@@ -28,10 +21,10 @@ def ours(
     name: str, weight: torch.Tensor, inputs: torch.Tensor, theirs: dict[str, torch.Tensor], rounding: Rounding
 ) -> dict[str, torch.Tensor]:
     """The same with our functions. The pre-scale is an input here: its search is tested elsewhere."""
-    kind: Format = "int4" if name.startswith("int4") else name  # type: ignore[assignment]
+    kind = "int4" if name.startswith("int4") else name
     pre = theirs.pop(fixture.SEARCHED, None)
     amax = None if kind == "int4" else float(inputs.abs().max())
-    return quantized_weight(kind, weight, Inputs(amax, pre), rounding)
+    return quantized_weight(kind, weight, LinearInputs(amax, pre), rounding)
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -66,7 +59,7 @@ def test_exact_rounding_changes_few_bytes_and_no_scale() -> None:
     for key in ("weight_scale", "input_scale"):
         assert torch.equal(found[key], theirs[key])
     error = {
-        name: float((dequantized("fp8", tensors) - weight.float()).norm())
+        name: float((layout_of("fp8").decode(tensors) - weight.float()).norm())
         for name, tensors in (("exact", found), ("twice", theirs))
     }
     assert error["exact"] < error["twice"]
@@ -83,38 +76,38 @@ def test_bytes_and_scales_are_those_of_modelopt(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_weight_comes_back_near_what_it_was(kind: Format) -> None:
+def test_a_weight_comes_back_near_what_it_was(kind: str) -> None:
     """Within the relative errors that are usual: FP8 2.6 %, INT4 in groups of 128 11.7 %, NVFP4 9.5 %."""
     weight = torch.from_numpy(fixture.layer(4, 64, 512)[0].float().numpy()).bfloat16()
-    back = dequantized(kind, quantized_weight(kind, weight, Inputs(1.0)))
+    back = layout_of(kind).decode(quantized_weight(kind, weight, LinearInputs(1.0)))
     error = float((back - weight.float()).norm() / weight.float().norm())
     assert error < {"fp8": 0.03, "int4": 0.13, "nvfp4": 0.11}[kind]
     assert error > 0.01
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_rows_are_independent_of_how_many_are_in_work(kind: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_independent_of_how_many_are_in_work(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = fixture.layer(5)
-    whole = quantized_weight(kind, weight, Inputs(2.0))
-    monkeypatch.setattr("cosmos_export.calibration.formats._ROWS", 10)
-    same(quantized_weight(kind, weight, Inputs(2.0)), whole)
+    whole = quantized_weight(kind, weight, LinearInputs(2.0))
+    monkeypatch.setattr("cosmos_export.precision.layout._ROWS", 10)
+    same(quantized_weight(kind, weight, LinearInputs(2.0)), whole)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_weight_of_zeros_has_a_scale(kind: Format) -> None:
-    found = quantized_weight(kind, torch.zeros(2, 128, dtype=torch.bfloat16), Inputs(1.0))
-    assert not dequantized(kind, found).any()
+def test_a_weight_of_zeros_has_a_scale(kind: str) -> None:
+    found = quantized_weight(kind, torch.zeros(2, 128, dtype=torch.bfloat16), LinearInputs(1.0))
+    assert not layout_of(kind).decode(found).any()
     assert all(bool((value.float() > 0).all()) for key, value in found.items() if "scale" in key)
 
 
 def test_a_pre_scale_leaves_the_product_as_it_was() -> None:
     weight, inputs = fixture.layer(6)
     pre = torch.linspace(0.5, 2, weight.shape[1])
-    found = quantized_weight("int4", weight, Inputs(None, pre))
-    plain = quantized_weight("int4", weight, Inputs(None))
+    found = quantized_weight("int4", weight, LinearInputs(None, pre))
+    plain = quantized_weight("int4", weight, LinearInputs(None))
     expected = inputs.float() @ weight.float().T
     for tensors, x in ((found, inputs.float() * pre), (plain, inputs.float())):
-        error = (x @ dequantized("int4", tensors).T - expected).norm() / expected.norm()
+        error = (x @ layout_of("int4").decode(tensors).T - expected).norm() / expected.norm()
         assert error < 0.2
 
 
@@ -132,9 +125,9 @@ def test_scales_are_divisions_in_float32() -> None:
 
 
 def test_what_cannot_be_quantized_is_said() -> None:
-    assert "multiple of 128" in str(require_shape((64, 96), "int4"))
-    assert "odd" in str(require_shape((63, 128), "int4"))
-    assert "multiple of 16" in str(require_shape((64, 24), "nvfp4"))
-    assert require_shape((63, 24), "fp8") is None
+    assert "multiple of 128" in str(layout_of("int4").refusal((64, 96)))
+    assert "odd" in str(layout_of("int4").refusal((63, 128)))
+    assert "multiple of 16" in str(layout_of("nvfp4").refusal((64, 24)))
+    assert layout_of("fp8").refusal((63, 24)) is None
     with pytest.raises(UserError, match="CX331"):
-        quantized_weight("fp8", torch.tensor([[1.0, float("nan")]]), Inputs(1.0))
+        quantized_weight("fp8", torch.tensor([[1.0, float("nan")]]), LinearInputs(1.0))

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from cosmos_export.calibration import write_quantized as quantizing
-from cosmos_export.calibration.formats import Format, dequantized
+from cosmos_export.calibration.formats import layout_of
 from cosmos_export.calibration.table import ScaleTable, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint, quantized_linears
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
@@ -126,7 +126,7 @@ def test_links_in_place_of_copies(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("fp8", 0.03), ("int4", 0.14), ("nvfp4", 0.11)])
-def test_what_is_written_stands_for_the_weight(kind: Format, limit: float, tmp_path: Path, source: Path) -> None:
+def test_what_is_written_stands_for_the_weight(kind: str, limit: float, tmp_path: Path, source: Path) -> None:
     quantize_checkpoint(QuantizeRequest(source, source.parent / "scales", tmp_path / kind, format=kind))
     written, before = entries(tmp_path / kind), open_checkpoint(source)
     for name, want in before.expected.items():
@@ -134,7 +134,7 @@ def test_what_is_written_stands_for_the_weight(kind: Format, limit: float, tmp_p
             module = name.removesuffix("weight")
             parts = {k.removeprefix(module): tensor(e) for k, e in written.items() if k.startswith(module)}
             weight = tensor(before.tensors[name]).float()
-            error = float((dequantized(kind, parts) - weight).norm() / weight.norm())
+            error = float((layout_of(kind).decode(parts) - weight).norm() / weight.norm())
             assert 0.005 < error < limit, name
     config = json.loads((tmp_path / kind / "transformer" / "config.json").read_text())["quantization_config"]
     assert config["quant_algo"] == {"fp8": "FP8", "int4": "W4A16_AWQ", "nvfp4": "NVFP4"}[kind]
@@ -150,7 +150,7 @@ def test_pre_scales_go_into_int4(tmp_path: Path, source: Path) -> None:
     pre = torch.from_numpy(table.pre_scales[linear])
     assert torch.equal(parts["pre_quant_scale"], pre.bfloat16())
     weight = tensor(before.tensors[f"{linear}.weight"]).float()
-    back = dequantized("int4", parts) * pre
+    back = layout_of("int4").decode(parts) * pre
     assert float((back - weight).norm() / weight.norm()) < 0.14
 
 
@@ -206,7 +206,7 @@ def test_diffusers_reads_the_policy_and_the_weights(tmp_path: Path, source: Path
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int4", "nvfp4"])
-def test_modelopt_reads_what_is_written(kind: Format, tmp_path: Path, source: Path) -> None:
+def test_modelopt_reads_what_is_written(kind: str, tmp_path: Path, source: Path) -> None:
     """Its own tensor classes give back what our bytes stand for. Of INT4 as exported it has a writer and no reader: of
     what our bytes stand for it makes the same bytes."""
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt 0.47 (extra modelopt)")
@@ -228,7 +228,7 @@ def test_modelopt_reads_what_is_written(kind: Format, tmp_path: Path, source: Pa
             continue
         module = name.removesuffix("weight")
         parts = {k.removeprefix(module): tensor(e) for k, e in written.items() if k.startswith(module)}
-        ours = dequantized(kind, parts)
+        ours = layout_of(kind).decode(parts)
         if kind == "int4":
             assert torch.equal(pack_int4_in_uint8(ours, parts["weight_scale"], 128), parts["weight"]), name
         else:
@@ -256,7 +256,7 @@ def test_a_module_of_modelopt_takes_the_tensors(tmp_path: Path, source: Path) ->
         {**state, "0.weight": parts["weight"], "0.weight_quantizer._scale": parts["weight_scale"]}, strict=True
     )
     model[0].input_quantizer.disable()
-    expected = inputs.float() @ dequantized("fp8", parts).T
+    expected = inputs.float() @ layout_of("fp8").decode(parts).T
     assert float((model(inputs).float() - expected).norm() / expected.norm()) < 0.006
 
 

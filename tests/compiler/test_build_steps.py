@@ -13,8 +13,11 @@ from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.losses import Losses
 from cosmos_export.diagnostics import CosmosExportError
-from cosmos_export.evaluation.gates import FOUR_BIT_STEPS, FP8_STEPS, StepLoss, rounded_at_random
+from cosmos_export.evaluation.gates import StepLoss, rounded_at_random
+from cosmos_export.precision.schemes import SCHEMES
 
+FP8_STEPS, FOUR_BIT_STEPS = (SCHEMES[name].steps for name in ("fp8", "int4"))
+assert FP8_STEPS is not None and FOUR_BIT_STEPS is not None
 GOOD = StepLoss(0, 0.03, 0.9995, rounding=0.03)
 
 

@@ -14,13 +14,13 @@ from tiny_cosmos import Case, request
 
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir.dims import Dim, symbol
+from cosmos_export.ir.formats import Format
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.interpreter import read_weights, run_graph, run_program
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.rates import rates_of, sources_of
 from cosmos_export.ir.spec import (
-    Format,
     LowRank,
     Packing,
     Part,
@@ -34,6 +34,7 @@ from cosmos_export.ir.text import print_graph, print_program
 from cosmos_export.ir.verifier import verify
 
 F32 = torch.float32
+INT4 = Format("int4", "int4", 4, lambda rows, scale, own: rows, lambda call, parts, dtype: parts[0], groups=(32,))
 
 
 def two_graphs() -> Program:
@@ -433,7 +434,7 @@ def _source(**changes: Any) -> Callable[[Program], None]:
 
 
 def _packed(**changes: Any) -> Callable[[Program], None]:
-    base = Packing(Format.INT4, Part.VALUES, torch.bfloat16, 32)
+    base = Packing(INT4, Part.VALUES, torch.bfloat16, 32)
 
     def change(p: Program) -> None:
         packing = replace(base, **changes)
@@ -517,7 +518,7 @@ CHANGES: dict[str, Callable[[Program], None]] = {
     "other transform": _meta("weight", WeightBinding((OTHER, OTHER), Transform.INTERLEAVE, F32)),
     "packing": _packed(),
     "packing part": _packed(part=Part.SCALE),
-    "packing format": _packed(format=Format.FP8),
+    "packing format": _packed(format=replace(INT4, name="other")),
     "packing type": _packed(dtype=torch.float16),
     "packing group": _packed(group=64),
     "packing divisor": _packed(divisor=OTHER),

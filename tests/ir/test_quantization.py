@@ -18,20 +18,25 @@ from tiny_cosmos import BACKBONES, assert_close, distance
 from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.evaluation.gates import linear_losses
 from cosmos_export.ir import ops, packing
+from cosmos_export.ir.formats import Format
 from cosmos_export.ir.graph import is_weight, spec_of
 from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.ops import aten
-from cosmos_export.ir.spec import Format, Part, Transform, WeightBinding, WeightSource
+from cosmos_export.ir.spec import Part, Transform, WeightBinding, WeightSource
 from cosmos_export.ir.text import print_program
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.assign_precision import AssignPrecision, misplaced
 from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 from cosmos_export.passes.pipeline import run_passes
-from cosmos_export.precision.recipe import KINDS, STORAGE
+from cosmos_export.precision import schemes
+from cosmos_export.precision.sites import KINDS
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx import weights as weights_module
 from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
+
+FP8, INT4, NVFP4 = (schemes.SCHEMES[name].weight for name in ("fp8", "int4", "nvfp4"))
+assert FP8 is not None and INT4 is not None and NVFP4 is not None
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def test_int4_is_symmetric_in_groups_and_zero_groups_stay_zero() -> None:
     assert distance(back, rows) < 0.13
 
 
-@pytest.mark.parametrize(("format", "limit"), [(Format.FP8, 0.0265), (Format.INT4, 0.117), (Format.NVFP4, 0.095)])
+@pytest.mark.parametrize(("format", "limit"), [(FP8, 0.0265), (INT4, 0.117), (NVFP4, 0.095)])
 def test_errors_of_gaussian_weights(omni: Tiny, tmp_path: Path, format: Format, limit: float) -> None:
     """The published table's weight-only errors, within 5 %."""
     torch.manual_seed(0)
@@ -100,12 +105,12 @@ def test_errors_of_gaussian_weights(omni: Tiny, tmp_path: Path, format: Format, 
     binding = WeightBinding((source,), Transform.IDENTITY, torch.float32)
     value = read_weights(read_source)
     parts = {part: value(binding.packed(format, part, group=128)) for part in (Part.VALUES, Part.SCALE)}
-    if format is Format.NVFP4:
+    if format is NVFP4:
         parts[Part.BLOCK_SCALE] = value(binding.packed(format, Part.BLOCK_SCALE))
     back = {
-        Format.FP8: lambda v, s, b: ops.DEQUANTIZE(v, s, torch.float32),
-        Format.INT4: lambda v, s, b: ops.DEQUANTIZE_GROUPS(v, s),
-        Format.NVFP4: lambda v, s, b: ops.DEQUANTIZE_BLOCKS(v, b, s, torch.float32),
+        FP8: lambda v, s, b: ops.DEQUANTIZE(v, s, torch.float32),
+        INT4: lambda v, s, b: ops.DEQUANTIZE_GROUPS(v, s),
+        NVFP4: lambda v, s, b: ops.DEQUANTIZE_BLOCKS(v, b, s, torch.float32),
     }[format](parts[Part.VALUES], parts[Part.SCALE], parts.get(Part.BLOCK_SCALE))
     assert distance(back, w) == pytest.approx(limit, rel=0.05)
 
@@ -224,7 +229,7 @@ def test_steps_choose_among_schemes_that_share_weights(omni: Tiny) -> None:
     assert stored[0] == stored[1] == stored[2]
     counts = [len(p.graphs["generator"].calls(ops.QUANTIZE)) for p in programs]
     assert counts == [0, 8, 0]
-    assert set(STORAGE) == set(SCHEMES)
+    assert {s.name for s in schemes.SCHEMES.values() if s.weight is not None} == set(SCHEMES)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------
@@ -265,7 +270,7 @@ def test_a_weight_that_is_fp8_already_keeps_its_bytes(tmp_path: Path) -> None:
     value = read_weights(read_source)
     (source,) = _fp8(tmp_path, "one", torch.randn(64, 64) * 0.05)
     binding = WeightBinding((source,), Transform.IDENTITY, torch.bfloat16)
-    values, scale = (binding.packed(Format.FP8, part) for part in (Part.VALUES, Part.SCALE))
+    values, scale = (binding.packed(FP8, part) for part in (Part.VALUES, Part.SCALE))
     assert torch.equal(value(values).view(torch.uint8), read_source(source).view(torch.uint8))
     assert source.scale is not None and torch.equal(value(scale), read_source(source.scale))
     wide = read_source(source).float() * read_source(source.scale)
@@ -285,7 +290,7 @@ def test_fp8_weights_that_are_merged_keep_their_bytes_and_scales(tmp_path: Path,
     parts = [torch.randn(32, 64) * s for s in (0.1, 0.02, 0.05)]
     first, *rest = (WeightBinding((s,), Transform.IDENTITY, torch.bfloat16) for s in _fp8(tmp_path, "three", *parts))
     merged = first.merged(tuple(rest), transform)
-    values, scale = (merged.packed(Format.FP8, part) for part in (Part.VALUES, Part.SCALE))
+    values, scale = (merged.packed(FP8, part) for part in (Part.VALUES, Part.SCALE))
     assert scale.shape == (96,)
     back = ops.DEQUANTIZE(value(values), value(scale), torch.float32)
     once = [read_source(s).float() * read_source(s.scale) for s in merged.sources if s.scale is not None]

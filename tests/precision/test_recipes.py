@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from cosmos_export.cli import app, console
 from cosmos_export.diagnostics import CosmosExportError, InternalError, UnsupportedError, UserError
 from cosmos_export.precision.recipe import (
-    LINEARS,
     Assignment,
     load_recipe,
     parse_recipe,
@@ -18,6 +17,7 @@ from cosmos_export.precision.recipe import (
     recipe_names,
     resolve_recipe,
 )
+from cosmos_export.precision.sites import LINEARS
 from cosmos_export.targets import load_target
 
 RTX = "rtx-pro-6000"
