@@ -31,11 +31,10 @@ class Kind:
 
 
 KINDS: Mapping[str, Kind] = {
-    **{mode.name: Kind(mode) for mode in MODES.values() if mode.clean_frames in (0, 1) and not mode.needs},
+    **{mode.name: Kind(mode) for mode in MODES.values()},
     "av": Kind(MODES[DEFAULT_MODE], sound=True),
 }
-"""Modes that start from a prompt, with a picture or without, and `DEFAULT_MODE` with sound. Besides these `REASONER`:
-one prompt through the reasoner."""
+"""Every mode, and `DEFAULT_MODE` with sound. Besides these `REASONER`: one prompt through the reasoner."""
 _ROBOT = "droid_lerobot"
 
 
@@ -134,8 +133,7 @@ def _profile(manifest: Manifest, asked: str | None) -> ProfileRecord:
 
 
 def _built_for(manifest: Manifest, dims: Mapping[str, int]) -> str:
-    mode = str(manifest.options["mode"])
-    return IMAGE_MODE if dims["frames"] == 1 else mode if mode in KINDS else DEFAULT_MODE
+    return IMAGE_MODE if dims["frames"] == 1 else str(manifest.options["mode"])
 
 
 def _schedule(manifest: Manifest) -> Schedule:
@@ -170,22 +168,29 @@ def numbered_requests(
         raise UserError(
             "CX672", f"workload `{name}` has one frame, and the bundle takes no fewer than {lowest['frames']}"
         )
+    given = mode.given_frames(dims["frames"])
+    if given and dims["frames"] < mode.least_frames:
+        what = f"workload `{name}` has at least {mode.least_frames} latent frames"
+        raise UserError("CX672", f"{what}, and profile `{profile.name}` {dims['frames']}", "choose another --profile")
     assert record is not None
     frames = 1 if mode.single else record.video.temporal * (dims["frames"] - 1) + 1
     scale = record.video.spatial
     random = np.random.default_rng(0)
     pixels = None
-    if mode.clean_frames:
-        pixels = random.uniform(-1, 1, (1, 3, 1, scale * dims["height"], scale * dims["width"])).astype(np.float32)
+    if given:
+        shown = (given - 1) * record.video.temporal + 1
+        pixels = 2 * random.random((1, 3, shown, scale * dims["height"], scale * dims["width"]), np.float32) - 1
     action = None
     if mode.acts:
         robot = EMBODIMENTS[_ROBOT]
-        action = ActionPart(dims["action_len"], robot.domain, robot.width or 1)
+        rows, width = dims["action_len"], robot.width or 1
+        actions = 2 * random.random((rows, width), np.float32) - 1 if mode.clean_actions == "all" else None
+        action = ActionPart(rows, robot.domain, width, actions)
     positive = np.arange(tokens[0], dtype=np.int64)
     negative = np.arange(tokens[1], dtype=np.int64) if any(schedule.guided) else None
     base = Request(
         mode.name, positive, negative, schedule, frames, dims["height"], dims["width"], 24.0,
-        clean_frames=(0,) if mode.clean_frames else (), pixels=pixels, sound=kind.sound, action=action,
+        clean_frames=tuple(range(given)), pixels=pixels, sound=kind.sound, action=action,
     )  # fmt: skip
 
     def numbered(number: int) -> Request:

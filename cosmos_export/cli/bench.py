@@ -30,7 +30,7 @@ def register(app: typer.Typer) -> None:
             str | None,
             typer.Option(
                 help="Of a geometry: t2i-720p, t2v-480p-189f, policy-droid, … as `plan` has them, or reasoner. Of a "
-                "bundle: t2i, t2v, i2v, av, policy or reasoner, at the sizes of its profile.",
+                "bundle: a mode of `run`, av (video with sound) or reasoner, at the sizes of its profile.",
                 show_default="t2v-480p-189f; of a bundle what it was built for",
             ),
         ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import typer
 from subjects import Subjects
 from typer.testing import CliRunner
 
-from cosmos_export.bench.bundle import BundleRequest, measure_bundle, numbered_requests
+from cosmos_export.bench.bundle import KINDS, BundleRequest, measure_bundle, numbered_requests
+from cosmos_export.bundle import DimRecord
 from cosmos_export.cli import console
 from cosmos_export.cli.bench import register
-from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.progress import Silent
+from cosmos_export.sampling import DEFAULT_MODE
 
 pytestmark = pytest.mark.xdist_group("run-parity")
 
@@ -33,18 +36,12 @@ def asked(bundle: Path, **options: Any) -> BundleRequest:
     )
 
 
-@pytest.mark.parametrize(
-    ("workload", "parts"),
-    [
-        (None, {"reasoner", "conditioning", "denoise", "decode"}),
-        ("t2i", {"reasoner", "conditioning", "denoise", "decode"}),
-        ("i2v", {"encode", "reasoner", "conditioning", "denoise", "decode"}),
-        ("av", {"reasoner", "conditioning", "denoise", "decode"}),
-        ("policy", {"encode", "reasoner", "conditioning", "denoise"}),
-        ("reasoner", {"reasoner"}),
-    ],
-)
-def test_every_workload_of_a_bundle(bundle: Path, workload: str | None, parts: set[str]) -> None:
+@pytest.mark.parametrize("workload", [None, *KINDS, "reasoner"])
+def test_every_workload_of_a_bundle(bundle: Path, workload: str | None) -> None:
+    mode, parts = KINDS[workload if workload in KINDS else DEFAULT_MODE].mode, {"reasoner"}
+    if workload != "reasoner":
+        parts |= {"conditioning", "denoise"}
+        parts |= {name for name, there in (("encode", mode.clean_frames), ("decode", mode.decoded)) if there}
     found = measure_bundle(asked(bundle, workload=workload), Silent(), "a command")
     assert {c.name for c in found.components} == parts and found.request_s > 0
     assert all(len(c.samples_s) == 1 and min(c.samples_s) > 0 for c in found.components)
@@ -64,6 +61,20 @@ def test_no_run_finds_its_prompts_encoded(subjects: Subjects) -> None:
     prompts = [tuple(ids) for r in requests for ids in (r.input_ids, r.negative_ids)]
     assert len(set(prompts)) == 40
     assert all(np.array_equal(r.pixels, requests[0].pixels) and r.clean_frames == (0,) for r in requests)
+
+
+def test_what_a_mode_is_given(subjects: Subjects) -> None:
+    manifest = subjects("omni").manifest
+    profile = manifest.profiles[0]
+    frames = profile.dims["frames"].opt
+    for name, shown in (("v2v", 5), ("inverse-dynamics", 4 * (frames - 1) + 1)):
+        request = numbered_requests(manifest, name, profile, (8, 8))(0)
+        assert request.pixels is not None and request.pixels.shape[2] == shown
+    given = numbered_requests(manifest, "forward-dynamics", profile, (8, 8))(0).action
+    assert given is not None and given.given is not None and given.given.shape == (given.rows, given.raw_dim)
+    short = replace(profile, dims={**profile.dims, "frames": DimRecord(1, 2, 5)})
+    with pytest.raises(UserError, match="at least 3 latent frames"):
+        numbered_requests(manifest, "v2v", short, (8, 8))
 
 
 @pytest.mark.parametrize(
