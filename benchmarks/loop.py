@@ -45,8 +45,7 @@ from cosmos_export.targets.trt.tensorrt_rtx import build_engine
 
 def measure(arguments: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     folder = write_demo_checkpoint(
-        work / "checkpoint", "edge" if arguments.size == "edge" else "omni", true_width=arguments.size,
-        layers=arguments.layers, vocab=1024, dtype="bfloat16",
+        work / "checkpoint", true_width=arguments.size, layers=arguments.layers, vocab=1024, dtype="bfloat16",
     )  # fmt: skip
     checkpoint = open_checkpoint(folder)
     program = capture(checkpoint.geometry.config, weight_sources(checkpoint.tensors), modalities=("vision",))

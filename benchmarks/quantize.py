@@ -113,8 +113,7 @@ def measure(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     counts = [int(text) for text in arguments.layers.split(",")]
     for layers in counts:
         checkpoint, scales = work / "checkpoint", work / "scales"
-        variant = "edge" if arguments.size == "edge" else "omni"
-        run("demo-checkpoint", "--true-width", arguments.size, "--variant", variant, "--layers", str(layers), "--dtype",
+        run("demo-checkpoint", "--true-width", arguments.size, "--layers", str(layers), "--dtype",
             "bfloat16", "-o", str(checkpoint))  # fmt: skip
         if not baseline:
             sizes = (str(arguments.passes), "256", "540", str(work / "bytes"))

@@ -93,7 +93,7 @@ def prepare(size: str, layers: int, work: Path) -> tuple[Path, Path]:
 
     checkpoint, scales, latents = work / size, work / f"{size}-scales", work / f"{size}.safetensors"
     command(
-        "demo-checkpoint", "--true-width", size, "--variant", "edge" if size == "edge" else "omni", "--layers",
+        "demo-checkpoint", "--true-width", size, "--layers",
         str(layers), "--vocab", "1024", "--dtype", "bfloat16", "-o", str(checkpoint),
     )  # fmt: skip
     random = np.random.default_rng(0)
