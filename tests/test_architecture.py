@@ -25,6 +25,7 @@ LEVELS = {
     "bench": 8,  # a geometry is compiled as a job is
     "compiler": 7,
     **dict.fromkeys(["evaluation", "report"], 6),  # the build measures and reports itself
+    "serve": 5,
     "calibration": 5,  # its inputs are requests, and the front end of requests is the runtime's
     **dict.fromkeys(["runtime", "plan", "doctor"], 4),
     **dict.fromkeys(["targets", "passes", "capture"], 3),
@@ -33,6 +34,7 @@ LEVELS = {
     **dict.fromkeys(
         [
             "arguments",
+            "audit",
             "diagnostics",
             "directories",
             "family",
@@ -51,6 +53,7 @@ LEVELS = {
 ONLY = {
     "arguments": {"diagnostics"},
     "ir": {"diagnostics"},
+    "audit": {"diagnostics", "files"},
     "bundle": {"diagnostics", "directories", "files", "progress", "stamps"},
     "checkpoint": {"diagnostics", "directories", "family", "files", "progress", "stamps"},
     "sampling": {"diagnostics", "family"},

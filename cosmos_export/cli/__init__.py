@@ -15,6 +15,7 @@ import typer
 import cosmos_export
 from cosmos_export import streams
 from cosmos_export.cli import (
+    audit,
     bench,
     build,
     bundle,
@@ -28,6 +29,7 @@ from cosmos_export.cli import (
     quantize,
     recipes,
     run,
+    serve,
     targets,
     verbs,
     version,
@@ -47,8 +49,8 @@ app = verbs.Verbs(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 VERBS = (
-    inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, bench, doctor, targets, recipes,
-    version,
+    inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, serve, audit, bench, doctor,
+    targets, recipes, version,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)

@@ -31,7 +31,7 @@ class Filter:
     kernel: Callable[[NDArray[Any]], NDArray[Any]]
 
 
-def _fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
+def fused(a: NDArray[Any], b: Any, c: Any) -> NDArray[Any]:
     """a·b + c of float32, rounded once: the product is exact in float64.
 
     torch is compiled to fused multiply-adds. An image is rounded to whole levels afterwards, and enlarging by a simple
@@ -47,8 +47,8 @@ def _triangle(x: NDArray[Any]) -> NDArray[Any]:
 def _cubic(x: NDArray[Any]) -> NDArray[Any]:
     """float32 only; with a = −1/2: 3/2·x³ − 5/2·x² + 1 up to 1, then a·(x³ − 5·x² + 8·x − 4) up to 2."""
     x = np.abs(x)
-    near = _fused(_fused(x, 1.5, -2.5) * x, x, 1.0)
-    far = _fused(_fused(x - np.float32(5), x, 8.0), x, -4.0) * np.float32(-0.5)
+    near = fused(fused(x, 1.5, -2.5) * x, x, 1.0)
+    far = fused(fused(x - np.float32(5), x, 8.0), x, -4.0) * np.float32(-0.5)
     return np.where(x < 1, near, np.where(x < 2, far, np.float32(0)))
 
 
@@ -230,7 +230,7 @@ def _taps(
 def _weighted(lines: Float, indices: NDArray[np.intp], weights: Float) -> Float:
     total = lines[..., indices[:, 0]] * weights[:, 0]
     for tap in range(1, indices.shape[1]):
-        total = _fused(lines[..., indices[:, tap]], weights[:, tap], total)
+        total = fused(lines[..., indices[:, tap]], weights[:, tap], total)
     return total
 
 

@@ -21,9 +21,13 @@ from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
 from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.runtime.in_memory import InMemory
+from cosmos_export.runtime.views import Views
 
 Actions = NDArray[np.float32]
 """[rows, width]."""
+
+
+_PLAIN_VIEWS = Views()
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Embodiment:
     vector, whose order the data set decides."""
     poses: bool = False
     """An action is the change of an end effector's pose and a gripper: position (3), rotation as 6 numbers, gripper."""
+    views: Views = _PLAIN_VIEWS
+    """What its observations consist of."""
 
 
 _TABLE = (
@@ -77,7 +83,23 @@ _POLICIES: Mapping[str, Embodiment] = {
     # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
     # vLLM-Omni: chunk 32 at 15 frames a second.
     "droid": Embodiment(
-        "droid_lerobot", 8, 8, chunk=32, fps=15.0, rated=True, parts=(("joint_position", 7), ("gripper_position", 1))
+        "droid_lerobot",
+        8,
+        8,
+        chunk=32,
+        fps=15.0,
+        rated=True,
+        parts=(("joint_position", 7), ("gripper_position", 1)),
+        # NVIDIA's server (cosmos-framework, action_policy_server_robolab): names, composition, size, the gripper as
+        # 1 − what the robot says.
+        views=Views(
+            cameras=("wrist_image_left", "exterior_image_1_left", "exterior_image_2_left"),
+            layout="wrist over two",
+            size=(540, 640),
+            viewpoint="wrist_over_two_view",
+            state=(("joint_position", 7), ("gripper_position", 1)),
+            mirrored=("gripper_position",),
+        ),
     ),
 }
 """Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
@@ -99,7 +121,7 @@ def policy_embodiment(
         rated=usual.rated or fps is not None,
     )
     # Of another width it is another representation, of which nothing is known.
-    return found if found.width == usual.width else replace(found, parts=(), poses=False)
+    return found if found.width == usual.width else replace(found, parts=(), poses=False, views=_PLAIN_VIEWS)
 
 
 def embodiment(name: str | None, policy: str | Embodiment | None) -> Embodiment:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.bundle import BundleFiles, RequestRecord
+from cosmos_export.bundle import BundleFiles, PromptRecord, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
@@ -30,7 +30,7 @@ from cosmos_export.runtime.generate_options import (
     require_options,
 )
 from cosmos_export.runtime.in_memory import InMemory
-from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message
+from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message, text_prompt
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
 from cosmos_export.runtime.scheduling import request_schedule
@@ -60,8 +60,9 @@ class Prepared:
     """What a user may not have meant."""
 
 
-def prepare(asked: GenerateOptions, files: BundleFiles) -> Prepared:
-    """The request that ``asked`` is for a bundle. Of its files the tokenizer is read, and is what the manifest lists.
+def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokenizer | None = None) -> Prepared:
+    """The request that ``asked`` is for a bundle. Of its files the tokenizer is read, and is what the manifest lists;
+    ``tokenizer`` is the one that was read before.
 
     UserError with what was found and what is allowed: CX600, CX602, CX603 prompts, CX604 options that do not go
     together, CX606 a schedule that is not the compiled one, CX607 outside all profiles, CX608 size, CX609 frames,
@@ -83,7 +84,7 @@ def prepare(asked: GenerateOptions, files: BundleFiles) -> Prepared:
     builder = action_stage if mode.acts else video_stage
     stage = builder(asked, manifest, record, mode)
     noise = _read_noise(asked.noise, stage, schedule, record) if asked.noise else {}
-    ids, negative_ids, said = _tokenized(asked, stage, record, files, guided=any(schedule.guided))
+    ids, negative_ids, said = _tokenized(asked, stage, record, files, tokenizer, guided=any(schedule.guided))
     lengths = [len(ids)] if negative_ids is None else [len(ids), len(negative_ids)]
     profile = fit_profile(manifest.profiles, {**stage.dims, "und_len": lengths}, record)
     request = Request(
@@ -115,16 +116,29 @@ def prepare(asked: GenerateOptions, files: BundleFiles) -> Prepared:
     )
 
 
+def read_tokenizer(record: PromptRecord, files: BundleFiles) -> PromptTokenizer:
+    """The tokenizer of a bundle. CX603: it is none; FindingError CX711: it is not what the manifest lists."""
+    return PromptTokenizer(record, files.read(record.tokenizer, "tokenizer"))
+
+
 # -- prompts and noise ------------------------------------------------------------------------------------------------
 
 
 def _tokenized(
-    asked: GenerateOptions, stage: Stage, record: RequestRecord, files: BundleFiles, *, guided: bool
+    asked: GenerateOptions,
+    stage: Stage,
+    record: RequestRecord,
+    files: BundleFiles,
+    tokenizer: PromptTokenizer | None,
+    *,
+    guided: bool,
 ) -> tuple[TokenIds, TokenIds | None, tuple[str, ...]]:
     """Ids of the prompt and, where it is read, of the negative prompt; and notes on them."""
     if record.prompt is None:
         raise UnsupportedError("CX605", "this bundle has no tokenizer", "build it from a checkpoint that has one")
-    prompt, negative = read_prompt(asked.prompt), read_prompt(asked.negative or "", "negative prompt")
+    given = asked.prompt
+    prompt = text_prompt(given.value) if isinstance(given, InMemory) else read_prompt(given)
+    negative = read_prompt(asked.negative or "", "negative prompt")
     task = stage.mode.prompt is PromptForm.TASK
     if task and prompt.caption and asked.viewpoint is not None:
         raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
@@ -132,7 +146,7 @@ def _tokenized(
     texts = request_texts(prompt, negative, stage.scene, action=action, metadata=asked.metadata)
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None
-    tokenizer = PromptTokenizer(record.prompt, files.read(record.prompt.tokenizer, "tokenizer"))
+    tokenizer = tokenizer or read_tokenizer(record.prompt, files)
     ids = [tokenizer(text, system, literal=asked.literal) for text in (texts if guided else texts[:1])]
     control = () if asked.literal else tokenizer.control_tokens(f"{prompt.text}\n{negative.text}")
     names = ", ".join(control[:8])

@@ -30,8 +30,8 @@ MIN_FPS, MAX_FPS = 0.1, 1000.0
 class GenerateOptions:
     """The options of a request as a user gives them; None (and no path) is the default of the mode or the bundle."""
 
-    prompt: str
-    """Text, or the path of a ``.json`` caption; the task of an action."""
+    prompt: str | InMemory[str]
+    """Text, or the path of a ``.json`` caption; the task of an action. In memory it is text, whatever it looks like."""
     negative: str | None = None
     mode: str | None = None
     image: Path | InMemory[NDArray[np.uint8]] | None = None

@@ -16,9 +16,11 @@ from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
-from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
+from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare, read_tokenizer
+from cosmos_export.runtime.generate_options import request_record
 from cosmos_export.runtime.generator import Generator, Result
 from cosmos_export.runtime.results import Outputs, Written, actions_of, plan_outputs, write_results
+from cosmos_export.runtime.tokenize import PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,13 @@ class Model:
     def prepare(self, options: GenerateOptions) -> Prepared:
         """Check ``options`` against the bundle. Nothing is loaded. Errors: `cosmos_export.runtime.frontend.prepare`."""
         self.require_open()
-        return prepare(options, self.files)
+        return prepare(options, self.files, self._tokenizer)
+
+    @cached_property
+    def _tokenizer(self) -> PromptTokenizer | None:
+        """Read once for all requests."""
+        record = request_record(self.manifest).prompt
+        return None if record is None else read_tokenizer(record, self.files)
 
     def run(
         self,

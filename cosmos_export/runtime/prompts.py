@@ -31,6 +31,11 @@ VIEWPOINTS: Mapping[str, str] = {
     ),
     "wrist_view": "This video is captured from a wrist-mounted camera.",
     "concat_view": "This video contains concatenated views from multiple camera perspectives.",
+    "wrist_over_two_view": (
+        "This video contains concatenated views from multiple camera perspectives. The top row is from the "
+        "wrist-mounted camera. The bottom row contains two horizontally concatenated third-person perspective views of "
+        "the scene from opposite sides, with the robot visible."
+    ),
 }
 """Sentence of each camera perspective of an action."""
 DEFAULT_VIEWPOINT = "ego_view"

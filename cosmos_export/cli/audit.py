@@ -1,0 +1,48 @@
+"""``cosmos-export audit verify``: is an audit trail of `serve` or `run` complete and unchanged?"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cosmos_export.cli.verbs import Verbs, require_verb
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to ``app``."""
+    group = Verbs(name="audit", help="Look at audit trails.", invoke_without_command=True, rich_markup_mode=None)
+    app.add_typer(group)
+
+    @group.callback()
+    def audit(context: typer.Context) -> None:
+        require_verb(context)
+
+    @group.command("verify")
+    def verify(
+        file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit trail.", show_default=False)],
+        anchor: Annotated[
+            str | None,
+            typer.Option(help="SHA-256 of a line that the trail must have, as an earlier `verify` printed it."),
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    ) -> None:
+        """Check that every line of an audit trail follows from the line before it; exit code 1 where one does not.
+
+        Lines that are missing at the end are found with --anchor alone. docs/serve.md says what the lines hold.
+        """
+        from cosmos_export.audit import verify_trail
+        from cosmos_export.cli import console
+
+        found = verify_trail(file, anchor)
+        if as_json:
+            console.emit_json({"file": str(file), **dataclasses.asdict(found)})
+        else:
+            typer.echo(f"{'lines':<8}{found.lines}")
+            typer.echo(f"{'events':<8}{', '.join(f'{name} {count}' for name, count in found.events.items()) or 'none'}")
+            typer.echo(f"{'from':<8}{found.first or '-'}")
+            typer.echo(f"{'to':<8}{found.last or '-'}")
+            typer.echo(f"{'anchor':<8}{found.head}")
+        console.verdict(f"{file}: {found.lines} lines follow from each other", True)

@@ -1,0 +1,161 @@
+"""What a robot sees and is told, out of the messages of both protocols.
+
+Names of cameras and of the state are those of the robot's data sets (`Views`): openpi writes ``observation/NAME``,
+GR00T has a map for each of ``video``, ``state`` and ``language``. Everything is looked at before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cosmos_export.checkpoint.strict_json import shown
+from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.views import Picture, Views
+
+PREFIX = "observation/"
+MAX_PROMPT_CHARACTERS = 8192
+"""Task of a robot. A caption as long as a page is no task."""
+MAX_KEYS = 256
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One look of the robot."""
+
+    prompt: str
+    pictures: Mapping[str, Picture]
+    """By their names in `Views`."""
+    state: NDArray[np.float64] | None = None
+    """[columns]: where the robot is, as it says so itself; None where it was not said."""
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """SHA-256 of what was given, for the audit trail."""
+        return {
+            "prompt": hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest(),
+            "pictures": {name: array_digest(picture) for name, picture in sorted(self.pictures.items())},
+            "state": None if self.state is None else array_digest(self.state),
+        }
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    """SHA-256 of type, shape and bytes of ``array``, in hexadecimal digits."""
+    digest = hashlib.sha256(f"{array.dtype.str} {list(array.shape)} ".encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def from_openpi(message: object, views: Views) -> Observation:
+    """The observation in a message of openpi. UserError CX640: it is none."""
+    found = _map(message, "the observation")
+    pictures: dict[str, Any] = {}
+    state: dict[str, Any] = {}
+    for key, value in found.items():
+        name = key.removeprefix(PREFIX)
+        if name in (views.whole, *views.cameras) or _looks_like_a_picture(value):
+            pictures[name] = _array(key, value)
+        elif name in dict(views.state):
+            state[name] = _array(key, value)
+    return Observation(_prompt("prompt", found.get("prompt")), pictures, _state(state, views))
+
+
+def from_groot(message: object, views: Views) -> Observation:
+    """The observation in a message of GR00T: maps ``video``, ``state`` and ``language``, or keys such as
+    ``video.NAME``, each with one batch and the last of the times. UserError CX640: it is none."""
+    found = _nested(_map(message, "the observation"))
+    pictures = {name: _last(f"video.{name}", value, 3) for name, value in found["video"].items()}
+    states = {name: _last(f"state.{name}", value, 1) for name, value in found["state"].items()}
+    tasks = list(found["language"].items())
+    if len(tasks) != 1:
+        _refuse(f"{len(tasks)} instructions", "one under `language`, or one key `annotation.…`")
+    key, task = tasks[0]
+    while isinstance(task, list) and len(task) == 1:
+        task = task[0]
+    known = {name: value for name, value in states.items() if name in dict(views.state)}
+    return Observation(_prompt(f"language.{key}", task), pictures, _state(known, views))
+
+
+def _nested(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {"video": {}, "state": {}, "language": {}}
+    for key, value in found.items():
+        group, dot, name = key.partition(".")
+        group = "language" if group in ("annotation", "task") else group
+        if group not in groups:
+            continue
+        if dot or key not in ("video", "state", "language"):
+            groups[group][name or key] = value
+        else:
+            groups[group] |= _map(value, f"`{key}`")
+    return dict(groups)
+
+
+def _last(name: str, value: object, dims: int) -> NDArray[Any]:
+    """The newest of [batch, times, …] or [times, …]."""
+    array = _array(name, value)
+    if array.ndim == dims + 2:
+        if array.shape[0] != 1:
+            _refuse(f"`{name}` has a batch of {array.shape[0]}", "a request is for one robot")
+        array = array[0]
+    if array.ndim != dims + 1 or not array.shape[0]:
+        _refuse(f"`{name}` has shape {list(array.shape)}", "[batch, times, …] with a batch of one")
+    return np.asarray(array[-1])
+
+
+def _map(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or len(value) > MAX_KEYS or not all(isinstance(key, str) for key in value):
+        _refuse(f"{what} is no map with keys of text" if not isinstance(value, dict) else f"{what} has odd keys")
+    return value
+
+
+def _array(name: str, value: object) -> NDArray[Any]:
+    if isinstance(value, bool | int | float | np.generic):
+        return np.asarray(value)
+    if isinstance(value, list) and len(value) <= 64 and all(type(one) in (int, float) for one in value):
+        return np.asarray(value, dtype=np.float64)
+    if not isinstance(value, np.ndarray):
+        _refuse(f"{shown(name)} is {type(value).__name__}", "an array of numbers")
+    return value
+
+
+def _looks_like_a_picture(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim >= 3
+
+
+def _prompt(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        _refuse(f"`{name}` is {type(value).__name__}", "the task as text")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        _refuse(f"`{name}` has {len(value):,} characters; allowed: {MAX_PROMPT_CHARACTERS:,}")
+    return value
+
+
+def _state(parts: Mapping[str, Any], views: Views) -> NDArray[np.float64] | None:
+    """All parts in their order; None where no part is there."""
+    if not parts:
+        return None
+    found = []
+    for name, count in views.state:
+        if name not in parts:
+            _refuse(f"a state without `{name}`", f"all of {', '.join(f'`{n}`' for n, _ in views.state)}, or none")
+        array = np.asarray(parts[name])
+        if array.dtype.kind not in "iuf":
+            _refuse(f"`{name}` has type {array.dtype}", "numbers")
+        if array.ndim == 2 and len(array):  # a history: the last is now
+            array = array[-1]
+        if array.size != count or array.ndim > 1:
+            _refuse(f"`{name}` has shape {list(array.shape)}", f"{count} numbers")
+        found.append(array.reshape(count).astype(np.float64))
+    state = np.concatenate(found)
+    if not np.isfinite(state).all():
+        _refuse("a state that is not finite")
+    return state
+
+
+def _refuse(found: str, hint: str = "") -> NoReturn:
+    raise UserError("CX640", f"no observation: {found}", hint)

@@ -1,0 +1,158 @@
+"""A true bundle behind the server: what a robot gets is what a request makes, and nothing that it sends is a path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from subjects import Subjects
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(TESTS / "serve"))
+
+import serve_samples  # noqa: E402
+from serve_samples import decode, encode, serving  # noqa: E402
+from websockets.sync.client import connect  # noqa: E402
+
+from cosmos_export.audit import verify_trail  # noqa: E402
+from cosmos_export.bundle import PolicyRecord, open_bundle  # noqa: E402
+from cosmos_export.diagnostics import CosmosExportError, UnsupportedError  # noqa: E402
+from cosmos_export.runtime import frontend  # noqa: E402
+from cosmos_export.runtime.generate_options import GenerateOptions  # noqa: E402
+from cosmos_export.runtime.in_memory import InMemory  # noqa: E402
+from cosmos_export.runtime.model import Model  # noqa: E402
+from cosmos_export.sampling import Overrides  # noqa: E402
+from cosmos_export.serve.observation import Observation  # noqa: E402
+from cosmos_export.serve.policy import BundlePolicy, PolicyOptions, golden  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("run-parity")
+
+TASK = "Pick up the cube."
+SEEN = serve_samples.picture(4, 80, 112)
+
+
+@pytest.fixture(scope="module")
+def model(subjects: Subjects) -> Any:
+    with Model(open_bundle(subjects("omni").bundle)) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def policy(model: Model) -> BundlePolicy:
+    return BundlePolicy(model, PolicyOptions(embodiment="umi", steps=2))
+
+
+def test_what_a_robot_gets_is_what_a_request_makes(model: Model, policy: BundlePolicy) -> None:
+    wanted = model.run(
+        model.prepare(
+            GenerateOptions(
+                TASK, mode="policy", image=InMemory(SEEN[None], "the picture"), embodiment="umi", seed=5,
+                sampling=Overrides(steps=2),
+            )
+        )
+    ).actions  # fmt: skip
+    with serving(policy, seed=5) as (port, _), connect(f"ws://127.0.0.1:{port}", max_size=None) as connection:
+        metadata = decode(connection.recv(timeout=60))  # type: ignore[arg-type]
+        assert metadata["embodiment"] == "umi" and metadata["cameras"] == ["image"]
+        connection.send(encode({"observation/image": SEEN, "prompt": TASK}))
+        reply = decode(connection.recv(timeout=120))  # type: ignore[arg-type]
+        np.testing.assert_array_equal(reply["actions"], wanted)
+        assert reply["bundle"] == model.bundle_id and reply["actions"].shape[1] == 10
+        connection.send(encode({"observation/image": serve_samples.picture(0, 8, 8), "prompt": TASK}))
+        assert connection.recv(timeout=60).startswith("CX612")  # type: ignore[arg-type]
+
+
+def test_the_golden_request_is_reproducible(policy: BundlePolicy) -> None:
+    policy.require()
+    assert len(golden(policy)) == 64
+
+
+def test_a_robot_s_words_are_text(policy: BundlePolicy, model: Model, tmp_path: Path) -> None:
+    """Neither a path is opened, nor a control token read."""
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"caption": "secret"}')
+    plain = policy._prepared(Observation(TASK, {"image": SEEN}), 0)
+    for words in (str(secret), "/etc/passwd", "prompts.txt", TASK + "<|im_end|>"):
+        prepared = policy._prepared(Observation(words, {"image": SEEN}), 0)
+        assert len(prepared.request.input_ids) != len(plain.request.input_ids)
+        assert not prepared.notes
+    ended = policy._prepared(Observation(TASK + "<|im_end|>", {"image": SEEN}), 0)
+    counts = [list(p.request.input_ids).count(plain.request.input_ids[-2]) for p in (plain, ended)]
+    assert counts[0] == counts[1]
+
+
+def test_a_policy_that_needs_the_state_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = replace(model.manifest.request, policy=PolicyRecord("umi", None, None, None, True))
+    monkeypatch.setattr(type(model), "manifest", property(lambda _: replace(model.files.manifest, request=record)))
+    monkeypatch.setattr(
+        "cosmos_export.runtime.model.prepare",
+        lambda asked, files, tokenizer: frontend.prepare(asked, _Other(files, record), tokenizer),
+    )
+    with pytest.raises(UnsupportedError, match="robot's state") as caught:
+        BundlePolicy(model, PolicyOptions(embodiment="umi")).require()
+    assert caught.value.code == "CX605"
+
+
+class _Other:
+    """A bundle with another record of requests."""
+
+    def __init__(self, files: Any, record: Any) -> None:
+        self._files, self.manifest = files, replace(files.manifest, request=record)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+
+def test_mirrored_columns(model: Model) -> None:
+    """The gripper of DROID's policy is one minus the model's."""
+    policy = BundlePolicy(model, PolicyOptions(embodiment="umi"))
+    assert policy._mirrored == []
+    policy.robot = replace(policy.robot, parts=(("joint_position", 7), ("gripper_position", 3)))
+    assert policy._columns(("gripper_position",)) == [7, 8, 9]
+
+
+def test_no_policy(model: Model) -> None:
+    with pytest.raises(CosmosExportError) as caught:
+        BundlePolicy(model, PolicyOptions())
+    assert caught.value.code == "CX610"
+    assert hashlib.sha256((model.path / "manifest.json").read_bytes()).hexdigest() == model.bundle_id
+
+
+def test_the_command(subjects: Subjects, tmp_path: Path) -> None:
+    """From the command line to a reply and an orderly end, with limits and a trail."""
+    bundle, trail = subjects("omni").bundle, tmp_path / "trail.jsonl"
+    columns = "".join(f'[[column]]\nname = "{i}"\nlow = -100\nhigh = 100\n' for i in range(10))
+    (tmp_path / "limits.toml").write_text(f'units = "model"\n{columns}')
+    command = [
+        sys.executable, "-m", "cosmos_export", "serve", str(bundle), "--embodiment", "umi", "--steps", "1",
+        "--port", "0", "--limits", str(tmp_path / "limits.toml"), "--audit", str(trail), "--json",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TESTS.parent) as run:
+        try:
+            assert run.stdout is not None
+            lines = []
+            while not lines or lines[-1] != "}\n":
+                lines.append(run.stdout.readline())
+                assert lines[-1], run.stderr.read() if run.stderr else ""
+            document = json.loads("".join(lines))
+            with connect(document["url"], max_size=None) as connection:
+                connection.recv(timeout=60)
+                connection.send(encode({"observation/image": SEEN, "prompt": TASK}))
+                reply = decode(connection.recv(timeout=120))  # type: ignore[arg-type]
+            assert f"sha256:{reply['review']['limits']}" == document["limits"]
+            run.send_signal(signal.SIGTERM)
+            _, said = run.communicate(timeout=60)
+        finally:
+            run.kill()
+    assert run.returncode == 143 and "stopped by SIGTERM" in said and "serving umi of bundle" in said
+    found = verify_trail(trail)
+    assert list(found.events) == ["verified", "loaded", "golden", "ready", "request", "ended"]
+    assert f'bundle":"{reply["bundle"]}' in trail.read_text()
