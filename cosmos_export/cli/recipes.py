@@ -151,11 +151,13 @@ def _table(recipes: list[Recipe]) -> Any:
     from rich import box
     from rich.table import Table
 
+    from cosmos_export.precision.schemes import UNQUANTIZED
+
     table = Table("recipe", "title", "schemes", "runs on", box=box.SIMPLE, pad_edge=False)
     for recipe in recipes:
         runs = [target for target, reasons in _by_target(recipe).items() if not reasons]
         title = recipe.title + (" (experimental)" if recipe.experimental else "")
-        table.add_row(recipe.name, title, " ".join(recipe.schemes) or "bf16", " ".join(runs))
+        table.add_row(recipe.name, title, " ".join(recipe.schemes) or UNQUANTIZED, " ".join(runs))
     return table
 
 

@@ -54,14 +54,17 @@ def _table(targets: list[Target]) -> Any:
     from rich import box
     from rich.table import Table
 
+    from cosmos_export.precision.schemes import SCHEMES
+
+    kinds = tuple(dict.fromkeys(scheme.computes for scheme in SCHEMES.values()))
     table = Table(box=box.SIMPLE, pad_edge=False)
     for column in ("target", "CC", "backend"):
         table.add_column(column, no_wrap=True)
-    for column in ("GB", "GB/s", "bf16", "fp8", "nvfp4"):
+    for column in ("GB", "GB/s", *kinds):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("precisions")
     for target in targets:
-        rates = (target.peak_flops.get(kind) for kind in ("bf16", "fp8", "nvfp4"))
+        rates = (target.peak_flops.get(kind) for kind in kinds)
         table.add_row(
             target.name,
             target.compute_capability or "–",
@@ -71,7 +74,7 @@ def _table(targets: list[Target]) -> Any:
             *(_scaled(rate, 1e12) for rate in rates),
             " ".join((*target.precisions, *(f"{s} ({b})" for b, own in target.also.items() for s in own))),
         )
-    table.caption = "bf16, fp8, nvfp4: dense TFLOP/s, FP32 accumulation; – where the sources give no figure"
+    table.caption = f"{', '.join(kinds)}: dense TFLOP/s, FP32 accumulation; – where the sources give no figure"
     return table
 
 

@@ -19,11 +19,12 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
 from cosmos_export.passes.insert_quantization import Ranges
 from cosmos_export.passes.pipeline import PassOptions, default_passes, passes_of, run_passes
+from cosmos_export.precision import schemes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx.lowering import lower
 from cosmos_export.targets.onnx.weights import layout, read_source, write_weights
 
-SCHEMES = ("fp8", "fp8-w8a16", "int4", "nvfp4")
+SCHEMES = tuple(name for name, scheme in schemes.SCHEMES.items() if scheme.weight is not None)
 POLICY = Case("policy", 3, 4, 4, 9, clean=(0,), actions=5, clean_actions=(1, 3))
 
 
