@@ -94,12 +94,14 @@ def compile(
     memory_budget: str | None = None,
     ignore_adapters: bool | None = None,
     cache: PathLike | None = None,
+    graphs: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile ``checkpoint`` into the bundle ``output``, which appears when all of it is right.
 
     The options are the fields of `cosmos_export.compiler.job.BuildOptions`. Unlike the command, no engine is taken
-    from other bundles unless ``cache`` names the folder that records them. Raises UserError and UnsupportedError before
+    from other bundles unless ``cache`` names the folder that records them, and every graph is captured unless
+    ``graphs`` names the folder that keeps them. Raises UserError and UnsupportedError before
     any work, FindingError where results or engines are not what they should be; `cosmos_export.compiler.driver.build`
     has the codes.
     """

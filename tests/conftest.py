@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,22 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The exporter traces every operation at DEBUG; a failing capture would print thousands of lines.
-logging.getLogger("torch.__trace").setLevel(logging.WARNING)
+logging.getLogger("torch.__trace").propagate = False
 
-# A build of a test builds: it takes no engine from another bundle unless the test is about that.
+# A build of a test builds: it takes no engine from another bundle unless the test is about that. Captured graphs are
+# shared by all tests, and kept between runs (`pytest --cache-clear` removes them): their key has the code in it.
 os.environ["COSMOS_EXPORT_CACHE"] = "off"
+_GRAPHS_DAYS = 7
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.cache.mkdir("graphs") if config.cache is not None else None
+    os.environ["COSMOS_EXPORT_GRAPHS"] = str(folder or "off")
+    if folder is not None and "PYTEST_XDIST_WORKER" not in os.environ:
+        for path in folder.iterdir():  # those of code that has changed since are not found again
+            if path.stat().st_mtime < time.time() - _GRAPHS_DAYS * 86_400:
+                path.unlink()
+
 
 # Without a GPU kernels run in Triton's interpreter. It is chosen when a kernel is defined, so before any import.
 if not Path("/dev/nvidiactl").exists():

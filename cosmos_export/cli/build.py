@@ -112,18 +112,21 @@ def register(app: typer.Typer) -> None:
         cache: Annotated[
             Path | None,
             typer.Option(
-                help="Where engines of other bundles are recorded; default: $COSMOS_EXPORT_CACHE or ~/.cache."
+                help="Where captured graphs are kept and engines of other bundles recorded; default: "
+                "$COSMOS_EXPORT_CACHE or ~/.cache."
             ),
         ] = None,
         ignore_adapters: Annotated[
             bool, typer.Option("--ignore-adapters", help="Take the weights without the adapters beside them.")
         ] = False,
-        no_cache: Annotated[bool, typer.Option("--no-cache", help="Build every engine, and record none.")] = False,
+        no_cache: Annotated[
+            bool, typer.Option("--no-cache", help="Capture every graph, build every engine, and record none.")
+        ] = False,
         as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
     ) -> None:
         """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
         from cosmos_export.cli import console
-        from cosmos_export.compiler.cache import default_folder
+        from cosmos_export.compiler.cache import default_folder, default_graphs_folder
         from cosmos_export.compiler.document import build as run
         from cosmos_export.compiler.document import build_document
         from cosmos_export.compiler.job import BuildOptions
@@ -158,6 +161,7 @@ def register(app: typer.Typer) -> None:
             memory_budget=memory_budget,
             ignore_adapters=ignore_adapters,
             cache=None if no_cache else cache or default_folder(),
+            graphs=None if no_cache else cache or default_graphs_folder(),
         )
 
         def begins(job: Job) -> None:

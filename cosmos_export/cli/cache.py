@@ -1,4 +1,4 @@
-"""``cosmos-export cache``: the engines that later builds can take over."""
+"""``cosmos-export cache``: the engines and captured graphs that later builds can take over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to ``app``."""
     group = Verbs(
         name="cache",
-        help="Engines of finished bundles, which a build of the same ones copies.",
+        help="Engines of finished bundles and captured graphs, which later builds take over.",
         invoke_without_command=True,
         rich_markup_mode=None,
     )
@@ -34,18 +34,22 @@ def register(app: typer.Typer) -> None:
 
     @group.command("ls")
     def ls(folder: _Folder = None, as_json: _Json = False) -> None:
-        """List the engines that are recorded, and whether each is still where it was."""
+        """List the engines and graphs that are recorded, and whether each is still where it was."""
         from cosmos_export.cli import console
 
-        entries = _open(folder).entries()
+        entries = _entries(folder)
         if as_json:
             console.emit_json({"entries": [_document(entry) for entry in entries]})
         elif entries:
             console.out().print(_table(entries))
         present = [entry for entry in entries if entry.present]
-        size = sum(entry.size_bytes for entry in present) / 1e9
+        graphs = [entry for entry in entries if entry.kind == "graphs"]
+        size = sum(entry.size_bytes for entry in present if entry.kind == "engine") / 1e9
+        engines = len(entries) - len(graphs)
         console.verdict(
-            f"{len(entries)} engines recorded, {len(present)} present, {size:.2f} GB in their bundles", True
+            f"{engines} engines and {len(graphs)} captures recorded, {len(present)} of them present, {size:.2f} GB in "
+            "bundles",
+            True,
         )
 
     @group.command("why")
@@ -55,12 +59,12 @@ def register(app: typer.Typer) -> None:
         folder: _Folder = None,
         as_json: _Json = False,
     ) -> None:
-        """Why two engines are not the same one: what they were made from, and where that differs."""
+        """Why two engines or captures are not the same: what they were made from, and where that differs."""
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import differences, nearest
         from cosmos_export.diagnostics import UserError
 
-        entries = _open(folder).entries()
+        entries = _entries(folder)
         one = _entry(first, entries)
         others = [entry for entry in entries if entry.key != one.key]
         other = _entry(second, entries) if second is not None else nearest(one.name, one.components, others)
@@ -75,23 +79,29 @@ def register(app: typer.Typer) -> None:
 
     @group.command("prune")
     def prune(
-        everything: Annotated[bool, typer.Option("--all", help="Forget all of them.")] = False,
+        everything: Annotated[bool, typer.Option("--all", help="Forget all of them, and remove the graphs.")] = False,
         folder: _Folder = None,
         as_json: _Json = False,
     ) -> None:
-        """Forget engines whose file is gone or has another size. Bundles are not touched."""
+        """Forget engines and graphs whose file is gone or has another size. Bundles are not touched."""
         from cosmos_export.cli import console
 
-        gone = _open(folder).prune(everything)
+        gone = [entry for one in _caches(folder) for entry in one.prune(everything)]
         if as_json:
             console.emit_json({"forgotten": [_document(entry) for entry in gone]})
-        console.verdict(f"{len(gone)} engines forgotten", True)
+        console.verdict(f"{len(gone)} entries forgotten", True)
 
 
-def _open(folder: Path | None) -> Cache:
-    from cosmos_export.compiler.cache import Cache, default_folder
+def _caches(folder: Path | None) -> list[Cache]:
+    """The cache in ``folder``; by default that of engines and, if it is another one, that of graphs."""
+    from cosmos_export.compiler.cache import Cache, default_folder, default_graphs_folder
 
-    return Cache(folder or default_folder())
+    folders = [folder] if folder is not None else [default_folder(), default_graphs_folder()]
+    return [Cache(one) for one in dict.fromkeys(folders)]
+
+
+def _entries(folder: Path | None) -> list[Entry]:
+    return [entry for one in _caches(folder) for entry in one.entries()]
 
 
 def _entry(beginning: str, entries: list[Entry]) -> Entry:
@@ -105,7 +115,7 @@ def _entry(beginning: str, entries: list[Entry]) -> Entry:
 
 def _document(entry: Entry) -> dict[str, Any]:
     return {
-        "key": entry.key, "name": entry.name, "path": entry.path, "size_bytes": entry.size_bytes,
+        "key": entry.key, "kind": entry.kind, "name": entry.name, "path": entry.path, "size_bytes": entry.size_bytes,
         "sha256": entry.sha256, "created": entry.created, "present": entry.present,
         "components": dict(entry.components),
     }  # fmt: skip
@@ -114,7 +124,7 @@ def _document(entry: Entry) -> dict[str, Any]:
 def _table(entries: list[Entry]) -> Any:
     from rich.table import Table
 
-    table = Table("key", "engine", "target", "size", "built", "in", box=None)
+    table = Table("key", "what", "target", "size", "made", "in", box=None)
     for entry in entries:
         place = entry.path if entry.present else f"{entry.path} (gone)"
         size = f"{entry.size_bytes / 1e6:,.1f} MB"

@@ -1,8 +1,8 @@
-"""Engines that finished builds have left, found by the key of what they were made from.
+"""Engines that finished builds have left and graphs that were captured, found by the key of what they were made from.
 
 The cache holds no engine, only where each lies: in the bundle it was built for. A build that needs the same one copies
-it from there and checks its digest; where the bundle is gone or has changed, the engine is built. So the cache costs no
-disk space, and deleting a bundle frees all of it.
+it from there and checks its digest; where the bundle is gone or has changed, the engine is built. So engines cost no
+disk space, and deleting a bundle frees all of it. Captured graphs are small and lie in the cache itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cosmos_export import files
 from cosmos_export.bundle import strict
@@ -30,6 +31,8 @@ _CHUNK_BYTES = 1 << 24
 _ENTRY_BYTES = 4 << 20
 """No entry comes near."""
 _FILE = re.compile(r"[0-9a-f]{64}\.json")
+_GRAPHS = ".graphs"
+_CONTENT = re.compile(rf"[0-9a-f]{{64}}\{_GRAPHS}")
 _PARTIAL = re.compile(r"\.[0-9a-f]{64}\.partial")
 _Digest = Annotated[str, strict.Pattern("[0-9a-f]{64}", "a SHA-256 in lowercase hexadecimal")]
 _Name = Annotated[str, strict.Pattern(r"[A-Za-z0-9][\w.+-]{0,199}", "the name of an engine")]
@@ -37,22 +40,28 @@ _Line = Annotated[str, strict.Pattern(r"[ -~]{0,400}", "a line of plain text")]
 _Place = Annotated[str, strict.Pattern(r"/[^\x00-\x1f\x7f]{1,4095}", "the path of a file from the root")]
 VARIABLE = "COSMOS_EXPORT_CACHE"
 """Environment variable with the directory of the cache; ``off`` for none."""
+GRAPHS_VARIABLE = "COSMOS_EXPORT_GRAPHS"
+"""The same for captured graphs alone, which other machines can use too; by default they are with the engines."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One engine: what it was made from, and where it lies."""
+    """One engine, or the graphs of one capture: what they were made from, and where they lie."""
 
     key: _Digest
     name: _Name
     components: Mapping[str, str]
     path: _Place
-    """Path of the file in its bundle."""
+    """Path of the file: an engine's in its bundle, that of graphs in the cache."""
     size_bytes: int
     sha256: _Digest
     facts: Mapping[str, Any]
-    """Its report."""
+    """An engine's report."""
     created: _Line
+
+    @property
+    def kind(self) -> Literal["engine", "graphs"]:
+        return "graphs" if self.path.endswith(_GRAPHS) else "engine"
 
     @property
     def present(self) -> bool:
@@ -73,6 +82,14 @@ def default_folder() -> Path | None:
     if given:
         return None if given == "off" else Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cosmos-export" / "engines"
+
+
+def default_graphs_folder() -> Path | None:
+    """Where captured graphs are unless said: ``$COSMOS_EXPORT_GRAPHS``, else with the engines."""
+    given = os.environ.get(GRAPHS_VARIABLE, "")
+    if given:
+        return None if given == "off" else Path(given)
+    return default_folder()
 
 
 class Cache:
@@ -98,12 +115,34 @@ class Cache:
                 known = self.find(entry.key)
                 if known is not None and known.sha256 == entry.sha256:
                     continue  # the copy may go with its bundle while the first one stays
-                text = json.dumps(asdict(entry), indent=1)
-                if _entry(entry.key, text.encode()) is None:
-                    continue  # it would never be found again: a path that is not UTF-8
-                partial = folder / f".{entry.key}.partial"
-                partial.write_text(text, encoding="utf-8")
-                partial.replace(folder / f"{entry.key}.json")
+                self._record(entry, folder)
+
+    def keep(self, name: str, components: Mapping[str, str], data: bytes) -> None:
+        """Keep ``data``, the graphs called ``name`` that were made from ``components``; a cache that cannot be written
+        is left as it is."""
+        if self.folder is None:
+            return
+        key, created = key_of(components), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        digest = hashlib.sha256(data).hexdigest()
+        with contextlib.suppress(OSError), self._locked() as folder:
+            path = folder.absolute() / f"{key}{_GRAPHS}"
+            _write(folder, key, path, data)
+            self._record(Entry(key, name, components, str(path), len(data), digest, {}, created), folder)
+
+    def kept(self, key: str) -> bytes | None:
+        """The graphs under ``key``, if they are still what was kept."""
+        entry = self.find(key)
+        if self.folder is None or entry is None or entry.kind != "graphs":
+            return None
+        with contextlib.suppress(OSError):
+            data = files.read_bytes(self.folder / f"{key}{_GRAPHS}")
+            return data if hashlib.sha256(data).hexdigest() == entry.sha256 else None
+        return None
+
+    def _record(self, entry: Entry, folder: Path) -> None:
+        text = json.dumps(asdict(entry), indent=1).encode()
+        if _entry(entry.key, text) is not None:  # else it would never be found again: a path that is not UTF-8
+            _write(folder, entry.key, folder / f"{entry.key}.json", text)
 
     def entries(self) -> list[Entry]:
         """All, the newest first. What cannot be read is none."""
@@ -113,17 +152,22 @@ class Cache:
         return sorted(found, key=lambda entry: (entry.created, entry.name), reverse=True)
 
     def prune(self, everything: bool = False) -> list[Entry]:
-        """Forget the entries whose file is gone or of another size, or all of them; returns them. Files that are called
-        like entries and are none go with all of them, and nothing else of the directory does. CX486: it cannot be
-        changed."""
+        """Forget the entries whose file is gone or of another size, or all of them; returns them. Graphs go with their
+        entry. Files that are called like entries and are none go with all of them, and nothing else of the directory
+        does. CX486: it cannot be changed."""
         if self.folder is None or not self.folder.is_dir():
             return []
         try:
             with self._locked():
-                gone = [entry for entry in self.entries() if everything or not entry.present]
+                entries = self.entries()
+                gone = [entry for entry in entries if everything or not entry.present]
                 names = {f"{entry.key}.json" for entry in gone}
-                for path in (*self._files(_FILE), *self._files(_PARTIAL)):
-                    if path.name in names or _PARTIAL.fullmatch(path.name) or (everything and not path.is_dir()):
+                used = {f"{entry.key}{_GRAPHS}" for entry in entries if entry not in gone}
+                for path in self._files(_FILE):
+                    if path.name in names or (everything and not path.is_dir()):
+                        path.unlink(missing_ok=True)
+                for path in (*self._files(_PARTIAL), *self._files(_CONTENT)):
+                    if path.name not in used and not path.is_dir():
                         path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
@@ -215,6 +259,13 @@ def _read(path: Path) -> Entry | None:
     with contextlib.suppress(OSError):
         return _entry(path.stem, files.read_bytes(path, _ENTRY_BYTES))
     return None
+
+
+def _write(folder: Path, key: str, path: Path, data: bytes) -> None:
+    """``path`` with ``data``, all of it or nothing."""
+    partial = folder / f".{key}.partial"
+    partial.write_bytes(data)
+    partial.replace(path)
 
 
 def _entry(key: str, data: bytes) -> Entry | None:

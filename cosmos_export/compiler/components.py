@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,26 +11,19 @@ from typing import Any
 import torch
 
 from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
-from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.compiler.artifacts import Engine, capability_check, write_engine, write_models
+from cosmos_export.compiler.captures import capture_codec
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.prompt import compile_chat_template
 from cosmos_export.compiler.selection import TOKENIZER, TOKENIZER_FILE, codec_config
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import WeightSource
 from cosmos_export.ir.verifier import verify
 from cosmos_export.progress import Progress
 from cosmos_export.targets.profiles import DimRange, Profile
 from cosmos_export.targets.trt.engine_inspector import inspect_engine
-
-_CAPTURES: Mapping[str, Callable[..., Program]] = {
-    "vae-decoder": capture_vae_decoder,
-    "vae-encoder": capture_vae_encoder,
-    "sound-decoder": capture_sound_decoder,
-}
 
 
 @dataclass(frozen=True)
@@ -64,15 +57,11 @@ class Codec:
 def write_codec(name: str, job: Job, writer: BundleWriter, progress: Progress) -> Codec:
     """Capture codec ``name`` and write its models. A stream's two graphs share one file of weights."""
     config = codec_config(job.checkpoint, CODECS[name].folder)
-    program = capture_codec(name, config, weight_sources(codec_tensors(job.checkpoint, name)))
+    sources = weight_sources(codec_tensors(job.checkpoint, name))
+    program = capture_codec(name, config, sources, job.options.graphs)
     verify(program, stage=name)
     stem = name.replace("-", "_")
     return Codec(name, program, write_models(program.graphs, stem, _narrow(program), job, writer, progress))
-
-
-def capture_codec(name: str, config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Program:
-    """Codec ``name`` of ``config`` as a program."""
-    return _CAPTURES[name](config, sources)
 
 
 def _narrow(program: Program) -> bool:

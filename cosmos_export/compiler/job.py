@@ -74,6 +74,8 @@ class BuildOptions:
     """Build the weights without the adapters that lie beside them."""
     cache: Path | None = None
     """Directory that knows engines of other bundles (`cosmos_export.compiler.cache`); None: every engine is built."""
+    graphs: Path | None = None
+    """Directory of captured graphs, which may be the same; None: every graph is captured."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest
-from cosmos_export.capture.model import capture
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.compiler.allocator import return_freed_memory
@@ -25,6 +24,7 @@ from cosmos_export.compiler.bundle_requests import (
     sampling_verdict,
 )
 from cosmos_export.compiler.cache import Cache
+from cosmos_export.compiler.captures import capture
 from cosmos_export.compiler.components import Codec, write_codec, write_tokenizer
 from cosmos_export.compiler.cuts import cut_graphs, cut_notes
 from cosmos_export.compiler.engine_forms import engine_form_verdicts
@@ -79,7 +79,8 @@ def compile_only(job: Job, progress: Progress) -> BuildResult:
                 parity = load_published(job.checkpoint, job.modalities, job.outputs, read_weights(read_source))
         watch = PassWatch(stages, evidence, job.options.dump, parity, each=True)
         with stages("capture"):
-            captured = capture(config, weight_sources(job.checkpoint.tensors), modalities=job.modalities)
+            sources = weight_sources(job.checkpoint.tensors)
+            captured = capture(config, sources, modalities=job.modalities, graphs=job.options.graphs)
         plain = plain_program(captured, passes, until, watch)
         forms = make_forms(
             plain, passes, job.precision.step_keys(), job.closed_segments, until=until, watch=watch
@@ -136,7 +137,8 @@ def _build(
     # The program and the forms that are lowered.
     passes, watch = pass_options(job), PassWatch(stages, evidence, options.dump, parity, each=job.part_of is None)
     with stages("capture"):
-        captured = capture(checkpoint.geometry.config, sources, modalities=job.modalities)
+        config = checkpoint.geometry.config
+        captured = capture(config, sources, modalities=job.modalities, graphs=options.graphs)
     plain = plain_program(captured, passes, options.until, watch)
     if parity is not None and job.part_of is not None:
         with stages("parity", "of the passes"):

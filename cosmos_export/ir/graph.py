@@ -144,6 +144,12 @@ class Graph:
     def outputs(self) -> dict[str, Node]:
         return dict(self._output.args[0])
 
+    def naming(self) -> tuple[list[str], dict[str, int]]:
+        """What the names of further values follow from besides the values that are there: names that erased ones had,
+        and the last number given to each beginning of a name."""
+        names = self.fx._graph_namespace
+        return sorted(names._used_names - self.names()), dict(sorted(names._base_count.items()))
+
     # -- building -----------------------------------------------------------------------------------------------------
 
     def _placeholder(self, name: str, meta: dict[str, Any]) -> Node:
@@ -191,6 +197,12 @@ class Graph:
     ) -> Node:
         with self.fx.inserting_before(cast(fx.Node, before)):
             return _node(self.fx.create_node("call_function", target, args, kwargs, name))
+
+    def continue_naming(self, gone: Iterable[str], counts: Mapping[str, int]) -> None:
+        """Name further values as the graph would that `naming` was asked of."""
+        names = self.fx._graph_namespace
+        names._used_names.update(gone)
+        names._base_count.update(counts)
 
     def set_outputs(self, outputs: Mapping[str, Node]) -> None:
         self._output.args = (dict(outputs),)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.bundle import Manifest, read_bundle
+from cosmos_export.compiler.cache import default_graphs_folder
 from cosmos_export.compiler.job import BuildOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,26 +91,20 @@ def transformer_only(checkpoint: Path, output: Path | None = None, **options: An
     return BuildOptions(checkpoint, output, **{"components": ("none",), **options})
 
 
-_captures: dict[object, Any] = {}
+def remembered_codec(name: str, config: Mapping[str, Any], sources: Mapping[str, Any], _: Path | None = None) -> Any:
+    """`capture_codec` with the graphs of this test run, whatever a build is told."""
+    from cosmos_export.compiler.captures import capture_codec
+
+    return capture_codec(name, config, sources, default_graphs_folder())
 
 
-def remembered_codec(name: str, config: Mapping[str, Any], sources: Mapping[str, Any]) -> Any:
-    from cosmos_export.compiler.components import _CAPTURES
+def remembered_capture(
+    config: Mapping[str, Any], sources: Mapping[str, Any], *, modalities: Collection[str], graphs: Path | None = None
+) -> Any:
+    """`capture` of the step in the same way."""
+    from cosmos_export.compiler.captures import capture
 
-    key = (name, str(next(iter(sources.values())).file))
-    if key not in _captures:
-        _captures[key] = _CAPTURES[name](config, sources)
-    return _captures[key].copy()
-
-
-def remembered_capture(config: Mapping[str, Any], sources: Mapping[str, Any], *, modalities: Collection[str]) -> Any:
-    from cosmos_export.capture.model import capture
-
-    first = next(iter(sources.values()))
-    key = (str(first.file), tuple(modalities), config["num_hidden_layers"])
-    if key not in _captures:
-        _captures[key] = capture(config, sources, modalities=modalities)
-    return _captures[key].copy()
+    return capture(config, sources, modalities=modalities, graphs=default_graphs_folder())
 
 
 def copy_checkpoint(source: Path, target: Path) -> Path:

@@ -236,7 +236,7 @@ def test_a_generator_that_reads_the_prompt_another_way(tmp_path: Path, edge: Pat
     """A row of the prompt, scaled by a table of the request, is added to the generated rows."""
     import diffusers
 
-    from cosmos_export.capture.model import capture
+    from cosmos_export.compiler.captures import capture
 
     transformer: Any = diffusers.Cosmos3OmniTransformer
     stack = transformer._run_decoder_stack
@@ -245,7 +245,7 @@ def test_a_generator_that_reads_the_prompt_another_way(tmp_path: Path, edge: Pat
         return stack(self, und, gen + und[:1] * rotary[2][:1, :1], rotary)
 
     monkeypatch.setattr(transformer, "_run_decoder_stack", pooled)
-    monkeypatch.setattr(stages, "capture", capture)
+    monkeypatch.setattr(stages, "capture", capture)  # what is captured here is no other test's
     error = refused(edge, tmp_path / "x", modalities=("vision",))
     assert error.code == "CX220" and "reads the prompt's value" in error.message
 

@@ -9,9 +9,15 @@ import pytest
 from codec_models import GROWING, Codec, Sound, Video, demo_codec, write_codec
 from diffusers import AutoencoderKLWan
 
-from cosmos_export.capture.codec import capture_sound_decoder, capture_vae_decoder, capture_vae_encoder
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.compiler.cache import default_graphs_folder
+from cosmos_export.compiler.captures import capture_codec
+from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
+
+
+def captured(name: str, codec: Codec) -> Program:
+    return capture_codec(name, codec.config, codec.sources, default_graphs_folder())
 
 
 @pytest.fixture(scope="session")
@@ -35,9 +41,7 @@ def video(codecs: Callable[[str, str], Codec]) -> Callable[[str], Video]:
     @cache
     def make(name: str) -> Video:
         codec = codecs(name, "vae")
-        made = Video(
-            codec, capture_vae_decoder(codec.config, codec.sources), capture_vae_encoder(codec.config, codec.sources)
-        )
+        made = Video(codec, captured("vae-decoder", codec), captured("vae-encoder", codec))
         verify(made.decoder)
         verify(made.encoder)
         return made
@@ -50,7 +54,7 @@ def sound(codecs: Callable[[str, str], Codec]) -> Callable[[str], Sound]:
     @cache
     def make(name: str) -> Sound:
         codec = codecs(name, "sound_tokenizer")
-        made = Sound(codec, capture_sound_decoder(codec.config, codec.sources))
+        made = Sound(codec, captured("sound-decoder", codec))
         verify(made.decoder)
         return made
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import fuzz_seeds as seeds
 
+from cosmos_export import files
 from cosmos_export.diagnostics import CosmosExportError, ExitCode
 
 
@@ -192,7 +193,7 @@ def _codecs(call: Call) -> None:
     from cosmos_export.capture import codec as capturing
     from cosmos_export.capture.sources import weight_sources
     from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-    from cosmos_export.compiler.components import capture_codec
+    from cosmos_export.compiler.captures import capture_codec
     from cosmos_export.compiler.options import resolve
     from cosmos_export.compiler.selection import codec_config
 
@@ -445,6 +446,19 @@ def _cache(call: Call) -> None:
 _KEY = re.compile("[0-9a-f]{64}")
 
 
+def _captured(call: Call) -> None:
+    """Graphs of the cache whose digest is right."""
+    from cosmos_export.capture.document import read_program
+    from cosmos_export.capture.sources import weight_sources
+    from cosmos_export.checkpoint import open_checkpoint
+
+    sources = weight_sources(open_checkpoint(call.root / "checkpoint").tensors)
+    try:
+        read_program(files.read_bytes(call.root / "step.json"), sources)
+    except (OSError, ValueError) as error:  # the graphs are captured then
+        raise Refused(1, "", str(error)) from error
+
+
 def _state(call: Call) -> None:
     import hashlib
 
@@ -529,6 +543,7 @@ READERS = (
     Reader("lerobot-2", seeds.lerobot_2, _lerobot, share=0.6),
     Reader("lerobot-3", seeds.lerobot_3, _lerobot, share=0.6),
     Reader("cache", seeds.cache, _cache, ("cache/*",), writes=True),
+    Reader("captured", seeds.captured, _captured, ("step.json",), share=0.6),
     Reader("state", seeds.state, _state, writes=True, tools=("CX707",)),
 )
 BY_NAME = {reader.name: reader for reader in READERS}

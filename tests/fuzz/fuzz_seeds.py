@@ -28,6 +28,19 @@ def checkpoint(folder: Path) -> None:
     write_demo_checkpoint(folder / "checkpoint", layers=1, dtype="bfloat16")
 
 
+def captured(folder: Path) -> None:
+    """A checkpoint, and its captured step as the cache keeps it."""
+    from cosmos_export.capture.document import program_document
+    from cosmos_export.capture.sources import weight_sources
+    from cosmos_export.checkpoint import open_checkpoint
+    from cosmos_export.compiler.captures import capture
+
+    checkpoint(folder)
+    found = open_checkpoint(folder / "checkpoint")
+    program = capture(found.geometry.config, weight_sources(found.tensors), modalities=("vision",))
+    (folder / "step.json").write_bytes(program_document(program))
+
+
 def shards(folder: Path) -> None:
     from cosmos_export.checkpoint.demo import write_demo_checkpoint
 

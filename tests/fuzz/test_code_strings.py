@@ -51,6 +51,7 @@ FEW, MOST = 12, 150
 CASES = [
     *(pytest.param(reader, MOST, id=reader.name) for reader in QUICK),
     pytest.param(CHECKPOINT, FEW, id="checkpoint"),
+    pytest.param(BY_NAME["captured"], FEW, id="captured"),
     *(pytest.param(reader, MOST, id=reader.name, marks=pytest.mark.slow) for reader in LONG),
 ]
 DOCUMENTS = (".json", ".jsonl", ".toml", ".safetensors", ".txt", ".jinja")

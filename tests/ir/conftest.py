@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from captured import captured
 from tiny_cosmos import BACKBONES, Compiled, random_model, sources_of_model, tiny_config, weights_of_model
 
-from cosmos_export.capture.model import capture
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import Report, default_passes, run_passes
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 def _compile(config: dict[str, Any]) -> Compiled:
     model = random_model(config)
-    program = capture(config, sources_of_model(model))
+    program = captured(config, sources_of_model(model))
     stages, reports = {"capture": program.copy()}, {}
 
     def keep(after: Program, report: Report) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from captured import captured
 from safetensors.torch import save_file
 from tiny_cosmos import Case, random_model, request, tiny_config
 
-from cosmos_export.capture.model import capture
 from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
@@ -57,7 +57,7 @@ class Tiny:
         tensors = {n: p.detach().bfloat16().contiguous() for n, p in model.named_parameters()}
         self.sources = sources_on_disk(folder / "model.safetensors", tensors)
         self.weights = read_weights(read_source)
-        self.program = capture(self.config, self.sources)
+        self.program = captured(self.config, self.sources)
         run_passes(self.program, default_passes())
         self.inputs = request(self.config, POLICY, dtype=torch.bfloat16)
         self.wide = {n: t.float() if t.dtype is torch.bfloat16 else t for n, t in self.inputs.items()}

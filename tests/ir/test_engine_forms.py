@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from captured import captured
 from onnx import numpy_helper
 from tiny_cosmos import random_model, sources_of_model, tiny_config, weights_of_model
 
-from cosmos_export.capture.model import capture
 from cosmos_export.compiler.forms import close_loop
 from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms
@@ -36,7 +36,7 @@ def narrow() -> tuple[Program, Any]:
     """A tiny model that computes in bf16, and its weights."""
     config = tiny_config("omni", layers=1)
     model = random_model(config)
-    program = capture(config, sources_of_model(model, torch.bfloat16))
+    program = captured(config, sources_of_model(model, torch.bfloat16))
     run_passes(program, default_passes())
     return program, weights_of_model(model)
 

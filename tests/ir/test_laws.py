@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from captured import captured
 from tiny_cosmos import BACKBONES, Case, assert_close, cases_for, request, sources_of_model, stock_forward
 
-from cosmos_export.capture.model import capture
 from cosmos_export.ir.interpreter import run_graph, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import default_passes, run_passes
@@ -159,7 +159,7 @@ def test_sliced_is_all_rows(compile_tiny: Any, backbone: str, name: str) -> None
 
 def test_absent_is_no_rows(omni: Any) -> None:
     """A program captured without sound and action equals the full program with no rows of them, and the stock model."""
-    program = capture(omni.config, sources_of_model(omni.model), modalities=["vision"])
+    program = captured(omni.config, sources_of_model(omni.model), modalities=["vision"])
     run_passes(program, default_passes())
     assert list(program.graphs["generator"].outputs) == ["vision_velocity"]
     for case in (Case("t2i", 1, 5, 4, 1), Case("v2v", 5, 4, 5, 17, clean=(0, 1))):

@@ -16,11 +16,11 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from captured import captured
 from safetensors.torch import save_file
 from sketch import N, P, Sketch, aten, ops
 from tiny_cosmos import Case, assert_close, cases_for, random_model, request, stock_forward, tiny_config
 
-from cosmos_export.capture.model import capture
 from cosmos_export.diagnostics import InternalError, ToolError
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
@@ -179,7 +179,7 @@ class Lowered:
                 parameter.copy_(parameter.bfloat16())  # rounded once: both sides have the same weights
         tensors = {n: p.detach().bfloat16().contiguous() for n, p in self.model.named_parameters()}
         sources = checkpoint(folder / "model.safetensors", tensors)
-        self.program: Program = capture(self.config, sources)
+        self.program: Program = captured(self.config, sources)
         run_passes(self.program, default_passes())
         self.folder = folder
         graphs = self.program.graphs.values()
