@@ -6,8 +6,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed-from-constraints
 DEMO_SIZE := und_len=1:1024:4096,frames=1:3:5,height=3:6:12,width=3:8:20,sound_len=0:16:64,action_len=0
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadgroup --durations=30
 
-.PHONY: setup test test-all demo lint coverage schema clean
+.PHONY: setup test test-0 test-1 test-all demo lint coverage schema clean
 
 setup: $(STAMP)
 
@@ -20,10 +21,16 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: setup
-	$(PYTEST) -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not tier3"
+
+test-0: setup
+	$(PYTEST) $(PARALLEL) -m tier0
+
+test-1: setup
+	$(PYTEST) $(PARALLEL) -m "tier0 or tier1"
 
 test-all: setup
-	$(PYTEST) -n 2 --dist loadgroup
+	$(PYTEST) $(PARALLEL)
 
 demo: setup
 	$(BIN)/cosmos-export demo-checkpoint --variant omni -o demo/checkpoint --dtype bfloat16 --force
@@ -53,7 +60,7 @@ lint: setup
 		--cache-dir ../../.mypy_cache --strict -p cosmos_export
 
 coverage: setup
-	$(PYTEST) -n 2 --dist loadgroup --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
+	$(PYTEST) $(PARALLEL) --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
 
 schema: setup
 	$(BIN)/python -c "from cosmos_export.bundle.manifest import schema_text; print(schema_text(), end='')" \

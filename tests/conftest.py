@@ -25,12 +25,30 @@ _GRAPHS_DAYS = 7
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    folder = config.cache.mkdir("graphs") if config.cache is not None else None
+    cache = getattr(config, "cache", None)  # none with `-p no:cacheprovider`
+    folder = cache.mkdir("graphs") if cache is not None else None
     os.environ["COSMOS_EXPORT_GRAPHS"] = str(folder or "off")
     if folder is not None and "PYTEST_XDIST_WORKER" not in os.environ:
         for path in folder.iterdir():  # those of code that has changed since are not found again
             if path.stat().st_mtime < time.time() - _GRAPHS_DAYS * 86_400:
                 path.unlink()
+
+
+# What a test needs, and so about how long it takes. A new folder is given its tier here.
+_TIERS = {
+    **dict.fromkeys(["tests", "bundle", "checkpoint", "machine", "plan", "sampling"], 0),
+    **dict.fromkeys(["components", "ir", "kernels", "precision", "targets"], 1),
+    **dict.fromkeys(["bench", "calibration", "cli", "compiler", "fuzz", "run", "serve"], 2),
+}
+_SLOW_TIER = 3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test with its tier: that of its folder, or the last one where it is slow."""
+    for item in items:
+        folder = Path(str(item.path)).parent.name
+        tier = _SLOW_TIER if item.get_closest_marker("slow") else _TIERS[folder]
+        item.add_marker(f"tier{tier}")
 
 
 # Without a GPU kernels run in Triton's interpreter. It is chosen when a kernel is defined, so before any import.
