@@ -6,7 +6,6 @@ Every fact comes through `Facts`, so that a check can be tried on a machine that
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from cosmos_export.machine import system
 from cosmos_export.machine.gpu import Gpu, gpus
 from cosmos_export.machine.memory import available_bytes
 from cosmos_export.machine.packages import installed_release, other_releases
@@ -64,12 +64,12 @@ class Facts:
 def facts(folder: Path, packages: Mapping[str, str | None] | None = None) -> Facts:
     """Those of this machine; disk is that of ``folder``."""
     return Facts(
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
+        python=system.python_version(),
+        system=system.system(),
         gpus=gpus(),
         versions=packages if packages is not None else _versions(),
         memory_bytes=_available_bytes(),
-        disk_bytes=shutil.disk_usage(folder).free,
+        disk_bytes=system.free_disk(folder),
         environment=dict(os.environ),
         compiler=next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None),
     )

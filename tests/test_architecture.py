@@ -54,8 +54,8 @@ ONLY = {
     "arguments": {"diagnostics"},
     "ir": {"diagnostics"},
     "audit": {"diagnostics", "files"},
-    "bundle": {"diagnostics", "directories", "files", "progress", "stamps"},
-    "checkpoint": {"diagnostics", "directories", "family", "files", "progress", "stamps"},
+    "bundle": {"diagnostics", "directories", "files", "machine", "progress", "stamps"},
+    "checkpoint": {"diagnostics", "directories", "family", "files", "machine", "progress", "stamps"},
     "sampling": {"diagnostics", "family"},
     "stamps": {"diagnostics"},
     "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files"},
@@ -313,6 +313,49 @@ def test_circles_are_seen() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [{"b", "c"}]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [{"a", "b", "c"}]
     assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The machine
+
+QUESTIONS = {
+    "os.cpu_count", "os.sched_getaffinity", "os.sysconf", "os.statvfs", "os.getloadavg", "os.uname",
+    "shutil.disk_usage", "resource.getrusage", "multiprocessing.cpu_count",
+}  # fmt: skip
+"""Functions that tell what a machine has, and what of it is taken."""
+
+
+def questions(path: Path) -> set[str]:
+    """What ``path`` asks the machine by itself: files of the kernel, `QUESTIONS`, and anything of ``platform``."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    text = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    found = {name for name in imports(path, "") if name in QUESTIONS or name.split(".")[0] in ("platform", "psutil")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in text:
+            found |= {node.value} if node.value.startswith(("/proc", "/sys/", "proc/", "sys/")) else set()
+        elif isinstance(node, ast.Attribute):
+            found |= {ast.unparse(node)} & QUESTIONS
+    return found
+
+
+def test_one_part_asks_the_machine() -> None:
+    """Two parts that ask by themselves can disagree: one honours the limits of a container, and one does not."""
+    found = {name: questions(path) for name, path in MODULES.items() if part_of(name) != "machine"}
+    assert not {name: asked for name, asked in found.items() if asked}
+
+
+def test_questions_are_seen(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    for code, seen in (
+        ("os.cpu_count()", "os.cpu_count"), ("from os import cpu_count", "os.cpu_count"),
+        ("import platform", "platform"),
+        ("Path(f'/proc/{pid}/status')", "/proc/"), ("shutil.disk_usage(p).free", "shutil.disk_usage"),
+        ("open('/sys/fs/cgroup/memory.max')", "/sys/fs/cgroup/memory.max"),
+    ):  # fmt: skip
+        path.write_text(code)
+        assert questions(path) == {seen}, code
+    path.write_text('"""/proc is asked elsewhere."""\nsys.platform\n')
+    assert not questions(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from cosmos_export.checkpoint.strict_json import parse_object, shown
 from cosmos_export.diagnostics import UserError
 from cosmos_export.machine.gpu import gpus
 from cosmos_export.machine.packages import installed_release
+from cosmos_export.machine.system import cores, processor, python_version
 
 SCHEMA = 1
 MAX_MEASUREMENT_BYTES = 16 * files.MIB
@@ -159,9 +158,9 @@ def _row(c: MeasuredPart) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Cores, cards with their clocks and power as they are now, and versions."""
-    versions = {"python": platform.python_version(), **{name: installed_release(name) for name in _PACKAGES}}
+    versions = {"python": python_version(), **{name: installed_release(name) for name in _PACKAGES}}
     cards = [dataclasses.asdict(gpu) for gpu in gpus()]
-    return {"cores": os.cpu_count(), "processor": platform.machine(), "gpus": cards, "versions": versions}
+    return {"cores": cores(), "processor": processor(), "gpus": cards, "versions": versions}
 
 
 @dataclass(frozen=True)

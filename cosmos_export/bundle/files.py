@@ -21,6 +21,7 @@ from typing import BinaryIO
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 from cosmos_export.bundle.strict import StrictError, shown
 from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.machine.process import path_of_descriptor
 
 MAX_DOCUMENT_BYTES = 256 << 20
 """The largest file that `BundleFiles.read` takes into memory."""
@@ -28,7 +29,6 @@ _CHUNK_BYTES = 4 * 1024 * 1024
 # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer for ever.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_DESCRIPTORS = Path("/proc/self/fd")
 
 
 class BundleFiles:
@@ -92,7 +92,7 @@ class BundleFiles:
         such paths. FindingError CX711 as from `open`."""
         with self.open(name, role):
             pass
-        pinned = _DESCRIPTORS / str(self.descriptor)
+        pinned = path_of_descriptor(self.descriptor)
         if pinned.is_dir():
             return pinned / name
         resolved = self.path.resolve()

@@ -38,6 +38,7 @@ from cosmos_export.bundle.manifest import (
 )
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
+from cosmos_export.machine.system import free_disk
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import Stamp
 
@@ -266,7 +267,7 @@ class BundleWriter:
     def _check_space(self) -> None:
         there = sum(kept.size_bytes for kept in self._kept.values())
         needed = max(0, self._required_bytes - there) + _SPARE_BYTES
-        free = shutil.disk_usage(self.output.parent).free
+        free = free_disk(self.output.parent)
         if free < needed:
             raise ToolError(
                 "CX704",

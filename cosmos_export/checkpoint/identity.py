@@ -7,13 +7,13 @@ made on one machine is recognised on another that downloaded other shards of the
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from cosmos_export import files
 from cosmos_export.checkpoint.reader import Checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
+from cosmos_export.machine.system import cores
 from cosmos_export.progress import Progress, Silent
 
 _CHUNK_BYTES = 1 << 24
@@ -31,7 +31,7 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None
     report.begin(_TASK, sum(entry.size_bytes for _, entry in tensors))
     whole = hashlib.sha256(b"cosmos-export checkpoint 1\n")
     done = 0
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for (name, entry), digest in zip(tensors, pool.map(_digest, (entry for _, entry in tensors)), strict=True):
             # JSON headers allow any printable name, so the length goes before it.
             line = f"{len(name)} {name} {entry.dtype} {list(entry.shape)} {digest}\n"

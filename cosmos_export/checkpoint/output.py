@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cosmos_export import directories
 from cosmos_export.diagnostics import ToolError, UserError
+from cosmos_export.machine.system import free_disk
 
 _WRITING = "writing"
 
@@ -73,6 +74,6 @@ def require_space(output: Path, needed: int, code: str, what: str, hint: str) ->
     """
     _clear(Path(os.path.abspath(output)))  # noqa: PTH100
     parent = next(folder for folder in (output.absolute().parent, *output.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(parent).free
+    free = free_disk(parent)
     if free < needed:
         raise UserError(code, f"{what} needs {needed / 1e9:,.1f} GB, {parent} has {free / 1e9:,.1f} GB free", hint)

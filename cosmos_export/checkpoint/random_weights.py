@@ -7,7 +7,6 @@ biases and embeddings visible, matrices scaled by the square root of what they s
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from cosmos_export.checkpoint import dtypes
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader
+from cosmos_export.machine.system import cores
 
 _CHUNK = 1 << 20
 """Elements generated at a time. Part of what the bytes are: each chunk has its own seed."""
@@ -80,12 +80,12 @@ def _in_order(work: Callable[[int], NDArray[np.uint8]], count: int) -> Iterator[
     if count <= 1:
         yield from map(work, range(count))
         return
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    workers = cores()
+    with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[NDArray[np.uint8]]] = deque()
         for index in range(count):
             pending.append(pool.submit(work, index))
-            if len(pending) > _AHEAD * cores:
+            if len(pending) > _AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

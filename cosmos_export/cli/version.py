@@ -43,10 +43,9 @@ def register(app: typer.Typer) -> None:
 
 def installed() -> dict[str, str | None]:
     """Version of each package, from its metadata; None where it is not installed."""
-    import platform
-
     import cosmos_export
     from cosmos_export.machine.packages import installed_release
+    from cosmos_export.machine.system import python_version
 
-    own: dict[str, str | None] = {"cosmos-export": cosmos_export.__version__, "python": platform.python_version()}
+    own: dict[str, str | None] = {"cosmos-export": cosmos_export.__version__, "python": python_version()}
     return own | {name: installed_release(name) for name in OPTIONAL}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import platform
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from importlib import metadata
@@ -19,7 +18,6 @@ from typing import Any
 
 import torch
 
-import cosmos_export
 from cosmos_export import capture as capture_package
 from cosmos_export import ir
 from cosmos_export.capture import codec, model
@@ -27,6 +25,8 @@ from cosmos_export.capture.document import alike, program_document, read_program
 from cosmos_export.compiler.cache import Cache, key_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
+from cosmos_export.machine.system import processor
+from cosmos_export.release import VERSION
 
 _log = logging.getLogger("cosmos_export")
 _PACKAGES = ("torch", "diffusers", "transformers", "sympy")
@@ -95,13 +95,13 @@ def _captured(
 
 def capture_components(name: str, config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Mapping[str, str]:
     """Everything that the graphs called ``name`` follow from, as the key of the cache takes it."""
-    versions = {"cosmos-export": cosmos_export.__version__, **{package: _version(package) for package in _PACKAGES}}
+    versions = {"cosmos-export": VERSION, **{package: _version(package) for package in _PACKAGES}}
     return {
         "graphs": name,
         "configuration": _digest(config),
         "tensors": _digest([_described(source) for source in sources.values()]),
         "packages": ", ".join(f"{package} {version}" for package, version in versions.items()),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{processor()} {torch.backends.cpu.get_cpu_capability()}",
         "capture": _code(),
     }
 

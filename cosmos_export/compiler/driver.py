@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from cosmos_export.compiler.planned import bundle_bytes
 from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.compiler.selection import tokenizer_bytes
 from cosmos_export.diagnostics import FindingError, ToolError
+from cosmos_export.machine.system import free_disk
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 
@@ -99,7 +99,7 @@ def _full_disk(writer: BundleWriter, job: Job) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         folder = writer.output.parent
-        free, needed = (size / 2**30 for size in (shutil.disk_usage(folder).free, _required_bytes(job)))
+        free, needed = (size / 2**30 for size in (free_disk(folder), _required_bytes(job)))
         raise ToolError(
             "CX704",
             f"the disk filled up during the build: {error}; in {folder} {free:.1f} GiB are free",

@@ -95,9 +95,9 @@ class Meter:
 
     def _look(self) -> None:
         processes = family_memory()
-        found = sum(memory.anonymous_bytes for memory in processes)
+        found = sum(memory.anonymous for memory in processes)
         self._peak_anonymous_bytes = max(self._peak_anonymous_bytes, found)
-        self._peak_resident_bytes = max(self._peak_resident_bytes, *(one.peak_resident_bytes for one in processes))
+        self._peak_resident_bytes = max([self._peak_resident_bytes, *(one.peak_resident for one in processes)])
         current = self._current
         if current is not None:
             current.peak_anonymous_bytes = max(current.peak_anonymous_bytes, found)

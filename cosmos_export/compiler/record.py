@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
@@ -38,6 +37,7 @@ from cosmos_export.compiler.request_record import request_record
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
+from cosmos_export.machine.system import python_version
 from cosmos_export.release import VERSION
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
@@ -181,7 +181,7 @@ def _tensors(specs: Mapping[str, TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def _tools(result: BuildResult) -> dict[str, str]:
-    tools = {"cosmos-export": VERSION, "python": platform.python_version()}
+    tools = {"cosmos-export": VERSION, "python": python_version()}
     tools |= {name: _version(name) for name in _TOOLS}
     return tools | {e.report.builder: e.report.builder_version for e in result.engines}
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
+from cosmos_export.machine.process import process_memory
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.release import ROOT
 from cosmos_export.targets.description import Target
@@ -252,7 +253,7 @@ def _run_worker(
             try:
                 message = messages.get(timeout=_POLL_S)
             except queue.Empty:
-                anonymous = _larger(anonymous, _anonymous_bytes(process.pid))
+                anonymous = _larger(anonymous, process.pid)
                 progress.update(task, done)  # whoever listens may end the build by raising
                 continue
             if message is None:
@@ -267,7 +268,7 @@ def _run_worker(
                     failure = message
                 case "result":
                     result = message
-            anonymous = _larger(anonymous, _anonymous_bytes(process.pid))
+            anonymous = _larger(anonymous, process.pid)
         process.wait()
         for reader in readers:
             reader.join(_GRACE_S)
@@ -353,18 +354,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
                 stream.close()
 
 
-def _anonymous_bytes(pid: int) -> int | None:
-    """Memory of a process that no file backs (Linux)."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    lines = [line for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(lines[0].split()[1]) * 1024 if lines else None
-
-
-def _larger(first: int | None, second: int | None) -> int | None:
-    return max((value for value in (first, second) if value is not None), default=None)
+def _larger(peak: int | None, process: int) -> int | None:
+    """The larger of ``peak`` and of the memory that no file backs of ``process`` now; None where it is not told."""
+    now = process_memory(process)
+    return max((value for value in (peak, now and now.anonymous) if value is not None), default=None)
 
 
 def _tensor(item: Mapping[str, Any]) -> EngineTensor:

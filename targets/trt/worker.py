@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cosmos_export.machine.process import own_peak_resident
+
 
 class Channel:
     """Messages to the parent. The builder prints where it likes, so stdout itself is turned to stderr first."""
@@ -168,7 +170,7 @@ def main() -> None:
         plugins=_plugins(trt, network),
         parse_s=parse_s,
         build_s=build_s,
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=own_peak_resident(),
         warnings=warnings,
     )
     if channel.broken:
@@ -356,18 +358,6 @@ def _writer(trt: Any, path: Path) -> Any:
 
 def _describe(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name.lower(), "shape": [int(size) for size in tensor.shape]}
-
-
-def _peak_memory_bytes() -> int:
-    # ru_maxrss of a fresh process still holds its parent's peak on Linux; VmHWM is this program's own.
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":
