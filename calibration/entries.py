@@ -10,8 +10,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.calibration.items import IMAGES, ClipPart, Item
 from cosmos_export.calibration.source_options import rate, whole_number
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.runtime.embodiments import ActionFile, embodiment, read_actions
 from cosmos_export.runtime.prompts import Prompt, text_prompt
 from cosmos_export.sampling import MODES

@@ -22,8 +22,8 @@ import numpy as np
 from cosmos_export import files
 from cosmos_export.calibration.columns import Columns, choose_columns
 from cosmos_export.calibration.items import ClipPart, Item, Options, SourceContent
-from cosmos_export.checkpoint.strict_json import parse_object, read_object, shown
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.checkpoint.strict_json import parse_object, read_object
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.runtime.embodiments import (
     EMBODIMENTS,
     Actions,

@@ -11,8 +11,8 @@ from cosmos_export import files
 from cosmos_export.calibration.entries import PROMPT_KEYS, bad_entry, entry_item, medium_item, model_actions
 from cosmos_export.calibration.items import CLIPS, IMAGES, Item, Options, SourceContent
 from cosmos_export.calibration.lerobot import read_lerobot
-from cosmos_export.checkpoint.strict_json import parse_document, parse_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import parse_document, parse_object
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 
 

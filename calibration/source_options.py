@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cosmos_export.calibration.items import Options
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.runtime.embodiments import embodiment
 from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.sampling import MODES

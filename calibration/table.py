@@ -28,8 +28,7 @@ from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import Inputs, unchanged
 

@@ -76,3 +76,12 @@ class InternalError(CosmosExportError):
     """An invariant of the compiler does not hold; worth a bug report with the last graph dump."""
 
     exit_code = ExitCode.TOOL
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """``value`` as it may appear in a message: escaped, and at most ``limit`` characters whatever a file holds."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a value that is nested too deeply"
+    return text if len(text) <= limit else text[:limit] + "…"

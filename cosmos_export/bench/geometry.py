@@ -17,9 +17,9 @@ import torch
 
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import expected_tensors
-from cosmos_export.checkpoint.strict_json import read_object, shown
+from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.compiler.forms import close_loop
-from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.diagnostics import InternalError, UserError, shown
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Dim, bind, evaluate
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of

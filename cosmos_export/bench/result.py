@@ -13,8 +13,8 @@ from typing import Any
 from cosmos_export import files
 from cosmos_export.bench.published import published_cells, target_of
 from cosmos_export.bundle import Open
-from cosmos_export.checkpoint.strict_json import parse_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import parse_object
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.machine.gpu import gpus
 from cosmos_export.machine.packages import installed_release
 from cosmos_export.machine.system import cores, processor, python_version

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
-from cosmos_export.bundle.strict import StrictError, shown
-from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.bundle.strict import StrictError
+from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.machine.process import path_of_descriptor
 
 MAX_DOCUMENT_BYTES = 256 << 20

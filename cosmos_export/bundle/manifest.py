@@ -16,7 +16,8 @@ from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from cosmos_export.bundle import strict
-from cosmos_export.bundle.strict import AtLeast, AtMost, Pattern, StrictError, shown
+from cosmos_export.bundle.strict import AtLeast, AtMost, Pattern, StrictError
+from cosmos_export.diagnostics import shown
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"

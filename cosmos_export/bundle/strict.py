@@ -20,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from cosmos_export.diagnostics import shown
+
 MAX_INTEGER = 2**63 - 1
 """Sizes and counts fit a signed 64-bit integer in every reader."""
 
@@ -76,15 +78,6 @@ class AtMost:
 
     def schema(self) -> dict[str, Any]:
         return {"maximum": self.maximum}
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """``value`` as it may appear in a message or on a terminal: escaped to ASCII, and short."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return "a value that is nested too deeply"
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

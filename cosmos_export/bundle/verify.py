@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from cosmos_export.bundle.files import OPEN_DIRECTORY, BundleFiles, hash_file, kind_problem, open_bundle, opened, reason
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_PATH_DEPTH, FileRecord, Manifest
-from cosmos_export.bundle.strict import StrictError, shown
-from cosmos_export.diagnostics import FindingError
+from cosmos_export.bundle.strict import StrictError
+from cosmos_export.diagnostics import FindingError, shown
 from cosmos_export.progress import Progress, Silent
 
 MAX_EXTRA_ENTRIES = 100

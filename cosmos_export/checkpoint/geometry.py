@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.family import ACTIVATIONS, Family, family_of
 
 MODEL_CLASS = "Cosmos3OmniTransformer"

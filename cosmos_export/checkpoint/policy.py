@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 
 _LARGEST_CHUNK, _LARGEST_RATE = 100_000, 1000.0
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 
 MODELOPT_FP8 = "fp8-modelopt"
 

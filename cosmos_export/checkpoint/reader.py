@@ -23,8 +23,8 @@ from cosmos_export.checkpoint.published import published_size
 from cosmos_export.checkpoint.quantization import Quantization, parse_quantization
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.checkpoint.shards import Shards, read_shards
-from cosmos_export.checkpoint.strict_json import optional_object, read_object, require_file, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import optional_object, read_object, require_file
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.stamps import Inputs, unchanged
 
 WEIGHT_STEMS: Mapping[str, str] = {

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.checkpoint import dtypes
-from cosmos_export.checkpoint.strict_json import DuplicateKeyError, parse_object, require_file, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import DuplicateKeyError, parse_object, require_file
+from cosmos_export.diagnostics import UserError, shown
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 8 * files.MIB

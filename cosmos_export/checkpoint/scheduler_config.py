@@ -18,8 +18,8 @@ from cosmos_export.checkpoint.config_fields import (
     Only,
     checked,
 )
-from cosmos_export.checkpoint.strict_json import optional_object, read_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import optional_object, read_object
+from cosmos_export.diagnostics import UserError, shown
 
 _positive = Number(1.0, 1e-9, 1e9)
 _share = Number(0.0, 0, 1)

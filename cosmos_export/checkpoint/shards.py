@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from cosmos_export.checkpoint.adapters import MERGE_HINT, is_adapter_name
 from cosmos_export.checkpoint.safetensors_header import Header, TensorEntry, read_header
-from cosmos_export.checkpoint.strict_json import read_object, require_file, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import read_object, require_file
+from cosmos_export.diagnostics import UserError, shown
 
 INDEX_SUFFIX = ".index.json"
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".npy", ".npz")

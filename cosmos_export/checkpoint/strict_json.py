@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export import files
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 
 MAX_JSON_BYTES = 16 * files.MIB
 """Largest JSON document that is read. The largest published configuration or index has less than 1 MB."""
@@ -28,15 +28,6 @@ class DuplicateKeyError(ValueError):
     def __init__(self, key: str) -> None:
         super().__init__(f"duplicate key {shown(key)}")
         self.key = key
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """``value`` as it may appear in a message: escaped, and short whatever the file holds."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "a value that is nested too deeply"
-    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def parse_object(text: bytes) -> dict[str, Any]:

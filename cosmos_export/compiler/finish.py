@@ -31,9 +31,9 @@ from cosmos_export.bundle import (
 )
 from cosmos_export.bundle.files import hash_file
 from cosmos_export.bundle.manifest import GraphName, Name
-from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object, shown
+from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object
 from cosmos_export.bundle.writer import replace_manifest
-from cosmos_export.diagnostics import CosmosExportError, ExitCode, FindingError, ToolError, UserError
+from cosmos_export.diagnostics import CosmosExportError, ExitCode, FindingError, ToolError, UserError, shown
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.printable import printable
 from cosmos_export.progress import Progress, Silent

@@ -13,10 +13,10 @@ from typing import Any
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.config_fields import AnyOf, Fields, Flag, Nullable, Number, Only, Record, Text, checked
-from cosmos_export.checkpoint.strict_json import read_object, require_file, shown
+from cosmos_export.checkpoint.strict_json import read_object, require_file
 from cosmos_export.compiler.bounded import LimitError, Limits, run_bounded
 from cosmos_export.compiler.selection import TOKENIZER_FILE
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.runtime.tokenize import load_tokenizer
 
 START_OF_GENERATION = "<|vision_start|>"

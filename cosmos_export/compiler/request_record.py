@@ -21,9 +21,8 @@ from cosmos_export.bundle import (
 from cosmos_export.bundle.manifest import Scalar
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.policy import read_policy
-from cosmos_export.checkpoint.strict_json import shown
 from cosmos_export.compiler.selection import codec_config
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment
 

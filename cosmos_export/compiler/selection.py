@@ -7,8 +7,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, CodecPart, codec_tensors
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 
 TOKENIZER = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"

@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import sympy
 import torch
 
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_constant, is_input, is_weight, spec_of
 from cosmos_export.ir.size_trees import (
@@ -29,7 +29,6 @@ from cosmos_export.ir.size_trees import (
     check_sizes,
     identifier,
     integer,
-    shown,
     size_tree,
 )
 from cosmos_export.ir.spec import DTYPE_NAMES, E2M1, INT4, TensorSpec, Transform, WeightBinding, WeightSource

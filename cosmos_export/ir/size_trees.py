@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import sympy
 from torch.utils._sympy.functions import FloorDiv
 
+from cosmos_export.diagnostics import shown
 from cosmos_export.ir.dims import Size, simplify, symbol
 from cosmos_export.ir.spec import TensorSpec
 
@@ -177,12 +178,3 @@ def _joined(kind: str, parts: list[_Tree]) -> tuple[Callable[[], sympy.Expr], in
         return make, 1, max(degrees)
     power = min(int(parts[1].expression), MAX_DEGREE + 1)
     return make, min(terms[0], MAX_TERMS + 1) ** power, degrees[0] * power
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """``value`` as it may appear in a message: escaped to ASCII, and short."""
-    try:
-        text = ascii(value)
-    except RecursionError:
-        return "a value that is nested too deeply"
-    return text if len(text) <= limit else text[:limit] + "..."

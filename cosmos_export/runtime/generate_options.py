@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest, RequestRecord
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.sampling import MODES, Mode, Overrides
 from cosmos_export.sampling.modes import Clue, implied_mode

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_export.bundle import BundleFiles, Manifest, read_files
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime.chains import ChainedExecutor
 from cosmos_export.runtime.contents import content_problems

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cosmos_export import files
-from cosmos_export.checkpoint.strict_json import parse_object, shown
-from cosmos_export.diagnostics import UserError
+from cosmos_export.checkpoint.strict_json import parse_object
+from cosmos_export.diagnostics import UserError, shown
 
 # The misspelling is part of what the model knows.
 SYSTEM_IMAGE = "You are a helpful assistant who will generate images from a give prompt."

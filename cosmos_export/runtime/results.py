@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.bundle import Manifest
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError
+from cosmos_export.diagnostics import FindingError, InternalError, UnsupportedError, UserError, shown
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
 from cosmos_export.runtime.frontend import Prepared

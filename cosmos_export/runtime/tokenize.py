@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.bundle import PromptRecord
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

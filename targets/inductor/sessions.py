@@ -18,8 +18,8 @@ import numpy as np
 
 from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.bundle.strict import AtLeast, decode
-from cosmos_export.checkpoint.strict_json import parse_object, shown
-from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError
+from cosmos_export.checkpoint.strict_json import parse_object
+from cosmos_export.diagnostics import ToolError, UnsupportedError, UserError, shown
 from cosmos_export.targets.sessions import PROMPT, Array, Value
 
 if TYPE_CHECKING:

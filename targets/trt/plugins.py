@@ -14,7 +14,8 @@ from types import GenericAlias
 from typing import Any
 
 from cosmos_export import files
-from cosmos_export.bundle.strict import StrictError, decode, parse_object, shown
+from cosmos_export.bundle.strict import StrictError, decode, parse_object
+from cosmos_export.diagnostics import shown
 from cosmos_export.kernels.description import DOCUMENT, NAMESPACE, PluginDocument, PluginRecord, Size, evaluate
 
 _TYPES = {"bf16": "BF16", "fp16": "HALF", "fp32": "FLOAT", "fp8": "FP8"}
