@@ -359,6 +359,19 @@ def test_questions_are_seen(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+MAX_LINES = 500
+LONGER = {"cosmos_export.bundle.manifest"}
+"""The manifest's schema is read as one page."""
+
+
+def test_no_module_is_long() -> None:
+    lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name for name, count in lines.items() if count > MAX_LINES} == LONGER
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Installation
 
 

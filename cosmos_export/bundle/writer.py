@@ -15,11 +15,10 @@ import json
 import logging
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -36,35 +35,27 @@ from cosmos_export.bundle.manifest import (
     parse_manifest,
     problems,
 )
+from cosmos_export.bundle.staging import (
+    STATE,
+    Kept,
+    make_parent,
+    read_kept,
+    regular_files,
+    remove_odd_entries,
+    require_replaceable,
+)
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
 from cosmos_export.machine.system import free_disk
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import Stamp
 
-_STATE = ".state"
-"""Folder of the records of kept files, in the staging directory only: no path of a bundle begins with a dot."""
 _SCRATCH = ".scratch"
 """Folder of what is made to be measured and is no part of the bundle."""
 _STAGED, _SET_ASIDE = "partial", "state"
-_RECORD_BYTES = 1 << 20
-"""No record of a kept file comes near."""
 _log = logging.getLogger("cosmos_export")
 # What the file system takes besides the files themselves: the manifest, directories, rounding to blocks.
 _SPARE_BYTES = 64 * 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A file that is complete: what it was made from, and what it is."""
-
-    name: str
-    key: str
-    size_bytes: int
-    mtime_ns: int
-    sha256: str
-    facts: Mapping[str, Any]
-    """What the build wants to know of it when it resumes."""
 
 
 Measure = Callable[[Path, Manifest], Manifest]
@@ -111,8 +102,8 @@ class BundleWriter:
 
     def __enter__(self) -> Self:
         directories.restore(self.output)
-        self._check_output()
-        self._check_parent()
+        require_replaceable(self.output, self._force)
+        make_parent(self.output)
         if self._resume:
             self._adopt()
         self._remove_leftovers()
@@ -234,36 +225,6 @@ class BundleWriter:
 
     # -- before the work ---------------------------------------------------------------------------------------------
 
-    def _check_output(self) -> None:
-        if not self.output.name:
-            raise UserError("CX701", f"{self.output} cannot be a bundle", "name a directory that does not exist yet")
-        if not os.path.lexists(self.output):
-            return
-        if not self._force:
-            raise UserError("CX701", f"{self.output} already exists", "choose another output or pass `--force`")
-        # --force replaces a bundle, and never anything else: a mistyped path must not cost a home directory.
-        if self.output.is_symlink() or not self.output.is_dir():
-            raise UserError("CX702", f"{self.output} is not a directory; `--force` replaces bundles only")
-        if os.path.ismount(self.output):
-            raise UserError(
-                "CX702", f"{self.output} is a mount point, which cannot be replaced", "name a directory in it"
-            )
-        if not (self.output / MANIFEST_NAME).is_file() and any(self.output.iterdir()):
-            raise UserError(
-                "CX702",
-                f"{self.output} is not a bundle: it has files and no {MANIFEST_NAME}; `--force` replaces bundles only",
-                "choose another output, or remove the directory yourself",
-            )
-
-    def _check_parent(self) -> None:
-        parent = self.output.parent
-        try:
-            parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError("CX703", f"cannot create {parent}: {error.strerror or error}") from error
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise UserError("CX703", f"no permission to write in {parent}", "choose another output")
-
     def _check_space(self) -> None:
         there = sum(kept.size_bytes for kept in self._kept.values())
         needed = max(0, self._required_bytes - there) + _SPARE_BYTES
@@ -306,8 +267,8 @@ class BundleWriter:
             with contextlib.suppress(OSError):  # a living build has the lock
                 lock = directories.lock(entry)
                 self._take_back_state(entry)
-                _remove_odd_entries(entry)
-                kept = _read_kept(entry)
+                remove_odd_entries(entry)
+                kept = read_kept(entry)
                 worth = (sum(one.size_bytes for one in kept), len(kept))
                 if kept and (best is None or worth > best[0]):
                     if best is not None:
@@ -319,11 +280,11 @@ class BundleWriter:
             return
         _, self._staging, self._lock = best
         self._staging.chmod(0o700)
-        self._hash_again(self._staging, _read_kept(self._staging))
+        self._hash_again(self._staging, read_kept(self._staging))
         self.resumed = len(self._kept)
         shutil.rmtree(self._staging / _SCRATCH, ignore_errors=True)
         # What is not known to be complete is made again.
-        for name, _ in list(_regular_files(self._staging)):
+        for name, _ in list(regular_files(self._staging)):
             if name not in self._kept:
                 (self._staging / name).unlink()
 
@@ -365,8 +326,8 @@ class BundleWriter:
     def _take_back_state(self, staging: Path) -> None:
         """The records of ``staging``, where its writer died between setting them aside and giving it its name."""
         aside = self._aside(staging)
-        if aside.is_dir() and not aside.is_symlink() and not (staging / _STATE).exists():
-            aside.rename(staging / _STATE)
+        if aside.is_dir() and not aside.is_symlink() and not (staging / STATE).exists():
+            aside.rename(staging / STATE)
 
     def _aside(self, staging: Path) -> Path:
         """Where the records of ``staging`` are while it gets its name."""
@@ -374,7 +335,7 @@ class BundleWriter:
         return staging.with_name(f".{self.output.name}.{_SET_ASIDE}-{suffix}")
 
     def _record_path(self, name: str) -> Path:
-        return self._open_staging() / _STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+        return self._open_staging() / STATE / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
     def _stage(self) -> None:
         if self._staging is not None:
@@ -394,7 +355,7 @@ class BundleWriter:
     # -- commit ------------------------------------------------------------------------------------------------------
 
     def _records(self, staging: Path) -> Iterator[FileRecord]:
-        found = dict(_regular_files(staging))
+        found = dict(regular_files(staging))
         unknown, missing = sorted(set(found) - set(self._roles)), sorted(set(self._roles) - set(found))
         if unknown:
             raise InternalError("CX706", f"files without a role in the bundle: {', '.join(unknown[:5])}")
@@ -440,7 +401,7 @@ class BundleWriter:
     @contextlib.contextmanager
     def _without_state(self, staging: Path) -> Iterator[None]:
         """``staging`` is a bundle and nothing else; its records of kept files are there again where the block fails."""
-        state, aside = staging / _STATE, self._aside(staging)
+        state, aside = staging / STATE, self._aside(staging)
         if not state.is_dir():
             yield
             return
@@ -457,7 +418,8 @@ class BundleWriter:
 
     def _swap(self, staging: Path) -> None:
         """Rename ``staging`` to the output. With --force the bundle of before goes only when the new one is there."""
-        self._check_output()  # once more: the build took its time, and something may have appeared
+        # Once more: the build took its time, and something may have appeared.
+        require_replaceable(self.output, self._force)
         previous = directories.take_place(staging, self.output)
         if previous is not None:
             shutil.rmtree(previous, ignore_errors=True)
@@ -484,29 +446,6 @@ def replace_manifest(root: Path, manifest: Manifest) -> None:
         directories.sync_directory(root)
 
 
-def _read_kept(staging: Path) -> list[Kept]:
-    """Records of files that are still as they were when they were kept. One that cannot be read counts for none."""
-    found = []
-    for record in sorted((staging / _STATE).glob("*.json")):
-        with contextlib.suppress(OSError, StrictError):
-            kept = strict.decode(Kept, strict.parse_object(files.read_bytes(record, _RECORD_BYTES)))
-            check_path(kept.name, "path")
-            if _unchanged(staging / kept.name, kept):
-                found.append(kept)
-    return found
-
-
-def _unchanged(path: Path, kept: Kept) -> bool:
-    with contextlib.suppress(OSError):
-        status = path.lstat()
-        return (
-            stat.S_ISREG(status.st_mode)
-            and status.st_uid == os.geteuid()
-            and (status.st_size, status.st_mtime_ns) == (kept.size_bytes, kept.mtime_ns)
-        )
-    return False
-
-
 def _checked(manifest: Manifest) -> bytes:
     """The bytes of ``manifest``, after making sure that what is written can be read."""
     for problem in problems(manifest):
@@ -519,38 +458,6 @@ def _checked(manifest: Manifest) -> bytes:
     if strict.encode(again) != strict.encode(manifest):
         raise InternalError("CX709", "the build made a manifest that reads back differently")
     return data
-
-
-def _regular_files(root: Path) -> Iterator[tuple[str, int]]:
-    """Names (relative to ``root``) and sizes of all files; anything else but directories is refused."""
-    for name, status in _entries(root):
-        if not _is_plain(status):
-            raise InternalError("CX706", f"{name} is a link or not a regular file; a bundle has files only")
-        yield name, status.st_size
-
-
-def _remove_odd_entries(root: Path) -> None:
-    """Remove links, pipes and files of several names below ``root``: no build has made them."""
-    for name, status in list(_entries(root)):
-        if not _is_plain(status):
-            _log.warning("%s is removed: it is a link or not a regular file", root / name)
-            (root / name).unlink()
-
-
-def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Names (relative to ``root``) and states of all that is below it and no directory; records are left out."""
-    for directory, subdirectories, plain in os.walk(root):
-        if Path(directory) == root and _STATE in subdirectories:
-            subdirectories.remove(_STATE)
-        for name in (*subdirectories, *plain):
-            path = Path(directory, name)
-            status = path.lstat()
-            if not stat.S_ISDIR(status.st_mode):
-                yield path.relative_to(root).as_posix(), status
-
-
-def _is_plain(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
 
 
 def _sibling(output: Path, what: str) -> Path:

@@ -357,7 +357,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _larger(peak: int | None, process: int) -> int | None:
     """The larger of ``peak`` and of the memory that no file backs of ``process`` now; None where it is not told."""
     now = process_memory(process)
-    return max((value for value in (peak, now and now.anonymous) if value is not None), default=None)
+    return peak if now is None else max(peak or 0, now.anonymous)
 
 
 def _tensor(item: Mapping[str, Any]) -> EngineTensor:

@@ -69,7 +69,7 @@ def test_a_link_that_is_swapped_changes_nothing(bundle: Path, tmp_path: Path) ->
 
 
 def test_without_paths_through_descriptors(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_DESCRIPTORS", tmp_path / "nowhere")
+    monkeypatch.setattr(reading, "path_of_descriptor", lambda descriptor: tmp_path / "nowhere" / str(descriptor))
     files = read_files(bundle)
     assert files.location(TOKENIZER, "tokenizer") == bundle.resolve() / TOKENIZER
     bundle.rename(tmp_path / "moved.bundle")
