@@ -16,7 +16,6 @@ from cosmos_export import files
 from cosmos_export.bundle import BundleWriter, EngineCheck, Manifest, WeightInput
 from cosmos_export.bundle.files import hash_file
 from cosmos_export.compiler.cache import Cache, Entry, copy_checked, key_of
-from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.keys import (
     Components,
     engine_components,
@@ -31,6 +30,8 @@ from cosmos_export.ir.spec import DTYPE_NAMES, WeightBinding
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import Stamp
+from cosmos_export.targets import Target
+from cosmos_export.targets.backends import Backend, backend_of
 from cosmos_export.targets.backends.protocol import EngineOrder, LoweredGraph
 from cosmos_export.targets.onnx.weights import Stored, file_size, layout, write_weights
 from cosmos_export.targets.profiles import Profile, input_shapes
@@ -75,11 +76,21 @@ class Engine:
         return max((g.activation_bytes for g in self.summary.graphs), default=0)
 
 
+@dataclass(frozen=True)
+class EngineSettings:
+    """What the engines of a build have in common."""
+
+    target: Target
+    profiles: tuple[Profile, ...]
+    cache: Path | None
+    """Folder that knows engines of other bundles."""
+
+
 def write_models(
     graphs: Mapping[str, Graph],
     stem: str,
     narrow: bool,
-    job: Job,
+    backend: Backend,
     writer: BundleWriter,
     progress: Progress,
     *,
@@ -104,7 +115,7 @@ def write_models(
         _write_weights(f"onnx/{file}", stored, f"weights of {stem}", writer, progress)
     apart = narrow or external
     forms: dict[str, torch.dtype | None] = {".cpu.onnx": torch.float32} if apart else {}
-    if not apart or job.backend.engines is not None:
+    if not apart or backend.engines is not None:
         forms[".onnx"] = None
     for name, graph in graphs.items():
         for suffix, compute in forms.items():
@@ -113,15 +124,15 @@ def write_models(
             form: dict[str, Any] = {"external": external, "plugins": plugins} if of_engine else {}
             path.write_bytes(model_bytes(lower(graph, stored, file, compute=compute, **form)))
             onnx.checker.check_model(str(path))
-        job.backend.write(LoweredGraph(name, graph, file, stored), writer)
+        backend.write(LoweredGraph(name, graph, file, stored), writer)
     return ".cpu.onnx" if apart else ".onnx"
 
 
-def write_plugins(plugins: Plugins, job: Job, writer: BundleWriter) -> None:
+def write_plugins(plugins: Plugins, target: Target, writer: BundleWriter) -> None:
     """The kernels that models of the bundle have as ``plugins/``."""
     from cosmos_export.kernels.plugins import compile_plugins
 
-    capability = int((job.target.compute_capability or "").replace(".", ""))
+    capability = int((target.compute_capability or "").replace(".", ""))
     folder = writer.path(f"{PLUGIN_FOLDER}/{DOCUMENT}", "plugin").parent
     for name in compile_plugins(list(plugins.forms.values()), capability, folder):
         writer.path(f"{PLUGIN_FOLDER}/{name}", "plugin")
@@ -161,30 +172,29 @@ def model_bytes(model: object) -> bytes:
 def write_engine(
     name: str,
     inputs: Mapping[str, Sequence[int | str]],
-    profiles: Sequence[Profile],
-    job: Job,
+    settings: EngineSettings,
     writer: BundleWriter,
     progress: Progress,
     *,
     decomposable_attention: bool,
 ) -> EngineReport:
     """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
-    engines = job.backend.engines
+    target, engines = settings.target, backend_of(settings.target).engines
     assert engines is not None
     model, file = writer.path(f"onnx/{name}.onnx", "onnx"), f"engines/{name}.engine"
     path = writer.path(file, "engine")
-    shapes = [input_shapes(profile, inputs) for profile in profiles]
-    settings = {"decomposable_attention": decomposable_attention}
+    shapes = [input_shapes(profile, inputs) for profile in settings.profiles]
+    form = {"decomposable_attention": decomposable_attention}
     weights = [_digest_of(f"onnx/{name}", writer) for name in external_files(model)]
-    components = engine_components(model, weights, job.target, shapes, settings, engines.key())
+    components = engine_components(model, weights, target, shapes, form, engines.key())
     key = key_of(components)
     kept = writer.kept(file, key)
     if kept is not None:
         resumed = report_from(path, kept.facts, "resumed", kept.size_bytes, kept.sha256)
         if resumed is not None:
             return resumed
-    report = _copied(name, key, components, path, job, progress) or engines.build(
-        model, path, EngineOrder(shapes, decomposable_attention), job.target, progress
+    report = _copied(name, key, components, path, Cache(settings.cache), progress) or engines.build(
+        model, path, EngineOrder(shapes, decomposable_attention), target, progress
     )
     writer.keep(file, key, report.sha256, {**report_facts(report), "components": dict(components)})
     return report
@@ -198,10 +208,9 @@ def _digest_of(name: str, writer: BundleWriter) -> str:
 
 
 def _copied(
-    name: str, key: str, components: Components, path: Path, job: Job, progress: Progress
+    name: str, key: str, components: Components, path: Path, known: Cache, progress: Progress
 ) -> EngineReport | None:
     """The engine from another bundle, if one has it."""
-    known = Cache(job.options.cache)
     entry = known.find(key)
     if entry is not None:
         report = report_from(path, entry.facts, "cache", entry.size_bytes, entry.sha256)
@@ -256,8 +265,8 @@ def _hash(path: Path, _: Stamp) -> str:
         return hash_file(file.fileno())[1]
 
 
-def capability_check(name: str, summary: EngineSummary, job: Job) -> EngineCheck:
+def capability_check(name: str, summary: EngineSummary, target: Target) -> EngineCheck:
     """That the engine is for the target's compute capability and no other."""
-    capability = job.target.compute_capability or ""
+    capability = target.compute_capability or ""
     found = ", ".join(summary.header.compute_capabilities) or "none"
     return EngineCheck(name, "compute capability", capability, found, found == capability)

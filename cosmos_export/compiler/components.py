@@ -6,22 +6,24 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
 from cosmos_export.capture.sources import weight_sources
+from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-from cosmos_export.compiler.artifacts import Engine, capability_check, write_engine, write_models
+from cosmos_export.compiler.artifacts import Engine, EngineSettings, capability_check, write_engine, write_models
 from cosmos_export.compiler.captures import capture_codec
-from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.prompt import compile_chat_template
-from cosmos_export.compiler.selection import TOKENIZER, TOKENIZER_FILE, codec_config
+from cosmos_export.compiler.selection import TOKENIZER_FILE, codec_config
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
 from cosmos_export.progress import Progress
+from cosmos_export.targets.backends import Backend
 from cosmos_export.targets.profiles import DimRange, Profile
 from cosmos_export.targets.trt.engine_inspector import inspect_engine
 
@@ -54,14 +56,24 @@ class Codec:
         return StreamRecord(first, following, {edge.input: edge.output for edge in self.program.edges})
 
 
-def write_codec(name: str, job: Job, writer: BundleWriter, progress: Progress) -> Codec:
-    """Capture codec ``name`` and write its models. A stream's two graphs share one file of weights."""
-    config = codec_config(job.checkpoint, CODECS[name].folder)
-    sources = weight_sources(codec_tensors(job.checkpoint, name))
-    program = capture_codec(name, config, sources, job.options.graphs)
+def write_codec(
+    name: str,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    writer: BundleWriter,
+    progress: Progress,
+    graphs: Path | None = None,
+) -> Codec:
+    """Capture codec ``name``, or take its graphs from the folder ``graphs``, and write its models.
+
+    A stream's two graphs share one file of weights.
+    """
+    config = codec_config(checkpoint, CODECS[name].folder)
+    sources = weight_sources(codec_tensors(checkpoint, name))
+    program = capture_codec(name, config, sources, graphs)
     verify(program, stage=name)
     stem = name.replace("-", "_")
-    return Codec(name, program, write_models(program.graphs, stem, _narrow(program), job, writer, progress))
+    return Codec(name, program, write_models(program.graphs, stem, _narrow(program), backend, writer, progress))
 
 
 def _narrow(program: Program) -> bool:
@@ -70,31 +82,31 @@ def _narrow(program: Program) -> bool:
     return any(binding.dtype == torch.bfloat16 for binding in bindings)
 
 
-def write_tokenizer(job: Job, writer: BundleWriter) -> PromptRecord | None:
-    """The tokenizer and what its chat template puts around a text; None where it is not among the components."""
-    if TOKENIZER not in job.components:
-        return None
-    template = compile_chat_template(job.checkpoint)
+def write_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> PromptRecord:
+    """The tokenizer, and what its chat template puts around a text."""
+    template = compile_chat_template(checkpoint)
     name = f"tokenizer/{TOKENIZER_FILE}"
-    shutil.copyfile(job.checkpoint.components["text_tokenizer"] / TOKENIZER_FILE, writer.path(name, "tokenizer"))
+    shutil.copyfile(checkpoint.components["text_tokenizer"] / TOKENIZER_FILE, writer.path(name, "tokenizer"))
     # The pipeline's own default where the model index does not say.
-    use_system = bool(job.checkpoint.model_index.get("default_use_system_prompt", True))
+    use_system = bool(checkpoint.model_index.get("default_use_system_prompt", True))
     return PromptRecord(name, template.plain, template.system, use_system, template.suffix_ids)
 
 
-def codec_engines(codec: Codec, job: Job, writer: BundleWriter) -> dict[str, Callable[[Progress], Engine]]:
+def codec_engines(
+    codec: Codec, settings: EngineSettings, writer: BundleWriter
+) -> dict[str, Callable[[Progress], Engine]]:
     """What builds the engine of each graph of ``codec``, for every profile that has something for it to do."""
-    profiles = list(codec_profiles(codec.name, job.profiles))
+    own = replace(settings, profiles=tuple(codec_profiles(codec.name, settings.profiles)))
 
     def build(name: str, graph: Graph, progress: Progress) -> Engine:
         spec = {i: _dims(spec_of(node).shape) for i, node in graph.inputs.items()}
         # The autoencoder's one head is wider than any fused kernel; it attends within a frame of latents.
-        report = write_engine(name, spec, profiles, job, writer, progress, decomposable_attention=True)
+        report = write_engine(name, spec, own, writer, progress, decomposable_attention=True)
         summary = inspect_engine(report.path)
-        check = capability_check(name, summary, job)
-        return Engine(name, report, summary, check, 0, tuple(profile.name for profile in profiles))
+        check = capability_check(name, summary, settings.target)
+        return Engine(name, report, summary, check, 0, tuple(profile.name for profile in own.profiles))
 
-    return {name: partial(build, name, graph) for name, graph in codec.program.graphs.items() if profiles}
+    return {name: partial(build, name, graph) for name, graph in codec.program.graphs.items() if own.profiles}
 
 
 def codec_profiles(name: str, profiles: Sequence[Profile]) -> Iterator[Profile]:

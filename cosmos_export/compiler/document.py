@@ -77,7 +77,7 @@ def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> l
     failed = {"code": error.code, "message": error.message, "hint": error.hint}
     texts = {"build.json": _json({**build_document(result, None), "failed": failed})}
     if result.losses is not None:
-        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.job), strict=True))
+        texts |= dict(zip(_EVIDENCE, loss_texts(result.losses, result.job.precision), strict=True))
     return [path for name, text in texts.items() if (path := _write_beside(output, name, text)) is not None]
 
 

@@ -10,12 +10,10 @@ import torch
 
 from cosmos_export.bundle import BundleWriter, EngineCheck
 from cosmos_export.compiler.allocator import return_freed_memory
-from cosmos_export.compiler.artifacts import Engine, capability_check, write_engine
+from cosmos_export.compiler.artifacts import Engine, EngineSettings, capability_check, write_engine
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.components import Codec, codec_engines
-from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.models import Model
-from cosmos_export.compiler.planned import builder_memory, gates_memory
 from cosmos_export.compiler.precision import layer_weights, planned_types
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.ir import ops
@@ -23,6 +21,7 @@ from cosmos_export.ir.dims import Size
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.progress import Progress
+from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.trt.engine_inspector import (
     EngineExpectation,
     EngineSummary,
@@ -38,20 +37,31 @@ ATTENTIONS = ops.having(ops.Trait.ATTENDS)
 class EngineBuilds:
     """Engines that are built beside the rest of a build, each in the order in which it was submitted.
 
-    A job whose engines are not built here has none, and nothing is submitted.
+    Nothing is submitted for a target whose engines are not built here.
     """
 
-    def __init__(self, job: Job, writer: BundleWriter, builders: Builders) -> None:
-        self._job, self._writer, self._builders = job, writer, builders
+    def __init__(
+        self,
+        settings: EngineSettings,
+        writer: BundleWriter,
+        builders: Builders,
+        memory: Callable[[str], int],
+        beside: int,
+    ) -> None:
+        """``memory``: what the builder of an engine takes, by its graph's name. ``beside``: what else is measured while
+        the engines of models are built. Both in bytes."""
+        self._settings, self._writer, self._builders = settings, writer, builders
+        self._memory, self._beside = memory, beside
+        self._here = backend_of(settings.target).builds_here
         self._submitted: set[str] = set()
         self._of_models: list[Future[Engine]] = []
         self._of_codecs: list[Future[Engine]] = []
 
     def submit_codec(self, codec: Codec) -> None:
         """Build the engines of ``codec``, whose models are written."""
-        if self._job.backend.builds_here:
-            memory, work = builder_memory(self._job), codec_engines(codec, self._job, self._writer)
-            self._of_codecs += [self._builders.submit(one, memory(graph)) for graph, one in work.items()]
+        if self._here:
+            work = codec_engines(codec, self._settings, self._writer)
+            self._of_codecs += [self._builders.submit(one, self._memory(graph)) for graph, one in work.items()]
 
     def submit(self, models: Iterable[Model], dtype: torch.dtype) -> None:
         """Build the engines of ``models``, which are written, unless that has been asked for before.
@@ -60,39 +70,38 @@ class EngineBuilds:
         is that of the whole model.
         """
         new = [model for model in models if model.has_engine and model.name not in self._submitted]
-        if not self._job.backend.builds_here or not new:
+        if not self._here or not new:
             return
         return_freed_memory()
         self._submitted.update(model.name for model in new)
-        self._builders.hold(gates_memory(self._job))
-        memory = builder_memory(self._job)
+        self._builders.hold(self._beside)
         for model in new:
             work = self._work(model, dtype)
-            self._of_models.append(self._builders.submit(work, memory(model.name)))
+            self._of_models.append(self._builders.submit(work, self._memory(model.name)))
 
     def result(self) -> list[Engine]:
         """Every engine, when all are there. Raises what the first builder that failed raised."""
-        if not self._job.backend.builds_here:
+        if not self._here:
             return []
         self._builders.wait()
         return [build.result() for build in (*self._of_models, *self._of_codecs)]
 
     def _work(self, model: Model, dtype: torch.dtype) -> Callable[[Progress], Engine]:
-        return lambda progress: _build_engine(model, dtype, self._job, self._writer, progress)
+        return lambda progress: _build_engine(model, dtype, self._settings, self._writer, progress)
 
 
 def _build_engine(
-    model: Model, dtype: torch.dtype, job: Job, writer: BundleWriter, progress: Progress
+    model: Model, dtype: torch.dtype, settings: EngineSettings, writer: BundleWriter, progress: Progress
 ) -> Engine:  # fmt: skip
     name, graph = model.name, model.graph
     # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
     fused = dtype != torch.float32
     report = write_engine(
-        name, profile_dims(model.inputs), job.profiles, job, writer, progress, decomposable_attention=not fused
+        name, profile_dims(model.inputs), settings, writer, progress, decomposable_attention=not fused
     )
     summary = inspect_engine(report.path)
-    profiles = tuple(profile.name for profile in job.profiles)
-    check = _check(model, summary, job, dtype)
+    profiles = tuple(profile.name for profile in settings.profiles)
+    check = _check(model, summary, settings, dtype)
     attention = len(graph.calls(*ATTENTIONS))
     return Engine(name, report, summary, check, attention, profiles, model.weights, layer_weights(graph))
 
@@ -107,11 +116,11 @@ def profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]
     return {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
 
 
-def _check(model: Model, summary: EngineSummary, job: Job, dtype: torch.dtype) -> EngineCheck:
+def _check(model: Model, summary: EngineSummary, settings: EngineSettings, dtype: torch.dtype) -> EngineCheck:
     """What the engine was meant to contain, and whether it does."""
     attention, weights = model.graph.calls(*ATTENTIONS), layer_weights(model.graph)
     if not attention and not weights:  # tables: a few element-wise kernels, nothing that could fall back
-        return capability_check(model.name, summary, job)
+        return capability_check(model.name, summary, settings.target)
     fused, kind = dtype != torch.float32, _TYPES[dtype]
     scale = attention[0].args[-1] if attention else 1.0
     in_fp8 = [node for node in attention if node.target is ops.JOINT_ATTENTION_FP8]
@@ -120,8 +129,8 @@ def _check(model: Model, summary: EngineSummary, job: Job, dtype: torch.dtype) -
     expected = EngineExpectation(
         attention=_unrolled(model, summary) if fused else 0,
         gemm_type=kind,
-        compute_capability=job.target.compute_capability or "",
-        profiles=len(job.profiles),
+        compute_capability=settings.target.compute_capability or "",
+        profiles=len(settings.profiles),
         # Where some layers attend in fp8 and some do not, their number is checked and not which is which.
         attention_type=None if not fused or 0 < len(in_fp8) < len(attention) else attends,
         attention_scale=float(scale),

@@ -37,6 +37,11 @@ class Forms:
         others = {name: variant.graphs[variant.loop.body] for name, variant in self.variants.items()}
         return {**self.program.graphs, **others}
 
+    @property
+    def closed_bodies(self) -> list[Graph]:
+        """The body of every closed loop."""
+        return [closed.graphs[closed.loop.body] for closed in self.closed.values()]
+
 
 def make_forms(
     plain: Program,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
+from cosmos_export.calibration.table import ScaleTable
 from cosmos_export.compiler.forms import quantize_copy
 from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
@@ -32,6 +33,7 @@ from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.precision.recipe import Assignment
 from cosmos_export.precision.scheme import StepLimits
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.report.losses import loss_page
@@ -188,7 +190,7 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
     return Losses(tuple(linears.values()), tuple(steps), limits, note, alike)
 
 
-def require_losses(losses: Losses, loops: Sequence[Measured], job: Job) -> None:
+def require_losses(losses: Losses, loops: Sequence[Measured], *, enforce: bool) -> None:
     """CX361: a linear loses more than its scheme does; CX362: whole steps or ``loops`` do, unless only reported."""
     failed = losses.failed_linears
     if failed:
@@ -200,7 +202,7 @@ def require_losses(losses: Losses, loops: Sequence[Measured], job: Job) -> None:
         )
     problems = losses.step_problems
     problems += [f"{m.stage}: {m.metric} is {m.value:.3f}, allowed {m.limit}" for m in loops if not m.passed]
-    if problems and job.options.quality == "enforce":
+    if problems and enforce:
         raise FindingError(
             "CX362",
             f"the quantized model is too far from the unquantized one: {'; '.join(problems)}",
@@ -256,11 +258,11 @@ def loss_values(losses: Losses) -> dict[str, float]:
     return {name: value for name, value in values.items() if isfinite(value)}
 
 
-def loss_document(losses: Losses, job: Job) -> dict[str, Any]:
+def loss_document(losses: Losses, precision: Assignment) -> dict[str, Any]:
     """The report as JSON."""
     return {
-        "recipe": job.precision.recipe,
-        "overrides": list(job.precision.overrides),
+        "recipe": precision.recipe,
+        "overrides": list(precision.overrides),
         "measured_on": losses.note,
         "limits": {"steps": asdict(losses.limits)},
         "alike": [
@@ -291,19 +293,19 @@ def _finite(value: float) -> float | None:
     return value if isfinite(value) else None
 
 
-def loss_texts(losses: Losses, job: Job) -> tuple[str, str]:
+def loss_texts(losses: Losses, precision: Assignment) -> tuple[str, str]:
     """The report as JSON and as a page."""
-    document = loss_document(losses, job)
+    document = loss_document(losses, precision)
     return json.dumps(document, indent=1, allow_nan=False) + "\n", loss_page(document)
 
 
-def write_losses(losses: Losses, job: Job, writer: BundleWriter) -> None:
+def write_losses(losses: Losses, precision: Assignment, scales: ScaleTable | None, writer: BundleWriter) -> None:
     """The report in both forms, and a copy of the calibration's lineage."""
-    document, page = loss_texts(losses, job)
+    document, page = loss_texts(losses, precision)
     writer.path(REPORT_JSON, "report").write_text(document, encoding="utf-8")
     writer.path(REPORT_PAGE, "report").write_text(page, encoding="utf-8")
-    if job.scales is not None:
-        writer.path(LINEAGE, "calibration").write_bytes(job.scales.document)
+    if scales is not None:
+        writer.path(LINEAGE, "calibration").write_bytes(scales.document)
 
 
 def precision_record(job: Job) -> PrecisionRecord:
@@ -313,13 +315,12 @@ def precision_record(job: Job) -> PrecisionRecord:
         overrides=job.precision.overrides,
         table=job.precision.table(),
         rounding=ROUNDING if job.checkpoint.quantization is None else AS_STORED,
-        calibration=_calibration(job),
+        calibration=_calibration(job.scales),
         report=REPORT_JSON,
     )
 
 
-def _calibration(job: Job) -> CalibrationRecord | None:
-    scales = job.scales
+def _calibration(scales: ScaleTable | None) -> CalibrationRecord | None:
     if scales is None:
         return None
     return CalibrationRecord(

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from cosmos_export.bundle import BundleWriter, WeightInput
 from cosmos_export.compiler.artifacts import layout_of, model_bytes, weight_inputs, write_models
 from cosmos_export.compiler.forms import Forms, Pieces
-from cosmos_export.compiler.job import Job
-from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_tables
+from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, spec_of
-from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.fold_schedule import SCHEDULE
 from cosmos_export.progress import Progress
+from cosmos_export.targets.backends import Backend
 from cosmos_export.targets.backends.protocol import LoweredGraph
 from cosmos_export.targets.onnx.plugins import Plugins
 
@@ -85,10 +85,12 @@ def write_graph_models(
     stem: str,
     models: Iterable[Model],
     forms: Forms,
-    job: Job,
+    backend: Backend,
     writer: BundleWriter,
     progress: Progress,
     plugins: Plugins | None,
+    *,
+    external: bool,
 ) -> str:
     """Graph ``stem``, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
 
@@ -97,14 +99,21 @@ def write_graph_models(
     graphs = {model.name: model.graph for model in models if model.stem == stem and not model.in_loop}
     # As the whole graphs have them, whatever they were cut into: engines' inputs are parts of this file.
     places = layout_of(sharing(stem, forms).values())
-    narrow, external = model_dtype(forms.program) != torch.float32, job.options.weights == "external"
+    narrow = model_dtype(forms.program) != torch.float32
     return write_models(
-        graphs, stem, narrow, job, writer, progress, external=external, plugins=plugins, places=places
+        graphs, stem, narrow, backend, writer, progress, external=external, plugins=plugins, places=places
     )  # fmt: skip
 
 
 def write_loop_model(
-    name: str, forms: Forms, job: Job, weights: Weights, writer: BundleWriter, plugins: Plugins | None
+    name: str,
+    forms: Forms,
+    tables: Mapping[str, np.ndarray],
+    backend: Backend,
+    writer: BundleWriter,
+    plugins: Plugins | None,
+    *,
+    external: bool,
 ) -> None:
     """Closed loop ``name`` as one model, on the weights of the program's body; an engine's form writes attention
     out."""
@@ -113,13 +122,11 @@ def write_loop_model(
     from cosmos_export.targets.onnx.loop import lower_loop
 
     closed = forms.closed[name]
-    tables = loop_tables(closed, job.schedule, weights)
     body = closed.graphs[closed.loop.body]
     stored = layout_of([forms.program.graphs[closed.loop.body]])
     file = f"{closed.loop.body}.weights"
-    external = job.options.weights == "external"
     apart = external or _body_dtype(closed) != torch.float32
-    engines = job.backend.engines is not None
+    engines = backend.engines is not None
     for suffix, compute in {".cpu.onnx": torch.float32, ".onnx": None}.items() if apart else {".onnx": None}.items():
         on_cpu = suffix == ".cpu.onnx" or not engines
         if apart and suffix == ".onnx" and not engines:
@@ -131,7 +138,7 @@ def write_loop_model(
         path = writer.path(f"onnx/{name}{suffix}", "onnx")
         path.write_bytes(model_bytes(model))
         onnx.checker.check_model(str(path))
-    job.backend.write(LoweredGraph(name, body, file, stored, closed.loop, tables), writer)
+    backend.write(LoweredGraph(name, body, file, stored, closed.loop, tables), writer)
 
 
 def _body_dtype(closed: Program) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.selection import codec_tensors_bytes
@@ -77,7 +78,7 @@ class Overall:
 def expected_seconds(job: Job) -> dict[str, float]:
     """Seconds that each task of a build is expected to take, by its name, in the order in which they come."""
     geometry = job.checkpoint.geometry
-    graphs = {name: sum(_stored(job, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
+    graphs = {name: sum(_stored(job.checkpoint, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
     codecs = {name: codec_tensors_bytes(job.checkpoint, name) for name in job.components if name in CODECS}
     found = {"tokenizer": _START_S}
     for name, size in codecs.items():  # their engines are built beside what follows
@@ -88,23 +89,21 @@ def expected_seconds(job: Job) -> dict[str, float]:
     for name, size in graphs.items():
         found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
     if job.backend.builds_here:
-        for name, size in _engines(job, graphs).items():
+        for name, size in _engines(len(job.schedule.segments) if job.options.loop == "device" else 0, graphs).items():
             found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
     found["hashing inputs"] = 0.2 * sum(graphs.values()) / typical(HASH_BYTES_PER_S)
     return found
 
 
-def _engines(job: Job, graphs: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of the towers' engines, in the order they are built."""
-    device = job.options.loop == "device"
-    found = {n: size for n, size in graphs.items() if n != "schedule" and not (device and n == "generator")}
-    if device:
-        count = len(job.schedule.segments)
-        names = [f"{_LOOP}_{i}" for i in range(1, count + 1)] if count > 1 else [_LOOP]
+def _engines(loops: int, graphs: Mapping[str, int]) -> dict[str, int]:
+    """Bytes of the towers' engines, in the order they are built. ``loops``: how many run on the device alone."""
+    found = {n: size for n, size in graphs.items() if n != "schedule" and not (loops and n == "generator")}
+    if loops:
+        names = [f"{_LOOP}_{i}" for i in range(1, loops + 1)] if loops > 1 else [_LOOP]
         found |= dict.fromkeys(names, graphs["generator"])
     return found
 
 
-def _stored(job: Job, name: str) -> int:
-    entry = job.checkpoint.tensors.get(name)
+def _stored(checkpoint: Checkpoint, name: str) -> int:
+    entry = checkpoint.tensors.get(name)
     return 0 if entry is None else entry.size_bytes

@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 
+from cosmos_export.bundle import BundleWriter
 from cosmos_export.checkpoint import Checkpoint, TensorEntry
-from cosmos_export.checkpoint.codecs import CODECS
+from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.compiler.components import Codec
 from cosmos_export.compiler.cuts import chains
+from cosmos_export.compiler.evidence import Evidence
 from cosmos_export.compiler.forms import Forms, Pieces
 from cosmos_export.compiler.job import ParityMode
+from cosmos_export.compiler.metering import Stages
 from cosmos_export.compiler.models import model_dtype
 from cosmos_export.diagnostics import FindingError
-from cosmos_export.evaluation.cases import CASES, Case
+from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import REPORT, Measured, Parity
 from cosmos_export.ir.dims import product
@@ -42,25 +45,39 @@ def parity_refusal(mode: ParityMode, tensors: Mapping[str, TensorEntry]) -> str:
 
 
 def load_published(
-    checkpoint: Checkpoint, modalities: Sequence[str], outputs: Sequence[str], weights: Weights
+    checkpoint: Checkpoint,
+    modalities: Sequence[str],
+    outputs: Sequence[str],
+    weights: Weights,
+    few_cases: int | None = None,
 ) -> Parity:
-    """The published model of ``checkpoint``."""
-    return Parity(checkpoint, modalities, outputs, weights)
-
-
-def load_part(
-    checkpoint: Checkpoint, modalities: Sequence[str], outputs: Sequence[str], weights: Weights, *, closed: bool
-) -> Parity:
-    """The published model of the first layers of a larger one, to be compared on fewer cases: on one where the loop is
-    ``closed``, as that runs all its steps."""
+    """The published model of ``checkpoint``. That of the first layers of a larger model is read through ``weights`` and
+    compared on ``few_cases``."""
+    if few_cases is None:
+        return Parity(checkpoint, modalities, outputs, weights)
     found = [c for c in CASES if c.mode.representative and set(c.outputs) & set(outputs)]
-    cases: list[Case] = [c for c in found if not c.actions or "action" in modalities][: 1 if closed else 2]
+    cases = [c for c in found if not c.actions or "action" in modalities][:few_cases]
     return Parity(checkpoint, modalities, outputs, weights, cases=cases, whole=False)
 
 
-def compare_codec(codec: Codec, checkpoint: Checkpoint, onnx: Path) -> Measured:
-    """The models of ``codec`` in the folder ``onnx`` against the published module."""
-    return codec_parity(codec.name, codec.program, checkpoint.components[CODECS[codec.name].folder], onnx, codec.suffix)
+def compare_codecs(
+    codecs: Iterable[Codec],
+    checkpoint: Checkpoint,
+    mode: ParityMode,
+    writer: BundleWriter,
+    evidence: Evidence,
+    stages: Stages,
+) -> None:
+    """The models of every codec against the published module, where that fits in memory."""
+    for codec in codecs:
+        refusal = parity_refusal(mode, codec_tensors(checkpoint, codec.name))
+        if refusal:
+            evidence.not_compared[codec.name] = refusal
+            continue
+        with stages("parity", f"of {codec.name}"):
+            onnx = writer.path(f"onnx/{codec.graphs[0]}{codec.suffix}", "onnx").parent
+            published = checkpoint.components[CODECS[codec.name].folder]
+            evidence.parity.append(codec_parity(codec.name, codec.program, published, onnx, codec.suffix))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from cosmos_export.bundle import (
 )
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.compiler.components import Codec
-from cosmos_export.compiler.coverage import coverage_verdicts
+from cosmos_export.compiler.coverage import coverage_verdicts, table_coverage
 from cosmos_export.compiler.cuts import chains
 from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.forms import Forms, Pieces
@@ -209,4 +209,4 @@ def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         for e in result.engines
     ]
     lost = () if result.losses is None else loss_verdicts(result.losses)
-    return (*measured, *result.verdicts, *lost, *coverage_verdicts(result.job), *missing, *engines)
+    return (*measured, *result.verdicts, *lost, *coverage_verdicts(table_coverage(result.job)), *missing, *engines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cosmos_export.calibration.table import ScaleTable
-from cosmos_export.compiler.coverage import coverage_note
+from cosmos_export.compiler.coverage import coverage_note, table_coverage
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.sampling import Schedule
@@ -19,7 +19,7 @@ def opening_remarks(job: Job) -> list[str]:
     """Everything that can be said of ``job`` before it begins."""
     found = [*checkpoint_notes(job.checkpoint), *unused_modalities(job.modalities, job.profiles)]
     found += other_schedule(job.scales, job.options.mode, job.schedule)
-    return [*found, *filter(None, [coverage_note(job)])]
+    return [*found, *filter(None, [coverage_note(table_coverage(job))])]
 
 
 def unused_modalities(modalities: Sequence[str], profiles: Sequence[Profile]) -> Iterator[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest
 from cosmos_export.capture.sources import weight_sources
-from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
+from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.compiler.allocator import return_freed_memory
-from cosmos_export.compiler.artifacts import cache_entries, write_plugins
+from cosmos_export.compiler.artifacts import EngineSettings, cache_entries, write_plugins
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.bundle_requests import (
     compare_guided,
@@ -36,26 +36,28 @@ from cosmos_export.compiler.forms import make_forms
 from cosmos_export.compiler.graphs import PassWatch, all_passes, plain_program
 from cosmos_export.compiler.input_files import InputHashes
 from cosmos_export.compiler.job import Job
+from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.compiler.losses import measure_losses, require_losses, write_losses
 from cosmos_export.compiler.metering import Stages
 from cosmos_export.compiler.models import model_dtype, models_of, write_graph_models, write_loop_model
+from cosmos_export.compiler.planned import builder_memory, gates_memory
 from cosmos_export.compiler.precision import pass_options, require_scales
 from cosmos_export.compiler.published import (
     Lowered,
-    compare_codec,
+    compare_codecs,
     compare_loop,
     compare_lowered,
-    load_part,
     load_published,
     parity_refusal,
     require_parity,
 )
 from cosmos_export.compiler.record import BundleContents, manifest
 from cosmos_export.compiler.remarks import opening_remarks
+from cosmos_export.compiler.selection import TOKENIZER
 from cosmos_export.compiler.time_table import write_schedule_table
 from cosmos_export.diagnostics import FindingError
-from cosmos_export.evaluation.parity import Measured, Parity
-from cosmos_export.ir.interpreter import Weights, read_weights
+from cosmos_export.evaluation.parity import Measured
+from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.cut_graph import CutGraph
 from cosmos_export.passes.fold_schedule import SCHEDULE
@@ -82,9 +84,8 @@ def compile_only(job: Job, progress: Progress) -> BuildResult:
             sources = weight_sources(job.checkpoint.tensors)
             captured = capture(config, sources, modalities=job.modalities, graphs=job.options.graphs)
         plain = plain_program(captured, passes, until, watch)
-        forms = make_forms(
-            plain, passes, job.precision.step_keys(), job.closed_segments, until=until, watch=watch
-        )  # fmt: skip
+        keys, segments = job.precision.step_keys(), job.closed_segments
+        forms = make_forms(plain, passes, keys, segments, until=until, watch=watch)
         if until == CutGraph.name:
             cut_graphs(forms.graphs, job, watch)
         require_parity(evidence.parity)
@@ -125,14 +126,19 @@ def _build(
         with stages("first layers"):  # before anything else takes memory
             evidence.not_compared[TRANSFORMER] += compare_first_layers(job, writer, evidence, _build_part)
     with stages("tokenizer"):
-        prompt = write_tokenizer(job, writer)
-    engines, codecs = EngineBuilds(job, writer, builders), list[Codec]()
+        prompt = write_tokenizer(checkpoint, writer) if TOKENIZER in job.components else None
+    settings = EngineSettings(job.target, job.profiles, options.cache)
+    engines = EngineBuilds(settings, writer, builders, builder_memory(job), gates_memory(job))
+    codecs: list[Codec] = []
     for name in (name for name in job.components if name in CODECS):
         with stages("components", name):
-            codecs.append(write_codec(name, job, writer, stages.progress))
+            codecs.append(write_codec(name, checkpoint, job.backend, writer, stages.progress, options.graphs))
         engines.submit_codec(codecs[-1])
     sources = weight_sources(checkpoint.tensors)
-    parity = None if refusal else _published(job, weights, stages)
+    parity, few_cases = None, None if job.part_of is None else 1 if options.loop == "device" else 2
+    if not refusal:
+        with stages("parity", "reference"):
+            parity = load_published(checkpoint, job.modalities, job.outputs, weights, few_cases)
 
     # The program and the forms that are lowered.
     passes, watch = pass_options(job), PassWatch(stages, evidence, options.dump, parity, each=job.part_of is None)
@@ -152,33 +158,29 @@ def _build(
     with stages("cuts"):
         pieces = cut_graphs(forms.graphs, job, watch)
         evidence.notes.extend(cut_notes(pieces))
-    for codec in codecs:
-        refused = parity_refusal(options.parity, codec_tensors(checkpoint, codec.name))
-        if refused:
-            evidence.not_compared[codec.name] = refused
-            continue
-        with stages("parity", f"of {codec.name}"):
-            model = writer.path(f"onnx/{codec.graphs[0]}{codec.suffix}", "onnx")
-            evidence.parity.append(compare_codec(codec, checkpoint, model.parent))
+    compare_codecs(codecs, checkpoint, options.parity, writer, evidence, stages)
     if parity is None:
         require_parity(evidence.parity)
 
     # The models, each with its engine as soon as it is there.
     plugins = Plugins(options.kernels) if options.kernels else None
     if plugins is not None:
-        closed_bodies = [closed.graphs[closed.loop.body] for closed in forms.closed.values()]
-        plugins.require_places([*forms.program.graphs.values(), *closed_bodies])
-    models, dtype = models_of(forms, pieces, external=options.weights == "external"), model_dtype(forms.program)
+        plugins.require_places([*forms.program.graphs.values(), *forms.closed_bodies])
+    external, dtype = options.weights == "external", model_dtype(forms.program)
+    models = models_of(forms, pieces, external=external)
     with stages("weights and ONNX", shown=False):
         for name in forms.program.graphs:
-            suffix = write_graph_models(name, models, forms, job, writer, stages.progress, plugins)
+            suffix = write_graph_models(
+                name, models, forms, job.backend, writer, stages.progress, plugins, external=external
+            )
             if parity is None:  # its memory is not planned: without it builders of one tower run beside the next one
                 engines.submit([model for model in models if model.stem == name and not model.in_loop], dtype)
-        for name in forms.closed:
-            write_loop_model(name, forms, job, weights, writer, plugins)
+        for name, closed in forms.closed.items():
+            tables = loop_tables(closed, job.schedule, weights)
+            write_loop_model(name, forms, tables, job.backend, writer, plugins, external=external)
     if plugins is not None:
         with stages("kernels"):
-            write_plugins(plugins, job, writer)
+            write_plugins(plugins, job.target, writer)
     with stages("models of engines"):
         evidence.verdicts.extend(engine_form_verdicts(models, codecs, writer))
 
@@ -201,8 +203,8 @@ def _build(
             why = evidence.not_compared.get(TRANSFORMER, "")
             losses = measure_losses(plain, job, passes, weights, unsampled=why)
             evidence.losses.append(losses)
-            write_losses(losses, job, writer)
-        require_losses(losses, evidence.quality, job)
+            write_losses(losses, job.precision, job.scales, writer)
+        require_losses(losses, evidence.quality, enforce=options.quality == "enforce")
         return_freed_memory()
         builders.hold(0)
 
@@ -244,15 +246,6 @@ def _build(
         committed = writer.commit(manifest(result_of(job, evidence), contents), with_requests)
     Cache(options.cache).add(cache_entries(writer, committed, created))
     return plain, committed
-
-
-def _published(job: Job, weights: Weights, stages: Stages) -> Parity:
-    """The published model that the job's is compared with."""
-    of_what = (job.checkpoint, job.modalities, job.outputs, weights)
-    with stages("parity", "reference"):
-        if job.part_of is None:
-            return load_published(*of_what)
-        return load_part(*of_what, closed=job.options.loop == "device")
 
 
 def _build_part(job: Job, writer: BundleWriter, evidence: Evidence) -> None:

@@ -24,6 +24,7 @@ import cosmos_export.compiler.published as published
 import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import BundleWriter, Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
+from cosmos_export.compiler.artifacts import EngineSettings
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.options import resolve
@@ -356,12 +357,13 @@ def test_an_fp32_codec_of_a_bf16_checkpoint(tmp_path: Path, omni: Path, omni_fp3
     shutil.copytree(omni_fp32 / "sound_tokenizer", root / "sound_tokenizer", dirs_exist_ok=True)
     job = resolve(BuildOptions(root, tmp_path / "x", target="rtx-pro-6000", profiles=(WITH_SOUND,)))
     with BundleWriter(tmp_path / "x") as writer:
-        codec = components.write_codec("sound-decoder", job, writer, Silent())
+        codec = components.write_codec("sound-decoder", job.checkpoint, job.backend, writer, Silent())
         folder = writer.path("onnx/sound_decoder.onnx", "onnx").parent
         assert (codec.suffix, codec.stream) == (".onnx", None)
         assert {path.name for path in folder.iterdir()} == {"sound_decoder.onnx", "sound_decoder.weights"}
         assert codec_parity(codec.name, codec.program, root / "sound_tokenizer", folder, codec.suffix).passed
-        (build_engine,) = components.codec_engines(codec, job, writer).values()
+        settings = EngineSettings(job.target, job.profiles, None)
+        (build_engine,) = components.codec_engines(codec, settings, writer).values()
         assert build_engine(Silent()).check.passed
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-import cosmos_export.compiler.models as models
+import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler import forms
 from cosmos_export.compiler.driver import _required_bytes, build
@@ -73,14 +73,14 @@ def test_a_loop_with_fewer_outputs_is_compared_where_it_can_be(tmp_path: Path, o
 
 
 def test_a_wrong_coefficient_is_found(tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = models.loop_tables
+    real = stages.loop_tables
 
     def wrong(*arguments: Any) -> Any:
         tables = dict(real(*arguments))
         tables["coefficients"] = tables["coefficients"] * 1.001
         return tables
 
-    monkeypatch.setattr(models, "loop_tables", wrong)
+    monkeypatch.setattr(stages, "loop_tables", wrong)
     with pytest.raises(FindingError, match="loop of 4 steps"):
         built(omni, tmp_path / "x", parity="always", steps=4)
     assert not (tmp_path / "x").exists()
@@ -180,7 +180,7 @@ def forgetful(close_loop: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("function", "bug"), [((models, "loop_tables"), first_rows), ((forms, "close_loop"), forgetful)]
+    ("function", "bug"), [((stages, "loop_tables"), first_rows), ((forms, "close_loop"), forgetful)]
 )
 def test_a_segment_that_does_not_go_on_where_the_last_one_ended_is_found(
     tmp_path: Path, omni: Path, monkeypatch: pytest.MonkeyPatch, function: tuple[Any, str], bug: Any
