@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from cosmos_export.calibration.algorithms import SearchResult
 from cosmos_export.calibration.formats import layout_of, quantized_weight
+from cosmos_export.calibration.search import SearchResult
 from cosmos_export.precision.layout import LinearInputs
 from cosmos_export.precision.schemes import searched_schemes
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cosmos_export.calibration.algorithms import BUDGETED, Rows, SearchResult
 from cosmos_export.calibration.formats import layout_of
+from cosmos_export.calibration.search import BUDGETED, Rows, SearchResult
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED, searched_schemes
 
 _CONFIGS = {name: config for name in BUDGETED if (config := SCHEMES[name].modelopt)}

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from cosmos_export import directories
-from cosmos_export.calibration.algorithms import Array, Search, SearchResult
 from cosmos_export.calibration.layers import Hidden, LayerSource
 from cosmos_export.calibration.observers import Observation, Observer, choose_range
+from cosmos_export.calibration.search import Array, Search, SearchResult
 from cosmos_export.calibration.watch import Seen, Watched
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.checkpoint.strict_json import optional_object

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cosmos_export.calibration import algorithms
-from cosmos_export.calibration.algorithms import ALGORITHMS, Algorithm, SearchResult
+from cosmos_export.calibration.algorithms import ALGORITHMS, Algorithm
 from cosmos_export.calibration.formats import layout_of, quantized_weight
+from cosmos_export.calibration.search import BUDGETED, SearchResult
 from cosmos_export.calibration.table import RECIPE_FILE, ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
@@ -93,7 +94,7 @@ def test_schemes_within_a_budget(layer: nn.Module, rows: dict[str, torch.Tensor]
     for bits in (5.0, 7.0, 12.0):
         schemes = search("modelopt-auto", layer, rows, bits=bits).schemes
         assert schemes.keys() == sizes.keys() and schemes["q"] == schemes["k"]
-        used = sum(sizes[name] * algorithms.BUDGETED[scheme] for name, scheme in schemes.items())
+        used = sum(sizes[name] * BUDGETED[scheme] for name, scheme in schemes.items())
         spent[bits] = used / sum(sizes.values())
         assert spent[bits] <= bits + 0.1
     assert spent[5.0] < spent[7.0] <= spent[12.0]
