@@ -19,8 +19,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import fuzz_mutations as mutations
+import fuzz_bytes
+import fuzz_mutations
 import fuzz_readers as readers
+import fuzz_tree
+import fuzz_values
 from fuzz_readers import Call, Outcome, Reader
 
 from cosmos_export.bundle import strict
@@ -65,7 +68,7 @@ class Audit:
             for argument in arguments[:2]:
                 if isinstance(argument, str | bytes | os.PathLike):
                     path = os.path.abspath(os.fsdecode(argument))  # noqa: PTH100 - links are not followed
-                    if path.startswith(str(self._folder)) and f"/{mutations.OUTSIDE}/" in path:
+                    if path.startswith(str(self._folder)) and f"/{fuzz_values.OUTSIDE}/" in path:
                         self._seen.append(f"{event} {path}"[:200])
 
 
@@ -93,11 +96,11 @@ class Worker:
 
     def __init__(self, seeds: Path, work: Path, memory_bytes: int) -> None:
         self._seeds, self._work, self._memory = seeds, work, memory_bytes
-        self._trees: dict[str, mutations.Tree] = {}
+        self._trees: dict[str, fuzz_tree.Tree] = {}
         self.audit = Audit()
         self._failure = ""
 
-    def prepare(self, reader: Reader) -> mutations.Tree:
+    def prepare(self, reader: Reader) -> fuzz_tree.Tree:
         """The tree of ``reader``, which is accepted as it is."""
         if reader.name in self._trees:
             return self._trees[reader.name]
@@ -106,11 +109,11 @@ class Worker:
         folder = self._work / reader.name
         # Three levels, so that names that lead out of the tree lead to something.
         for depth in range(4):
-            outside = folder.joinpath(*["a"] * depth) / mutations.OUTSIDE
+            outside = folder.joinpath(*["a"] * depth) / fuzz_values.OUTSIDE
             outside.mkdir(parents=True, exist_ok=True)
             for name in ("secret", "secret.json"):
                 (outside / name).write_text("{}")
-        tree = mutations.Tree(self._seeds / reader.seed.__name__, folder / "a" / "a" / "a" / "tree")
+        tree = fuzz_tree.Tree(self._seeds / reader.seed.__name__, folder / "a" / "a" / "a" / "tree")
         found = readers.outcome(reader, Call(tree.root, (), Random(0)))
         if found.kind != "accepted":
             raise RuntimeError(f"{reader.name} does not accept its own files: {found}")
@@ -126,7 +129,7 @@ class Worker:
         names = reader.names(tree.files())
         while True:
             for _ in range(random.choice((1, 1, 1, 2, MOST))):
-                mutations.change(random, tree, names)
+                fuzz_mutations.change(random, tree, names)
             if not tree.same():
                 break
             tree.restore()
@@ -137,10 +140,10 @@ class Worker:
         tree = self.prepare(reader)
         data = tree.original(name)
         at, shift = divmod(bit % (8 * len(data)), 8)
-        tree.write(name, mutations.flip(data, at, shift), f"bit {shift} of byte {at} flipped")
+        tree.write(name, fuzz_bytes.flip(data, at, shift), f"bit {shift} of byte {at} flipped")
         return self.run(reader, tree, bit)
 
-    def run(self, reader: Reader, tree: mutations.Tree, draw: int) -> dict[str, Any]:
+    def run(self, reader: Reader, tree: fuzz_tree.Tree, draw: int) -> dict[str, Any]:
         changed = dict(tree.changed)
         if reader.resealed:
             _reseal(tree)
@@ -155,14 +158,14 @@ class Worker:
             "changed": changed, "trace": (found.trace or self._failure)[-3000:] * (found.kind not in readers.GOOD),
         }  # fmt: skip
 
-    def _accepted(self, reader: Reader, tree: mutations.Tree, changed: Mapping[str, str]) -> Outcome:
+    def _accepted(self, reader: Reader, tree: fuzz_tree.Tree, changed: Mapping[str, str]) -> Outcome:
         """What acceptance is worth: nothing may differ, or the reference has to accept too."""
         if reader.unchanged_only and any(tree.differs(name) for name in reader.names(list(changed))):
             return Outcome("wrong", said="accepted, although it is not what was written")
         for name in changed:
             path = tree.root / name
             known = (tree.pristine / name).is_file()  # what was added need not be read
-            regular = known and path.exists() and not mutations.is_special(path)
+            regular = known and path.exists() and not fuzz_tree.is_special(path)
             if reader.is_compared(name) and regular and not readers.reference_accepts(path):
                 return Outcome("wrong", said=f"{name} is accepted, and the reference refuses it")
         return Outcome("accepted")
@@ -178,7 +181,7 @@ class Worker:
         else:
             tree.restore()
 
-    def _guarded(self, reader: Reader, call: Call, tree: mutations.Tree) -> Outcome:
+    def _guarded(self, reader: Reader, call: Call, tree: fuzz_tree.Tree) -> Outcome:
         self._failure = ""
         before = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (_data_bytes() + self._memory, before[1]))
@@ -276,12 +279,12 @@ def _data_bytes() -> int:
     return int(line.split()[1]) << 10
 
 
-def _reseal(tree: mutations.Tree) -> None:
+def _reseal(tree: fuzz_tree.Tree) -> None:
     """Make the manifest of the bundle say what its files are, wherever it is a manifest at all."""
     import hashlib
 
     path = tree.root / "x.bundle" / "manifest.json"
-    if not os.path.lexists(path) or mutations.is_special(path) or path.stat().st_size > mutations.MAX_BYTES:
+    if not os.path.lexists(path) or fuzz_tree.is_special(path) or path.stat().st_size > fuzz_values.MAX_BYTES:
         return
     try:
         document = json.loads(path.read_bytes())

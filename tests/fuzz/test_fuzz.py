@@ -10,8 +10,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import fuzz_bytes
 import fuzz_campaign
-import fuzz_mutations as mutations
+import fuzz_mutations
+import fuzz_tree
+import fuzz_values
 import fuzz_worker
 import pytest
 from fuzz_readers import GOOD, Call, Reader, command, judge
@@ -64,11 +67,11 @@ def evaluates(_: Call) -> None:
 
 
 def leaves(call: Call) -> None:
-    (call.root.parent / mutations.OUTSIDE / "secret").read_text()
+    (call.root.parent / fuzz_values.OUTSIDE / "secret").read_text()
 
 
 def removes(call: Call) -> None:
-    (call.root / ".." / mutations.OUTSIDE / "secret.json").unlink()
+    (call.root / ".." / fuzz_values.OUTSIDE / "secret.json").unlink()
 
 
 def commands(_: Call) -> None:
@@ -150,13 +153,13 @@ def test_a_case_is_its_seed_and_files_are_restored(worker: fuzz_worker.Worker, t
     assert cases(0) == cases(0) != cases(1)
 
 
-@pytest.mark.parametrize("kind", mutations.SPECIAL)
+@pytest.mark.parametrize("kind", fuzz_tree.SPECIAL)
 def test_every_special_file_is_placed_and_restored(tmp_path: Path, kind: str) -> None:
     (tmp_path / "pristine").mkdir()
     seed(tmp_path / "pristine")
-    (tmp_path / mutations.OUTSIDE).mkdir()
-    tree = mutations.Tree(tmp_path / "pristine", tmp_path / "tree")
-    mutations.place_special(tree, "a.json", kind)
+    (tmp_path / fuzz_values.OUTSIDE).mkdir()
+    tree = fuzz_tree.Tree(tmp_path / "pristine", tmp_path / "tree")
+    fuzz_tree.place_special(tree, "a.json", kind)
     path = tree.root / "a.json"
     assert kind == "absent" if not os.path.lexists(path) else not tree.same()
     tree.restore()
@@ -171,8 +174,8 @@ def test_mutations_of_every_kind_of_file_change_it() -> None:
     tensors = len(header).to_bytes(8, "little") + header + bytes(4)
     samples = {"json": document, "jsonl": document + b"\n", "toml": toml, "txt": b"a\nb\n", "safetensors": tensors}
     for suffix, data in samples.items():
-        mutate = mutations.by_kind(f"x.{suffix}")
-        assert mutate is not mutations.mutate_bytes
+        mutate = fuzz_mutations.by_kind(f"x.{suffix}")
+        assert mutate is not fuzz_bytes.mutate_bytes
         found = {mutate(Random(number), data)[0] for number in range(100)}
         assert len(found) > 30, suffix
 
