@@ -8,7 +8,9 @@ same.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
@@ -298,7 +300,10 @@ _PIECE_BYTES = 64 << 20
 
 
 def load_weight(source: Any, device: torch.device, file: BinaryIO | Path) -> torch.Tensor:
-    """A weight on ``device``, straight from ``file``; of one with two numbers a byte, the bytes, uint8 [N, K / 2]."""
+    """A weight on ``device``, from ``file``; of one with two numbers in each byte, the bytes, uint8 [N, K / 2].
+
+    It is read and not mapped: ValueError where the file is too short or is truncated meanwhile, not SIGBUS.
+    """
     import torch
 
     from cosmos_export.ir.spec import INT4
@@ -310,12 +315,22 @@ def load_weight(source: Any, device: torch.device, file: BinaryIO | Path) -> tor
     target = result.view(-1).view(torch.uint8)
     if not target.numel():
         return result
-    # Private pages that nothing writes to: torch wants memory that could be written.
-    mapped = np.memmap(file, np.uint8, "c", source.offset, (target.numel(),))
-    for start in range(0, target.numel(), _PIECE_BYTES):
-        piece = slice(start, start + _PIECE_BYTES)
-        target[piece].copy_(torch.from_numpy(mapped[piece]))
+    buffer = np.empty(min(_PIECE_BYTES, target.numel()), np.uint8)
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        for start in range(0, target.numel(), _PIECE_BYTES):
+            piece = buffer[: target.numel() - start]
+            _read_into(opened.fileno(), piece, source.offset + start)
+            target[start : start + len(piece)].copy_(torch.from_numpy(piece))
     return result
+
+
+def _read_into(descriptor: int, buffer: np.ndarray, offset: int) -> None:
+    left = buffer.data
+    while left:
+        read = os.preadv(descriptor, [left], offset)
+        if not read:
+            raise ValueError(f"its file of weights ends at {offset:,} bytes, {len(left):,} more are needed")
+        left, offset = left[read:], offset + read
 
 
 def open_graphs(files: BundleFiles, device: str | None) -> TorchExecutor:
