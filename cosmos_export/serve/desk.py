@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ class Desk:
         self._seed, self._count = seed, 0
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, "policy")
+        # Digests of pictures take milliseconds: they are made while the model runs.
+        self._digests = ThreadPoolExecutor(1, "digests")
 
     @property
     def count(self) -> int:
@@ -82,24 +84,26 @@ class Desk:
     def close(self) -> None:
         """Wait for the request that is being made; none follows it."""
         self._thread.shutdown(cancel_futures=True)
+        self._digests.shutdown()
 
     def _work(self, observation: Observation, received: float) -> Answer:
         started = time.perf_counter()
         with self._lock:
             seed = (self._seed + self._count) % MAX_SEED
             self._count += 1
+        inputs = None if self._trail is None else self._digests.submit(lambda: observation.digests)
         facts: dict[str, Any] = {"seed": seed, "waited_s": round(started - received, 6)}
         try:
             answer, outcome = self._made(observation, received, started, seed, facts), "pass"
         except CosmosExportError as error:
             outcome = {"CX631": "reject", "CX643": "late"}.get(error.code, "refused")
-            self._record(observation, outcome, {**facts, "error": error.code})
+            self._record(inputs, outcome, {**facts, "error": error.code})
             raise
         except BaseException:
-            self._record(observation, "failed", facts)
+            self._record(inputs, "failed", facts)
             raise
         outcome = answer.review.verdict
-        self._record(observation, outcome, {**facts, "result": array_digest(answer.actions)})
+        self._record(inputs, outcome, {**facts, "result": array_digest(answer.actions)})
         return answer
 
     def _made(
@@ -126,7 +130,7 @@ class Desk:
         self.metrics.prepare.observe(chunk.prepare_s)
         return Answer(actions, found, seed, stale, waited, chunk.prepare_s, chunk.model_s, started, time.perf_counter())
 
-    def _record(self, observation: Observation, outcome: str, facts: dict[str, Any]) -> None:
+    def _record(self, inputs: Future[dict[str, Any]] | None, outcome: str, facts: dict[str, Any]) -> None:
         self.metrics.requests.labels(outcome).inc()
-        if self._trail is not None:
-            self._trail.record("request", inputs=observation.digests, outcome=outcome, **facts)
+        if self._trail is not None and inputs is not None:
+            self._trail.record("request", inputs=inputs.result(), outcome=outcome, **facts)
