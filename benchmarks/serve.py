@@ -2,8 +2,8 @@
 
 A policy that takes a fixed time is served to a client over the loopback device, with three 640 × 360 pictures, limits
 and an audit trail, as a robot would have it. `own` is the server's time from the last byte of an observation to the
-reply, less waiting, making the request and the model; `outside` is the client's whole time less the last two, so that it
-has both ends of the transport, too. `prepare` is what making a request costs here: three pictures into one.
+reply, less waiting, making the request and the model; `outside` is the whole time at the client less the last two, with
+both ends of the transport. `prepare` is what making a request costs here: three pictures into one.
 """
 
 from __future__ import annotations

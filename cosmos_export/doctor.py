@@ -16,7 +16,7 @@ from pathlib import Path
 from cosmos_export.machine import system
 from cosmos_export.machine.gpu import Gpu, gpus
 from cosmos_export.machine.memory import available_bytes
-from cosmos_export.machine.packages import installed_release, other_releases
+from cosmos_export.machine.packages import JETPACK, installed_release, is_older, jetpack_release, other_releases
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.backends import backend_of, backends, distributions
 
@@ -194,6 +194,14 @@ def _target(found: Facts, target: Target, *, asked: bool) -> Iterator[Finding]:
             state = CheckState.OK if version else CheckState.BLOCKER if needed else CheckState.NOTE
             hint = "" if version else f'pip install ".[{requirement.extra}]" in the checkout'
             yield Finding(name, state, f"{backend}: {requirement.distribution} {version or 'not installed'}", hint)
+    for package, least in target.least.items():
+        version = found.versions.get(package)
+        if version is not None and is_older(version, least):
+            hint = "install that JetPack, or a later one" if package == JETPACK else f"pip install '{package}>={least}'"
+            state = CheckState.BLOCKER if asked or here else CheckState.NOTE
+            yield Finding(name, state, f"{package} {version}; it needs {least} or later", hint)
+        elif version is None and here:
+            yield Finding(name, CheckState.NOTE, f"{package} is not found here; it needs {least} or later")
     for gpu in here:
         if gpu.free_bytes is not None and gpu.memory_bytes and gpu.free_bytes < 0.5 * gpu.memory_bytes:
             free = f"{gpu.free_bytes / _GIB:.0f} of {gpu.memory_bytes / _GIB:.0f} GiB free"
@@ -234,7 +242,7 @@ def _compiles_when_run(target: Target) -> bool:
 
 def _versions() -> dict[str, str | None]:
     names = {*_COMPILER, *_CUDA_RUNTIMES, "triton", *distributions()}
-    return {name: installed_release(name) for name in sorted(names)}
+    return {name: installed_release(name) for name in sorted(names)} | {JETPACK: jetpack_release()}
 
 
 def _available_bytes() -> int | None:

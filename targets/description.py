@@ -29,6 +29,7 @@ _OPTIONAL = (
     "other_backends",
     "engine",
     "also",
+    "least",
 )
 _OF_A_GPU = ("compute_capability", "memory_bytes", "bandwidth_bytes_per_s")
 
@@ -72,6 +73,8 @@ class Target:
     """Those that run on it besides ``backend``, the default."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Settings of an engine's build, as the backend takes them."""
+    least: Mapping[str, str] = field(default_factory=dict)
+    """Package, or ``jetpack`` → the first release that has this GPU."""
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Backend → schemes that it has kernels for besides ``precisions``."""
 
@@ -172,6 +175,7 @@ def parse_target(name: str, text: str) -> Target:
         efficiency=_efficiency(name, data.get("efficiency")),
         other_backends=tuple(data.get("other_backends", ())),
         engine=MappingProxyType(dict(data.get("engine", {}))),
+        least=MappingProxyType({name: str(release) for name, release in data.get("least", {}).items()}),
         also=MappingProxyType({backend: tuple(schemes) for backend, schemes in data.get("also", {}).items()}),
     )
 
@@ -200,6 +204,7 @@ _FIELD_TYPES: Mapping[str, type] = {
     "traps": list,
     "other_backends": list,
     "engine": dict,
+    "least": dict,
     "also": dict,
     "source": list,
     "efficiency": dict,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
@@ -37,3 +39,32 @@ def installed_release(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+JETPACK = "jetpack"
+
+
+def jetpack_release() -> str | None:
+    """Release of JetPack on a Jetson, as its Debian package has it; None where that is not installed."""
+    dpkg = shutil.which("dpkg-query")
+    if dpkg is None:
+        return None
+    command = [dpkg, "--show", "--showformat=${Version}", "nvidia-jetpack"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.partition("-")[0].strip() or None if found.returncode == 0 else None
+
+
+def is_older(release: str, least: str) -> bool:
+    """Whether ``release`` comes before ``least``, by the numbers that they begin with."""
+    return _numbers(release) < _numbers(least)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(?:\.\d+)*", release)
+    numbers = [int(part) for part in found[0].split(".")] if found else []
+    while numbers and not numbers[-1]:  # 11.4 is 11.4.0
+        numbers.pop()
+    return tuple(numbers)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cosmos_export.diagnostics import InternalError, UnsupportedError
 from cosmos_export.machine.gpu import gpus
+from cosmos_export.machine.packages import JETPACK, installed_release, is_older, jetpack_release
 from cosmos_export.progress import Progress
 from cosmos_export.targets.description import Target
 from cosmos_export.targets.profiles import ShapeRange
@@ -59,7 +60,8 @@ def worker_settings(target: Target, timing_cache: Path | None, plugins: Path | N
 
 
 def require_gpu(target: Target) -> None:
-    """UnsupportedError CX405 where no GPU of this machine is the target's: an engine is built where it runs."""
+    """UnsupportedError CX405 where no GPU of this machine is the target's: an engine is built where it runs; CX406 as
+    `require_releases`."""
     found = gpus()
     if target.compute_capability not in {gpu.compute_capability for gpu in found}:
         there = ", ".join(f"{gpu.name} ({gpu.compute_capability})" for gpu in found) or "none"
@@ -69,6 +71,18 @@ def require_gpu(target: Target) -> None:
             f"this machine has: {there}",
             "build the bundle anywhere and finish it on that machine: `finish.sh` in the bundle",
         )
+    require_releases(target)
+
+
+def require_releases(target: Target) -> None:
+    """UnsupportedError CX406 where TensorRT or JetPack of this machine is older than the first that has the target."""
+    for name, least in target.least.items():
+        found = jetpack_release() if name == JETPACK else installed_release(name)
+        if found is not None and is_older(found, least):
+            upgrade = "install that JetPack, or a later one" if name == JETPACK else f"pip install '{name}>={least}'"
+            raise UnsupportedError(
+                "CX406", f"engines for `{target.name}` need {name} {least} or later; this machine has {found}", upgrade
+            )
 
 
 def build_engine(
