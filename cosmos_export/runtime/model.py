@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from cosmos_export.runtime import media
 from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare, read_tokenizer
 from cosmos_export.runtime.generate_options import request_record
 from cosmos_export.runtime.generator import Generator, Result
+from cosmos_export.runtime.limits import Limits, Review, read_limits, review
 from cosmos_export.runtime.results import Outputs, Written, actions_of, plan_outputs, write_results
 from cosmos_export.runtime.tokenize import PromptTokenizer
 
@@ -186,6 +187,21 @@ class Generation:
         """float32 [rows, width], in the data's units where statistics were given; None in modes without actions."""
         return actions_of(self._result, self.prepared)
 
+    def review(
+        self, limits: Limits | str | Path, state: Sequence[float] | None = None, age_s: float | None = None
+    ) -> Review:
+        """Hold `actions` to the limits of a robot, which may be the path of a ``limits.toml``, before they leave.
+
+        ``state``: where the robot is, a number per column; ``age_s``: seconds since that was seen. The review has
+        ``verdict``, ``breaches`` and the ``actions`` that may leave. UserError CX630: no limits; CX632: those of other
+        actions, or no actions here. It is no safety function of the robot.
+        """
+        found = limits if isinstance(limits, Limits) else read_limits(Path(limits))
+        if self.actions is None:
+            raise UserError("CX632", f"mode {self.mode} makes no actions", "policy and inverse-dynamics do")
+        found.require(self.actions.shape[1], "model" if self.prepared.scale is None else "raw")
+        return review(self.actions, found, fps=self.fps, state=state, age_s=age_s)
+
     def save(
         self,
         *paths: str | Path,
@@ -208,11 +224,11 @@ class Generation:
         )  # fmt: skip
         return self.write(outputs, progress)
 
-    def write(self, outputs: Outputs, progress: Progress | None = None) -> Written:
-        """Write ``outputs`` of `plan_outputs`."""
+    def write(self, outputs: Outputs, progress: Progress | None = None, limits: Limits | None = None) -> Written:
+        """Write ``outputs`` of `plan_outputs`, actions as ``limits`` let them pass. FindingError CX631: they reject."""
         self._model.require_open()
         mark = media.Mark(self._model.bundle_id)
-        return write_results(outputs, self._result, self.prepared, self._model.manifest, mark, progress)
+        return write_results(outputs, self._result, self.prepared, self._model.manifest, mark, progress, limits)
 
 
 class _Steps:

@@ -19,6 +19,7 @@ from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
 from cosmos_export.runtime.frontend import Prepared
 from cosmos_export.runtime.generate_options import DECODER, SOUND_DECODER, has_component
+from cosmos_export.runtime.limits import Limits, Review, review
 from cosmos_export.runtime.media import Audio, Mark
 from cosmos_export.sampling import MODES
 from cosmos_export.sampling.modes import IMAGE_MODE
@@ -71,6 +72,8 @@ class Written:
 
     files: list[Path] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
+    review: Review | None = None
+    """What became of the actions; None where none are written."""
 
     def clock(self, stage: str, started: float) -> None:
         """Add the time since ``started`` to ``stage``."""
@@ -120,19 +123,24 @@ def write_results(
     manifest: Manifest,
     mark: Mark,
     progress: Progress | None = None,
+    limits: Limits | None = None,
 ) -> Written:
-    """Write ``outputs``. FindingError CX663 where a result is not finite: nothing is written then."""
+    """Write ``outputs``. FindingError CX663 where a result is not finite, CX631 where ``limits`` reject the actions:
+    nothing is written then."""
     written = Written()
     for name, latent in generated.latents.items():
         _require_finite(latent, f"{name} latents")
     sound = _sound(outputs, generated, prepared, written)
     actions = actions_of(generated, prepared) if outputs.actions else None
+    if actions is not None:
+        written.review = review(actions, limits, fps=prepared.request.fps)
+        actions = written.review.require()
     origin = {"mode": prepared.request.mode, "seed": str(prepared.request.seed)}
     if outputs.latents is not None:
         _timed(written, outputs.latents, lambda p: media.write_safetensors(p, generated.latents, mark, **origin))
     if actions is not None:
         for path in outputs.actions:
-            _timed(written, path, lambda p: _write_actions(p, actions, prepared, mark))
+            _timed(written, path, lambda p: _write_actions(p, actions, prepared, mark, written.review))
     rate = manifest.request.sound.sampling_rate if manifest.request and manifest.request.sound else 0
     if sound is not None:
         for path in outputs.sound:
@@ -231,7 +239,7 @@ def actions_of(generated: Generated, prepared: Prepared) -> Array | None:
     return model if prepared.scale is None else prepared.scale.to_raw(model)
 
 
-def _write_actions(path: Path, actions: Array, prepared: Prepared, mark: Mark) -> None:
+def _write_actions(path: Path, actions: Array, prepared: Prepared, mark: Mark, reviewed: Review | None) -> None:
     robot = prepared.embodiment
     assert robot is not None
     facts = {
@@ -242,6 +250,7 @@ def _write_actions(path: Path, actions: Array, prepared: Prepared, mark: Mark) -
         "units": "model" if prepared.scale is None else "raw",
         "normalization": "none" if prepared.scale is None else prepared.scale.method,
         "seed": prepared.request.seed,
+        "limits": "none" if reviewed is None or reviewed.limits is None else reviewed.limits,
     }
     if path.suffix.lower() == ".json":
         media.write_json(path, {**facts, "actions": actions.astype(float).tolist()}, mark)

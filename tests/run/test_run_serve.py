@@ -156,3 +156,19 @@ def test_the_command(subjects: Subjects, tmp_path: Path) -> None:
     found = verify_trail(trail)
     assert list(found.events) == ["verified", "loaded", "golden", "ready", "request", "ended"]
     assert f'bundle":"{reply["bundle"]}' in trail.read_text()
+
+
+def test_a_review_through_the_api(model: Model, tmp_path: Path) -> None:
+    asked = GenerateOptions(
+        TASK, mode="policy", image=InMemory(SEEN[None], "it"), embodiment="umi", sampling=Overrides(steps=1)
+    )
+    made = model.run(model.prepare(asked))
+    limits = tmp_path / "limits.toml"
+    for bound, verdict in ((1e6, "pass"), (1e-3, "reject")):
+        columns = "".join(f'[[column]]\nname = "{i}"\nlow = -{bound:f}\nhigh = {bound:f}\n' for i in range(10))
+        limits.write_text(f'units = "model"\n{columns}')
+        assert made.review(limits).verdict == verdict
+    limits.write_text(limits.read_text().replace('"model"', '"raw"'))
+    with pytest.raises(CosmosExportError) as caught:
+        made.review(str(limits))
+    assert caught.value.code == "CX632"

@@ -196,6 +196,41 @@ def test_actions(run: Run, tmp_path: Path) -> None:
         assert code == 2 and "CX611" in err and said in " ".join(err.split()), err
 
 
+def test_limits(run: Run, tmp_path: Path) -> None:
+    run.bundle(manifest({"robot": ROBOT}))
+    media.write_png(tmp_path / "robot.png", run_samples.picture(192, 320)[0], MARK)
+    common = ("--image", tmp_path / "robot.png", "--embodiment", "umi", "--tier", "256", "--json")
+
+    def limits(count: int, bound: float, more: str = "", units: str = "model") -> Path:
+        column = f'[[column]]\nname = "c{{}}"\nlow = -{bound}\nhigh = {bound}\n{more}\n'
+        path = tmp_path / "limits.toml"
+        path.write_text(f'units = "{units}"\n' + "".join(column.format(i) for i in range(count)))
+        return path
+
+    code, out, err = run(*common, "--limits", limits(10, 1.5, "max_jump = 1"), "-o", tmp_path / "a.json")
+    digest = hashlib.sha256((tmp_path / "limits.toml").read_bytes()).hexdigest()
+    assert code == 0 and "could not be looked at: jump: no state" in err
+    assert json.loads((tmp_path / "a.json").read_text())["limits"] == digest
+    review = json.loads(out)["review"]
+    assert (review["verdict"], review["limits"]) == ("pass", digest)
+    code, out, err = run(*common, "--limits", limits(10, 0.5, "clip = true"), "-o", tmp_path / "b.json")
+    assert code == 0 and json.loads(out)["review"]["verdict"] == "clip" and "clipped: range of c0 in row 0" in err
+    actions = np.array(json.loads((tmp_path / "b.json").read_text())["actions"])
+    np.testing.assert_allclose(actions, np.clip(np.linspace(-1, 1, 160).reshape(16, 10), -0.5, 0.5), atol=1e-6)
+    code, out, _ = run(*common, "--limits", limits(10, 0.5), "-o", tmp_path / "c.json")
+    assert (code, json.loads(out)["error"]["code"]) == (1, "CX631") and not (tmp_path / "c.json").exists()
+    loaded = len(run.loaded)
+    for count, units in ((9, "model"), (10, "raw")):
+        path = limits(count, 1, units=units)
+        assert json.loads(run(*common, "--limits", path, "-o", tmp_path / "d.json")[1])["error"]["code"] == "CX632"
+    assert len(run.loaded) == loaded
+    code, _, _ = run(*common, "-o", tmp_path / "e.json")
+    assert code == 0 and json.loads((tmp_path / "e.json").read_text())["limits"] == "none"
+    run.bundle(manifest())
+    code, out, _ = run("--json", "--limits", path, "-o", tmp_path / "f.mp4")
+    assert (code, json.loads(out)["error"]["code"]) == (2, "CX604")
+
+
 def test_json(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("--json", "-o", tmp_path / "out.mp4", "--frames", "5", "--steps", "4")
     assert code == 0
