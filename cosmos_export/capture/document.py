@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cosmos_export.bundle import strict
-from cosmos_export.diagnostics import UserError
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.ir.dims import Dim
 from cosmos_export.ir.graph import Graph, Node, copy_node, is_weight, spec_of
 from cosmos_export.ir.program import Edge, Loop, Program
@@ -107,7 +107,7 @@ def read_program(data: bytes, sources: Mapping[str, WeightSource]) -> Program:
         graphs = [_graph(one, sources) for one in record.graphs]
         rates = {name: Rate[rate] for name, rate in record.rates.items()}
     except KeyError as error:
-        raise ValueError(f"unknown name {strict.shown(error.args[0])}") from error
+        raise ValueError(f"unknown name {shown(error.args[0])}") from error
     except UserError as error:
         raise ValueError(error.message) from error
     return Program(

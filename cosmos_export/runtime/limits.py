@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export import files
-from cosmos_export.checkpoint.strict_json import shown
-from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.runtime.embodiments import Actions
 
 Units = Literal["raw", "model"]
