@@ -98,6 +98,12 @@ class ModelLimits:
     sound: bool = True
     action: bool = True
 
+    @property
+    def reaches_generation(self) -> bool:
+        """Whether ``max_position`` is of the whole sequence. Below the margin it can be of the prompt alone: nothing
+        could be generated, and the published pipeline, which has no such limit, generates."""
+        return self.temporal_margin < self.max_position
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
@@ -237,8 +243,11 @@ def check_limits(profile: Profile, limits: ModelLimits) -> None:
         for dim in ("height", "width")
         if profile.dims[dim].min < limits.min_grid
     ]
-    last = profile.dims["und_len"].max + limits.temporal_margin + profile.dims["frames"].max
-    if last > limits.max_position:
+    prompt = profile.dims["und_len"].max
+    last = prompt + limits.temporal_margin + profile.dims["frames"].max
+    if not limits.reaches_generation and prompt > limits.max_position:
+        problems.append(f"`und_len` reaches position {prompt}, allowed {limits.max_position}")
+    elif limits.reaches_generation and last > limits.max_position:
         problems.append(f"`und_len` and `frames` reach position {last}, allowed {limits.max_position}")
     if problems:
         raise UserError(

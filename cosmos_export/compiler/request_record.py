@@ -68,7 +68,17 @@ def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What of the checkpoint is not in a bundle of it, or not as a user may think."""
     names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
     adapters = (f"adapters that are not in this bundle: {names}",) if names else ()
-    return (*adapters, *policy_notes(checkpoint))
+    return (*adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
+
+
+def _position_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
+    margin, stated = checkpoint.geometry.unified_3d_mrope_temporal_modality_margin, checkpoint.max_position
+    if margin < stated:
+        return ()
+    return (
+        f"generation begins at rotary position {margin:,}, beyond max_position_embeddings {stated:,}: that limits the "
+        "prompts of profiles alone",
+    )
 
 
 def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -118,6 +118,10 @@ def test_limits() -> None:
         check_limits(parse_profile("480p,und_len=1:512:5000"), nano)
     with pytest.raises(UserError, match="reach position 19144, allowed 16000"):
         check_limits(parse_profile("480p"), ModelLimits(max_position=16_000))
+    # Where generation begins beyond what is stated of the reasoner, that is a limit of the prompt.
+    check_limits(parse_profile("480p"), ModelLimits(max_position=4096))
+    with pytest.raises(UserError, match="`und_len` reaches position 4096, allowed 4000"):
+        check_limits(parse_profile("480p"), ModelLimits(max_position=4000))
     with pytest.raises(UserError, match="no action"):
         check_limits(parse_profile("policy-droid"), ModelLimits(max_position=262_144, action=False))
 
