@@ -26,7 +26,7 @@ from cosmos_export import files
 from cosmos_export.bundle.strict import DIGEST, StrictError, check_seal, parse_object, seal
 from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
-from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.progress import Progress
@@ -70,6 +70,8 @@ class ScaleTable:
     """The digest of ``scales.safetensors``, of a table that was read."""
     document: bytes = field(default=b"", compare=False, repr=False)
     """``lineage.json`` as it was read."""
+    stored: Mapping[str, TensorEntry] = field(default_factory=dict, compare=False, repr=False)
+    """Where the tensors of ``scales.safetensors`` are in the file, of a table that was read."""
 
     def __post_init__(self) -> None:
         for key, value in self.amax.items():
@@ -211,6 +213,7 @@ def _read(directory: Path) -> ScaleTable:
         MappingProxyType({linear: (parts[_DOWN], parts[_UP]) for linear, parts in low_rank.items()}),
         scales_sha256=digest,
         document=data,
+        stored=header.tensors,
     )
 
 

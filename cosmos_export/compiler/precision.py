@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from cosmos_export.calibration.table import SCALES_FILE, read_scale_table
+from cosmos_export.calibration.table import read_scale_table
 from cosmos_export.checkpoint import Checkpoint, Tower, quantized_linears
-from cosmos_export.checkpoint.safetensors_header import read_header
+from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.evaluation.gates import wrong_scales
@@ -65,9 +64,9 @@ def require_scales(programs: Iterable[Program], job: Job) -> None:
 def activation_ranges(job: Job) -> Ranges:
     """The job's scale table, or the scales in its checkpoint, in the words of the pass. Pre-scales that are equal
     become one source."""
-    if job.scales is None or job.options.calibration is None:
+    if job.scales is None:
         return Ranges(_stored_ranges(job.checkpoint))
-    entries = read_header(job.options.calibration / SCALES_FILE).tensors
+    entries = job.scales.stored
     sources: dict[bytes, WeightSource] = {}
     pre_scales = {}
     for linear, factors in job.scales.pre_scales.items():
@@ -95,7 +94,7 @@ def _stored_ranges(checkpoint: Checkpoint) -> dict[str, float]:
     return {f"{n}.input_amax": E4M3_MAX * q.input_scale for n, q in linears.items() if q.input_scale is not None}
 
 
-def _source(key: str, entry: Any) -> WeightSource:
+def _source(key: str, entry: TensorEntry) -> WeightSource:
     return WeightSource(key, Path(entry.file), entry.offset, torch.float32, tuple(entry.shape))
 
 
