@@ -142,7 +142,7 @@ def row(size: str, checkpoint: Path, scales: Path, target: str, recipe: str, wor
 
 def described(engine: Engine) -> dict[str, Any]:
     """What is in one engine."""
-    graphs = engine.summary.graphs
+    graphs = engine.graphs
     return {
         "graph": engine.graph,
         "gemms": dict(graphs[0].gemm_types()) if graphs else {},

@@ -301,7 +301,7 @@ def _losses(result: BuildResult) -> Any:
 
 def _gemms(engine: Engine) -> str:
     """How many GEMMs one profile has, by type."""
-    types = engine.summary.graphs[0].gemm_types() if engine.summary.graphs else {}
+    types = engine.graphs[0].gemm_types() if engine.graphs else {}
     return ", ".join(f"{count} × {kind}" for kind, count in types.items()) or "–"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +32,12 @@ from cosmos_export.progress import Progress
 from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target
 from cosmos_export.targets.backends import Backend, backend_of
-from cosmos_export.targets.backends.protocol import EngineOrder, LoweredGraph
+from cosmos_export.targets.backends.protocol import EngineOrder, Engines, LoweredGraph
 from cosmos_export.targets.onnx.weights import Stored, file_size, layout, write_weights
 from cosmos_export.targets.profiles import Profile, input_shapes
+from cosmos_export.targets.trt.checks import WantedEngine
 from cosmos_export.targets.trt.common import EngineReport
-from cosmos_export.targets.trt.engine_inspector import EngineSummary, narrow_share
+from cosmos_export.targets.trt.engine_inspector import EngineSummary, PlanGraph, narrow_share
 
 if TYPE_CHECKING:
     from cosmos_export.targets.onnx.plugins import Plugins
@@ -48,32 +49,48 @@ _log = logging.getLogger("cosmos_export")
 class Engine:
     """An engine of the bundle, what its build reported and which layers it has."""
 
-    graph: str
+    wanted: WantedEngine
     report: EngineReport
-    summary: EngineSummary
-    check: EngineCheck
-    attention: int
-    """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
+    found: EngineSummary | None
+    """What it contains; None where that cannot be read from it."""
+    checks: tuple[EngineCheck, ...]
     profiles: tuple[str, ...]
     weights: tuple[WeightInput, ...] = ()
     """Weights that it takes as inputs."""
-    layer_weights: Mapping[str, int] = field(default_factory=dict)
-    """Elements of the weight of each product that is part of a layer."""
+
+    @property
+    def graph(self) -> str:
+        return self.wanted.graph
+
+    @property
+    def attention(self) -> int:
+        """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
+        return self.wanted.attention
+
+    @property
+    def check(self) -> EngineCheck:
+        """The check that failed; of those that passed the first."""
+        return next((check for check in self.checks if not check.passed), self.checks[0])
+
+    @property
+    def graphs(self) -> tuple[PlanGraph, ...]:
+        """The layers of each profile; empty where they cannot be read."""
+        return () if self.found is None else self.found.graphs
 
     @property
     def narrow_share(self) -> float:
         """The part of the layers' weights that is multiplied by in 8 or 4 bit, in the profile with the least."""
-        return min((narrow_share(g, self.layer_weights) for g in self.summary.graphs), default=0.0)
+        return min((narrow_share(g, self.wanted.layer_weights) for g in self.graphs), default=0.0)
 
     @property
     def fused_attention(self) -> int:
         """Fused attention kernels in one profile."""
-        return min((len(g.attention) for g in self.summary.graphs), default=0)
+        return min((len(g.attention) for g in self.graphs), default=0)
 
     @property
     def activation_bytes(self) -> int:
         """Device memory for activations, of the profile that takes the most."""
-        return max((g.activation_bytes for g in self.summary.graphs), default=0)
+        return max((g.activation_bytes for g in self.graphs), default=0)
 
 
 @dataclass(frozen=True)
@@ -169,33 +186,49 @@ def model_bytes(model: object) -> bytes:
     return model.SerializeToString(deterministic=True)  # type: ignore[attr-defined, no-any-return]
 
 
-def write_engine(
-    name: str,
+def build_engine(
+    wanted: WantedEngine,
     inputs: Mapping[str, Sequence[int | str]],
     settings: EngineSettings,
     writer: BundleWriter,
     progress: Progress,
-    *,
-    decomposable_attention: bool,
-) -> EngineReport:
-    """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles."""
-    target, engines = settings.target, backend_of(settings.target).engines
+    weights: Sequence[WeightInput] = (),
+) -> Engine:
+    """``engines/NAME.engine`` from ``onnx/NAME.onnx``, which takes ``inputs``: dims over those of the profiles. What it
+    contains is read from it, and compared with what is ``wanted``."""
+    engines = backend_of(settings.target).engines
     assert engines is not None
+    name = wanted.graph
     model, file = writer.path(f"onnx/{name}.onnx", "onnx"), f"engines/{name}.engine"
-    path = writer.path(file, "engine")
-    shapes = [input_shapes(profile, inputs) for profile in settings.profiles]
-    form = {"decomposable_attention": decomposable_attention}
-    weights = [_digest_of(f"onnx/{name}", writer) for name in external_files(model)]
-    components = engine_components(model, weights, target, shapes, form, engines.key())
+    order = EngineOrder([input_shapes(profile, inputs) for profile in settings.profiles], wanted.decomposable_attention)
+    report = _report(engines, model, writer.path(file, "engine"), order, settings, writer, progress)
+    found = engines.inspect(report.path)
+    names = tuple(profile.name for profile in settings.profiles)
+    return Engine(wanted, report, found, tuple(engines.checks(wanted, report, found)), names, tuple(weights))
+
+
+def _report(
+    engines: Engines,
+    model: Path,
+    path: Path,
+    order: EngineOrder,
+    settings: EngineSettings,
+    writer: BundleWriter,
+    progress: Progress,
+) -> EngineReport:
+    """The engine at ``path``: kept from a build that was interrupted, copied from another bundle, or built."""
+    name, file = model.stem, f"engines/{path.name}"
+    form = {"decomposable_attention": order.decomposable_attention}
+    weights = [_digest_of(f"onnx/{one}", writer) for one in external_files(model)]
+    components = engine_components(model, weights, settings.target, order.profiles, form, engines.key())
     key = key_of(components)
     kept = writer.kept(file, key)
     if kept is not None:
         resumed = report_from(path, kept.facts, "resumed", kept.size_bytes, kept.sha256)
         if resumed is not None:
             return resumed
-    report = _copied(name, key, components, path, Cache(settings.cache), progress) or engines.build(
-        model, path, EngineOrder(shapes, decomposable_attention), target, progress
-    )
+    copied = _copied(name, key, components, path, Cache(settings.cache), progress)
+    report = copied or engines.build(model, path, order, settings.target, progress)
     writer.keep(file, key, report.sha256, {**report_facts(report), "components": dict(components)})
     return report
 
@@ -263,10 +296,3 @@ def _hashed(path: Path) -> str | None:
 def _hash(path: Path, _: Stamp) -> str:
     with files.opened(path) as file:
         return hash_file(file.fileno())[1]
-
-
-def capability_check(name: str, summary: EngineSummary, target: Target) -> EngineCheck:
-    """That the engine is for the target's compute capability and no other."""
-    capability = target.compute_capability or ""
-    found = ", ".join(summary.header.compute_capabilities) or "none"
-    return EngineCheck(name, "compute capability", capability, found, found == capability)

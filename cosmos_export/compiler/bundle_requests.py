@@ -18,7 +18,7 @@ from cosmos_export.evaluation.requested import TABLE_LIMIT, StepModels, schedule
 from cosmos_export.ir.program import Program
 from cosmos_export.runtime import load_bundle
 from cosmos_export.sampling import CheckpointSampling, Schedule
-from cosmos_export.targets.onnx.sessions import NAME as ONNX_RUNTIME
+from cosmos_export.targets.backends import reference_backend
 
 
 def sampling_verdict(
@@ -54,7 +54,7 @@ def compare_requests(
     if lowered.quantized:
         forms, cut = lowered.forms, chains(lowered.pieces)
         models = StepModels(forms.program, root / "onnx", lowered.suffix, forms.bodies, cut)
-    bundle = load_bundle(root, backend=ONNX_RUNTIME, device="cpu")
+    bundle = load_bundle(root, backend=reference_backend().name, device="cpu")
     found = parity.requests(bundle, schedule, scheduler, models)
     return () if found is None else (found,)
 

@@ -15,7 +15,7 @@ from cosmos_export.bundle import BundleWriter, PromptRecord, StreamRecord
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
-from cosmos_export.compiler.artifacts import Engine, EngineSettings, capability_check, write_engine, write_models
+from cosmos_export.compiler.artifacts import Engine, EngineSettings, build_engine, write_models
 from cosmos_export.compiler.captures import capture_codec
 from cosmos_export.compiler.prompt import compile_chat_template
 from cosmos_export.compiler.selection import TOKENIZER_FILE, codec_config
@@ -25,7 +25,7 @@ from cosmos_export.ir.verifier import verify
 from cosmos_export.progress import Progress
 from cosmos_export.targets.backends import Backend
 from cosmos_export.targets.profiles import DimRange, Profile
-from cosmos_export.targets.trt.engine_inspector import inspect_engine
+from cosmos_export.targets.trt.checks import WantedEngine
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def codec_engines(
     def build(name: str, graph: Graph, progress: Progress) -> Engine:
         spec = {i: _dims(spec_of(node).shape) for i, node in graph.inputs.items()}
         # The autoencoder's one head is wider than any fused kernel; it attends within a frame of latents.
-        report = write_engine(name, spec, own, writer, progress, decomposable_attention=True)
-        summary = inspect_engine(report.path)
-        check = capability_check(name, summary, settings.target)
-        return Engine(name, report, summary, check, 0, tuple(profile.name for profile in own.profiles))
+        wanted = WantedEngine(
+            name, own.target.compute_capability or "", len(own.profiles), attention=0, decomposable_attention=True
+        )
+        return build_engine(wanted, spec, own, writer, progress)
 
     return {name: partial(build, name, graph) for name, graph in codec.program.graphs.items() if own.profiles}
 

@@ -17,6 +17,8 @@ from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.release import VERSION
+from cosmos_export.targets import Target
+from cosmos_export.targets.backends import backend_of
 from cosmos_export.targets.profiles import Profile, input_shapes
 
 
@@ -59,12 +61,12 @@ def with_plugins(requests: Iterable[EngineRequest], writer: BundleWriter) -> Ite
         yield replace(request, plugins=found.total(), attention=attention)
 
 
-def write_requests(requests: Iterable[EngineRequest], writer: BundleWriter, compute_capability: str | None) -> str:
+def write_requests(requests: Iterable[EngineRequest], writer: BundleWriter, target: Target) -> str:
     """The requests and the script as files of the bundle; returns what a reader of the result is told."""
-    found = list(requests)
+    found, extra = list(requests), backend_of(target).requirements[0].extra
     writer.path(REQUESTS, REQUESTS_ROLE).write_text(requests_text(found), encoding="utf-8")
-    writer.path(SCRIPT, "script").write_text(script_text(VERSION), encoding="utf-8")
+    writer.path(SCRIPT, "script").write_text(script_text(VERSION, extra), encoding="utf-8")
     return (
         f"{len(found)} engines are built on the GPU itself: run `sh {SCRIPT}` in the bundle on a machine that has one "
-        f"of compute capability {compute_capability}"
+        f"of compute capability {target.compute_capability}"
     )

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
 
-from cosmos_export.bundle import BundleWriter, EngineCheck
+from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.allocator import return_freed_memory
-from cosmos_export.compiler.artifacts import Engine, EngineSettings, capability_check, write_engine
+from cosmos_export.compiler.artifacts import Engine, EngineSettings, build_engine
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.components import Codec, codec_engines
 from cosmos_export.compiler.models import Model
@@ -22,13 +21,7 @@ from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.progress import Progress
 from cosmos_export.targets.backends import backend_of
-from cosmos_export.targets.trt.engine_inspector import (
-    EngineExpectation,
-    EngineSummary,
-    check_engine,
-    inspect_engine,
-    narrow_share,
-)
+from cosmos_export.targets.trt.checks import WantedEngine
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 ATTENTIONS = ops.having(ops.Trait.ATTENDS)
@@ -92,18 +85,28 @@ class EngineBuilds:
 
 def _build_engine(
     model: Model, dtype: torch.dtype, settings: EngineSettings, writer: BundleWriter, progress: Progress
-) -> Engine:  # fmt: skip
-    name, graph = model.name, model.graph
-    # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
-    fused = dtype != torch.float32
-    report = write_engine(
-        name, profile_dims(model.inputs), settings, writer, progress, decomposable_attention=not fused
+) -> Engine:
+    wanted = _wanted(model, dtype, settings)
+    return build_engine(wanted, profile_dims(model.inputs), settings, writer, progress, model.weights)
+
+
+def _wanted(model: Model, dtype: torch.dtype, settings: EngineSettings) -> WantedEngine:
+    """What the engine of ``model`` is meant to contain."""
+    attention = model.graph.calls(*ATTENTIONS)
+    return WantedEngine(
+        graph=model.name,
+        compute_capability=settings.target.compute_capability or "",
+        profiles=len(settings.profiles),
+        attention=len(attention),
+        # No fused attention computes in fp32; only a checkpoint that is fp32 throughout gets here.
+        decomposable_attention=dtype == torch.float32,
+        dtype=_TYPES[dtype],
+        fp8_attention=sum(node.target is ops.JOINT_ATTENTION_FP8 for node in attention),
+        attention_scale=float(attention[0].args[-1]) if attention else 1.0,
+        gemm_types=planned_types(model.graph),
+        layer_weights=layer_weights(model.graph),
+        in_loop=model.in_loop,
     )
-    summary = inspect_engine(report.path)
-    profiles = tuple(profile.name for profile in settings.profiles)
-    check = _check(model, summary, settings, dtype)
-    attention = len(graph.calls(*ATTENTIONS))
-    return Engine(name, report, summary, check, attention, profiles, model.weights, layer_weights(graph))
 
 
 def profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]:
@@ -114,55 +117,6 @@ def profile_dims(inputs: Mapping[str, TensorSpec]) -> dict[str, list[int | str]]
         return size if isinstance(size, int) else str(size).replace(NEGATIVE_LEN, "und_len")
 
     return {i: [dim(size) for size in given.shape] for i, given in inputs.items()}
-
-
-def _check(model: Model, summary: EngineSummary, settings: EngineSettings, dtype: torch.dtype) -> EngineCheck:
-    """What the engine was meant to contain, and whether it does."""
-    attention, weights = model.graph.calls(*ATTENTIONS), layer_weights(model.graph)
-    if not attention and not weights:  # tables: a few element-wise kernels, nothing that could fall back
-        return capability_check(model.name, summary, settings.target)
-    fused, kind = dtype != torch.float32, _TYPES[dtype]
-    scale = attention[0].args[-1] if attention else 1.0
-    in_fp8 = [node for node in attention if node.target is ops.JOINT_ATTENTION_FP8]
-    attends = "fp8" if len(in_fp8) == len(attention) else kind
-    types = planned_types(model.graph)
-    expected = EngineExpectation(
-        attention=_unrolled(model, summary) if fused else 0,
-        gemm_type=kind,
-        compute_capability=settings.target.compute_capability or "",
-        profiles=len(settings.profiles),
-        # Where some layers attend in fp8 and some do not, their number is checked and not which is which.
-        attention_type=None if not fused or 0 < len(in_fp8) < len(attention) else attends,
-        attention_scale=float(scale),
-        other_gemms=types,
-        layer_weights=weights,
-        narrow_share=sum(weights[name] for name in types) / sum(weights.values()) if types else 0.0,
-    )
-    wanted = f"{len(attention)} fused attention kernels, {len(in_fp8)} in fp8, nothing stored O(S²)"
-    if not in_fp8:
-        wanted = f"{len(attention)} fused attention kernels, nothing stored O(S²)"
-    if not fused:
-        wanted = (
-            f"{len(attention)} attentions as matrix products over stored scores (no fused kernel computes in {kind})"
-        )
-    products = f"every GEMM in {kind}"
-    found = "as planned"
-    if types:
-        listed = ", ".join(f"{count} in {other}" for other, count in sorted(Counter(types.values()).items()))
-        products = f"GEMMs of the layers: {listed}; every other in {kind}"
-        share = min(narrow_share(g, weights) for g in summary.graphs) if summary.graphs else 0.0
-        found = f"as planned: {share:.1%} of the layers' weights in 8 or 4 bit"
-    problems = check_engine(summary, expected)
-    return EngineCheck(model.name, "plan", f"{wanted}, {products}", "; ".join(problems) or found, not problems)
-
-
-def _unrolled(model: Model, summary: EngineSummary) -> int:
-    """Attentions that the engine should have: those of its graph, or a multiple, as a builder unrolls a short loop."""
-    planned = len(model.graph.calls(*ATTENTIONS))
-    if not model.in_loop:
-        return planned
-    counts = {len(g.attention) for g in summary.graphs}
-    return next((n for n in counts if len(counts) == 1 and n and n % planned == 0), planned)
 
 
 def silent_profiles(codecs: Sequence[Codec], engines: Sequence[Engine], profiles: Iterable[str]) -> Iterator[str]:

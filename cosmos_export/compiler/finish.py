@@ -88,15 +88,15 @@ def requests_text(requests: Sequence[EngineRequest]) -> str:
     return json.dumps({"engines": records}, indent=1) + "\n"
 
 
-def script_text(version: str) -> str:
-    """``finish.sh``: everything that is left to do, on the machine that has the GPU."""
+def script_text(version: str, extra: str) -> str:
+    """``finish.sh``: everything that is left to do, on the machine that has the GPU. ``extra`` installs the builder."""
     return f"""#!/bin/sh
 # Builds the engines of this bundle on the GPU they are for, and completes its manifest.
 set -e
 here=$(cd "$(dirname "$0")" && pwd)
 python=${{PYTHON:-python3}}
 if ! "$python" -c 'import cosmos_export; raise SystemExit(cosmos_export.__version__ != "{version}")' 2>/dev/null; then
-    echo "finish.sh: $python does not have cosmos-export {version}: pip install '.[tensorrt]' in its checkout," >&2
+    echo "finish.sh: $python does not have cosmos-export {version}: pip install '.[{extra}]' in its checkout," >&2
     echo "or name the Python that has it: PYTHON=/path/to/python sh $0" >&2
     exit 3
 fi

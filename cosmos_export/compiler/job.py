@@ -18,7 +18,6 @@ from cosmos_export.targets.profiles import Profile
 ParityMode = Literal["auto", "always", "never"]
 LoopMode = Literal["host", "device"]
 QualityMode = Literal["enforce", "report"]
-"""Backends whose engines are built from models."""
 WeightsMode = Literal["embedded", "external"]
 
 

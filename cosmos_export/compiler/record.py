@@ -120,7 +120,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
             **_ignored_adapters(checkpoint),
         },
         evaluation=verdicts(result),
-        plan_checks=tuple(engine.check for engine in result.engines),
+        plan_checks=tuple(check for engine in result.engines for check in engine.checks),
         volatile=Volatile(
             created=contents.created,
             build_seconds=round(result.costs.seconds, 3),

@@ -217,7 +217,7 @@ def _build(
     elif job.backend.engines is not None:
         requests = engine_requests(models, codecs, job.profiles, dtype)
         counted = requests if plugins is None else with_plugins(requests, writer)
-        evidence.notes.append(write_requests(counted, writer, job.target.compute_capability))
+        evidence.notes.append(write_requests(counted, writer, job.target))
 
     # The bundle, used once before it is put in place.
     hashed: tuple[InputFile, ...] = ()

@@ -114,7 +114,8 @@ class Engines(Protocol):
         """What the engine at ``path`` contains, read from the file; None where its format is not known."""
 
     def checks(self, wanted: WantedEngine, report: EngineReport, found: EngineSummary | None) -> list[EngineCheck]:
-        """What of ``wanted`` can be told of the engine, from its builder's report and from what was ``found`` in it."""
+        """What of ``wanted`` can be told of the engine, from its builder's report and from what was ``found`` in it;
+        one check at least."""
 
     def problem(self, file: BinaryIO, path: str, manifest: Manifest) -> str | None:
         """Why the engine ``path``, which ``file`` reads from its beginning, is not one of ``manifest``; None: nothing

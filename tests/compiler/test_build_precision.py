@@ -58,7 +58,7 @@ def quantized(checkpoint: Path, output: Path | None, recipe: str = "fp8", **opti
 
 
 def types(result: BuildResult) -> dict[str, dict[str, int]]:
-    return {e.graph: dict(e.summary.graphs[0].gemm_types()) for e in result.engines if e.summary.graphs[0].gemms}
+    return {e.graph: dict(e.graphs[0].gemm_types()) for e in result.engines if e.graphs[0].gemms}
 
 
 # -- engines ----------------------------------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def test_engines_contain_what_the_recipe_says(tmp_path: Path, edge: Path, edge_s
     result = quantized(edge, tmp_path / "x", recipe, target="rtx-pro-6000", calibration=calibration)
     assert types(result) == PLANS[recipe]
     for engine in result.engines:
-        graph = engine.summary.graphs[0]
+        graph = engine.graphs[0]
         assert engine.check.passed and not graph.dequantize and len(graph.attention) == engine.attention
         if graph.gemms:
             assert "100.0% of the layers' weights in 8 or 4 bit" in engine.check.found
@@ -197,7 +197,7 @@ def test_fp8_attention_is_fused_over_fixed_sizes(tmp_path: Path, shared: Path, o
     complete = harness.with_attention(scales, shared / "omni-kv-scales")
     options = {"target": "rtx-pro-6000", "calibration": complete}
     result = quantized(omni, tmp_path / "x", "fp8-attention", profiles=(FIXED,), **options)
-    kinds = {e.graph: {a.type for a in e.summary.graphs[0].attention} for e in result.engines if e.attention}
+    kinds = {e.graph: {a.type for a in e.graphs[0].attention} for e in result.engines if e.attention}
     assert kinds == {"reasoner": {"bf16"}, "generator": {"bf16"}, "generator_2": {"fp8"}}
     with pytest.raises(UnsupportedError) as caught:
         quantized(omni, tmp_path / "y", "fp8-attention", **options)
@@ -214,7 +214,7 @@ def test_keys_and_values_of_the_prompt_in_fp8(
     complete = harness.with_attention(scales, shared / "omni-kv-scales")
     options = {"target": "rtx-pro-6000", "calibration": complete, "profiles": (FIXED,), "overrides": (KEYS_VALUES,)}
     result = quantized(omni, tmp_path / "x", recipe, **options)
-    attention = {e.graph: {a.type for a in e.summary.graphs[0].attention} for e in result.engines if e.attention}
+    attention = {e.graph: {a.type for a in e.graphs[0].attention} for e in result.engines if e.attention}
     body = {"fp8"} if recipe == "fp8-attention" else {"bf16"}
     assert attention == {"reasoner": {"bf16"}, "generator": {"bf16"}, "generator_2": body}
     assert all(e.check.passed and e.fused_attention == e.attention for e in result.engines)

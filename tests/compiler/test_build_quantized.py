@@ -113,7 +113,7 @@ def test_gates_see_the_outputs_that_there_are(tmp_path: Path, fp8: Path, monkeyp
 def test_engines_compute_in_fp8_on_the_bytes_of_the_checkpoint(tmp_path: Path, fp8: Path) -> None:
     request = harness.transformer_only(fp8, tmp_path / "x", target="rtx-pro-6000", quality="report", steps=8)
     result = build(request)
-    types = {e.graph: dict(e.summary.graphs[0].gemm_types()) for e in result.engines if e.summary.graphs[0].gemms}
+    types = {e.graph: dict(e.graphs[0].gemm_types()) for e in result.engines if e.graphs[0].gemms}
     assert types == {
         "reasoner": {"fp8-weight": 9},
         "generator": {"bf16": 2, "fp8-weight": 12},

@@ -145,11 +145,6 @@ def test_a_file_without_a_backend_is_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 ROOM = ("targets/backends/", "targets/onnx/", "targets/trt/", "targets/inductor/")
 ALLOWED = {
-    ("cosmos_export/compiler/job.py", "tensorrt"): "the order of a build",
-    ("cosmos_export/compiler/artifacts.py", "inductor"): "the order of a build",
-    ("cosmos_export/compiler/stages.py", "tensorrt-rtx"): "the order of a build",
-    ("cosmos_export/compiler/stages.py", "tensorrt"): "the order of a build",
-    ("cosmos_export/compiler/job.py", "tensorrt-rtx"): "the order of a build",
     ("cosmos_export/doctor.py", "onnxruntime"): "a distribution that compiling needs",
     ("cosmos_export/compiler/options.py", "onnxruntime"): "a module that compiling needs",
     ("cosmos_export/compiler/record.py", "onnxruntime"): "a module whose version a manifest has",
