@@ -7,15 +7,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cosmos_export.diagnostics import UserError
+from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
+from cosmos_export.kernels.description import ACTIVATION_QUANTIZE, NORM_QUANTIZE, QKV_PACK, SAMPLER_STEP
 from cosmos_export.passes.assign_precision import AssignPrecision, OverSteps
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult, describe
 from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.cut_graph import CutGraph, Cuts
+from cosmos_export.passes.cut_graph import CutGraph, Cuts, alone
 from cosmos_export.passes.fold_schedule import FoldSchedule
+from cosmos_export.passes.fuse_activation_quantize import FuseActivationQuantize
 from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
 from cosmos_export.passes.fuse_joint_attention import FuseJointAttention
+from cosmos_export.passes.fuse_norm_quantize import FuseNormQuantize
+from cosmos_export.passes.fuse_qkv_pack import FuseQkvPack
+from cosmos_export.passes.fuse_sampler_step import FuseSamplerStep
 from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
 from cosmos_export.passes.merge_linears import MergeLinears
 from cosmos_export.passes.normalize import Normalize
@@ -49,6 +55,8 @@ class PassOptions:
     """The steps that the loop runs by itself, of ``schedule``; None: the host runs it."""
     cuts: Cuts | None = None
     """Where graphs are cut; None: nowhere."""
+    kernels: Collection[str] = ()
+    """Of `FUSIONS`, the kernels that compute what they can, where the backend of a graph has them."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,19 @@ PHASES: tuple[Phase, ...] = (
         "graphs of consecutive layers, where one engine would take too much memory to build",
         ((CutGraph, lambda o: None if o.cuts is None else CutGraph(o.cuts)),),
     ),
+    Phase(
+        "kernels",
+        "this project's kernels in the place of what they compute, in graphs for a backend that has them",
+        (
+            (FuseQkvPack, lambda o: FuseQkvPack() if QKV_PACK in o.kernels else None),
+            (FuseNormQuantize, lambda o: FuseNormQuantize() if NORM_QUANTIZE in o.kernels else None),
+            (FuseActivationQuantize, lambda o: FuseActivationQuantize() if ACTIVATION_QUANTIZE in o.kernels else None),
+            (FuseSamplerStep, lambda o: FuseSamplerStep() if SAMPLER_STEP in o.kernels else None),
+        ),
+    ),
 )
+FUSIONS = frozenset({QKV_PACK, NORM_QUANTIZE, ACTIVATION_QUANTIZE, SAMPLER_STEP})
+"""Kernels that a pass of the last phase is for."""
 
 
 def _fuse_denoise_loop(options: PassOptions) -> Pass | None:
@@ -120,6 +140,8 @@ def _fuse_denoise_loop(options: PassOptions) -> Pass | None:
 
 ORDER: tuple[str, ...] = (CAPTURE, *(kind.name for phase in PHASES for kind, _ in phase.passes))
 """Names of all passes in order, after `CAPTURE`."""
+AFTER_FORMS = frozenset(kind.name for phase in PHASES if phase.name in ("cut", "kernels") for kind, _ in phase.passes)
+"""Passes that run on one graph at a time, once all forms of the program are made."""
 _REMOVES = {kind.name: kind.removes for phase in PHASES for kind, _ in phase.passes}
 
 
@@ -215,3 +237,13 @@ def _require_removed(program: Program, step: Pass, result: PassResult) -> None:
     for node in sorted(left, key=lambda n: describe(n) not in reasons):  # what a pass says of itself comes first
         why = reasons.get(describe(node), "")
         raise CannotApply(step.name, node, f"`{node.target}` is not known in this place{why and f': {why}'}")
+
+
+def fuse_kernels(
+    graph: Graph, kernels: Collection[str], after_each: Watch | None = None, *, until: str | None = None
+) -> Graph:
+    """A copy of ``graph`` with those of ``kernels`` that are among `FUSIONS` in the place of what they compute."""
+    program = alone(graph.name, graph.copy())
+    chosen = PassOptions(kernels=FUSIONS & set(kernels))
+    run_passes(program, passes_of(chosen, "kernels"), until=until, after_each=after_each, form=graph.name)
+    return program.graphs[graph.name]

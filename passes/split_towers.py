@@ -20,7 +20,8 @@ class SplitTowers(Pass):
 
     What follows from the token ids alone becomes graph ``reasoner`` (once a prompt); what follows from the rest of the
     request, rotary tables and embodiment matrices, becomes ``conditioning`` (once a request); the loop's body stays as
-    ``generator``. Whatever fed nothing else goes with it: the last reasoner layer is left with its key and value.
+    ``generator``. Nothing is trimmed here: `resolve_packing`, which takes the rows of the towers apart, has left the
+    last reasoner layer with its key and value, because nothing else of it is read.
 
         joint(ids, latents, t)  =  generator(latents, t, reasoner(ids), conditioning(request))
 

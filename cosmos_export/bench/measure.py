@@ -254,13 +254,16 @@ class _Graph:
 
     def __init__(self, graph: Graph, device: torch.device, request: GeometryRequest, kernels: frozenset[str]) -> None:
         from cosmos_export.bench import geometry as geometries
+        from cosmos_export.kernels.description import W4A16
+        from cosmos_export.passes.pipeline import fuse_kernels
         from cosmos_export.targets.inductor.executable import Executable
         from cosmos_export.targets.inductor.specialise import Settings
 
         settings = Settings(
-            attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels,
+            attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels & {W4A16},
             open_dims=geometries.PROMPT_DIMS,
         )  # fmt: skip
+        graph = fuse_kernels(graph, kernels)
         self._executable = Executable(graph, geometries.random_weights(graph, device), device, settings)
         self._graph, self._device, self._request = graph, device, request
 

@@ -35,11 +35,12 @@ _TOWERS = {Tower.REASONER: UND, Tower.GENERATOR: GEN}
 def pass_options(job: Job) -> PassOptions:
     """What the passes of a build are told."""
     if not job.quantized:
-        return PassOptions(job.options.outputs, schedule=job.schedule)
+        return PassOptions(job.options.outputs, schedule=job.schedule, kernels=job.options.kernels)
     towers = {name: _TOWERS.get(expected.tower, "") for name, expected in job.checkpoint.expected.items()}
     return PassOptions(
-        job.options.outputs, job.precision.over_steps, towers, activation_ranges(job), schedule=job.schedule
-    )
+        job.options.outputs, job.precision.over_steps, towers, activation_ranges(job), schedule=job.schedule,
+        kernels=job.options.kernels,
+    )  # fmt: skip
 
 
 def require_scales(programs: Iterable[Program], job: Job) -> None:

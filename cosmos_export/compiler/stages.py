@@ -61,7 +61,7 @@ from cosmos_export.ir.interpreter import read_weights
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.cut_graph import CutGraph
 from cosmos_export.passes.fold_schedule import SCHEDULE
-from cosmos_export.passes.pipeline import require_pass
+from cosmos_export.passes.pipeline import AFTER_FORMS, fuse_kernels, require_pass
 from cosmos_export.plan.sizes import compiler_bytes
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress, Silent
@@ -86,8 +86,12 @@ def compile_only(job: Job, progress: Progress) -> BuildResult:
         plain = plain_program(captured, passes, until, watch)
         keys, segments = job.precision.step_keys(), job.closed_segments
         forms = make_forms(plain, passes, keys, segments, until=until, watch=watch)
-        if until == CutGraph.name:
-            cut_graphs(forms.graphs, job, watch)
+        if until in AFTER_FORMS:
+            pieces = cut_graphs(forms.graphs, job, watch)
+            if until != CutGraph.name:
+                closed = [segment.graphs[segment.loop.body] for segment in forms.closed.values()]
+                for graph in (*(graph for parts in pieces.values() for graph in parts), *closed):
+                    fuse_kernels(graph, job.options.kernels, watch, until=until)
         require_parity(evidence.parity)
     return result_of(job, evidence, plain)
 
@@ -163,7 +167,8 @@ def _build(
         require_parity(evidence.parity)
 
     # The models, each with its engine as soon as it is there.
-    plugins = Plugins(options.kernels) if options.kernels else None
+    kernels = options.kernels
+    plugins = Plugins(kernels, lambda graph: fuse_kernels(graph, kernels, watch)) if kernels else None
     if plugins is not None:
         plugins.require_places([*forms.program.graphs.values(), *forms.closed_bodies])
     external, dtype = options.weights == "external", model_dtype(forms.program)

@@ -2,7 +2,7 @@
 
 It wraps ``torch.fx.Graph``. Node metadata:
 
-``spec``       TensorSpec of the value
+``spec``       TensorSpec of the value, or a tuple of them where an operation has several results
 ``module``     path of the module the node comes from
 ``passes``     names of the passes that made or touched it
 ``weight``     WeightBinding (weight placeholders only)
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import fx
@@ -53,6 +53,7 @@ def map_operands(operands: Any, function: Callable[[Node], Any]) -> Any:
 
 
 def spec_of(node: Node) -> TensorSpec:
+    """Type and shape of ``node``, which is one value. Of an operation with several results, readers take one."""
     spec = node.meta["spec"]
     assert isinstance(spec, TensorSpec)
     return spec
@@ -75,18 +76,32 @@ def is_input(node: Node) -> bool:
     return node.op == "placeholder" and not is_weight(node) and not is_constant(node)
 
 
-def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> TensorSpec:
-    """Spec of ``target(*args, **kwargs)``. SpecError for an unknown operation and for operands that do not fit."""
+Specs: TypeAlias = TensorSpec | tuple[TensorSpec, ...]
+"""Type and shape of a value, or of each of several results."""
+
+
+def specs_of(node: Node) -> Specs:
+    """What `infer` gives for ``node``."""
+    specs: Specs = node.meta["spec"]
+    return specs
+
+
+def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Specs:
+    """Type and shape of ``target(*args, **kwargs)``.
+
+    Raises SpecError for an unknown operation and for operands that do not fit.
+    """
     known = ops.OPERATIONS.get(target)
     if known is None:
         raise ops.SpecError(f"`{target}` is not in the dialect")
     try:
         operands = inspect.signature(known.rule).bind(
-            *map_operands(tuple(args), spec_of), **map_operands(dict(kwargs), spec_of)
+            *map_operands(tuple(args), specs_of), **map_operands(dict(kwargs), specs_of)
         )
     except TypeError as error:
         raise ops.SpecError(f"operands of `{target}`: {error}") from error
-    return known.rule(*operands.args, **operands.kwargs)
+    found: Specs = known.rule(*operands.args, **operands.kwargs)
+    return found
 
 
 def row_operands(node: Node) -> list[Node]:
@@ -95,7 +110,7 @@ def row_operands(node: Node) -> list[Node]:
     known = ops.OPERATIONS.get(node.target)
     if node.op != "call_function" or known is None:
         return []
-    args, kwargs = map_operands(node.args, spec_of), map_operands(node.kwargs, spec_of)
+    args, kwargs = map_operands(node.args, specs_of), map_operands(node.kwargs, specs_of)
     found: list[Node] = []
     map_operands([node.args[at] for at in known.row_positions(*args, **kwargs)], found.append)
     if ops.Trait.ELEMENTWISE in known.traits:

@@ -11,7 +11,7 @@ import torch
 from cosmos_export.ir import ops
 from cosmos_export.ir import packing as packs
 from cosmos_export.ir.dims import bind, evaluate
-from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of
+from cosmos_export.ir.graph import Graph, Node, map_operands, spec_of, specs_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import E2M1, INT4, Packing, Part, Transform, WeightBinding, WeightSource
 
@@ -165,7 +165,7 @@ def _value(
     binding: Mapping[str, int],
     values: Mapping[Node, torch.Tensor],
     widen: _Widen,
-) -> torch.Tensor:
+) -> Any:
     if "weight" in node.meta:
         value, wanted = weights(node.meta["weight"]), widen(spec_of(node).dtype)
         return value if wanted in FOUR_BIT or _looked_up(node) else value.to(wanted)
@@ -177,14 +177,18 @@ def _value(
         return inputs[node.name]
 
     result = _call(node, binding, values, widen)
-    spec = spec_of(node)
-    expected = tuple(evaluate(s, binding) for s in spec.shape)
-    if tuple(result.shape) != expected or result.dtype != widen(spec.dtype):
-        raise ValueError(f"`{node.name}` gave {result.dtype}{tuple(result.shape)}, its spec says {spec}")
+    specs = specs_of(node)
+    pairs = zip(specs, result, strict=True) if isinstance(specs, tuple) else [(specs, result)]
+    for spec, one in pairs:
+        expected = tuple(evaluate(s, binding) for s in spec.shape)
+        if tuple(one.shape) != expected or one.dtype != widen(spec.dtype):
+            raise ValueError(f"`{node.name}` gave {one.dtype}{tuple(one.shape)}, its spec says {spec}")
     return result
 
 
-def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Tensor], widen: _Widen) -> torch.Tensor:
+def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Tensor], widen: _Widen) -> Any:
+    """The value of an operation; a tuple for one that has several results."""
+
     def concrete(value: Any) -> Any:
         if isinstance(value, sympy.Expr):
             return evaluate(value, binding)
@@ -194,7 +198,6 @@ def _call(node: Node, binding: Mapping[str, int], values: Mapping[Node, torch.Te
 
     args, kwargs = (map_operands(operands, values.__getitem__) for operands in (node.args, node.kwargs))
     result = ops.OPERATIONS[node.target].reference(*concrete(args), **{k: concrete(v) for k, v in kwargs.items()})
-    assert isinstance(result, torch.Tensor)
     # A table is read as it is stored, and its rows are widened: a vocabulary has more of them than a step reads.
     return result.to(widen(result.dtype)) if node.target is ops.aten.embedding.default else result
 
@@ -215,8 +218,10 @@ def compute_value(
     """
     widen = _Widen(compute)
     if node.op == "placeholder":
-        return _value(node, {}, weights, {}, values, widen)
-    return _call(node, {}, values, widen)
+        known: torch.Tensor = _value(node, {}, weights, {}, values, widen)
+        return known
+    result: torch.Tensor = _call(node, {}, values, widen)
+    return result
 
 
 def program_dims(program: Program, inputs: Tensors) -> dict[str, int]:

@@ -35,7 +35,7 @@ from cosmos_export.ir.spec import DTYPE_NAMES, E2M1, INT4, TensorSpec, Transform
 
 SCHEMA = 1
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_TARGETS = {str(target): target for target in ops.OPERATIONS}
+_TARGETS = {str(target): target for target in ops.OPERATIONS if target not in ops.having(ops.Trait.FUSED)}
 _FILE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._+\-]{0,238}[A-Za-z0-9_+\-])?")
 _ELEMENT = TensorSpec | sympy.Expr | int | float
 """An operand of elementwise arithmetic."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cosmos_export.ir.graph import Graph, Node, is_constant, is_weight, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_constant, is_weight, spec_of, specs_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, LowRank, Packing, Transform, WeightBinding, WeightSource
 
@@ -42,7 +42,8 @@ def _format(value: Any) -> str:
 
 
 def _operation(node: Node) -> str:
-    name = str(node.target).removesuffix(".default")
+    named = isinstance(node.target, torch._ops.OpOverload)
+    name = str(node.target).removesuffix(".default") if named else node.target.__name__
     parts = [_format(a) for a in node.args] + [f"{k}={_format(v)}" for k, v in node.kwargs.items()]
     return f"{name}({', '.join(parts)})"
 
@@ -89,7 +90,8 @@ def print_graph(graph: Graph, name: str | None = None, files: _Files | None = No
     files = _Files() if files is None else files
     lines = [f"graph {graph.name if name is None else name} {{"]
     for node in graph.nodes:
-        left = f"  %{node.name}: {spec_of(node)}"
+        specs = specs_of(node)
+        left = f"  %{node.name}: {', '.join(map(str, specs)) if isinstance(specs, tuple) else specs}"
         if is_weight(node):
             right = f"weight {_binding(node.meta['weight'], files)}"
         elif is_constant(node):

@@ -8,7 +8,7 @@ from typing import NoReturn
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import equal, symbol
-from cosmos_export.ir.graph import Graph, Node, infer, is_input, is_weight, spec_of
+from cosmos_export.ir.graph import Graph, Node, Specs, infer, is_input, is_weight, spec_of, specs_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 
@@ -64,7 +64,9 @@ def _in_instance(spec: TensorSpec, instance: str, dims: Collection[str]) -> Tens
     return TensorSpec(spec.dtype, tuple(s if isinstance(s, int) else s.subs(own) for s in spec.shape))
 
 
-def _same(x: TensorSpec, y: TensorSpec) -> bool:
+def _same(x: Specs, y: Specs) -> bool:
+    if isinstance(x, tuple) or isinstance(y, tuple):
+        return isinstance(x, tuple) and isinstance(y, tuple) and len(x) == len(y) and all(map(_same, x, y))
     return x.dtype == y.dtype and x.rank == y.rank and all(map(equal, x.shape, y.shape))
 
 
@@ -98,8 +100,8 @@ def _verify_graph(program: Program, graph: Graph, forbidden: frozenset[object], 
                 spec = infer(node.target, node.args, node.kwargs)
             except ops.SpecError as error:
                 _fail(stage, where, str(error))
-            if not _same(spec, spec_of(node)):
-                _fail(stage, where, f"says {spec_of(node)}, but its operands give {spec}")
+            if not _same(spec, specs_of(node)):
+                _fail(stage, where, f"says {specs_of(node)}, but its operands give {spec}")
     for name, node in graph.outputs.items():
         if not isinstance(node, Node):
             _fail(stage, f"graph `{graph.name}`, output `{name}`", "is not a value")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from cosmos_export.ir import ops
+from cosmos_export.ir.graph import Node
 from cosmos_export.ir.ops import aten
 
 
@@ -116,6 +117,21 @@ ATTENTIONS = ("sdpa", "triton")
 """``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V."""
 
 
+def _kernels(targets: Collection[Any]) -> dict[Any, Callable[..., Any]]:
+    """The kernels of fused operations; their package is imported where there is one alone."""
+    if not targets:
+        return {}
+    from cosmos_export.kernels import operators
+
+    return {
+        ops.NORM_QUANTIZE: operators.norm_quantize,
+        ops.ADD_NORM_QUANTIZE: operators.add_norm_quantize,
+        ops.ACTIVATION_QUANTIZE: operators.activation_quantize,
+        ops.QKV_PACK: operators.qkv_pack,
+        ops.UNIPC_STEP: operators.unipc_step,
+    }
+
+
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
     if kind == "sdpa":
         return concatenated
@@ -126,8 +142,10 @@ def _joint(kind: str) -> Callable[..., torch.Tensor]:
     raise ValueError(f"attention {kind!r} is not one of {', '.join(ATTENTIONS)}")
 
 
-def implementations(kind: str) -> dict[Any, Callable[..., Any]]:
+def implementations(kind: str, fused: Collection[Node] = ()) -> dict[Any, Callable[..., Any]]:
+    """Operation → what computes it, for attention of ``kind`` and the ``fused`` operations of a graph."""
     return {
+        **_kernels({node.target for node in fused}),
         ops.RMS_NORM: rms_norm,
         ops.ROTARY: rotary,
         ops.SWIGLU: swiglu,

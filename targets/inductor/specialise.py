@@ -1,7 +1,7 @@
 """Graphs specialised to the sizes of one call, as functions that run one after another.
 
-Attention stays whole; what is between two attentions is one function of tensors, which the compiler fuses. This
-project's kernels take the place of what they compute where `Settings` names them (`fusions`).
+Attention stays whole; what is between two attentions is one function of tensors, which the compiler fuses. What
+this project's kernels compute is an operation of the graph, where passes have put it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from torch.utils._sympy.functions import FloorDiv
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.dims import Shape, Size, bind, simplify
-from cosmos_export.ir.graph import Graph, Node, is_op, spec_of
+from cosmos_export.ir.graph import Graph, Node, is_op, spec_of, specs_of
 from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.kernels.description import W4A16
 from cosmos_export.targets.inductor.functions import implementations, narrow_values, packed_linear, scaled_linear
-from cosmos_export.targets.inductor.fusions import fuse
 
 GROUP = 128
 """Columns that a scale of the INT4 kernel covers."""
@@ -40,7 +39,8 @@ class Settings:
     whole_loop: bool = True
     """All steps of a closed loop are one CUDA graph; otherwise one step is, replayed as often."""
     kernels: frozenset[str] = frozenset()
-    """Which of `KERNELS` compute, where a graph has what they do. None has been measured to win: none by default."""
+    """`W4A16` or none: whether products with INT4 weights are our kernel's. What other kernels compute is in the graph,
+    where passes put it (`passes.pipeline.fuse_kernels`)."""
     open_dims: frozenset[str] = frozenset()
     """Dims that differ from call to call, as the length of a prompt does: compiled code takes every value of them."""
 
@@ -100,6 +100,8 @@ def specialise(
     its prompt only where they quantize its keys and values. ValueError where sizes contradict each other or the graph.
     """
     settings = settings or Settings()
+    if settings.kernels - {W4A16}:
+        raise ValueError(f"kernels {', '.join(sorted(settings.kernels))}: passes put all but {W4A16} into a graph")
     binding = bind((name, spec_of(node).shape, sizes[name]) for name, node in graph.inputs.items())
     closed = {name: value for name, value in binding.items() if name not in settings.open_dims}
     lowering = _Lowering(graph, closed, settings, device or torch.device("cpu"))
@@ -115,12 +117,12 @@ def specialise(
         for call in part:
             for operand in _operands(call):
                 read_in.setdefault(operand, set()).add(number)
-    code = implementations(settings.attention)
+    code = implementations(settings.attention, graph.calls(*ops.having(Trait.FUSED)))
     chunks = []
     for number, part in enumerate(parts):
         results = [call for call in part if call in kept or read_in.get(call, set()) - {number}]
         if results:
-            chunks.append(_chunk(part, results, lowering, code, settings.kernels))
+            chunks.append(_chunk(part, results, lowering, code))
     return Specialised(tuple(chunks), {name: made.get(n, n).name for name, n in graph.outputs.items()})
 
 
@@ -188,7 +190,9 @@ class _Lowering:
         return value
 
     def _lowered(self, node: Node) -> _Call:
-        spec = spec_of(node)
+        specs = specs_of(node)
+        # Of several results the first stands for all: `ITEM`, right behind, has their shapes.
+        spec = specs[0] if isinstance(specs, tuple) else specs
         dtype, shape = spec.dtype, tuple(self.size(s) for s in spec.shape)
         product = _narrow_product(node, self.settings.kernels)
         if product is not None:
@@ -234,7 +238,6 @@ def _chunk(
     results: list[_Call],
     lowering: _Lowering,
     code: Mapping[Any, Callable[..., Any]],
-    kernels: Collection[str],
 ) -> Chunk:
     result = fx.Graph()
     device = result.placeholder("device")
@@ -294,7 +297,6 @@ def _chunk(
         made[call].meta |= {"type": call.dtype, "shape": call.shape}
     result.output(tuple(made[call] for call in results))
     result.eliminate_dead_code()  # widened operands of products that take them narrow
-    fuse(result, kernels)
     for node in result.nodes:
         if node.op == "call_function":
             node.target = code.get(node.target, node.target)

@@ -1,7 +1,7 @@
 """This project's kernels in models for TensorRT: what each stands for is found by dataflow, and becomes one node.
 
-The rewrites are those of the inductor backend (`inductor.fusions`); joint attention is an operation by itself. A node
-is called like the form of the kernel that it runs, in the domain `kernels.description.NAMESPACE`, and is made ahead of
+The rewrites are passes (phase `kernels` of `passes.pipeline`); joint attention is an operation by itself. A node is
+called like the form of the kernel that it runs, in the domain `kernels.description.NAMESPACE`, and is made ahead of
 time (``aot``). Models for a CPU have none.
 """
 
@@ -28,7 +28,6 @@ from cosmos_export.kernels.description import (
     QKV_PACK,
     SAMPLER_STEP,
 )
-from cosmos_export.targets.inductor.fusions import fuse, item
 from cosmos_export.targets.onnx.model import ModelBuilder
 
 if TYPE_CHECKING:
@@ -43,20 +42,18 @@ _ALIGNED = 16
 class Plugins:
     """The kernels that models are to use, and the forms of them that they do."""
 
-    def __init__(self, kernels: Collection[str]) -> None:
+    def __init__(self, kernels: Collection[str], fuse: Callable[[Graph], Graph]) -> None:
+        """``fuse``: a graph with the operations of kernels in the place of what they compute."""
         self.kernels = tuple(kernels)
         self.forms: dict[str, Form] = {}
+        self._fuse = fuse
+        self._fused: dict[Graph, Graph] = {}
 
     def fused(self, graph: Graph) -> Graph:
         """``graph`` with the operations of kernels in the place of what they compute."""
-        rewrites = [name for name in self.kernels if name != JOINT_ATTENTION]
-        if not rewrites:
-            return graph
-        result = graph.copy()
-        for node in result.nodes:
-            node.meta |= {"type": spec_of(node).dtype, "shape": tuple(spec_of(node).shape)}
-        fuse(result.fx, rewrites)
-        return result
+        if graph not in self._fused:
+            self._fused[graph] = self._fuse(graph)
+        return self._fused[graph]
 
     def rule(self, node: Node) -> Callable[[ModelBuilder, Node], str] | None:
         """How ``node`` becomes a plugin; None where it does not."""
@@ -82,17 +79,13 @@ class Plugins:
 
     @cached_property
     def _rules(self) -> Mapping[Any, Callable[[ModelBuilder, Node], str]]:
-        if all(name == JOINT_ATTENTION for name in self.kernels):
-            return {}
-        from cosmos_export.kernels import operators
-
         return {
-            operators.norm_quantize: self._norm_quantize,
-            operators.add_norm_quantize: self._norm_quantize,
-            operators.activation_quantize: self._activation_quantize,
-            operators.qkv_pack: self._qkv_pack,
-            operators.unipc_step: self._unipc_step,
-            item: _part,
+            ops.NORM_QUANTIZE: self._norm_quantize,
+            ops.ADD_NORM_QUANTIZE: self._norm_quantize,
+            ops.ACTIVATION_QUANTIZE: self._activation_quantize,
+            ops.QKV_PACK: self._qkv_pack,
+            ops.UNIPC_STEP: self._unipc_step,
+            ops.ITEM: _part,
         }
 
     def _call(

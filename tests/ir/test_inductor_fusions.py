@@ -17,13 +17,14 @@ from test_inductor_quantized import loaded
 from tiny_cosmos import Compiled, assert_close, distance
 
 from cosmos_export.ir import ops
+from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.kernels import operators
 from cosmos_export.kernels.description import KERNELS
 from cosmos_export.kernels.interpret import device_rounding
+from cosmos_export.passes.pipeline import FUSIONS, fuse_kernels
 from cosmos_export.targets.inductor.executable import Executable
 from cosmos_export.targets.inductor.functions import narrow_values, packed_linear, quantize
-from cosmos_export.targets.inductor.fusions import fuse
 from cosmos_export.targets.inductor.specialise import Settings, specialise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -38,13 +39,13 @@ def _rounding() -> Iterator[None]:
 
 def run(graph: Any, weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
     """Results on the host, of operations one after another."""
+    graph = fuse_kernels(graph, settings.pop("kernels", ()))
     executable = Executable(graph, on(DEVICE, weights), DEVICE, Settings(compiled=False, **settings))
     return on(torch.device("cpu"), executable(on(DEVICE, inputs)))
 
 
 def calls(graph: Any, inputs: dict[str, torch.Tensor], *kernels: str) -> list[Any]:
-    settings = Settings(kernels=frozenset(kernels))
-    found = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, settings)
+    found = specialise(fuse_kernels(graph, kernels), {name: tuple(t.shape) for name, t in inputs.items()})
     return [node.target for chunk in found.chunks for node in chunk.module.graph.nodes if node.op == "call_function"]
 
 
@@ -152,7 +153,7 @@ def test_a_product_of_packed_weights() -> None:
     assert distance(found, torch.nn.functional.linear(x.float(), wide, bias.float())) < 5e-3
 
 
-def test_kernels_are_known_by_name() -> None:
-    with pytest.raises(ValueError, match="not among norm-quantize"):
-        fuse(torch.fx.Graph(), ["norm"])
-    assert set(Settings().kernels) == set() and len(KERNELS) == 5
+def test_fusions_are_passes_and_no_setting() -> None:
+    with pytest.raises(ValueError, match="passes put all but w4a16 into a graph"):
+        specialise(Graph("empty"), {}, Settings(kernels=frozenset({"norm-quantize"})))
+    assert set(Settings().kernels) == set() and set(KERNELS) - {"w4a16"} == FUSIONS

@@ -112,6 +112,14 @@ SAMPLES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (ops.DEQUANTIZE_GROUPS, (V(6, 64, dtype=INT4), V(6, 2, dtype=BF16)), {}),
     (ops.DEQUANTIZE_BLOCKS, (V(6, 32, dtype=E2M1), V(6, 2, dtype=E4M3), V(), BF16), {}),
     (ops.REQUANTIZE_BLOCKS, (V(N, 32, dtype=BF16), V()), {}),
+    (ops.NORM_QUANTIZE, (V(N, 8, dtype=BF16), V(8), 1e-6, V()), {}),
+    (ops.ADD_NORM_QUANTIZE, (V(N, 8), V(N, 8), V(8), 1e-6, V()), {}),
+    (ops.ACTIVATION_QUANTIZE, (V(N, 8, dtype=BF16), V(N, 8, dtype=BF16), V()), {}),
+    (ops.ACTIVATION_QUANTIZE, (V(N, 8), None, V()), {}),
+    (ops.QKV_PACK, (V(N, 16), V(N, 8), V(N, 8), V(4), V(4), V(N, 2), V(N, 2), 1e-6), {}),
+    (ops.UNIPC_STEP, (V(10), V(N, 3, 4), V(N, 3, 4), *[V(N, 3, 4)] * 4, [V(N), V(3)], [0, 1]), {}),
+    (ops.UNIPC_STEP, (V(10), V(N, 3, dtype=BF16), None, *[V(N, 3)] * 4, [], []), {}),
+    (ops.ITEM, ([V(N, 4), V(M)], 1), {}),
 ]  # fmt: skip
 
 
@@ -126,7 +134,12 @@ def build(operand: Any, binding: dict[str, int], make: Callable[[V], Any], size:
     return size(operand)
 
 
-def spec_of_sample(target: Any, args: Any, kwargs: Any) -> TensorSpec:
+def several(value: Any) -> tuple[Any, ...]:
+    """The results of an operation, which has one or several."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def spec_of_sample(target: Any, args: Any, kwargs: Any) -> Any:
     one = {"n": 2, "m": 3}
     operands = build(list(args), one, lambda v: TensorSpec(v.dtype, tuple(v.shape)), lambda s: s)
     return ops.OPERATIONS[target].rule(*operands, **kwargs)
@@ -143,7 +156,9 @@ def test_a_rule_gives_what_torch_gives(target: Any, args: Any, kwargs: Any) -> N
         number = lambda s: evaluate(s, binding) if hasattr(s, "free_symbols") else s  # noqa: E731
         operands = build(list(args), binding, lambda v: v.value(binding), number)
         result = ops.OPERATIONS[target].reference(*operands, **kwargs)
-        assert (result.dtype, tuple(result.shape)) == (spec.dtype, tuple(evaluate(s, binding) for s in spec.shape))
+        for one, wanted in zip(several(result), several(spec), strict=True):
+            shape = tuple(evaluate(s, binding) for s in wanted.shape)
+            assert (one.dtype, tuple(one.shape)) == (wanted.dtype, shape)
 
     check()
 
@@ -160,7 +175,8 @@ def test_our_operations_have_a_fake_form_of_the_same_spec(sample: Any) -> None:
     spec = spec_of_sample(target, args, kwargs)
     with FakeTensorMode():
         result = target(*build(list(args), binding, lambda v: v.value(binding), lambda s: s), **kwargs)
-    assert (result.dtype, tuple(result.shape)) == (spec.dtype, tuple(evaluate(s, binding) for s in spec.shape))
+    for one, wanted in zip(several(result), several(spec), strict=True):
+        assert (one.dtype, tuple(one.shape)) == (wanted.dtype, tuple(evaluate(s, binding) for s in wanted.shape))
 
 
 # -- operands that do not fit -----------------------------------------------------------------------------------------
@@ -206,6 +222,14 @@ WRONG = [
     (ops.DEQUANTIZE_GROUPS, (V(6, 64, dtype=INT4), V(2, 6)), "dequantize of int4"),
     (ops.DEQUANTIZE_BLOCKS, (V(6, 32, dtype=E2M1), V(2, 6, dtype=E4M3), V(), BF16), "dequantize of float4"),
     (ops.REQUANTIZE_BLOCKS, (V(N, 24), V()), "no blocks of 16"),
+    (ops.NORM_QUANTIZE, (V(N, 8), V(4), 1e-6, V()), "norm of"),
+    (ops.ADD_NORM_QUANTIZE, (V(N, 8), V(M, 8), V(8), 1e-6, V()), "sum of"),
+    (ops.ACTIVATION_QUANTIZE, (V(N, 8), V(N, 4), V()), "activation of"),
+    (ops.QKV_PACK, (V(N, 16), V(N, 8), V(N, 8), V(8), V(8), V(N, 2), V(N, 2), 1e-6), "heads of"),
+    (ops.UNIPC_STEP, (V(9), V(N, 3), None, *[V(N, 3)] * 4, [], []), "a row of ten coefficients"),
+    (ops.UNIPC_STEP, (V(10), V(N, 3), None, *[V(N, 3, dtype=BF16)] * 4, [], []), "a step of"),
+    (ops.UNIPC_STEP, (V(10), V(N, 3), None, *[V(N, 3)] * 4, [V(4)], [1]), "masks"),
+    (ops.ITEM, ([V(N, 4), V(M)], 2), "result 2 of"),
 ]  # fmt: skip
 
 

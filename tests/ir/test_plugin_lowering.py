@@ -26,6 +26,7 @@ from cosmos_export.ir.interpreter import run_graph
 from cosmos_export.kernels.description import NAMESPACE, PLUGINS
 from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.kernels.plugins import Form, run
+from cosmos_export.passes.pipeline import fuse_kernels
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx.lowering import lower
 from cosmos_export.targets.onnx.plugins import Plugins
@@ -76,6 +77,10 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Tiny(request.param, tmp_path_factory.mktemp(request.param))
 
 
+def plugins_of(*kernels: str) -> Plugins:
+    return Plugins(kernels, lambda graph: fuse_kernels(graph, kernels))
+
+
 def lowered(graph: Graph, folder: Path, plugins: Plugins | None) -> Path:
     folder = Path(mkdtemp(dir=folder))  # of its own: so are its weights
     stored = layout(node.meta["weight"] for node in graph.weights.values())
@@ -100,7 +105,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("kernel", [name for name in PLUGINS if name != "sampler-step"])
 def test_each_kernel_computes_what_it_replaces(tiny: Tiny, tmp_path: Path, kernel: str) -> None:
     graph = tiny.quantized("fp8").graphs["generator"]
-    layers, plugins = tiny.config["num_hidden_layers"], Plugins([kernel])
+    layers, plugins = tiny.config["num_hidden_layers"], plugins_of(kernel)
     path = lowered(graph, tmp_path, plugins)
     plugins.require_places([graph])
     counts = {"joint-attention": layers, "qkv-pack": layers, "activation-quantize": layers, "norm-quantize": 2 * layers}
@@ -124,7 +129,7 @@ def test_attention_in_fp8_over_any_number_of_keys(tmp_path: Path) -> None:
         scales = body.add_constant(f"scales_{node.name}", torch.tensor([0.02, 0.02, 0.02]))
         body.replace(node, body.call(ops.JOINT_ATTENTION_FP8, *operands, scales, scale, before=node, like=node))
     body.eliminate_dead_code()
-    plugins = Plugins(["joint-attention"])
+    plugins = plugins_of("joint-attention")
     path = lowered(body, tmp_path, plugins)
     assert set(plugin_nodes(path)) == {"joint_attention"}
     assert dict(next(iter(plugins.forms.values())).settings)["narrow"] is True
@@ -143,12 +148,12 @@ def test_models_of_a_cpu_have_none_and_others_only_what_is_asked_for(tiny: Tiny,
     graph = tiny.quantized("fp8").graphs["generator"]
     assert not plugin_nodes(lowered(graph, tmp_path, None))
     before = [node.target for node in graph.nodes]
-    assert set(plugin_nodes(lowered(graph, tmp_path, Plugins(["qkv-pack"])))) == {"qkv_pack"}
+    assert set(plugin_nodes(lowered(graph, tmp_path, plugins_of("qkv-pack")))) == {"qkv_pack"}
     assert [node.target for node in graph.nodes] == before
 
 
 def test_a_kernel_without_a_place_is_said(tiny: Tiny, tmp_path: Path) -> None:
-    plugins, graph = Plugins(["joint-attention", "norm-quantize", "sampler-step"]), tiny.program.graphs["generator"]
+    plugins, graph = plugins_of("joint-attention", "norm-quantize", "sampler-step"), tiny.program.graphs["generator"]
     path = lowered(graph, tmp_path, plugins)
     assert plugin_nodes(path) == Counter({"joint_attention": tiny.config["num_hidden_layers"]})
     with pytest.raises(UnsupportedError, match="no place for norm-quantize, sampler-step: residual sum") as refused:

@@ -15,6 +15,14 @@ from cosmos_export.ir.ops.attention import ATTENTION
 from cosmos_export.ir.ops.convolutions import spatial
 from cosmos_export.ir.ops.declare import OPERATIONS, Operation, SpecError, Trait, aten, axis_of, having
 from cosmos_export.ir.ops.fp8 import DEQUANTIZE, QUANTIZE
+from cosmos_export.ir.ops.fused import (
+    ACTIVATION_QUANTIZE,
+    ADD_NORM_QUANTIZE,
+    ITEM,
+    NORM_QUANTIZE,
+    QKV_PACK,
+    UNIPC_STEP,
+)
 from cosmos_export.ir.ops.int4 import DEQUANTIZE_GROUPS
 from cosmos_export.ir.ops.joint_attention import JOINT_ATTENTION, JOINT_ATTENTION_FP8, attend_rounded
 from cosmos_export.ir.ops.nvfp4 import DEQUANTIZE_BLOCKS, REQUANTIZE_BLOCKS
@@ -28,7 +36,8 @@ for _module in iter_modules(__path__):
 VIEWS = having(Trait.VIEW)
 
 __all__ = [
-    "ATTENTION", "DEQUANTIZE", "DEQUANTIZE_BLOCKS", "DEQUANTIZE_GROUPS", "JOINT_ATTENTION", "JOINT_ATTENTION_FP8",
-    "OPERATIONS", "QUANTIZE", "REQUANTIZE_BLOCKS", "RMS_NORM", "ROTARY", "SWIGLU", "VIEWS", "Operation", "SpecError",
-    "Trait", "aten", "attend_rounded", "axis_of", "having", "spatial",
+    "ACTIVATION_QUANTIZE", "ADD_NORM_QUANTIZE", "ATTENTION", "DEQUANTIZE", "DEQUANTIZE_BLOCKS", "DEQUANTIZE_GROUPS",
+    "ITEM", "JOINT_ATTENTION", "JOINT_ATTENTION_FP8", "NORM_QUANTIZE", "OPERATIONS", "QKV_PACK", "QUANTIZE",
+    "REQUANTIZE_BLOCKS", "RMS_NORM", "ROTARY", "SWIGLU", "UNIPC_STEP", "VIEWS", "Operation", "SpecError", "Trait",
+    "aten", "attend_rounded", "axis_of", "having", "spatial",
 ]  # fmt: skip

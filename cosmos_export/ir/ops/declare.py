@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import floordiv
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -23,9 +23,11 @@ from cosmos_export.ir.spec import TensorSpec
 aten = torch.ops.aten
 _NAMESPACE = "cosmos_export"
 
-Rule = Callable[..., TensorSpec]
-"""Operands (TensorSpec for values, plain Python otherwise) → the result's type and shape; SpecError where they do not
-fit. Annotations say which operands a graph document may have."""
+Rule = Callable[..., Any]
+"""Operands (TensorSpec for values, plain Python otherwise) → type and shape of the result, or a tuple of them for an
+operation with several results, which `ITEM` takes apart; SpecError where operands do not fit. Annotations say which
+operands a graph document may have."""
+R = TypeVar("R", bound=Callable[..., Any])
 Rows = Sequence[int] | Callable[..., Sequence[int]]
 """Positions of operands, or a function of the operands as a rule takes them that returns such."""
 
@@ -50,6 +52,7 @@ class Trait(Enum):
     ACTIVATION = "the non-linearity between the two products of an MLP"
     ROUNDS = "rounds activations to a narrow type"
     WIDENS = "narrow numbers, multiplied by their scales"
+    FUSED = "what one of this project's kernels computes; only graphs for a backend that has it contain such"
     BLOCKS = "works on four-bit floats in blocks, which have a scale each"
 
 
@@ -82,14 +85,14 @@ def operation(
     rows: Rows = (),
     reference: Callable[..., Any] | None = None,
     first: torch.dtype | None = None,
-) -> Callable[[Rule], Rule]:
+) -> Callable[[R], R]:
     """Declare ``targets``, to which the decorated rule applies.
 
     ``rows``: as `Operation.rows`. ``reference``: what the interpreter runs (default: the target). ``first``: the type
     of the first operand where torch has no tensors of it; references take int8 for INT4 and float32 for E2M1.
     """
 
-    def declare(rule: Rule) -> Rule:
+    def declare(rule: R) -> R:
         for target in targets:
             if target in OPERATIONS:
                 raise ValueError(f"{target} is declared twice")
@@ -157,7 +160,11 @@ def _fake(rule: Rule, first: torch.dtype | None) -> Callable[..., Any]:
 
         tensor = next(o for o in operands if isinstance(o, torch.Tensor))
         found = rule(spec(operands[0], first), *map(spec, operands[1:]))
-        return tensor.new_empty([computed(s) for s in found.shape], dtype=found.dtype)
+        results = [
+            tensor.new_empty([computed(s) for s in one.shape], dtype=one.dtype)
+            for one in (found if isinstance(found, tuple) else (found,))
+        ]
+        return tuple(results) if isinstance(found, tuple) else results[0]
 
     return fake
 
