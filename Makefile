@@ -41,7 +41,7 @@ demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/run_cpu.py --checkpoint demo/checkpoint --bundle demo/bundle \
 		--steps 8 --runs 1
 	$(BIN)/cosmos-export calibrate demo/checkpoint --data calibration/prompts.txt,licence=Apache-2.0,origin=synthetic \
-		--rollout --modalities vision,sound --samples 32 --steps 8 --frames 9 --profile $(DEMO_SIZE) -o demo/scales --force
+		--latents rollout --modalities vision,sound --samples 32 --steps 8 --frames 9 --profile $(DEMO_SIZE) -o demo/scales --force
 	$(BIN)/cosmos-export build demo/checkpoint -o demo/fp8 --target rtx-pro-6000 --profile 256p-17f+sound \
 		--modalities vision,sound --recipe fp8 --calibration demo/scales --quality report --force
 	$(BIN)/cosmos-export bundle verify demo/fp8

@@ -24,10 +24,10 @@ import numpy as np
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import read_header
-from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint
+from cosmos_export.compiler.calibrate_checkpoint import calibrate_checkpoint
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.options import BuildOptions, CalibrateOptions
 from cosmos_export.sampling import Overrides
 
 STEPS = 8

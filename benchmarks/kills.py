@@ -54,7 +54,7 @@ def build(inputs: Inputs, output: Path) -> list[str]:
 def calibrate(inputs: Inputs, output: Path) -> list[str]:
     return [
         "calibrate", str(inputs.checkpoint), "-o", str(output), "--data", str(inputs.prompts), "--modalities", "vision",
-        "--samples", "24", "--steps", "6", "--noise-latents", "--profile", PROFILE,
+        "--samples", "24", "--steps", "6", "--latents", "noise", "--profile", PROFILE,
     ]  # fmt: skip
 
 

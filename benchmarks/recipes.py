@@ -30,10 +30,11 @@ import numpy as np
 import cosmos_export.compiler.stages as stages
 from cosmos_export.compiler.artifacts import Engine
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.losses import Losses
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError
 from cosmos_export.ir.program import Program
+from cosmos_export.options import BuildOptions
 from cosmos_export.precision.recipe import load_recipe, recipe_names, refusal
 from cosmos_export.targets import load_target
 

@@ -27,7 +27,6 @@ import torch
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.evaluation.pipeline import (
     Published,
     PublishedRequest,
@@ -35,8 +34,9 @@ from cosmos_export.evaluation.pipeline import (
     peak_signal_to_noise,
     run_published,
 )
+from cosmos_export.options import BuildOptions, GenerateOptions
 from cosmos_export.runtime import Generator, Result, load_bundle, media
-from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
+from cosmos_export.runtime.frontend import Prepared, prepare
 from cosmos_export.runtime.step_inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
 

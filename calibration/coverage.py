@@ -147,6 +147,6 @@ def require_coverage(found: Coverage, wanted: Sequence[str]) -> None:
 
 _HINTS = {
     "vision": "add --data with clips, prompts or latents",
-    "sound": "clips or recorded latents with sound, or --rollout; or leave it out with --modalities vision,…",
+    "sound": "clips or recorded latents with sound, or --latents rollout; or leave it out with --modalities vision,…",
     "action": "robot data (LeRobot, or actions with a clip); or leave it out with --modalities vision,…",
 }

@@ -233,8 +233,8 @@ def _made(item: Item, lender: Item | None, setting: Setting) -> Latents:
     raise UserError(
         "CX346",
         f"{item.name} is a prompt without a clip, and no source has clips to make latents from",
-        "add --data with a folder of clips, or --rollout (the model makes its own; small models), or as a last resort "
-        "--noise-latents",
+        "add --data with a folder of clips, or --latents rollout (the model makes its own; small models), or as a last "
+        "resort --latents noise",
     )
 
 

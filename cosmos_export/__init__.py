@@ -19,6 +19,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "compile",
+    "modes",
     "open",
     "plan",
     "quantize",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 if _TYPE_CHECKING:
-    from cosmos_export.api import calibrate, compile, open, plan, quantize, recipes, targets
+    from cosmos_export.api import calibrate, compile, modes, open, plan, quantize, recipes, targets
     from cosmos_export.diagnostics import CosmosExportError
 
 # In a source tree `passes`, `kernels`, `calibration` and `targets` are beside this folder and install inside it.

@@ -27,18 +27,19 @@ if TYPE_CHECKING:
     from cosmos_export.calibration.write_quantized import QuantizeResult
     from cosmos_export.compiler.calibrate_checkpoint import CalibrateResult
     from cosmos_export.compiler.evidence import BuildResult
+    from cosmos_export.options import GenerateOptions
     from cosmos_export.plan import Estimate
     from cosmos_export.precision.recipe import Recipe
-    from cosmos_export.runtime.frontend import GenerateOptions
     from cosmos_export.runtime.model import Generation, Step
     from cosmos_export.runtime.model import Model as LoadedModel
+    from cosmos_export.sampling.modes import Mode
     from cosmos_export.targets import Target
 
 PathLike = str | os.PathLike[str]
 Names = str | Sequence[str]
 """One name or several."""
 
-__all__ = ["Compiled", "Model", "calibrate", "compile", "open", "plan", "quantize", "recipes", "targets"]
+__all__ = ["Compiled", "Model", "calibrate", "compile", "modes", "open", "plan", "quantize", "recipes", "targets"]
 
 
 # -- making bundles ---------------------------------------------------------------------------------------------------
@@ -107,7 +108,7 @@ def compile(
     """
     given = dict(locals())
     from cosmos_export.compiler.document import build
-    from cosmos_export.compiler.job import BuildOptions
+    from cosmos_export.options import BuildOptions
 
     del given["progress"]
     options = made(BuildOptions, "compile", given)
@@ -136,7 +137,8 @@ def plan(
     """
     given = dict(locals())
     from cosmos_export.checkpoint.published import PUBLISHED
-    from cosmos_export.compiler.plan_checkpoint import PlanOptions, plan_checkpoint
+    from cosmos_export.compiler.plan_checkpoint import plan_checkpoint
+    from cosmos_export.options import PlanOptions
 
     if isinstance(checkpoint, str) and like is None and checkpoint in PUBLISHED and not Path(checkpoint).exists():
         given |= {"checkpoint": None, "like": checkpoint}
@@ -179,7 +181,8 @@ def calibrate(
     finished is kept.
     """
     given = dict(locals())
-    from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint
+    from cosmos_export.compiler.calibrate_checkpoint import calibrate_checkpoint
+    from cosmos_export.options import CalibrateOptions
 
     del given["progress"]
     given["negative"] = given.pop("negative_prompt")
@@ -206,7 +209,8 @@ def quantize(
     The options are the fields of `cosmos_export.compiler.quantize_checkpoint.QuantizeRequest`.
     """
     given = dict(locals())
-    from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
+    from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
+    from cosmos_export.options import QuantizeRequest
 
     del given["progress"]
     return quantize_checkpoint(made(QuantizeRequest, "quantize", given), progress)
@@ -341,8 +345,8 @@ _DIFFUSERS = {
 
 
 def _generate_options(given: dict[str, Any]) -> GenerateOptions:
-    from cosmos_export.runtime.frontend import GenerateOptions
-    from cosmos_export.runtime.in_memory import InMemory
+    from cosmos_export.in_memory import InMemory
+    from cosmos_export.options import GenerateOptions
 
     count = given.pop("num_frames")
     if count is not None and given["frames"] not in (None, count):
@@ -446,3 +450,10 @@ def recipes() -> tuple[Recipe, ...]:
     from cosmos_export.precision.recipe import load_recipe, recipe_names
 
     return tuple(load_recipe(name) for name in recipe_names())
+
+
+def modes() -> tuple[Mode, ...]:
+    """What requests can ask for: t2v, i2v and so on, with what each starts from and makes."""
+    from cosmos_export.sampling.modes import MODES
+
+    return tuple(MODES.values())

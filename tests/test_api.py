@@ -17,11 +17,7 @@ from PIL import Image
 import cosmos_export as cx
 from cosmos_export import api
 from cosmos_export.arguments import made
-from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions
-from cosmos_export.compiler.job import BuildOptions
-from cosmos_export.compiler.plan_checkpoint import PlanOptions
-from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest
-from cosmos_export.runtime.frontend import GenerateOptions
+from cosmos_export.options import BuildOptions, CalibrateOptions, GenerateOptions, PlanOptions, QuantizeRequest
 from cosmos_export.sampling import Overrides
 
 ROOT = Path(__file__).resolve().parents[1]

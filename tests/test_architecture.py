@@ -36,6 +36,10 @@ LEVELS = {
             "arguments",
             "audit",
             "diagnostics",
+            "documents",
+            "in_memory",
+            "option_fields",
+            "options",
             "directories",
             "family",
             "files",
@@ -45,6 +49,7 @@ LEVELS = {
             "release",
             "stamps",
             "streams",
+            "units",
         ],
         0,
     ),
@@ -52,11 +57,13 @@ LEVELS = {
 # Where the level alone would allow more than there should be.
 ONLY = {
     "arguments": {"diagnostics"},
+    "documents": {"diagnostics"},
+    "options": {"in_memory", "option_fields"},
     "ir": {"diagnostics"},
     "audit": {"diagnostics", "files"},
     "bundle": {"diagnostics", "directories", "files", "machine", "progress", "stamps"},
     "checkpoint": {"diagnostics", "directories", "family", "files", "machine", "progress", "stamps"},
-    "sampling": {"diagnostics", "family"},
+    "sampling": {"diagnostics", "family", "options"},
     "stamps": {"diagnostics"},
     "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files"},
 }

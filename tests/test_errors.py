@@ -1,30 +1,44 @@
-"""`docs/errors.md` lists every error that the code raises, with what it says. To accept a change: UPDATE_ERRORS=1."""
+"""`docs/errors.md` and what `explain` knows list every error that is raised. To accept a change: UPDATE_ERRORS=1."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/errors.md"
+DATA = ROOT / "cosmos_export/cli/errors.json"
+CAUSES = ROOT / "cosmos_export/cli/causes.toml"
+KINDS = {
+    "0": "the program itself",
+    "1": "the checkpoint",
+    "2": "capture and passes",
+    "3": "precision and calibration",
+    "4": "targets, profiles and engines",
+    "5": "backends of a run",
+    "6": "requests and what is measured",
+    "7": "bundles",
+    "8": "the environment",
+}
+"""What codes are about, by their first digit."""
 FOLDERS = ("cosmos_export", "passes", "targets", "kernels", "calibration")
 STATUS = {"FindingError": 1, "UserError": 2, "UnsupportedError": 3, "ToolError": 4, "InternalError": 4}
 HEAD = """# Errors
 
-Each line is a code, the exit status of the command, and what it says; `…` stands for what it fills in. A hint follows
-where there is something to do. A code that stands in several lines is raised in several places, a few of them for
-mistakes that are only akin, or with another status. This page is made from the code
+Each line is a code, the exit status of the command, what the error says and its hint; `…` stands for what it fills in.
+A code that has several lines is raised in several places, a few of them for related mistakes, or with another status.
+`cosmos-export explain CX607` prints the same for one code. This page is made from the code
 (`UPDATE_ERRORS=1 pytest tests/test_errors.py`), and a test compares them.
 
 Status 1: a check found something. 2: usage or input. 3: not supported. 4: another tool failed, or it is a bug.
-
-| code | status | says |
-|---|---|---|
 """
+TABLE = "\n| code | status | says | hint |\n|---|---|---|---|\n"
 
 
 def text(node: ast.expr) -> str:
@@ -38,7 +52,8 @@ def text(node: ast.expr) -> str:
     return "…"
 
 
-def raised() -> Iterator[tuple[str, int, str]]:
+def raised() -> Iterator[tuple[str, int, str, str]]:
+    """Code, status, message and hint of every error that is raised."""
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -47,7 +62,8 @@ def raised() -> Iterator[tuple[str, int, str]]:
                 name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
                 code = node.args[0]
                 if name in STATUS and isinstance(code, ast.Constant):
-                    yield str(code.value), STATUS[name], " ".join(text(node.args[1]).split())
+                    hint = " ".join(text(node.args[2]).split()) if len(node.args) > 2 else ""
+                    yield str(code.value), STATUS[name], " ".join(text(node.args[1]).split()), hint
 
 
 CODE = re.compile(r"CX\d{3}")
@@ -76,23 +92,52 @@ def named() -> set[str]:
     return found
 
 
-def page() -> str:
-    said: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for code, status, message in raised():
-        said[code, status].add(message)
+def known() -> dict[str, dict[str, object]]:
+    """Code → what `explain` prints of it."""
+    cases: dict[str, set[tuple[int, str, str]]] = defaultdict(set)
+    for code, status, message, hint in raised():
+        cases[code].add((status, message, hint))
     for code, status in INDIRECT.items():
-        said[code, status].add("…")
-    rows = [
-        f"| {code} | {status} | {message.replace('|', chr(92) + '|')} |"
-        for (code, status), messages in sorted(said.items())
-        for message in sorted(messages - {"…"}) or ["(the case's own words)"]
-    ]
-    return HEAD + "\n".join(rows) + "\n"
+        cases[code].add((status, "…", ""))
+    causes = tomllib.loads(CAUSES.read_text(encoding="utf-8"))
+    assert not set(causes) - set(cases), "causes of codes that nobody raises"
+    return {
+        code: {
+            "status": sorted({status for status, _, _ in found}),
+            "kind": KINDS[code[2]],
+            "cause": causes.get(code, ""),
+            "cases": [
+                {"message": message, "hint": hint if hint != "…" else ""}
+                for _, message, hint in sorted(found)
+                if message != "…" or len(found) == 1
+            ],
+        }
+        for code, found in sorted(cases.items())
+    }
+
+
+def page() -> str:
+    parts, kind = [HEAD], ""
+    for code, entry in known().items():
+        if entry["kind"] != kind:
+            kind = str(entry["kind"])
+            parts.append(f"\n## {code[:3]}xx: {kind}\n{TABLE}")
+        for case in entry["cases"]:  # type: ignore[attr-defined]
+            said = case["message"] if case["message"] != "…" else "(the case's own words)"
+            cells = (said.replace("|", "\\|"), case["hint"].replace("|", "\\|"))
+            parts.append(f"| {code} | {' or '.join(map(str, entry['status']))} | {' | '.join(cells)} |\n")  # type: ignore[arg-type]
+    return "".join(parts)
+
+
+def data() -> str:
+    return json.dumps(known(), indent=1, ensure_ascii=False) + "\n"
 
 
 def test_the_page_of_errors_is_that_of_the_code() -> None:
     if os.environ.get("UPDATE_ERRORS"):
         PAGE.write_text(page(), encoding="utf-8")
-    assert len({code for code, _, _ in raised()}) > 150
-    assert named() == {code for code, _, _ in raised()} | set(INDIRECT)
+        DATA.write_text(data(), encoding="utf-8")
+    assert len(known()) > 150
+    assert named() == {code for code, *_ in raised()} | set(INDIRECT)
     assert PAGE.read_text(encoding="utf-8") == page()
+    assert DATA.read_text(encoding="utf-8") == data()

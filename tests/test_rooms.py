@@ -45,6 +45,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("cosmos_export/checkpoint/reader.py", "policy"): "a field of checkpoint.json",
     ("cosmos_export/cli/inspect.py", "policy"): "a title of the table",
     ("cosmos_export/cli/bundle.py", "policy"): "a title of the table",
+    ("cosmos_export/documents.py", "policy"): "a field of a document",
     ("cosmos_export/evaluation/requested.py", "policy"): "a field of the sampling record",
 }
 """The same words with another meaning, by file."""

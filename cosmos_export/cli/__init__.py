@@ -1,4 +1,4 @@
-"""The command line. One module a verb; no logic here.
+"""The command line. One module per verb; no logic here.
 
 Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, 128 + N ended by
 signal N.
@@ -8,7 +8,8 @@ Verb modules import what they need inside their functions, so that ``--help`` st
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -24,6 +25,7 @@ from cosmos_export.cli import (
     console,
     demo_checkpoint,
     doctor,
+    explain,
     inspect,
     plan,
     quantize,
@@ -38,19 +40,29 @@ from cosmos_export.diagnostics import ExitCode, ToolError, UserError
 
 __all__ = ["app", "main"]
 
+
+class _Root(verbs.Group):
+    headings: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("doctor", "targets", "recipes", "inspect", "plan", "demo-checkpoint"), "Before a build"),
+        **dict.fromkeys(("calibrate", "quantize", "build", "bundle", "cache"), "Build"),
+        **dict.fromkeys(("run", "serve", "audit", "bench"), "Run"),
+        **dict.fromkeys(("explain", "version"), "Help"),
+    }
+
+
 app = verbs.Verbs(
     name="cosmos-export",
+    cls=_Root,
     help="Ahead-of-time compiler for NVIDIA Cosmos 3: checkpoint in, engines and the proof that they are right out.",
     epilog="Exit codes: 0 ok, 1 a check found something, 2 usage or input, 3 unsupported, 4 another tool failed, "
     "129, 130 and 143 ended by SIGHUP, Ctrl-C and SIGTERM. Data goes to stdout, everything else to stderr.",
     invoke_without_command=True,
-    add_completion=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=verbs.CONTEXT,
 )
 VERBS = (
     inspect, demo_checkpoint, plan, calibrate, quantize, build, bundle, cache, run, serve, audit, bench, doctor,
-    targets, recipes, version,
+    targets, recipes, explain, version,
 )  # fmt: skip
 for verb in VERBS:
     verb.register(app)
@@ -59,8 +71,12 @@ for verb in VERBS:
 @app.callback()
 def _root(
     context: typer.Context,
-    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    show_version: Annotated[bool, typer.Option("--version", "-V", help="Print the version and exit.")] = False,
+    quiet: verbs.Quiet = False,
+    verbose: verbs.Verbose = False,
+    no_progress: verbs.NoProgress = False,
 ) -> None:
+    console.set_before(console.Settings(quiet, verbose, no_progress))
     if show_version:
         typer.echo(f"cosmos-export {cosmos_export.__version__}")
         raise typer.Exit()
@@ -78,7 +94,9 @@ def main() -> None:
         try:
             status = app(prog_name="cosmos-export", standalone_mode=False)
         except typer.TyperException as error:
-            verbs.fail(UserError("CX100", error.format_message(), _usage_hint(error)), as_json)
+            verbs.fail(
+                UserError("CX100", error.format_message().replace("Value error, ", ""), _usage_hint(error)), as_json
+            )
         except (Exception, KeyboardInterrupt) as error:
             verbs.fail_unexpected(error, as_json)
     except typer.Exit as ending:

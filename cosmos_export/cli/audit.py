@@ -8,26 +8,32 @@ from typing import Annotated
 
 import typer
 
-from cosmos_export.cli.verbs import Verbs, require_verb
+from cosmos_export.cli import verbs
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.verbs import Verbs
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verbs to ``app``."""
-    group = Verbs(name="audit", help="Look at audit trails.", invoke_without_command=True, rich_markup_mode=None)
+    group = verbs.group("audit", "Verify audit trails.")
     app.add_typer(group)
 
     @group.callback()
     def audit(context: typer.Context) -> None:
-        require_verb(context)
+        verbs.require_verb(context)
 
-    @group.command("verify")
+    @group.command(
+        "verify",
+        "cosmos-export audit verify robot.jsonl",
+        "cosmos-export audit verify robot.jsonl --anchor 5d41402a --json",
+    )
     def verify(
         file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit trail.", show_default=False)],
         anchor: Annotated[
             str | None,
             typer.Option(help="SHA-256 of a line that the trail must have, as an earlier `verify` printed it."),
         ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Check that every line of an audit trail follows from the line before it; exit code 1 where one does not.
 
@@ -38,7 +44,7 @@ def register(app: typer.Typer) -> None:
 
         found = verify_trail(file, anchor)
         if as_json:
-            console.emit_json({"file": str(file), **dataclasses.asdict(found)})
+            console.emit_json("audit-verify", {"file": str(file), **dataclasses.asdict(found)})
         else:
             typer.echo(f"{'lines':<8}{found.lines}")
             typer.echo(f"{'events':<8}{', '.join(f'{name} {count}' for name, count in found.events.items()) or 'none'}")

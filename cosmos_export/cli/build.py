@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cosmos_export.kernels.description import PLUGINS
+from cosmos_export import units
+from cosmos_export.cli.options import Json, takes
+from cosmos_export.cli.tables import Column, Table, numbers
+from cosmos_export.cli.verbs import Verbs
+from cosmos_export.options import BuildOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,149 +25,37 @@ if TYPE_CHECKING:
     from cosmos_export.compiler.job import Job
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("build")
+    @app.command(
+        "build",
+        "cosmos-export build Cosmos3-Nano -o nano.bundle --target rtx-pro-6000 --profile 480p-121f",
+        "cosmos-export build Cosmos3-Nano -o fp8.bundle --target l40s --recipe fp8 --calibration scales/",
+    )
+    @takes(BuildOptions, no_cache="Machine and files")
     def build(
-        checkpoint: Annotated[
-            Path, typer.Argument(help="Checkpoint directory in the published layout.", show_default=False)
-        ],
-        output: Annotated[Path | None, typer.Option("--output", "-o", help="Bundle directory to create.")] = None,
-        target: Annotated[str, typer.Option(help="What to build for; `cosmos-export targets` lists them.")] = "cpu",
-        backend: Annotated[
-            str | None, typer.Option(help="Another backend of the target than its first; `targets` lists them.")
-        ] = None,
-        profile: Annotated[
-            list[str] | None,
-            typer.Option(help="Name (480p-121f, 720p-189f+sound, policy-droid) and dim=min:opt:max items; may repeat."),
-        ] = None,
-        modalities: Annotated[
-            str | None, typer.Option(help="Of vision,sound,action; default: all that the checkpoint generates.")
-        ] = None,
-        outputs: Annotated[
-            str | None,
-            typer.Option(help="Velocities to compute, e.g. action_velocity for inverse dynamics; default: all."),
-        ] = None,
-        components: Annotated[
-            str | None,
-            typer.Option(
-                help="Beside the transformer, of vae-decoder,vae-encoder,sound-decoder,tokenizer; or none; "
-                "default: all that the checkpoint has and the modalities use."
-            ),
-        ] = None,
-        steps: Annotated[
-            int | None, typer.Option(help="Denoising steps; default: the checkpoint's own, or the mode's.")
-        ] = None,
-        mode: Annotated[
-            str, typer.Option(help="What the schedule's defaults are for: t2i, t2v, i2v, v2v, policy, …")
-        ] = "t2v",
-        schedule: Annotated[
-            str | None, typer.Option(help="Grid of sigmas: karras, flow or native; default: the checkpoint's own.")
-        ] = None,
-        shift: Annotated[float | None, typer.Option(help="Shift of a flow or native grid.")] = None,
-        guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 runs one branch.")] = None,
-        guidance_interval: Annotated[
-            str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH; 0:1000 guides every step.")
-        ] = None,
-        loop: Annotated[
-            str, typer.Option(help="host: one step a call; device: guidance, sampler and all steps in engines.")
-        ] = "host",
-        recipe: Annotated[
-            str | None,
-            typer.Option(
-                help="What each product computes in: one of `recipes ls`, a FILE.toml, or auto. Default: as it is."
-            ),
-        ] = None,
-        set_: Annotated[
-            list[str] | None,
-            typer.Option("--set", help="PLACE=SCHEME over the recipe's own rules, e.g. gen.mlp.down=fp8; may repeat."),
-        ] = None,
-        calibration: Annotated[
-            Path | None, typer.Option(help="Scale table of `calibrate`, for recipes that quantize activations.")
-        ] = None,
-        weights: Annotated[
-            str, typer.Option(help="embedded in the engines, or external: large ones are inputs, one copy for all.")
-        ] = "embedded",
-        kernels: Annotated[
-            str | None,
-            typer.Option(
-                help=f"This project's kernels as TensorRT plugins (--backend tensorrt): of {','.join(PLUGINS)}."
-            ),
-        ] = None,
-        quality: Annotated[
-            str, typer.Option(help="A quantized step beyond its limits: enforce (no bundle) or report.")
-        ] = "enforce",
-        parity: Annotated[
-            str, typer.Option(help="Compare every stage with diffusers: auto (if it fits in memory), always, never.")
-        ] = "auto",
-        until: Annotated[str | None, typer.Option(help="Stop after this pass; writes no bundle.")] = None,
-        dump: Annotated[Path | None, typer.Option(help="Directory for the graphs as text, one file a pass.")] = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
-        resume: Annotated[
-            bool, typer.Option("--resume", help="Go on where an interrupted build of the same output stopped.")
-        ] = False,
-        memory_budget: Annotated[
-            str | None,
-            typer.Option(
-                help="Memory the build may take, such as 16GiB: larger engines are cut into several. Default: what is "
-                "free here."
-            ),
-        ] = None,
-        cache: Annotated[
-            Path | None,
-            typer.Option(
-                help="Where captured graphs are kept and engines of other bundles recorded; default: "
-                "$COSMOS_EXPORT_CACHE or ~/.cache."
-            ),
-        ] = None,
-        ignore_adapters: Annotated[
-            bool, typer.Option("--ignore-adapters", help="Take the weights without the adapters beside them.")
-        ] = False,
+        options: BuildOptions,
         no_cache: Annotated[
             bool, typer.Option("--no-cache", help="Capture every graph, build every engine, and record none.")
         ] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
-        """Compile a checkpoint: capture, passes, ONNX, engines, checks. The output appears when all of it is right."""
+        """Compile a checkpoint into a bundle: capture, passes, engines, checks.
+
+        The bundle appears under its name when all of it is right.
+        """
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import default_folder, default_graphs_folder
         from cosmos_export.compiler.document import build as run
         from cosmos_export.compiler.document import build_document
-        from cosmos_export.compiler.job import BuildOptions
 
-        options = BuildOptions(
-            checkpoint=checkpoint,
-            output=output,
-            target=target,
-            backend=backend,
-            profiles=tuple(profile or BuildOptions.profiles),
-            modalities=_names(modalities),
-            outputs=_names(outputs),
-            components=_names(components),
-            steps=steps,
-            mode=mode,
-            grid=schedule,
-            shift=shift,
-            guidance=guidance,
-            guidance_interval=interval(guidance_interval),
-            loop=loop,  # type: ignore[arg-type]
-            recipe=recipe,
-            weights=weights,  # type: ignore[arg-type]
-            overrides=tuple(set_ or ()),
-            kernels=_names(kernels) or (),
-            calibration=calibration,
-            quality=quality,  # type: ignore[arg-type]
-            parity=parity,  # type: ignore[arg-type]
-            until=until,
-            dump=dump,
-            force=force,
-            resume=resume,
-            memory_budget=memory_budget,
-            ignore_adapters=ignore_adapters,
-            cache=None if no_cache else cache or default_folder(),
-            graphs=None if no_cache else cache or default_graphs_folder(),
+        options = replace(
+            options,
+            cache=None if no_cache else options.cache or default_folder(),
+            graphs=None if no_cache else options.cache or default_graphs_folder(),
         )
+        output = options.output
 
         def begins(job: Job) -> None:
             if output is not None:
@@ -174,24 +67,11 @@ def register(app: typer.Typer) -> None:
 
         result = run(options, console.progress(), begins, fails)
         if as_json:
-            console.emit_json(build_document(result, output))
+            console.emit_json("build", build_document(result, output))
         else:
             _print(result)
         failed = result.manifest is not None and any(v.verdict == "fail" for v in result.manifest.evaluation)
         console.verdict(_verdict(result, output), not failed)
-
-
-def interval(text: str | None) -> tuple[float, float] | None:
-    """``LOW:HIGH`` as two numbers; CX463 for anything else."""
-    from cosmos_export.diagnostics import UserError
-
-    if text is None:
-        return None
-    try:
-        low, high = (float(part) for part in text.split(":"))
-    except ValueError as error:
-        raise UserError("CX463", f"guidance interval `{text}` is not LOW:HIGH", "for example 400:1000") from error
-    return low, high
 
 
 def _resume_command(job: Job) -> str:
@@ -203,99 +83,97 @@ def _resume_command(job: Job) -> str:
     return shlex.join(["cosmos-export", *arguments])
 
 
-def _names(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _print(result: BuildResult) -> None:
-    from rich.table import Table
-
     from cosmos_export.cli import console
 
-    out = console.out()
-    passes = Table("pass", "changed", "declined", "seconds", title="Passes", title_justify="left", box=None)
+    parts: list[Table | str] = [_passes(result)]
+    if result.parity:
+        parts.append(_parity(result))
+    for m in result.parity:
+        parts += [f"{m.stage}: {what}: {units.number(value)}" for what, value in m.details.items()]
+    for subject, note in result.not_compared.items():
+        parts += ["", f"Parity of {subject} with diffusers: not measured: {note}"]
+    if result.losses is not None:
+        parts.append(_losses(result))
+    if result.engines:
+        parts.append(_engines(result))
+    for note in result.notes:
+        parts += ["", note]
+    if result.manifest is not None:
+        if result.manifest.volatile.planned:
+            parts.append(_planned(result.manifest.volatile.planned))
+        files = result.manifest.files
+        size_bytes = sum(f.size_bytes for f in files)
+        parts += [
+            "",
+            f"Components: {', '.join(('transformer', *result.job.components))}",
+            f"{len(files)} files, {units.size(size_bytes)}; {units.seconds(result.costs.seconds)}, "
+            f"peak memory {units.size(result.costs.peak_resident_bytes)}",
+        ]
+    console.show(*parts, *map(str, result.dumps))
+
+
+def _passes(result: BuildResult) -> Table:
+    columns = ("pass", Column("changed", wraps=True), Column("declined", wraps=True), *numbers("time"))
+    table = Table(columns, "Passes")
     for report in result.passes:
         changes = ", ".join(f"{count} × {kind}" for kind, count in report.result.changes.items()) or "nothing"
         declined = ", ".join(f"{d.where}: {d.reason}" for d in report.result.declined)
         name = f"{report.name} ({report.form})" if report.form else report.name
-        passes.add_row(name, changes, declined or "–", f"{report.seconds:.2f}")
-    out.print(passes)
-    if result.parity:
-        table = Table(
-            "stage", "metric", "worst", "limit", "case", title="\nParity with diffusers", title_justify="left", box=None
-        )
-        for m in result.parity:
-            table.add_row(m.stage, m.metric, f"{m.value:.2g}", f"{m.limit:g}", m.case)
-        out.print(table)
+        table.add(name, changes, declined, units.seconds(report.seconds, 2))
+    return table
+
+
+def _parity(result: BuildResult) -> Table:
+    table = Table(("stage", "metric", *numbers("worst", "limit"), "case"), "Parity with diffusers")
     for m in result.parity:
-        for what, value in m.details.items():
-            out.print(f" {m.stage}: {what}: {value:.3g}" if value % 1 else f" {m.stage}: {what}: {value:,.0f}")
-    for subject, note in result.not_compared.items():
-        out.print(f"\nParity of {subject} with diffusers: not measured: {note}")
-    if result.losses is not None:
-        out.print(_losses(result))
-    if result.engines:
-        table = Table(
-            "engine", "size", "attention", "GEMMs", "activations", "build", "peak memory", "plan",
-            title="\nEngines", title_justify="left", box=None,
-        )  # fmt: skip
-        for engine in result.engines:
-            table.add_row(
-                engine.graph,
-                _size(engine.report.size_bytes),
-                f"{engine.fused_attention} fused of {engine.attention}" if engine.attention else "–",
-                _gemms(engine),
-                _size(engine.activation_bytes),
-                engine.report.reused or f"{engine.report.build_s:.1f} s",
-                "–" if engine.report.reused else _size(engine.report.peak_memory_bytes),
-                "as planned" if engine.check.passed else engine.check.found,
-            )
-        out.print(table)
-    for note in result.notes:
-        out.print(f"\n{note}")
-    if result.manifest is not None:
-        _print_planned(result.manifest.volatile.planned)
-        out.print(f"\nComponents: {', '.join(('transformer', *result.job.components))}")
-        files = result.manifest.files
-        out.print(
-            f"{len(files)} files, {_size(sum(f.size_bytes for f in files))}; {result.costs.seconds:.1f} s, "
-            f"peak memory {_size(result.costs.peak_resident_bytes)}"
+        table.add(m.stage, m.metric, f"{m.value:.2g}", f"{m.limit:g}", m.case)
+    return table
+
+
+def _engines(result: BuildResult) -> Table:
+    columns = (
+        "engine", *numbers("size"), "attention", Column("GEMMs", wraps=True),
+        *numbers("activations", "build", "memory"), Column("plan", wraps=True),
+    )  # fmt: skip
+    table = Table(columns, "Engines")
+    for engine in result.engines:
+        table.add(
+            engine.graph,
+            units.size(engine.report.size_bytes),
+            f"{engine.fused_attention} of {engine.attention} fused" if engine.attention else None,
+            _gemms(engine),
+            units.size(engine.activation_bytes),
+            engine.report.reused or units.seconds(engine.report.build_s),
+            None if engine.report.reused else units.size(engine.report.peak_memory_bytes),
+            "as planned" if engine.check.passed else engine.check.found,
         )
-    for path in result.dumps:
-        out.print(str(path), soft_wrap=True)
+    return table
 
 
-def _print_planned(planned: Mapping[str, Planned]) -> None:
-    from rich.table import Table
-
-    from cosmos_export.cli import console
-
-    if planned:
-        table = Table("", "planned", "found", "", title="\nPlan", title_justify="left", box=None)
-        for name, one in planned.items():
-            share = f"{one.planned / one.found - 1:+.1%}" if one.found else "–"
-            table.add_row(name, _size(one.planned), _size(one.found), share)
-        console.out().print(table)
+def _planned(planned: Mapping[str, Planned]) -> Table:
+    table = Table(("prediction", *numbers("planned", "found", "difference")), "Plan")
+    for name, one in planned.items():
+        share = f"{one.planned / one.found - 1:+.1%}" if one.found else None
+        table.add(name, units.size(one.planned, 2), units.size(one.found), share)
+    return table
 
 
-def _losses(result: BuildResult) -> Any:
-    from rich.table import Table
-
+def _losses(result: BuildResult) -> Table:
     losses, precision = result.losses, result.job.precision
     assert losses is not None
-    table = Table(
-        "what", "loss", "limit", title=f"\nQuantization by recipe {precision.recipe}", title_justify="left", box=None
-    )
+    note = "Relative errors: the five linears nearest to their limit, and the velocity of whole steps."
+    columns = (Column("what", wraps=True), *numbers("loss", "limit"))
+    table = Table(columns, f"Quantization by recipe {precision.recipe}", note)
     for loss in losses.worst_linears:
-        table.add_row(f"{loss.site} ({loss.scheme})", f"{loss.relative:.4f}", f"{loss.limit:.4f}")
+        table.add(f"{loss.site} ({loss.scheme})", f"{loss.relative:.4f}", f"{loss.limit:.4f}")
     for step in losses.steps:
-        table.add_row(f"step {step.step + 1}", f"{step.relative:.4f}", f"{losses.limits.largest}")
+        table.add(f"step {step.step + 1}", f"{step.relative:.4f}", f"{losses.limits.largest}")
         if step.share is not None:
             limit = f"{losses.limits.largest_share}"
-            table.add_row(f"step {step.step + 1}, times what rounding alone loses", f"{step.share:.2f}", limit)
+            table.add(f"step {step.step + 1}, times what rounding alone loses", f"{step.share:.2f}", limit)
     for m in result.quality:
-        table.add_row(f"{m.stage}: {m.metric}", f"{m.value:.4f}", f"{m.limit}")
-    table.caption = "relative errors: the five linears nearest to their limit, and the velocity of whole steps"
+        table.add(f"{m.stage}: {m.metric}", f"{m.value:.4f}", f"{m.limit}")
     return table
 
 
@@ -303,15 +181,6 @@ def _gemms(engine: Engine) -> str:
     """How many GEMMs one profile has, by type."""
     types = engine.graphs[0].gemm_types() if engine.graphs else {}
     return ", ".join(f"{count} × {kind}" for kind, count in types.items()) or "–"
-
-
-def _size(count: int) -> str:
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _verdict(result: BuildResult, output: Path | None) -> str:

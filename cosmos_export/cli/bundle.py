@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_export.cli.verbs import Verbs, require_verb
+from cosmos_export import units
+from cosmos_export.cli import verbs
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.tables import facts
+from cosmos_export.cli.verbs import Verbs
 
 if TYPE_CHECKING:
-    from cosmos_export.bundle import Manifest, ProfileRecord, VerifyReport
+    from cosmos_export.bundle import BundleFiles, Manifest, ProfileRecord, VerifyReport
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verbs to ``app``."""
-    group = Verbs(name="bundle", help="Look after bundles.", invoke_without_command=True, rich_markup_mode=None)
+    group = verbs.group("bundle", "Verify bundles and show what they are.")
     app.add_typer(group)
 
     @group.callback()
     def bundle(context: typer.Context) -> None:
-        require_verb(context)
+        verbs.require_verb(context)
 
-    @group.command("verify")
+    @group.command(
+        "verify",
+        "cosmos-export bundle verify nano.bundle",
+        "cosmos-export bundle verify nano.bundle --json",
+    )
     def verify(
         directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Check every file of a bundle against its manifest: PASS, FAIL or SKIP for each, exit code 1 on any mismatch.
 
@@ -39,7 +48,7 @@ def register(app: typer.Typer) -> None:
 
         report = with_contents(verify_bundle(directory, console.progress()))
         if as_json:
-            console.emit_json(_document(report))
+            console.emit_json("bundle-verify", _document(report))
         else:
             for line in _lines(report):
                 typer.echo(line)
@@ -47,35 +56,75 @@ def register(app: typer.Typer) -> None:
         if not report.ok:
             raise typer.Exit(int(ExitCode.FINDING))
 
-    @group.command("show")
+    @group.command(
+        "show",
+        "cosmos-export bundle show nano.bundle",
+        "cosmos-export bundle show nano.bundle --json",
+    )
     def show(
         directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """What a bundle was built from and for, the requests it takes, and what was measured. Reads its manifest."""
-        from cosmos_export.bundle import read_manifest
+        from cosmos_export.bundle import open_bundle
         from cosmos_export.cli import console
 
-        facts = _facts(read_manifest(directory))
+        files = open_bundle(directory)
         if as_json:
-            console.emit_json(facts)
-            return
-        for name, value in facts.items():
-            first, *rest = value if isinstance(value, list) else [value]
-            typer.echo(f"{name:<12}{_printable(str(first))}")
-            for line in rest:
-                typer.echo(f"{'':<12}{_printable(str(line))}")
+            console.emit_json("bundle-show", _data(files))
+        else:
+            console.show(facts(list(_facts(files.manifest).items()), console.out().width))
+
+
+def _data(files: BundleFiles) -> dict[str, Any]:
+    """What `bundle show --json` prints: the same facts as values."""
+    manifest = files.manifest
+    options, sizes = manifest.options, {record.path: record.size_bytes for record in manifest.files}
+    return {
+        "bundle_id": f"sha256:{files.bundle_id}",
+        "model": {"id": manifest.model.id, "variant": manifest.model.variant},
+        "target": {
+            "name": manifest.target.name, "backend": manifest.target.backend,
+            "compute_capability": manifest.target.compute_capability,
+        },
+        "recipe": manifest.recipe,
+        "modalities": list(_listed(options.get("modalities"))),
+        "mode": options.get("mode"),
+        "steps": options.get("schedule.steps"),
+        "guidance": options.get("schedule.guidance"),
+        "loop": "device" if _on_device(manifest) else "host",
+        "policy": None if manifest.request.policy is None else asdict(manifest.request.policy),
+        "profiles": [
+            {"name": p.name, "dims": {name: asdict(span) for name, span in p.dims.items()}} for p in manifest.profiles
+        ],
+        "codecs": _codecs(manifest),
+        "engines": [{"name": e.name, "size_bytes": sizes.get(e.path)} for e in manifest.engines],
+        "verdicts": [
+            {"subject": v.subject, "stage": v.stage, "verdict": v.verdict, "note": v.note} for v in manifest.evaluation
+        ],
+        "files": len(sizes),
+        "size_bytes": sum(sizes.values()),
+        "created": manifest.volatile.created,
+        "tools": dict(manifest.tools),
+    }  # fmt: skip
+
+
+def _on_device(manifest: Manifest) -> bool:
+    return manifest.loop is not None and bool(manifest.loop.segments)
+
+
+def _codecs(manifest: Manifest) -> list[str]:
+    from cosmos_export.runtime.generate_options import SOUND_DECODER
+
+    return [*manifest.streams, *(name for name in manifest.graphs if name == SOUND_DECODER)]
 
 
 def _facts(manifest: Manifest) -> dict[str, Any]:
-    from cosmos_export.runtime.generate_options import SOUND_DECODER
-
     options, target = manifest.options, manifest.target
-    loop = "on the device" if manifest.loop is not None and manifest.loop.segments else "on the host"
+    loop = "on the device" if _on_device(manifest) else "on the host"
     guidance = options.get("schedule.guidance")
     sizes = {record.path: record.size_bytes for record in manifest.files}
-    engines = [f"{e.name}: {sizes.get(e.path, 0) / 1e6:,.1f} MB" for e in manifest.engines] or ["none"]
-    codecs = [*manifest.streams, *(name for name in manifest.graphs if name == SOUND_DECODER)]
+    engines = [f"{e.name}: {units.size(sizes.get(e.path, 0))}" for e in manifest.engines] or ["none"]
     return {
         "model": f"{manifest.model.id} ({manifest.model.variant})",
         "target": ", ".join(filter(None, (target.name, target.backend, target.compute_capability))),
@@ -84,10 +133,10 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
         "mode": f"{options.get('mode')}, {options.get('schedule.steps')} steps, guidance {guidance}, loop {loop}",
         **_policy(manifest),
         "profiles": [f"{p.name}: {_takes(p, manifest)}" for p in manifest.profiles],
-        "codecs": ", ".join(codecs) or "none",
+        "codecs": ", ".join(_codecs(manifest)) or "none",
         "engines": engines,
         "checked": _checked(manifest) or ["nothing was compared"],
-        "bytes": f"{sum(sizes.values()):,} in {_files(len(sizes))}",
+        "size": f"{units.size(sum(sizes.values()))} in {_files(len(sizes))}",
         "built": f"{manifest.volatile.created} by cosmos-export {manifest.tools.get('cosmos-export', 'unknown')}",
     }  # fmt: skip
 

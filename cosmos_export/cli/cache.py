@@ -1,4 +1,4 @@
-"""``cosmos-export cache``: the engines and captured graphs that later builds can take over."""
+"""``cosmos-export cache``: the engines that later builds can take over."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_export.cli.verbs import Verbs, require_verb
+from cosmos_export import units
+from cosmos_export.cli import verbs
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.tables import Table, numbers
+from cosmos_export.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from cosmos_export.compiler.cache import Cache, Entry
@@ -15,51 +19,52 @@ if TYPE_CHECKING:
 _Folder = Annotated[
     Path | None, typer.Option("--cache", help="Its directory; default: $COSMOS_EXPORT_CACHE or ~/.cache.")
 ]
-_Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verbs to ``app``."""
-    group = Verbs(
-        name="cache",
-        help="Engines of finished bundles and captured graphs, which later builds take over.",
-        invoke_without_command=True,
-        rich_markup_mode=None,
-    )
+    group = verbs.group("cache", "Engines of finished bundles and captured graphs, which later builds take over.")
     app.add_typer(group)
 
     @group.callback()
     def cache(context: typer.Context) -> None:
-        require_verb(context)
+        verbs.require_verb(context)
 
-    @group.command("ls")
-    def ls(folder: _Folder = None, as_json: _Json = False) -> None:
+    @group.command(
+        "ls",
+        "cosmos-export cache ls",
+        "cosmos-export cache ls --cache /data/engines --json",
+    )
+    def ls(folder: _Folder = None, as_json: Json = False) -> None:
         """List the engines and graphs that are recorded, and whether each is still where it was."""
         from cosmos_export.cli import console
 
         entries = _entries(folder)
         if as_json:
-            console.emit_json({"entries": [_document(entry) for entry in entries]})
+            console.emit_json("cache-ls", {"entries": [_document(entry) for entry in entries]})
         elif entries:
-            console.out().print(_table(entries))
+            console.show(_table(entries))
         present = [entry for entry in entries if entry.present]
         graphs = [entry for entry in entries if entry.kind == "graphs"]
-        size = sum(entry.size_bytes for entry in present if entry.kind == "engine") / 1e9
+        size = units.size(sum(entry.size_bytes for entry in present if entry.kind == "engine"))
         engines = len(entries) - len(graphs)
         console.verdict(
-            f"{engines} engines and {len(graphs)} captures recorded, {len(present)} of them present, {size:.2f} GB in "
-            "bundles",
+            f"{engines} engines and {len(graphs)} captures recorded, {len(present)} of them present, {size} in bundles",
             True,
         )
 
-    @group.command("why")
+    @group.command(
+        "why",
+        "cosmos-export cache why 3f2a",
+        "cosmos-export cache why 3f2a 9b01",
+    )
     def why(
         first: Annotated[str, typer.Argument(help="Beginning of a key, as `ls` shows it.")],
         second: Annotated[str | None, typer.Argument(help="Another; default: the nearest of the same name.")] = None,
         folder: _Folder = None,
-        as_json: _Json = False,
+        as_json: Json = False,
     ) -> None:
-        """Why two engines or captures are not the same: what they were made from, and where that differs."""
+        """Show why two engines or captures are not the same: what they were made from, and where that differs."""
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import differences, nearest
         from cosmos_export.diagnostics import UserError
@@ -72,23 +77,27 @@ def register(app: typer.Typer) -> None:
             raise UserError("CX485", f"`{one.name}` is recorded once: there is nothing to compare", "give another key")
         differing = differences(one.components, other.components)
         if as_json:
-            console.emit_json({"first": _document(one), "second": _document(other), "differ": differing})
+            console.emit_json("cache-why", {"first": _document(one), "second": _document(other), "differ": differing})
         else:
-            console.out().print(_comparison(one, other))
+            console.show(_comparison(one, other))
         console.verdict(f"{', '.join(differing) or 'nothing'} differ", True)
 
-    @group.command("prune")
+    @group.command(
+        "prune",
+        "cosmos-export cache prune",
+        "cosmos-export cache prune --all",
+    )
     def prune(
         everything: Annotated[bool, typer.Option("--all", help="Forget all of them, and remove the graphs.")] = False,
         folder: _Folder = None,
-        as_json: _Json = False,
+        as_json: Json = False,
     ) -> None:
         """Forget engines and graphs whose file is gone or has another size. Bundles are not touched."""
         from cosmos_export.cli import console
 
         gone = [entry for one in _caches(folder) for entry in one.prune(everything)]
         if as_json:
-            console.emit_json({"forgotten": [_document(entry) for entry in gone]})
+            console.emit_json("cache-prune", {"forgotten": [_document(entry) for entry in gone]})
         console.verdict(f"{len(gone)} entries forgotten", True)
 
 
@@ -121,22 +130,18 @@ def _document(entry: Entry) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(entries: list[Entry]) -> Any:
-    from rich.table import Table
-
-    table = Table("key", "what", "target", "size", "made", "in", box=None)
+def _table(entries: list[Entry]) -> Table:
+    table = Table(("key", "what", "target", *numbers("size"), "made", "in"), head=2)
     for entry in entries:
         place = entry.path if entry.present else f"{entry.path} (gone)"
-        size = f"{entry.size_bytes / 1e6:,.1f} MB"
-        table.add_row(entry.key[:12], entry.name, entry.components.get("target", ""), size, entry.created, place)
+        target, size = entry.components.get("target", ""), units.size(entry.size_bytes)
+        table.add(entry.key[:12], entry.name, target, size, entry.created, place)
     return table
 
 
-def _comparison(one: Entry, other: Entry) -> Any:
-    from rich.table import Table
-
-    table = Table("", one.key[:12], other.key[:12], "", box=None)
+def _comparison(one: Entry, other: Entry) -> Table:
+    table = Table(("made from", one.key[:12], other.key[:12], "is"))
     for name in {**one.components, **other.components}:
         values = [entry.components.get(name, "–") for entry in (one, other)]
-        table.add_row(name, *(value[:40] for value in values), "same" if values[0] == values[1] else "DIFFERS")
+        table.add(name, *values, "same" if values[0] == values[1] else "DIFFERENT")
     return table

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from cosmos_export import units
 from cosmos_export.diagnostics import InternalError
+from cosmos_export.documents import labelled
 from cosmos_export.printable import in_json, printable, render_hook
 from cosmos_export.progress import Progress, Silent
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from cosmos_export.bundle import Open
+    from cosmos_export.cli.tables import Table
 
 PIPED_WIDTH = 200
 """Columns of output that goes to a file or a pipe: wide enough that no table wraps."""
@@ -63,6 +67,34 @@ def configure(quiet: bool = False, verbose: bool = False, no_progress: bool = Fa
         _logger.propagate = False
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The shared options where they stand before the verb."""
+
+    quiet: bool = False
+    verbose: bool = False
+    no_progress: bool = False
+
+
+_before = Settings()
+
+
+def set_before(settings: Settings) -> None:
+    """The options before the verb of this command; they add to those after it."""
+    global _before
+    _before = settings
+
+
+def given_before() -> Settings:
+    return _before
+
+
+def has_colour(stream: TextIO | None) -> bool:
+    """Whether ``stream`` is a terminal that shows colour, and nobody has asked for none (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream is not None and stream.isatty() and not plain
+
+
 def close() -> None:
     """End all progress bars, so that what is printed next starts on a line of its own."""
     for bars in _state.bars:
@@ -75,6 +107,16 @@ def out() -> Console:
     if _state.out is None:
         _state.out = _console(sys.stdout)
     return _state.out
+
+
+def show(*parts: Table | str) -> None:
+    """Print tables and texts on stdout, with an empty line between tables."""
+    target = out()
+    for number, part in enumerate(parts):
+        if number and not isinstance(part, str):
+            target.print()
+        text = part if isinstance(part, str) else part.render(target.width)
+        target.print(text, soft_wrap=True)
 
 
 def err() -> Console:
@@ -102,12 +144,15 @@ def verdict(text: str, ok: bool) -> None:
         err().print(text, soft_wrap=True)
 
 
-def emit_json(document: Any) -> None:
-    """Print ``document`` on stdout. A command prints one; dataclasses, enums and paths are written as plain values."""
+def emit_json(name: str, content: Mapping[str, Any]) -> None:
+    """Print ``content`` on stdout as the document ``name`` of `cosmos_export.documents`. A command prints one;
+    dataclasses, enums and paths are written as plain values."""
     if _state.json_emitted:
         raise InternalError("CX001", "a second JSON document on stdout")
     narrow = (sys.stdout.encoding or "utf-8").lower().replace("_", "-") not in ("utf-8", "utf8")
-    text = json.dumps(document, indent=2, ensure_ascii=narrow, allow_nan=False, default=_plain)
+    plain = json.loads(json.dumps(content, allow_nan=False, default=_plain))
+    document = plain if content.get("document") == name else labelled(name, plain)
+    text = json.dumps(document, indent=2, ensure_ascii=narrow, allow_nan=False)
     _state.json_emitted = True
     # Also halves of characters, from names of files, which must not cost the whole document.
     sys.stdout.write(in_json(text) + "\n")
@@ -230,6 +275,12 @@ class _ToStderr(logging.Handler):
             err().print(f"{prefix}{record.getMessage()}", soft_wrap=True)
 
 
+def width(stream: TextIO) -> int | None:
+    """Columns of ``stream``: of the terminal (None: as Rich finds it), ``COLUMNS``, or enough for any table."""
+    columns = os.environ.get("COLUMNS", "")
+    return None if stream.isatty() else int(columns) if columns.isdecimal() and int(columns) else PIPED_WIDTH
+
+
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
@@ -239,7 +290,7 @@ def _console(stream: TextIO) -> Console:
         markup=False,
         emoji=False,
         highlight=False,
-        width=None if stream.isatty() else PIPED_WIDTH,
+        width=width(stream),
     )
     console.push_render_hook(render_hook())
     return console
@@ -277,12 +328,7 @@ def _left(completed: int, total: int | None, elapsed: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{seconds:.1f} s" if seconds < 10 else units.seconds(seconds, 2)
 
 
 def _plain(value: object) -> Any:

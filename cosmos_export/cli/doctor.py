@@ -7,15 +7,22 @@ from typing import Annotated
 
 import typer
 
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.verbs import Verbs
 
-def register(app: typer.Typer) -> None:
+
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("doctor")
+    @app.command(
+        "doctor",
+        "cosmos-export doctor",
+        "cosmos-export doctor --target rtx-pro-6000 --folder /data",
+    )
     def doctor(
         target: Annotated[str | None, typer.Option(help="Check for this one; default: for the GPUs there are.")] = None,
         folder: Annotated[Path, typer.Option(help="Where bundles go: its disk is looked at.")] = Path(),
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Look at driver, GPUs, packages, memory, disk and environment; exit 1 where something stands in the way."""
         from cosmos_export.cli import console
@@ -30,13 +37,13 @@ def register(app: typer.Typer) -> None:
         blockers = [f for f in findings if f.state is CheckState.BLOCKER]
         if as_json:
             rows = [{"check": f.check, "state": f.state.value, "found": f.found, "hint": f.hint} for f in findings]
-            console.emit_json({"findings": rows, "blockers": len(blockers)})
+            console.emit_json("doctor", {"findings": rows, "blockers": len(blockers)})
         else:
             marks = {CheckState.OK: "✓", CheckState.NOTE: "!", CheckState.BLOCKER: "✗"}
             for f in findings:
-                console.out().print(f"{marks[f.state]} {f.check}: {f.found}", markup=False, highlight=False)
+                console.show(f"{marks[f.state]} {f.check}: {f.found}")
                 if f.hint:
-                    console.out().print(f"    hint: {f.hint}", markup=False, highlight=False)
+                    console.show(f"    hint: {f.hint}")
         console.verdict(f"{len(blockers)} of {len(findings)} checks stand in the way", not blockers)
         if blockers:
             raise typer.Exit(int(ExitCode.FINDING))

@@ -2,174 +2,106 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from cosmos_export import units
+from cosmos_export.cli.options import Json, takes
+from cosmos_export.cli.tables import Table, numbers
+from cosmos_export.cli.verbs import Verbs
+from cosmos_export.options import PlanOptions
+
 if TYPE_CHECKING:
     from cosmos_export.plan import Estimate
-    from cosmos_export.plan.estimate import Fit, Load
+    from cosmos_export.plan.estimate import Load
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("plan")
-    def plan(
-        checkpoint: Annotated[
-            Path | None, typer.Argument(help="Checkpoint directory; headers only are read.", show_default=False)
-        ] = None,
-        like: Annotated[
-            str | None,
-            typer.Option(help="A published size instead of a checkpoint.", metavar="nano|super|edge"),
-        ] = None,
-        target: Annotated[
-            str, typer.Option(help="What to build for, T or T,T…; `cosmos-export targets` lists them.")
-        ] = "rtx-pro-6000",
-        workload: Annotated[
-            list[str] | None,
-            typer.Option(help="MODE-SIZE: t2v-480p-189f, i2v-720p-121f+sound, t2i-720p, policy-droid; may repeat."),
-        ] = None,
-        recipe: Annotated[
-            str | None,
-            typer.Option(help="Precision; `cosmos-export recipes ls` lists them. Default: as it is."),
-        ] = None,
-        settings: Annotated[
-            list[str] | None, typer.Option("--set", help="Change of the recipe, PLACE=SCHEME; may repeat.")
-        ] = None,
-        prompt_tokens: Annotated[
-            str | None, typer.Option(help="N or N:NEGATIVE; default: the official prompts' lengths.")
-        ] = None,
-        steps: Annotated[int | None, typer.Option(help="Denoising steps; default: as `build`.")] = None,
-        guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 runs one branch.")] = None,
-        guidance_interval: Annotated[
-            str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH; 0:1000 guides every step.")
-        ] = None,
-        loop: Annotated[
-            str, typer.Option(help="host: one branch of a step a call; device: both branches and all steps in engines.")
-        ] = "host",
-        memory_budget: Annotated[
-            str | None, typer.Option(help="Of the build, such as 16GiB: larger engines are cut; default: none is.")
-        ] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
-    ) -> None:
-        """Plan a build: sizes, memory, disk and time of the build, work and predicted time of a request, what fits.
+    @app.command(
+        "plan",
+        "cosmos-export plan Cosmos3-Nano --target rtx-pro-6000,l40s --workload t2v-480p-189f",
+        "cosmos-export plan --like super --target h200 --recipe fp8 --workload t2i-720p --workload i2v-720p-121f",
+    )
+    @takes(PlanOptions)
+    def plan(options: PlanOptions, as_json: Json = False) -> None:
+        """Predict what a build and its bundle cost, before there is either: sizes, memory, disk, time, and what fits.
 
-        Ends with 1 if nothing fits.
+        Nothing is built and nothing is run. The exit code is 1 where nothing fits.
         """
         from cosmos_export.cli import console
-        from cosmos_export.cli.build import interval
-        from cosmos_export.compiler.plan_checkpoint import PlanOptions, plan_checkpoint
+        from cosmos_export.compiler.plan_checkpoint import plan_checkpoint
 
-        found = plan_checkpoint(
-            PlanOptions(
-                checkpoint=checkpoint,
-                like=like,
-                targets=tuple(target.split(",")),
-                workloads=tuple(workload or PlanOptions.workloads),
-                recipe=recipe,
-                overrides=tuple(settings or ()),
-                prompt_tokens=_tokens(prompt_tokens),
-                steps=steps,
-                guidance=guidance,
-                guidance_interval=interval(guidance_interval),
-                loop=loop,  # type: ignore[arg-type]
-                memory_budget=memory_budget,
-            )
-        )
+        found = plan_checkpoint(options)
         if as_json:
-            console.emit_json(found.to_json())
+            console.emit_json("plan", found.to_json())
         else:
-            for part in _report(found):
-                console.out().print(part)
+            console.show(*_report(found))
         console.verdict(_verdict(found), found.something_fits)
         if not found.something_fits:
             raise typer.Exit(1)
 
 
-def _tokens(text: str | None) -> tuple[int, int] | None:
-    from cosmos_export.diagnostics import UserError
-
-    if text is None:
-        return None
-    numbers = text.split(":")
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise UserError("CX481", f"prompt tokens `{text}` are neither N nor N:NEGATIVE", "for example 512 or 1615:2863")
-    return int(numbers[0]), int(numbers[-1])
+def _report(found: Estimate) -> list[Table | str]:
+    times = [_times(found)] if any(fit.latency is not None for fit in found.fits) else []
+    return [_components(found), _builds(found), _loads(found), _memory(found), *times, *_hints(found)]
 
 
-def _report(found: Estimate) -> list[Any]:
-    return [_components(found), _builds(found), _loads(found), _fits(found), *_hints(found)]
-
-
-def _table(*columns: str, title: str) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
-
-
-def _components(found: Estimate) -> Any:
-    table = _table(
-        "component", "parameters", "weights", "engine", "activations", "in", title=f"Engines, {found.recipe}"
-    )
+def _components(found: Estimate) -> Table:
+    columns = ("component", *numbers("parameters", "weights", "engine", "activations"), "in")
+    table = Table(columns, f"Engines, {found.recipe}")
     for part in found.components:
         pieces = " or ".join(str(count) for count in sorted({len(form) for form in part.forms}))
-        table.add_row(
-            part.name, _count(part.parameters), _gb(part.weight_bytes),
-            _gb(part.engine_bytes) + (f" in {pieces}" if part.cut else ""),
-            _gb(part.activation_bytes), part.scheme,
+        table.add(
+            part.name, units.count(part.parameters), _size(part.weight_bytes),
+            _size(part.engine_bytes) + (f" in {pieces}" if part.cut else ""),
+            _size(part.activation_bytes), part.scheme,
         )  # fmt: skip
     return table
 
 
-def _builds(found: Estimate) -> Any:
-    table = _table("target", "peak host memory", "of it for", "disk", "time", title="\nBuild")
+def _builds(found: Estimate) -> Table:
+    table = Table(("target", *numbers("peak host memory"), "for", *numbers("disk", "time")), "Build")
     for name, host in found.builds.items():
         low, high = (f"{seconds / 60:.0f}" for seconds in host.seconds)
-        table.add_row(
-            name, _gb(host.peak_anonymous_bytes), host.largest or "–", _gb(host.disk_bytes), f"{low} to {high} min"
-        )
+        span = f"{low} to {high} min" if low != high else f"{low} min"
+        table.add(name, _size(host.peak_anonymous_bytes), host.largest or None, _size(host.disk_bytes), span)
     return table
 
 
-def _loads(found: Estimate) -> Any:
-    table = _table(
-        "workload", "rows", "prompts", "steps", "passes", "linear/step", "attention/step", "attention", "reasoner",
-        "K/V", title="\nWork, in TFLOP",
-    )  # fmt: skip
+def _loads(found: Estimate) -> Table:
+    columns = numbers("rows", "prompt tokens", "steps", "passes", "linear", "attention", "reasoner", "K/V")
+    table = Table(("workload", *columns), "Work in TFLOP: linear and attention per step, reasoner per request")
     for load in found.loads:
         prompts = f"{load.prompt_tokens}+{load.negative_tokens}" if load.negative_tokens else str(load.prompt_tokens)
-        table.add_row(
-            load.workload, f"{load.rows:,}", prompts, str(load.steps), str(load.passes),
-            _tera(load.step.linear), _tera(load.step.attention), f"{load.step.attention / load.step.total:.0%}",
-            _tera(load.reasoner.total), _gb(load.device.cache_bytes),
+        table.add(
+            load.workload, f"{load.rows:,}", prompts, load.steps, load.passes,
+            _tera(load.step.linear), _tera(load.step.attention), _tera(load.reasoner.total),
+            _size(load.device.cache_bytes),
         )  # fmt: skip
     return table
 
 
-def _fits(found: Estimate) -> Any:
-    table = _table(
-        "target", "workload", "memory", "all resident", "in phases", "verdict", "reasoner", "linear", "attention",
-        "codecs", "predicted", title="\nOn the device",
-    )  # fmt: skip
+def _memory(found: Estimate) -> Table:
+    columns = ("target", "workload", *numbers("memory", "all at once", "in phases"), "verdict")
+    table = Table(columns, "Memory of the device", head=2)
     for fit in found.fits:
-        table.add_row(
-            fit.target, fit.workload, "–" if fit.memory_bytes is None else _gb(fit.memory_bytes),
-            _gb(fit.resident_bytes), _gb(fit.phased_bytes), fit.verdict, *_times(fit),
-        )  # fmt: skip
+        memory = None if fit.memory_bytes is None else _size(fit.memory_bytes)
+        table.add(fit.target, fit.workload, memory, _size(fit.resident_bytes), _size(fit.phased_bytes), fit.verdict)
     return table
 
 
-def _times(fit: Fit) -> list[str]:
-    found = fit.latency
-    if found is None:
-        return ["", "", "", "", "–"]
-    parts = (found.reasoner_s, found.linear_s, found.attention_s, found.codec_s, found.total_s)
-    return [f"{seconds:.2f} s" for seconds in parts]
+def _times(found: Estimate) -> Table:
+    columns = numbers("reasoner", "linear", "attention", "codecs", "total")
+    table = Table(("target", "workload", *columns), "Predicted time of a request", head=2)
+    for fit in found.fits:
+        if fit.latency is not None:
+            parts = (fit.latency.reasoner_s, fit.latency.linear_s, fit.latency.attention_s, fit.latency.codec_s)
+            cells = (units.seconds(seconds, 2) for seconds in (*parts, fit.latency.total_s))
+            table.add(fit.target, fit.workload, *cells)
+    return table
 
 
 def _hints(found: Estimate) -> list[str]:
@@ -191,13 +123,9 @@ def _verdict(found: Estimate) -> str:
     return f"{found.variant} {found.recipe}: {fitting} of {len(found.fits)} fit; predictions, nothing was run"
 
 
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:.0f} MB"
+def _size(size_bytes: int) -> str:
+    return units.size(size_bytes, 2)
 
 
 def _tera(operations: float) -> str:
-    return f"{operations / 1e12:,.1f}"
+    return units.number(operations / 1e12, 2)

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cosmos_export.cli.verbs import Verbs, require_verb
+from cosmos_export import units
+from cosmos_export.cli import verbs
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.tables import Column, Table, facts, numbers
+from cosmos_export.cli.verbs import Verbs
 
 if TYPE_CHECKING:
     from cosmos_export.plan import Tried
     from cosmos_export.precision.recipe import Recipe
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verbs to ``app``."""
-    group = Verbs(name="recipes", help="Precision recipes.", invoke_without_command=True, rich_markup_mode=None)
+    group = verbs.group("recipes", "Precision recipes: what each product computes in.")
     app.add_typer(group)
 
     @group.callback()
     def recipes(context: typer.Context) -> None:
-        require_verb(context)
+        verbs.require_verb(context)
 
-    @group.command("ls")
+    @group.command(
+        "ls",
+        "cosmos-export recipes ls",
+        "cosmos-export recipes ls --target l40s",
+    )
     def ls(
         target: Annotated[str | None, typer.Option(help="Only those that run on this target.")] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """List the recipes."""
         from cosmos_export.cli import console
@@ -37,19 +46,26 @@ def register(app: typer.Typer) -> None:
         if target is not None:
             chosen = [recipe for recipe in chosen if not _refusals(recipe, load_target(target).name)]
         if as_json:
-            console.emit_json({"recipes": [_document(recipe) for recipe in chosen]})
+            console.emit_json("recipes-ls", {"recipes": [_document(recipe) for recipe in chosen]})
         else:
-            console.out().print(_table(chosen))
+            console.show(_table(chosen))
 
-    @group.command("choose")
+    @group.command(
+        "choose",
+        "cosmos-export recipes choose --like nano --target l40s",
+        "cosmos-export recipes choose Cosmos3-Nano --target h100 --workload policy-droid",
+    )
     def choose(
         checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint directory.", show_default=False)] = None,
         like: Annotated[
-            str | None, typer.Option(help="A published size instead of a checkpoint.", metavar="nano|super|edge")
+            str | None, typer.Option(metavar="nano|super|edge", help="Published size in place of a checkpoint.")
         ] = None,
-        target: Annotated[str, typer.Option(help="What to build for.")] = "rtx-pro-6000",
-        workload: Annotated[list[str] | None, typer.Option(help="MODE-PROFILE, as in plan; may repeat.")] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        target: Annotated[str, typer.Option(metavar="TARGET", help="Target to build for.")] = "rtx-pro-6000",
+        workload: Annotated[
+            list[str] | None,
+            typer.Option(metavar="MODE-SIZE", help="Requests, as in `plan`. Repeat it. Default: t2v-480p-189f."),
+        ] = None,
+        as_json: Json = False,
     ) -> None:
         """Choose the recipe for a model, a target and workloads: the fastest by prediction that fits.
 
@@ -64,14 +80,18 @@ def register(app: typer.Typer) -> None:
                  "seconds": one.relative_s if one.measured else None}
                 for one in tried
             ]  # fmt: skip
-            console.emit_json({"chosen": found.name, "tried": rows})
+            console.emit_json("recipes-choose", {"chosen": found.name, "tried": rows})
         else:
-            console.out().print(_tried(found, tried))
+            console.show(_tried(found, tried))
 
-    @group.command("show")
+    @group.command(
+        "show",
+        "cosmos-export recipes show fp8",
+        "cosmos-export recipes show int4 --json",
+    )
     def show(
         name: Annotated[str, typer.Argument(help="A recipe of `recipes ls`.")],
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Show one recipe: its rules, where it runs, and where not and why."""
         from cosmos_export.cli import console
@@ -79,9 +99,9 @@ def register(app: typer.Typer) -> None:
 
         recipe = load_recipe(name)
         if as_json:
-            console.emit_json(_document(recipe))
+            console.emit_json("recipes-show", {"recipe": _document(recipe)})
         else:
-            console.out().print(_details(recipe), soft_wrap=True)
+            console.show(*_details(recipe, console.out().width))
 
 
 def _choose(checkpoint: Path | None, like: str | None, target: str, workload: list[str]) -> tuple[Recipe, list[Tried]]:
@@ -99,21 +119,18 @@ def _choose(checkpoint: Path | None, like: str | None, target: str, workload: li
 _FITS = {"resident": "all at once", "phases": "in phases", "no": "does not fit", None: ""}
 
 
-def _tried(chosen: Recipe, tried: list[Tried]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table("", "recipe", "weights", "fits", "time", "why not", box=box.SIMPLE, pad_edge=False)
+def _tried(chosen: Recipe, tried: list[Tried]) -> Table:
     fastest = min((one.relative_s for one in tried if one.relative_s is not None), default=None)
+    none = "No times: the target's rates are not published. Of what fits, the recipe with the most bits is chosen."
+    columns = ("recipe", *numbers("weights"), "fits", *numbers("time"), Column("why not", wraps=True))
+    table = Table(columns, note="" if fastest is not None else none)
     for one in tried:
-        size = "" if one.weights_bytes is None else f"{one.weights_bytes / 1e9:.1f} GB"
+        size = "" if one.weights_bytes is None else units.size(one.weights_bytes, 2)
         time = ""
         if one.relative_s is not None and fastest is not None:
-            time = f"{one.relative_s:.2f} s" if one.measured else f"{one.relative_s / fastest:.2f} ×"
-        mark = "→" if one.recipe.name == chosen.name else ""
-        table.add_row(mark, one.recipe.name, size, _FITS[one.fit], time, one.refusal)
-    if fastest is None:
-        table.caption = "no times: the target's rates are not published; of what fits, the one with the most bits"
+            time = units.seconds(one.relative_s, 2) if one.measured else f"{one.relative_s / fastest:.2f} ×"
+        mark = " (chosen)" if one.recipe.name == chosen.name else ""
+        table.add(one.recipe.name + mark, size, _FITS[one.fit], time, one.refusal)
     return table
 
 
@@ -147,38 +164,34 @@ def _document(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _table(recipes: list[Recipe]) -> Any:
-    from rich import box
-    from rich.table import Table
-
+def _table(recipes: list[Recipe]) -> Table:
     from cosmos_export.precision.schemes import UNQUANTIZED
 
-    table = Table("recipe", "title", "schemes", "runs on", box=box.SIMPLE, pad_edge=False)
+    table = Table(("recipe", Column("title", wraps=True), "schemes", Column("runs on", wraps=True)))
     for recipe in recipes:
         runs = [target for target, reasons in _by_target(recipe).items() if not reasons]
         title = recipe.title + (" (experimental)" if recipe.experimental else "")
-        table.add_row(recipe.name, title, " ".join(recipe.schemes) or UNQUANTIZED, " ".join(runs))
+        table.add(recipe.name, title, " ".join(recipe.schemes) or UNQUANTIZED, " ".join(runs))
     return table
 
 
-def _details(recipe: Recipe) -> str:
+def _details(recipe: Recipe, width: int) -> list[Table | str]:
     by_target = _by_target(recipe)
-    lines = [
-        f"{recipe.name}: {recipe.title}" + (" (experimental)" if recipe.experimental else ""),
-        "",
-        recipe.summary.strip(),
-        "",
-        *(f"  {rule.place.text:<28} {rule.scheme}" for rule in recipe.rules),
-        f"  {'everything else':<28} as in the checkpoint",
-        "",
-        "  runs on: " + ", ".join(target for target, reasons in by_target.items() if not reasons),
+    rules = Table(("place", "scheme"))
+    for rule in recipe.rules:
+        rules.add(rule.place.text, rule.scheme)
+    rules.add("everything else", "as in the checkpoint")
+    values: list[tuple[str, object]] = [
+        ("runs on", ", ".join(target for target, reasons in by_target.items() if not reasons)),
         *(
-            f"  not on {target}: {scheme}: {reason}"
+            (f"not on {target}", f"{scheme}: {reason}")
             for target, reasons in by_target.items()
             for scheme, reason in reasons.items()
         ),
-        *([f"  not chosen for: {', '.join(recipe.not_for)}"] if recipe.not_for else []),
-        *([f"  warning: {recipe.warning}"] if recipe.warning else []),
-        *(f"  source: {source}" for source in recipe.source),
+        *([("not chosen for", ", ".join(recipe.not_for))] if recipe.not_for else []),
+        *([("warning", recipe.warning)] if recipe.warning else []),
+        ("source", list(recipe.source)),
     ]
-    return "\n".join(lines)
+    title = f"{recipe.name}: {recipe.title}" + (" (experimental)" if recipe.experimental else "")
+    summary = textwrap.fill(" ".join(recipe.summary.split()), width)
+    return [title, "", summary, rules, "", facts([one for one in values if one[1]], width)]

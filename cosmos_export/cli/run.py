@@ -9,105 +9,69 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosmos_export import units
+from cosmos_export.cli.options import Json, takes
+from cosmos_export.cli.tables import Table, numbers
+from cosmos_export.cli.verbs import Verbs
+from cosmos_export.options import GenerateOptions
+
 if TYPE_CHECKING:
     from cosmos_export.runtime.frontend import Prepared
     from cosmos_export.runtime.limits import Limits, Review
     from cosmos_export.runtime.results import Written
 
+_OUTPUT, _MACHINE = "Output", "Machine and files"
+_OUTPUTS = dict.fromkeys(("output", "save_latents", "save_frames"), _OUTPUT)
 
-def register(app: typer.Typer) -> None:
+
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("run")
+    @app.command(
+        "run",
+        'cosmos-export run nano.bundle -p "A robot folds a towel." -o towel.mp4',
+        'cosmos-export run nano.bundle -p "The robot waves." --image robot.jpg --frames 121 --seed 7 -o wave.mp4',
+    )
+    @takes(
+        GenerateOptions,
+        bundle="Arguments",
+        device=_MACHINE,
+        backend=_MACHINE,
+        force=_OUTPUT,
+        limits="Robots",
+        **_OUTPUTS,
+    )
     def run(
-        bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.", show_default=False)],
-        prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text, or a JSON caption: FILE.json.")],
+        asked: GenerateOptions,
+        bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.", show_default=False)],
         output: Annotated[
             list[Path] | None,
             typer.Option(
-                "--output", "-o", help="By its name: .mp4, .png, .wav, .json or .safetensors (actions); may repeat."
+                "--output",
+                "-o",
+                metavar="FILE",
+                help="File to write, by its name: .mp4, .png, .wav, .json or .safetensors (actions). Repeat it for "
+                "several.",
             ),
         ] = None,
-        negative: Annotated[
-            str | None, typer.Option(help="Negative prompt: text or FILE.json. Default: none.", show_default=False)
+        save_latents: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Write what was sampled: .safetensors.")
         ] = None,
-        mode: Annotated[
-            str | None,
-            typer.Option(
-                help="t2i, t2v, i2v, v2v, policy, forward-dynamics or inverse-dynamics. Default: what the files say."
-            ),
+        save_frames: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Write frames in [0, 1]: .npy [frames, height, width, 3].")
         ] = None,
-        image: Annotated[Path | None, typer.Option(help="Picture that i2v or an action starts with.")] = None,
-        video: Annotated[Path | None, typer.Option(help="Clip that v2v or an action starts with.")] = None,
-        keep: Annotated[
-            str | None, typer.Option(help="v2v: which end of a longer clip goes on, first or last.")
+        backend: Annotated[
+            str | None, typer.Option(metavar="BACKEND", help="What runs the engines. Default: the bundle's own.")
         ] = None,
-        sound: Annotated[bool, typer.Option("--sound", help="Generate sound with the video.")] = False,
-        frames: Annotated[int | None, typer.Option(help="4·n + 1. Default: the bundle's profile.")] = None,
-        height: Annotated[int | None, typer.Option(help="Pixels. Default: the bundle's profile.")] = None,
-        width: Annotated[int | None, typer.Option(help="Pixels. Default: the bundle's profile.")] = None,
-        fps: Annotated[float | None, typer.Option(help="Default: 24, or what the embodiment has.")] = None,
-        seed: Annotated[int, typer.Option(help="Of the initial noise.")] = 0,
-        steps: Annotated[int | None, typer.Option(help="Default: as built, or the mode's.")] = None,
-        guidance: Annotated[float | None, typer.Option(help="Default: as built, or the mode's. 1: none.")] = None,
-        guidance_interval: Annotated[
-            str | None, typer.Option(help="Timesteps that are guided, LOW:HIGH; 0:1000 guides every step.")
+        device: Annotated[
+            str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the backend's first.")
         ] = None,
-        schedule: Annotated[
-            str | None, typer.Option(help="Grid of sigmas: karras, flow or native. Default: as built.")
-        ] = None,
-        shift: Annotated[float | None, typer.Option(help="Shift of a flow or native grid.")] = None,
-        metadata: Annotated[
-            bool | None,
-            typer.Option(
-                "--metadata/--no-metadata",
-                help="Sentences on duration and resolution after the prompt. Default: unless it is a JSON caption.",
-            ),
-        ] = None,
-        system: Annotated[
-            bool | None,
-            typer.Option("--system/--no-system", help="System message before the prompt. Default: the checkpoint's."),
-        ] = None,
-        literal: Annotated[
-            bool,
-            typer.Option(
-                "--literal/--no-literal",
-                help="Read control tokens in prompts, as <|im_end|>, as text. Default: as tokens, as published.",
-            ),
-        ] = False,
-        actions: Annotated[Path | None, typer.Option(help="forward-dynamics: .json or .safetensors of rows.")] = None,
-        embodiment: Annotated[str | None, typer.Option(help="Whose actions: droid_lerobot, umi, av, …")] = None,
-        viewpoint: Annotated[
-            str | None, typer.Option(help="ego_view, third_person_view, wrist_view or concat_view.")
-        ] = None,
-        chunk: Annotated[int | None, typer.Option(help="Actions; the clip has one frame more.")] = None,
-        tier: Annotated[int | None, typer.Option(help="Resolution of an action's canvas: 256, 480, 704, 720.")] = None,
-        action_width: Annotated[int | None, typer.Option(help="Columns of an action, where not the usual.")] = None,
-        action_stats: Annotated[
-            Path | None, typer.Option(help="Statistics of the data: actions go in and come out in its units.")
-        ] = None,
-        action_normalization: Annotated[
-            str | None, typer.Option(help="What the statistics are used for: quantile, minmax or meanstd.")
-        ] = None,
-        action_clamp: Annotated[
-            bool,
-            typer.Option(
-                "--action-clamp/--no-action-clamp",
-                help="Cut given actions off at the bounds of the statistics. Default: no, as in training.",
-            ),
-        ] = False,
         limits: Annotated[
-            Path | None, typer.Option(help="limits.toml of the robot: actions pass, are clipped or rejected.")
+            Path | None,
+            typer.Option(metavar="FILE", help="limits.toml of the robot: actions pass, are clipped or rejected."),
         ] = None,
-        noise: Annotated[
-            Path | None, typer.Option(help="Initial noise: .safetensors with vision, sound, action.")
-        ] = None,
-        save_latents: Annotated[Path | None, typer.Option(help="What was sampled: .safetensors.")] = None,
-        save_frames: Annotated[Path | None, typer.Option(help="Frames in [0, 1]: .npy [T, H, W, 3].")] = None,
-        backend: Annotated[str | None, typer.Option(help="What runs the engines. Default: the bundle's.")] = None,
-        device: Annotated[str | None, typer.Option(help="Where. Default: the backend's first.")] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Generate an image, a video, sound or actions. What the bundle cannot do is refused before anything is loaded.
 
@@ -119,43 +83,12 @@ def register(app: typer.Typer) -> None:
 
         from cosmos_export.bundle import open_bundle, open_verdicts
         from cosmos_export.cli import console
-        from cosmos_export.cli.build import interval
-        from cosmos_export.runtime.frontend import GenerateOptions
         from cosmos_export.runtime.model import Model
         from cosmos_export.runtime.results import plan_outputs
-        from cosmos_export.sampling import Overrides
 
         started = time.perf_counter()
         model = Model(open_bundle(bundle), backend=backend, device=device, resident=False)
         manifest = model.manifest
-        asked = GenerateOptions(
-            prompt=prompt,
-            negative=negative,
-            mode=mode,
-            image=image,
-            video=video,
-            actions=actions,
-            frames=frames,
-            height=height,
-            width=width,
-            fps=fps,
-            seed=seed,
-            sampling=Overrides(schedule, steps, shift, guidance, interval(guidance_interval)),
-            sound=sound,
-            keep=keep,  # type: ignore[arg-type]
-            metadata=metadata,
-            system=system,
-            literal=literal,
-            embodiment=embodiment,
-            viewpoint=viewpoint,
-            chunk=chunk,
-            tier=tier,
-            action_width=action_width,
-            action_stats=action_stats,
-            action_normalization=action_normalization,
-            action_clamp=action_clamp,
-            noise=noise,
-        )
         prepared = model.prepare(asked)
         outputs = plan_outputs(output or [], prepared, manifest, latents=save_latents, frames=save_frames, force=force)
         allowed = None if limits is None else _limits(limits, prepared)
@@ -177,7 +110,7 @@ def register(app: typer.Typer) -> None:
         timings["total"] = time.perf_counter() - started
         if as_json:
             document = _document(bundle, model.bundle_id, prepared, written, timings)
-            console.emit_json({**document, "verdicts": dataclasses.asdict(open_verdicts(manifest))})
+            console.emit_json("run", {**document, "verdicts": dataclasses.asdict(open_verdicts(manifest))})
         else:
             _print(written.files, timings)
         console.verdict(f"{', '.join(map(str, written.files))}: AI-generated by bundle {model.bundle_id[:12]}", True)
@@ -240,18 +173,12 @@ def _pixels(prepared: Prepared) -> str:
 
 
 def _print(files: list[Path], timings: Mapping[str, float]) -> None:
-    from rich.table import Table
-
     from cosmos_export.cli import console
 
-    table = Table("stage", "seconds", title="Timings", title_justify="left", box=None)
-    table.columns[1].justify = "right"
+    table = Table(("stage", *numbers("time")))
     for stage, seconds in timings.items():
-        table.add_row(stage, f"{seconds:.3f}")
-    out = console.out()
-    out.print(table)
-    for path in files:
-        out.print(str(path), soft_wrap=True)
+        table.add(stage, units.seconds(seconds))
+    console.show(table, *map(str, files))
 
 
 def _document(

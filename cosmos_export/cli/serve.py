@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.verbs import Verbs
 
-def register(app: typer.Typer) -> None:
+
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("serve")
+    @app.command(
+        "serve",
+        "cosmos-export serve policy.bundle --limits limits.toml --audit robot.jsonl",
+        "cosmos-export serve policy.bundle --protocol gr00t --no-limits --port 0",
+    )
     def serve(
         bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.", show_default=False)],
         protocol: Annotated[str, typer.Option(help="openpi (WebSocket) or gr00t (ZeroMQ).")] = "openpi",
@@ -44,9 +51,7 @@ def register(app: typer.Typer) -> None:
         seed: Annotated[int, typer.Option(help="Of the first request; each has the next.")] = 0,
         backend: Annotated[str | None, typer.Option(help="What runs the engines. Default: the bundle's.")] = None,
         device: Annotated[str | None, typer.Option(help="Where. Default: the backend's first.")] = None,
-        as_json: Annotated[
-            bool, typer.Option("--json", help="One JSON document on stdout, when the port is open.")
-        ] = False,
+        as_json: Json = False,
     ) -> None:
         """Serve a policy to robots. The bundle is verified and a golden request made before the port opens.
 
@@ -110,6 +115,7 @@ def register(app: typer.Typer) -> None:
                 url = f"{'ws' if protocol == 'openpi' else 'tcp'}://{settings.host}:{opened}"
                 if as_json:
                     console.emit_json(
+                        "serve",
                         {
                             "url": url,
                             "protocol": protocol,
@@ -117,7 +123,7 @@ def register(app: typer.Typer) -> None:
                             "embodiment": policy.robot.name,
                             "limits": None if allowed is None else f"sha256:{allowed.digest}",
                             "verdicts": dataclasses.asdict(verdicts),
-                        }
+                        },
                     )
                 console.verdict(f"serving {policy.robot.name} of bundle {files.bundle_id[:12]} at {url}, {kind}", True)
 

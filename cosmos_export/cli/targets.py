@@ -6,17 +6,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cosmos_export import units
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.tables import Column, Table, facts, numbers
+from cosmos_export.cli.verbs import Verbs
+
 if TYPE_CHECKING:
     from cosmos_export.targets import Target
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("targets")
+    @app.command(
+        "targets",
+        "cosmos-export targets",
+        "cosmos-export targets h100",
+    )
     def targets(
         name: Annotated[str | None, typer.Argument(help="Show this target only, with its traps and sources.")] = None,
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """List the targets: compute capability, memory, bandwidth, peak rates, precisions, backend."""
         from cosmos_export.cli import console
@@ -24,11 +33,11 @@ def register(app: typer.Typer) -> None:
 
         chosen = [load_target(one) for one in ([name] if name else target_names())]
         if as_json:
-            console.emit_json({"targets": [_document(target) for target in chosen]})
+            console.emit_json("targets", {"targets": [_document(target) for target in chosen]})
         elif name:
-            console.out().print(_details(chosen[0]))
+            console.show(facts(_details(chosen[0]), console.out().width))
         else:
-            console.out().print(_table(chosen))
+            console.show(_table(chosen))
 
 
 def _document(target: Target) -> dict[str, Any]:
@@ -50,51 +59,43 @@ def _document(target: Target) -> dict[str, Any]:
     }
 
 
-def _table(targets: list[Target]) -> Any:
-    from rich import box
-    from rich.table import Table
-
+def _table(targets: list[Target]) -> Table:
     from cosmos_export.precision.schemes import SCHEMES
 
     kinds = tuple(dict.fromkeys(scheme.computes for scheme in SCHEMES.values()))
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for column in ("target", "CC", "backend"):
-        table.add_column(column, no_wrap=True)
-    for column in ("GB", "GB/s", *kinds):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("precisions")
+    columns = ("target", "CC", *numbers("memory", "GiB/s", *kinds), Column("backends", wraps=True))
+    note = f"CC: compute capability; {', '.join(kinds)}: dense TFLOP/s with FP32 accumulation; –: no published figure"
+    table = Table(columns, note=note)
     for target in targets:
         rates = (target.peak_flops.get(kind) for kind in kinds)
-        table.add_row(
+        table.add(
             target.name,
-            target.compute_capability or "–",
-            ", ".join((target.backend, *target.other_backends)),
-            _scaled(target.memory_bytes, 1e9),
-            _scaled(target.bandwidth_bytes_per_s, 1e9),
+            target.compute_capability,
+            None if target.memory_bytes is None else units.size(target.memory_bytes),
+            _scaled(target.bandwidth_bytes_per_s, 2**30),
             *(_scaled(rate, 1e12) for rate in rates),
-            " ".join((*target.precisions, *(f"{s} ({b})" for b, own in target.also.items() for s in own))),
+            ", ".join((target.backend, *target.other_backends)),
         )
-    table.caption = f"{', '.join(kinds)}: dense TFLOP/s, FP32 accumulation; – where the sources give no figure"
     return table
 
 
-def _details(target: Target) -> str:
-    shared = " (shared)" if target.unified_memory else ""
-    lines = [
-        f"{target.name}: {target.title}",
-        f"  compute capability  {target.compute_capability or '–'}",
-        f"  backend             {', '.join((target.backend, *target.other_backends))}",
-        f"  memory              {_scaled(target.memory_bytes, 1e9)} GB{shared}",
-        f"  bandwidth           {_scaled(target.bandwidth_bytes_per_s, 1e9)} GB/s",
-        *(f"  {kind:<18}  {_scaled(rate, 1e12)} TFLOP/s dense" for kind, rate in target.peak_flops.items()),
-        f"  precisions          {' '.join(target.precisions)}",
-        *(f"  with {backend:<13}  {' '.join(schemes)}" for backend, schemes in target.also.items()),
-        *(f"  refused: {scheme}: {reason}" for scheme, reason in target.refused.items()),
-        *(f"  trap: {trap}" for trap in target.traps),
-        *(f"  source: {source}" for source in target.source),
+def _details(target: Target) -> list[tuple[str, object]]:
+    shared = " (shared with the CPU)" if target.unified_memory else ""
+    memory = "–" if target.memory_bytes is None else units.size(target.memory_bytes)
+    return [
+        ("target", f"{target.name}: {target.title}"),
+        ("compute capability", target.compute_capability or "–"),
+        ("backends", ", ".join((target.backend, *target.other_backends))),
+        ("memory", memory + shared),
+        ("bandwidth", f"{_scaled(target.bandwidth_bytes_per_s, 2**30) or '–'} GiB/s"),
+        *((kind, f"{_scaled(rate, 1e12)} TFLOP/s dense") for kind, rate in target.peak_flops.items()),
+        ("precisions", " ".join(target.precisions)),
+        *((f"with {backend}", " ".join(schemes)) for backend, schemes in target.also.items()),
+        *(("refused", f"{scheme}: {reason}") for scheme, reason in target.refused.items()),
+        *(("trap", trap) for trap in target.traps),
+        *(("source", source) for source in target.source),
     ]
-    return "\n".join(lines)
 
 
-def _scaled(value: float | None, unit: float) -> str:
-    return "–" if value is None else f"{value / unit:,.0f}"
+def _scaled(value: float | None, unit: float) -> str | None:
+    return None if value is None else f"{value / unit:,.0f}"

@@ -8,37 +8,135 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
 import typer
+import typer.core
 
 from cosmos_export import files
-from cosmos_export.cli import console
+from cosmos_export.cli import choices, console
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError, UserError
 from cosmos_export.printable import printable
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
-_SHARED: dict[str, Any] = {
-    "quiet": Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")],
-    "verbose": Annotated[bool, typer.Option("--verbose", "-v", help="Debug lines, and tracebacks of errors.")],
-    "no_progress": Annotated[bool, typer.Option("--no-progress", help="No bars and no progress lines.")],
-}
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print debug lines, and tracebacks of errors.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print no bars and no progress lines.")]
+SHARED: dict[str, Any] = {"quiet": Quiet, "verbose": Verbose, "no_progress": NoProgress}
+"""Options of every verb, and of the program before the verb."""
+WIDTH = 120
+"""Columns of help at most; a narrower terminal decides otherwise."""
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
 _REPORT = "this is a bug: please report it with the output of the same command under `--verbose`"
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help has its options under headings, and examples at the end."""
+
+    groups: ClassVar[Mapping[str, str]] = {}
+    """Parameter → heading."""
+    names: ClassVar[Mapping[str, str]] = {}
+    """Parameter → registry of its values (`choices`)."""
+    examples: ClassVar[tuple[str, ...]] = ()
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        sections |= {group: [] for group in self.groups.values() if group != "Output"}
+        sections |= {"Output": [], "Common options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None:
+                continue
+            name = parameter.name or ""
+            group = "Common options" if name in (*SHARED, "help") else self.groups.get(name, "Options")
+            group = "Arguments" if parameter.param_type_name == "argument" else group
+            group = "Output" if name == "as_json" else group
+            argument = parameter.param_type_name == "argument"
+            sections[group].append((_names(record[0], name, argument), _listing(record[1], self.names.get(name))))
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        super().format_epilog(ctx, formatter)
+        if self.examples:
+            with formatter.section("Examples"):
+                for example in self.examples:
+                    formatter.write(_command_lines(example, formatter.current_indent, formatter.width))
+
+
+def _command_lines(command: str, indent: int, width: int) -> str:
+    """``command`` as it can be pasted into a shell, on several lines where it is wider than ``width``."""
+    lines = [""]
+    for part in re.split(r" (?=-)", command):
+        if lines[-1] and indent + len(lines[-1]) + len(part) + 3 > width:
+            lines.append(part)
+        else:
+            lines[-1] = f"{lines[-1]} {part}".strip()
+    return " \\\n".join(f"{'':{indent + 2 * bool(i)}}{line}" for i, line in enumerate(lines)) + "\n"
+
+
+class Group(typer.core.TyperGroup):
+    """A group whose help has the whole first sentence of every command, under headings."""
+
+    headings: ClassVar[Mapping[str, str]] = {}
+    """Command → heading."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.headings.values()}
+        for name in self.list_commands(ctx):
+            command = self.get_command(ctx, name)
+            if command is not None and not command.hidden:
+                sentence = (command.help or "").split("\n\n")[0].replace("\n", " ")
+                sections.setdefault(self.headings.get(name, "Commands"), []).append((name, sentence))
+        for title, rows in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def group(name: str, text: str) -> Verbs:
+    """A group of verbs, whose help begins with ``text``."""
+    return Verbs(name=name, help=text, cls=Group, invoke_without_command=True, rich_markup_mode=None)
+
+
+_LISTED = ("targets", "backends", "recipes", "modes")
+"""Registries whose names help shows. The others are long, or in the text."""
+
+
+def _listing(text: str, registry: str | None) -> str:
+    if registry not in _LISTED or registry is None:
+        return text
+    sentence = re.split(r" Default: |  \[default", text, maxsplit=1)[0]
+    return f"{sentence.rstrip('.')}: {', '.join(choices.names(registry))}.{text[len(sentence) :]}"
+
+
+_PLACEHOLDERS = {"int": "N", "float": "X", "path": "PATH"}
+
+
+def _names(flags: str, parameter: str, argument: bool) -> str:
+    """``flags`` of the help with a name in place of a type; an argument has its own name already."""
+    if argument:
+        return re.sub(r" <\w+(\[\w+\])?>", "", flags)
+    return re.sub(r"<(str|int|float|path)>", lambda m: _PLACEHOLDERS.get(m[1], parameter.upper()), flags)
 
 
 class Verbs(typer.Typer):
     """A `typer.Typer` whose commands take the shared options and turn errors into messages and exit codes."""
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Verb], Verb]:
-        register = super().command(name, **settings)
+    def command(self, name: str | None = None, *examples: str, **settings: Any) -> Callable[[Verb], Verb]:
+        """Register a verb; ``examples`` are command lines that its help shows."""
 
         def decorate(verb: Verb) -> Verb:
-            register(_guarded(verb))
+            about = {"groups": getattr(verb, "groups", {}), "names": getattr(verb, "names", {}), "examples": examples}
+            kind = type("Command", (_Command,), about)
+            super(Verbs, self).command(name, cls=kind, **settings)(_guarded(verb))
             return verb
 
         return decorate
@@ -55,8 +153,8 @@ def fail(error: CosmosExportError, as_json: bool) -> NoReturn:
     """Report ``error`` and end the command with its exit code."""
     console.close()
     if as_json and not console.json_emitted():
-        console.emit_json({"error": {"code": error.code, "message": error.message, "hint": error.hint}})
-    text = message(error)
+        console.emit_json("error", {"error": {"code": error.code, "message": error.message, "hint": error.hint}})
+    text = message(error, colour=console.has_colour(sys.stderr))
     command = console.resume_command()
     if command and isinstance(error, ToolError):
         text += f"hint: what is finished is kept; when that is solved, continue with `{command}`\n"
@@ -107,9 +205,11 @@ def _lack_of_memory(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def message(error: CosmosExportError) -> str:
+def message(error: CosmosExportError, colour: bool = False) -> str:
     """``error`` as it is written to stderr: without the console, whatever state the terminal is in."""
-    return printable(f"error[{error.code}]: {error.message}\n" + (f"\nhint: {error.hint}\n" if error.hint else ""))
+    red, cyan, end = ("\033[1;31m", "\033[36m", "\033[0m") if colour else ("", "", "")
+    text = f"{red}error[{error.code}]{end}: {printable(error.message)}\n"
+    return text + (f"\n{cyan}hint{end}: {printable(error.hint)}\n" if error.hint else "")
 
 
 class Interrupted(CosmosExportError):
@@ -171,7 +271,8 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(verb)
     def run(*args: Any, quiet: bool, verbose: bool, no_progress: bool, **options: Any) -> None:
-        console.configure(quiet=quiet, verbose=verbose, no_progress=no_progress)
+        before = console.given_before()
+        console.configure(quiet or before.quiet, verbose or before.verbose, no_progress or before.no_progress)
         as_json = takes_json and bool(options["as_json"])
         try:
             for name in OUTPUTS:
@@ -193,7 +294,7 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     shared = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in _SHARED.items()
+        for name, annotation in SHARED.items()
     ]
     run.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*signature.parameters.values(), *shared]

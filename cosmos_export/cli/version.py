@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from cosmos_export.cli.options import Json
+from cosmos_export.cli.verbs import Verbs
 
 OPTIONAL = (
     "torch",
@@ -22,23 +21,26 @@ OPTIONAL = (
 """Distributions whose version matters to a result. None of them is imported to find out."""
 
 
-def register(app: typer.Typer) -> None:
+def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command("version")
+    @app.command(
+        "version",
+        "cosmos-export version",
+        "cosmos-export version --json",
+    )
     def version(
-        as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+        as_json: Json = False,
     ) -> None:
         """Print the versions of cosmos-export, Python and the optional packages."""
-        from cosmos_export.cli import console
+        from cosmos_export.cli import console, tables
 
         found = installed()
         if as_json:
-            console.emit_json(found)
+            console.emit_json("version", {"packages": found})
             return
-        width = max(map(len, found))
-        for name, value in found.items():
-            console.out().print(f"{name:<{width}}  {value or 'not installed'}")
+        rows = [(name, value or "not installed") for name, value in found.items()]
+        console.show(tables.facts(rows, console.out().width))
 
 
 def installed() -> dict[str, str | None]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
 from cosmos_export.calibration.table import require_output, write_scale_table
@@ -17,50 +17,19 @@ from cosmos_export.compiler.request_record import request_record
 from cosmos_export.compiler.selection import TOKENIZER_FILE
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.files import read_bytes, reason
+from cosmos_export.options import CalibrateOptions
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.runtime.scenes import policy_of
-from cosmos_export.sampling import Overrides
 from cosmos_export.stamps import unchanged
 from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
+from cosmos_export.units import size
 
 if TYPE_CHECKING:
     from cosmos_export.calibration.algorithms import Algorithm
     from cosmos_export.calibration.calibrate import CalibrationJob
     from cosmos_export.calibration.observers import Observer
-
-DEFAULT_PROFILE = "frames=1:5:48,height=3:12:24,width=3:20:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
-"""Every shape that calibration itself would choose: 320 × 192 pixels unless an action's picture says otherwise."""
-DEFAULT_SAMPLES = 128
-
-
-@dataclass(frozen=True)
-class CalibrateOptions:
-    """A calibration as the user gives it."""
-
-    checkpoint: Path
-    output: Path
-    data: tuple[str, ...]
-    profile: str = DEFAULT_PROFILE
-    modalities: tuple[str, ...] | None = None
-    """Those that must be covered; None: all that the checkpoint generates."""
-    samples: int = DEFAULT_SAMPLES
-    frames: int | None = None
-    """Pixel frames of a clip, at most; None: the profile's optimum."""
-    latents: Literal["auto", "rollout", "noise"] = "auto"
-    negative: str = ""
-    overrides: Overrides = field(default_factory=Overrides)
-    observer: str = "absmax"
-    margin: float = 1.1
-    percentile: float = 99.999
-    algorithm: str = "none"
-    """One of `cosmos_export.calibration.algorithms.ALGORITHMS`."""
-    rank: int | None = None
-    bits: float | None = None
-    seed: int = 0
-    ignore_adapters: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +73,7 @@ def resolve_calibration(options: CalibrateOptions, progress: Progress | None = N
     algorithm = Algorithm(options.algorithm, options.rank, options.bits)
     require_provider(algorithm)
     if options.samples < 1:
-        raise UserError("CX322", f"{options.samples} passes", f"--samples {DEFAULT_SAMPLES}")
+        raise UserError("CX322", f"{options.samples} passes", f"--samples {CalibrateOptions.samples}")
     if not options.data:
         raise UserError("CX340", "nothing to calibrate on", "--data with prompts, clips, robot data or latents")
     checkpoint = open_checkpoint(options.checkpoint)
@@ -212,7 +181,7 @@ def _require_memory(checkpoint: Checkpoint) -> None:
     if needed > available // 2:
         raise UserError(
             "CX347",
-            f"--rollout needs the whole model in memory: {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free",
+            f"`--latents rollout` needs the whole model in memory: {size(needed)}, {size(available)} are free",
             "give clips instead: their latents are noised along the schedule",
         )
 

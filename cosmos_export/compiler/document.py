@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_export.compiler import driver
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
+from cosmos_export.documents import labelled
+from cosmos_export.options import BuildOptions
 from cosmos_export.progress import Progress
 
 if TYPE_CHECKING:
     from cosmos_export.compiler.evidence import BuildResult
 
 _log = logging.getLogger("cosmos_export")
-VERSION = 1
-"""Version of the document. It grows when a field changes its meaning or goes."""
 
 
 def build(
@@ -112,8 +112,7 @@ def build_document(result: BuildResult, output: Path | None) -> dict[str, Any]:
     """The document of ``result``: plain values, without NaN."""
     from cosmos_export.compiler.record import verdicts
 
-    return {
-        "version": VERSION,
+    content = {
         "output": None if output is None else str(output),
         "passes": [
             {
@@ -174,3 +173,4 @@ def build_document(result: BuildResult, output: Path | None) -> dict[str, Any]:
             name: {**asdict(cost), "seconds": round(cost.seconds, 3)} for name, cost in result.costs.stages.items()
         },
     }
+    return labelled("build", content)

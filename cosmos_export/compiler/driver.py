@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.allocator import keep_freed_memory
 from cosmos_export.compiler.coverage import require_coverage, table_coverage
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.overall import Overall, expected_seconds
 from cosmos_export.compiler.planned import bundle_bytes
@@ -20,6 +20,7 @@ from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.compiler.selection import tokenizer_bytes
 from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.machine.system import free_disk
+from cosmos_export.options import BuildOptions
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.stamps import blamed
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import UserError
 from cosmos_export.machine.memory import available_bytes
+from cosmos_export.options import BuildOptions
 from cosmos_export.plan.sizes import require_budget
 from cosmos_export.targets.backends import Backend
 

@@ -12,20 +12,14 @@ from typing import get_args
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
-from cosmos_export.compiler.job import (
-    BuildOptions,
-    Job,
-    LoopMode,
-    ParityMode,
-    QualityMode,
-    WeightsMode,
-)
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.memory import memory_budget, require_memory
 from cosmos_export.compiler.request_record import check_request
 from cosmos_export.compiler.selection import select
 from cosmos_export.compiler.time_table import checkpoint_schedule
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
+from cosmos_export.options import BuildOptions, LoopMode, ParityMode, QualityMode, WeightsMode
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
 from cosmos_export.precision.recipe import Assignment, Recipe, resolve_recipe
 from cosmos_export.precision.schemes import SCHEMES

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
-from cosmos_export.compiler.job import LoopMode
 from cosmos_export.compiler.memory import parse_size
 from cosmos_export.compiler.options import all_modalities, model_limits
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import PlanOptions
 from cosmos_export.plan import (
     AUTO,
     Estimate,
@@ -25,30 +24,6 @@ from cosmos_export.precision.stored_recipe import recipe_for
 from cosmos_export.sampling import Overrides
 from cosmos_export.targets import load_target
 from cosmos_export.targets.profiles import ModelLimits
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """A plan as the user asks for it: of ``checkpoint`` or of the published size ``like``."""
-
-    checkpoint: Path | None = None
-    """Checkpoint directory. Only headers are read."""
-    like: str | None = None
-    """Published size in place of a checkpoint: ``nano``, ``super`` or ``edge``."""
-    targets: tuple[str, ...] = ("rtx-pro-6000",)
-    workloads: tuple[str, ...] = ("t2v-480p-189f",)
-    """Requests as MODE-SIZE, such as t2v-480p-189f, i2v-720p-121f+sound, t2i-720p or policy-droid."""
-    recipe: str | None = None
-    overrides: tuple[str, ...] = ()
-    """Changes of the recipe, PLACE=SCHEME."""
-    prompt_tokens: tuple[int, int] | None = None
-    """Tokens of the prompt and of the negative prompt. None: the lengths of the official prompts."""
-    steps: int | None = None
-    guidance: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    loop: LoopMode = "host"
-    memory_budget: str | None = None
-    """Memory of the build, such as ``16GiB``. Engines that need more are split. None: no engine is split."""
 
 
 def plan_checkpoint(options: PlanOptions) -> Estimate:

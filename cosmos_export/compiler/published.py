@@ -16,7 +16,6 @@ from cosmos_export.compiler.components import Codec
 from cosmos_export.compiler.cuts import chains
 from cosmos_export.compiler.evidence import Evidence
 from cosmos_export.compiler.forms import Forms, Pieces
-from cosmos_export.compiler.job import ParityMode
 from cosmos_export.compiler.metering import Stages
 from cosmos_export.compiler.models import model_dtype
 from cosmos_export.diagnostics import FindingError
@@ -27,6 +26,7 @@ from cosmos_export.ir.dims import product
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.program import Program
 from cosmos_export.machine.memory import available_bytes
+from cosmos_export.options import ParityMode
 from cosmos_export.sampling import Schedule
 
 MEMORY_SHARE = 0.4

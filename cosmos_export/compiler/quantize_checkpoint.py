@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from cosmos_export.calibration.table import read_scale_table, require_checkpoint
@@ -11,37 +9,12 @@ from cosmos_export.checkpoint import Tower, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.compiler.options import require_compiler
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import QuantizeRequest
 from cosmos_export.progress import Progress
 from cosmos_export.stamps import unchanged
 
 if TYPE_CHECKING:
     from cosmos_export.calibration.write_quantized import QuantizeResult
-
-
-@dataclass(frozen=True)
-class QuantizeRequest:
-    """A quantization as the user asks for it."""
-
-    checkpoint: Path
-    """Checkpoint directory with bf16 weights."""
-    calibration: Path
-    """Scale table of `calibrate`."""
-    output: Path
-    """Directory to create."""
-    format: str = "fp8"
-    """``fp8``, ``int4`` (weights only) or ``nvfp4``."""
-    towers: tuple[str, ...] = tuple(Tower)
-    """Towers whose linears are quantized."""
-    fp8_rounding: str = "exact"
-    """``exact``: once, from float32. ``modelopt``: twice, as in NVIDIA's files."""
-    step_policy: bool = True
-    """Record 16-bit activations in the reasoner and in the first and last three steps, as published."""
-    link: bool = False
-    """Hard links to unchanged files in place of copies."""
-    ignore_adapters: bool = False
-    """Take the weights without the adapters beside them."""
-    force: bool = False
-    """Replace an existing checkpoint directory."""
 
 
 def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = None) -> QuantizeResult:
@@ -67,7 +40,7 @@ def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = No
     options = QuantizeOptions(
         kind=request.format,
         towers=tuple(Tower(tower) for tower in request.towers),
-        rounding=request.fp8_rounding,  # type: ignore[arg-type]
+        rounding=request.fp8_rounding,
         policy=request.step_policy,
         link=request.link,
     )

@@ -20,7 +20,7 @@ from cosmos_export import files
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object
 from cosmos_export.diagnostics import FindingError, UserError, shown
-from cosmos_export.runtime.in_memory import InMemory
+from cosmos_export.in_memory import InMemory
 from cosmos_export.runtime.views import Views
 
 Actions = NDArray[np.float32]

@@ -19,17 +19,17 @@ from numpy.typing import NDArray
 from cosmos_export.bundle import BundleFiles, PromptRecord, RequestRecord
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.in_memory import InMemory
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.generate_options import (
-    GenerateOptions,
     mode_of,
     request_record,
     require_capabilities,
     require_numbers,
     require_options,
 )
-from cosmos_export.runtime.in_memory import InMemory
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message, text_prompt
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
@@ -38,7 +38,7 @@ from cosmos_export.runtime.tokenize import PromptTokenizer, TokenIds
 from cosmos_export.sampling import Mode, Schedule
 from cosmos_export.sampling.modes import PromptForm
 
-__all__ = ["GenerateOptions", "Prepared", "noise_shapes", "prepare"]
+__all__ = ["Prepared", "noise_shapes", "prepare"]
 
 
 @dataclass(frozen=True)

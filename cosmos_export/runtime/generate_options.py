@@ -4,68 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NoReturn
 
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.diagnostics import UnsupportedError, UserError, shown
-from cosmos_export.runtime.in_memory import InMemory
-from cosmos_export.sampling import MODES, Mode, Overrides
+from cosmos_export.options import GenerateOptions
+from cosmos_export.sampling import MODES, Mode
 from cosmos_export.sampling.modes import Clue, implied_mode
-
-Keep = Literal["first", "last"]
 
 ENCODER, DECODER, SOUND_DECODER = "vae_encoder", "vae_decoder", "sound_decoder"
 """Names of the codecs of a bundle: streams, and a graph for sound."""
 MAX_SEED = 2**63 - 1
 MIN_FPS, MAX_FPS = 0.1, 1000.0
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """The options of a request as a user gives them; None (and no path) is the default of the mode or the bundle."""
-
-    prompt: str | InMemory[str]
-    """Text, or the path of a ``.json`` caption; the task of an action. In memory it is text, whatever it looks like."""
-    negative: str | None = None
-    mode: str | None = None
-    image: Path | InMemory[NDArray[np.uint8]] | None = None
-    """uint8 [1, height, width, 3] where it is in memory."""
-    video: Path | InMemory[NDArray[np.uint8]] | None = None
-    """uint8 [frames, height, width, 3] where it is in memory."""
-    actions: Path | InMemory[NDArray[np.float32]] | None = None
-    """float32 [rows, width] where they are in memory."""
-    frames: int | None = None
-    """In pixels, as are height and width."""
-    height: int | None = None
-    width: int | None = None
-    fps: float | None = None
-    seed: int = 0
-    sampling: Overrides = field(default_factory=Overrides)
-    sound: bool = False
-    keep: Keep | None = None
-    """End of a longer clip that video-to-video continues."""
-    metadata: bool | None = None
-    """Whether sentences on duration and resolution follow the prompt; None: unless it is a JSON caption."""
-    system: bool | None = None
-    """Whether there is a system message; None: as the checkpoint says."""
-    literal: bool = False
-    """Whether control tokens in prompts are the characters that they are written with."""
-    embodiment: str | None = None
-    viewpoint: str | None = None
-    chunk: int | None = None
-    """Actions in the request."""
-    tier: int | None = None
-    action_width: int | None = None
-    action_stats: Path | InMemory[Mapping[str, Any]] | None = None
-    action_normalization: str | None = None
-    action_clamp: bool = False
-    """Whether given actions are cut off at the bounds of the statistics. Models are trained without."""
-    noise: Path | InMemory[Mapping[str, NDArray[Any]]] | None = None
 
 
 _ONLY_FOR: Mapping[str, tuple[str, ...]] = {

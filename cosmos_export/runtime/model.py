@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from cosmos_export.bundle import BundleFiles, Manifest
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import GenerateOptions
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.runtime import media
-from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare, read_tokenizer
+from cosmos_export.runtime.frontend import Prepared, prepare, read_tokenizer
 from cosmos_export.runtime.generate_options import request_record
 from cosmos_export.runtime.generator import Generator, Result
 from cosmos_export.runtime.limits import Limits, Review, read_limits, review

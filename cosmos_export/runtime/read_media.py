@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.in_memory import InMemory
+from cosmos_export.in_memory import InMemory
 from cosmos_export.runtime.media import Frames, missing, require_av
 
 __all__ = ["Clip", "Frames", "has_sound", "read_clip", "read_image", "read_picture", "read_sound"]

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import canvas, embodiments, read_media
 from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
 from cosmos_export.runtime.fitting import fit_profile
-from cosmos_export.runtime.generate_options import GenerateOptions
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
 from cosmos_export.runtime.step_inputs import sound_latents

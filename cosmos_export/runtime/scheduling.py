@@ -77,7 +77,7 @@ def _completed(asked: Overrides, built: Schedule) -> Overrides:
     interval = (built.guidance_interval or (0.0, 1000.0)) if kept else asked.guidance_interval
     return replace(
         asked,
-        grid=asked.grid or built.grid,
+        grid=asked.grid or built.grid,  # type: ignore[arg-type]  # a distilled grid, which none asks for
         steps=built.steps if asked.steps is None else asked.steps,
         shift=built.shift if asked.shift is None and same_grid else asked.shift,
         guidance=guided,

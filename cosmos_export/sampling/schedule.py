@@ -15,6 +15,7 @@ import numpy as np
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.family import Family
+from cosmos_export.options import Overrides
 from cosmos_export.sampling import grids
 from cosmos_export.sampling.defaults import Default, Interval
 from cosmos_export.sampling.grids import TRAINING_STEPS
@@ -114,17 +115,6 @@ class CheckpointSampling:
     family: Family = Family.OMNI
     policy: str | None = None
     """Embodiment domain of a policy checkpoint."""
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What a request says of its sampling; None: the default. An interval of (0, 1000) guides every step."""
-
-    grid: str | None = None
-    steps: int | None = None
-    shift: float | None = None
-    guidance: float | None = None
-    guidance_interval: Interval | None = None
 
 
 _UNIPC = "UniPCMultistepScheduler"

@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from cosmos_export.diagnostics import FindingError, UserError
+from cosmos_export.in_memory import InMemory
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime.embodiments import Actions, Embodiment, embodiment
 from cosmos_export.runtime.frontend import Prepared
-from cosmos_export.runtime.generate_options import GenerateOptions, request_record
-from cosmos_export.runtime.in_memory import InMemory
+from cosmos_export.runtime.generate_options import request_record
 from cosmos_export.runtime.limits import Units
 from cosmos_export.runtime.model import Model
 from cosmos_export.runtime.scenes import policy_of

@@ -24,7 +24,7 @@ from cosmos_export.bench.geometry import GUIDED, PLAIN, capture_graphs, quantize
 from cosmos_export.bench.measure import GeometryRequest, geometry_schedule, measure_geometry
 from cosmos_export.bench.published import published_cells, target_of
 from cosmos_export.bench.result import MeasuredPart, Measurement, compare, read_measurement, regressions, write
-from cosmos_export.cli import console
+from cosmos_export.cli import console, verbs
 from cosmos_export.cli.bench import register as register_bench
 from cosmos_export.cli.doctor import register as register_doctor
 from cosmos_export.compiler.precision import planned_types
@@ -310,7 +310,7 @@ def test_cards_are_known_by_name() -> None:
 @pytest.fixture
 def app() -> typer.Typer:
     console.configure()
-    application = typer.Typer()
+    application = verbs.Verbs()
     application.callback()(lambda: None)
     register_bench(application)
     register_doctor(application)

@@ -31,10 +31,11 @@ from cosmos_export.calibration.table import LINEAGE_FILE, SCALES_FILE, read_scal
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.cli import app
-from cosmos_export.compiler.calibrate_checkpoint import CalibrateOptions, calibrate_checkpoint, resolve_calibration
-from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
+from cosmos_export.compiler.calibrate_checkpoint import calibrate_checkpoint, resolve_calibration
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.reference import Reference
+from cosmos_export.options import CalibrateOptions, QuantizeRequest
 from cosmos_export.runtime import read_media
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import Overrides
@@ -528,5 +529,3 @@ def test_the_verb(checkpoint: Path, tmp_path: Path, data: Path) -> None:
     assert document["ranges"] == 2 * (14 + 6) and document["lineage"]["observer"]["margin"] == 1.1
     plain = CliRunner().invoke(app, [*arguments, "--force", "--no-progress"])
     assert plain.exit_code == 0 and "0-25 %" in plain.stdout and "clips" in plain.stdout
-    both = CliRunner().invoke(app, [*arguments, "--rollout", "--noise-latents"])
-    assert both.exit_code == 2 and "CX346" in both.stderr

@@ -20,9 +20,10 @@ from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_check
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.cli import app
-from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.packing import fp8_scale
+from cosmos_export.options import QuantizeRequest
 
 WIDE = {"hidden": 128, "intermediate": 256, "layers": 2, "dtype": "bfloat16"}
 """The smallest sizes that INT4 groups of 128 divide."""

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader
 from cosmos_export.cli import app
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import BuildOptions
 
 PEFT = "base_model.model.layers.0.self_attn.to_q.lora_A.weight"
 KOHYA = "lora_unet_layers_0_self_attn_to_q.lora_down.weight"

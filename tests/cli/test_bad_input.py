@@ -126,7 +126,7 @@ def test_every_path_that_a_verb_writes_is_looked_at() -> None:
     """An option that names a new output belongs in `verbs.OUTPUTS`."""
     reads = {
         "actions", "action_stats", "bundle", "cache", "calibration", "checkpoint", "data", "directory", "folder",
-        "graphs", "image", "noise", "path", "statistics", "video",
+        "graphs", "image", "noise", "path", "statistics", "video", "token_file", "limits", "audit", "file",
     }  # fmt: skip
     named = {
         name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -135,27 +136,32 @@ def test_an_error_without_a_hint(call: Any) -> None:
 def test_an_error_is_one_json_document(call: Any) -> None:
     code, out, err = call(raising(UserError("CX101", "no", "look")), "--json")
     assert code == 2
-    assert json.loads(out) == {"error": {"code": "CX101", "message": "no", "hint": "look"}}
+    assert json.loads(out) == {
+        "document": "error",
+        "version": 1,
+        "error": {"code": "CX101", "message": "no", "hint": "look"},
+    }
     assert err.startswith("error[CX101]")
 
 
 def test_a_verb_that_printed_its_document_adds_no_second_one(call: Any) -> None:
     def body() -> None:
-        console.emit_json({"ok": False})
+        console.emit_json("cache-ls", {"entries": []})
         raise FindingError("CX711", "no")
 
     code, out, _ = call(body, "--json")
     assert code == 1
-    assert json.loads(out) == {"ok": False}
+    assert json.loads(out)["entries"] == []
 
 
 def test_two_documents_are_a_bug_of_ours(call: Any) -> None:
     def body() -> None:
-        console.emit_json(1)
-        console.emit_json(2)
+        console.emit_json("cache-ls", {"entries": []})
+        console.emit_json("cache-ls", {"entries": []})
 
     code, out, err = call(body, "--json")
-    assert (code, out) == (4, "1\n")
+    assert code == 4
+    assert json.loads(out)["document"] == "cache-ls"
     assert "second JSON document" in err
 
 
@@ -317,5 +323,31 @@ def test_version_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_version_json() -> None:
     document = json.loads(run("version", "--json").stdout)
-    assert document["cosmos-export"] == cosmos_export_version()
-    assert "torch" in document
+    assert document["packages"]["cosmos-export"] == cosmos_export_version()
+    assert "torch" in document["packages"]
+
+
+def test_the_shared_options_may_stand_before_the_verb(tmp_path: Path) -> None:
+    before, after = run("--verbose", "targets", "nothing"), run("targets", "nothing", "--verbose")
+    assert before.stderr == after.stderr
+    assert "Traceback" in before.stderr
+    assert "Traceback" not in run("targets", "nothing").stderr
+    assert run("-V").stdout == run("--version").stdout
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert console.has_colour(Terminal())
+    assert not console.has_colour(io.StringIO())
+    error = UserError("CX101", "no \x1b[31mfile", "look")
+    assert verbs.message(error, colour=True) == (
+        "\x1b[1;31merror[CX101]\x1b[0m: no \\x1b[31mfile\n\n\x1b[36mhint\x1b[0m: look\n"
+    )
+    assert "\x1b" not in verbs.message(error)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not console.has_colour(Terminal())

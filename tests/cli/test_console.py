@@ -187,8 +187,11 @@ class _Outer:
 
 def test_emit_json_takes_plain_values_and_dataclasses(capsys: pytest.CaptureFixture[str]) -> None:
     console.configure()
-    console.emit_json(_Outer((_Inner(_Kind.FP8, Path("a/b")),), MappingProxyType({"σ": 1.5, "name": "\udcff"})))
-    assert json.loads(capsys.readouterr().out) == {
+    value = _Outer((_Inner(_Kind.FP8, Path("a/b")),), MappingProxyType({"σ": 1.5, "name": "\udcff"}))
+    console.emit_json("cache-ls", {"entries": [value]})
+    document = json.loads(capsys.readouterr().out)
+    assert (document["document"], document["version"]) == ("cache-ls", 1)
+    assert document["entries"][0] == {
         "inner": [{"kind": "fp8", "path": "a/b"}],
         "table": {"σ": 1.5, "name": "\udcff"},
     }
@@ -198,7 +201,7 @@ def test_emit_json_takes_plain_values_and_dataclasses(capsys: pytest.CaptureFixt
 def test_emit_json_refuses_what_json_has_no_form_for(value: object) -> None:
     console.configure()
     with pytest.raises((TypeError, ValueError)):
-        console.emit_json(value)
+        console.emit_json("cache-ls", {"entries": [value]})
     assert not console.json_emitted()
 
 
@@ -232,10 +235,10 @@ def test_nothing_of_a_file_reaches_the_terminal_as_a_command(
 
 def test_a_document_is_escaped_and_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     console.configure()
-    console.emit_json({HARM: [HARM, "Grüße\n"]})
+    console.emit_json("cache-ls", {"entries": [{HARM: [HARM, "Grüße\n"]}]})
     printed, _ = capsys.readouterr()
     assert not set(printed) & set("\x1b\x9b\r\x07\u202e\u2028\udcff\x7f")
-    assert json.loads(printed) == {HARM: [HARM, "Grüße\n"]}
+    assert json.loads(printed)["entries"] == [{HARM: [HARM, "Grüße\n"]}]
     assert "Grüße" in printed
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from cosmos_export.bundle import Manifest, read_bundle
 from cosmos_export.compiler.cache import default_graphs_folder
-from cosmos_export.compiler.job import BuildOptions
+from cosmos_export.options import BuildOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMER_ONLY = ("--target", "rtx-pro-6000", "--components", "none")

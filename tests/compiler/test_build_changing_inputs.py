@@ -20,8 +20,9 @@ from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler import stages
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import BuildOptions
 from cosmos_export.stamps import Inputs
 
 pytestmark = pytest.mark.usefixtures("captured_once")

@@ -26,7 +26,6 @@ from cosmos_export.bundle import BundleWriter, Manifest, verify_bundle
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.compiler.artifacts import EngineSettings
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.selection import COMPONENTS, component_bytes
 from cosmos_export.diagnostics import CosmosExportError, FindingError
@@ -35,6 +34,7 @@ from cosmos_export.evaluation.codecs import codec_parity
 from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir.graph import is_constant
 from cosmos_export.ir.program import Program
+from cosmos_export.options import BuildOptions
 from cosmos_export.progress import Silent
 from cosmos_export.targets.trt.engine_inspector import inspect_engine
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import build_harness as harness
 import pytest
-import typer
 from typer.testing import CliRunner
 
+from cosmos_export.cli import verbs
 from cosmos_export.cli.build import _resume_command
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.options import resolve
@@ -74,7 +74,7 @@ def test_a_loop_on_the_device_is_not_cut(checkpoint: Path, tmp_path: Path) -> No
 def test_a_plan_says_what_a_build_refuses() -> None:
     from cosmos_export.cli.plan import register
 
-    app = typer.Typer()
+    app = verbs.Verbs()
     app.callback()(lambda: None)
     register(app)
     for options, said in (

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from cosmos_export.cli import app
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import UserError
+from cosmos_export.options import BuildOptions
 from cosmos_export.passes.pipeline import CAPTURE, ORDER, default_passes
 
 NAMES = [CAPTURE, *(one.name for one in default_passes())]

@@ -24,8 +24,8 @@ from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler import stages
 from cosmos_export.compiler.cache import Cache
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import ToolError
+from cosmos_export.options import BuildOptions
 
 pytest.importorskip("tensorrt_rtx")
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000

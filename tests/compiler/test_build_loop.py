@@ -19,7 +19,7 @@ import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler import forms
 from cosmos_export.compiler.driver import _required_bytes, build
-from cosmos_export.compiler.job import BuildOptions, Job
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.planned import bundle_bytes, parts
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
@@ -27,6 +27,7 @@ from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
 from cosmos_export.evaluation.sampled import negative_ids, sampled
 from cosmos_export.ir.program import Program
+from cosmos_export.options import BuildOptions
 from cosmos_export.targets.trt.engine_inspector import inspect_engine
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]

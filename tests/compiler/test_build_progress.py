@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.overall import TASK, UNITS, Overall, expected_seconds
+from cosmos_export.options import BuildOptions
 
 
 class Recorder:

@@ -23,12 +23,13 @@ from cosmos_export.checkpoint.strict_json import read_object
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.precision import activation_ranges
-from cosmos_export.compiler.quantize_checkpoint import QuantizeRequest, quantize_checkpoint
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir import packing
 from cosmos_export.ir.serialize import read_graph
+from cosmos_export.options import QuantizeRequest
 from cosmos_export.plan import published_subject
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.options import resolve
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
+from cosmos_export.options import BuildOptions
 from cosmos_export.targets import target_names
 
 SHARD = "transformer/diffusion_pytorch_model.safetensors"

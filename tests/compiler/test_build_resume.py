@@ -23,8 +23,8 @@ from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler import artifacts, stages
 from cosmos_export.compiler.cache import Cache, copy_checked, differences
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.diagnostics import ToolError
+from cosmos_export.options import BuildOptions
 from cosmos_export.plan.sizes import BUILDER_BYTES, compiler_bytes
 from cosmos_export.targets.trt import tensorrt_rtx
 

@@ -31,7 +31,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (root / "prompts.txt").write_text("A robot folds a towel.\n")
     arguments = [
         "calibrate", checkpoint, "--data", root / "prompts.txt", "-o", root / "scales", "--modalities", "vision",
-        "--noise-latents", "--samples", 4, "--steps", 4, "--guidance", 1, "--profile", PROFILE,
+        "--latents", "noise", "--samples", 4, "--steps", 4, "--guidance", 1, "--profile", PROFILE,
         "--algorithm", "modelopt-svdquant", "--rank", 4,
     ]  # fmt: skip
     result = CliRunner().invoke(app, [str(one) for one in arguments])

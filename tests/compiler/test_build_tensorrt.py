@@ -13,11 +13,11 @@ import pytest
 import cosmos_export.compiler.finish as finishing
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
 from cosmos_export.compiler.keys import plugin_nodes
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.kernels.description import DOCUMENT
 from cosmos_export.machine.gpu import Gpu, gpus
+from cosmos_export.options import BuildOptions
 from cosmos_export.runtime import load_bundle
 from cosmos_export.targets import load_target
 from cosmos_export.targets.trt import common as trt_common

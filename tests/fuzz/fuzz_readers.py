@@ -167,7 +167,7 @@ def _plan(call: Call) -> None:
 
 
 def _options(call: Call, **more: Any) -> Any:
-    from cosmos_export.compiler.job import BuildOptions
+    from cosmos_export.options import BuildOptions
 
     return BuildOptions(
         call.root / "checkpoint", call.root.parent / "never", profiles=(seeds.SIZES,), parity="never", **more

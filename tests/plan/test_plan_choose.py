@@ -53,7 +53,7 @@ def test_the_command() -> None:
     document = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert document["chosen"] == "fp8"
     assert {row["recipe"] for row in document["tried"]} >= {"bf16", "fp8", "int4", "memory"}
-    assert "→" in CliRunner().invoke(app, arguments).stdout
+    assert "fp8 (chosen)" in CliRunner().invoke(app, arguments).stdout
     unknown = CliRunner().invoke(app, ["recipes", "choose", "--like", "nano", "--target", "dgx-spark"])
     assert "rates are not published" in unknown.stdout
     both = CliRunner().invoke(app, ["recipes", "choose"])

@@ -181,6 +181,6 @@ def test_ls() -> None:
 
 def test_show() -> None:
     text = invoke("show", "int4")
-    assert "52 %" in text and "gen" in text and "runs on:" in text
-    document = json.loads(invoke("show", "fp4", "--json"))
+    assert "52 %" in text and "gen" in text and "runs on " in text
+    document = json.loads(invoke("show", "fp4", "--json"))["recipe"]
     assert document["experimental"] and "nvfp4" in document["refused"]["l40s"]

@@ -10,9 +10,9 @@ import build_harness as harness
 
 from cosmos_export.bundle import Manifest
 from cosmos_export.compiler.driver import build
-from cosmos_export.compiler.job import BuildOptions
+from cosmos_export.options import BuildOptions, GenerateOptions
 from cosmos_export.runtime import Generator, load_bundle
-from cosmos_export.runtime.frontend import GenerateOptions, Prepared, prepare
+from cosmos_export.runtime.frontend import Prepared, prepare
 
 PROFILE = "und_len=1:256:4096,frames=1:3:5,height=3:5:16,width=3:7:20,sound_len=0:10:30,action_len=0:8:16"
 """One profile for all modes: odd grids, one frame, no sound, no action."""

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from subjects import Subjects
 from typer.testing import CliRunner
 
 from cosmos_export.bench.bundle import KINDS, BundleRequest, measure_bundle, numbered_requests
 from cosmos_export.bundle import DimRecord
-from cosmos_export.cli import console
+from cosmos_export.cli import console, verbs
 from cosmos_export.cli.bench import register
 from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.progress import Silent
@@ -92,7 +91,7 @@ def test_what_a_bundle_is_not_asked(bundle: Path, options: dict[str, Any], code:
 
 def test_the_verb(bundle: Path, tmp_path: Path) -> None:
     console.configure()
-    app = typer.Typer()
+    app = verbs.Verbs()
     app.callback()(lambda: None)
     register(app)
     output = tmp_path / "m.json"

@@ -19,8 +19,8 @@ from subjects import Subjects
 
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import CosmosExportError, FindingError
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import Generator, LoadedBundle, load_bundle, media
-from cosmos_export.runtime.frontend import GenerateOptions
 from cosmos_export.sampling import Overrides
 
 pytestmark = pytest.mark.xdist_group("run-parity")

@@ -18,8 +18,9 @@ from cosmos_export.bundle import BundleFiles, DimRecord, PolicyRecord
 from cosmos_export.cli import run
 from cosmos_export.diagnostics import CosmosExportError, FindingError, UnsupportedError, UserError
 from cosmos_export.family import Family
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import canvas, embodiments, media, read_media
-from cosmos_export.runtime.frontend import GenerateOptions, prepare
+from cosmos_export.runtime.frontend import prepare
 from cosmos_export.sampling import MODES, CheckpointSampling, Mode, Overrides, resolve_schedule
 
 

@@ -27,8 +27,9 @@ from cosmos_export.evaluation.pipeline import (
     peak_signal_to_noise,
     run_published,
 )
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import Generator, Result, media, read_media
-from cosmos_export.runtime.frontend import GenerateOptions, Prepared
+from cosmos_export.runtime.frontend import Prepared
 from cosmos_export.runtime.step_inputs import Noise, sizes
 from cosmos_export.sampling import Overrides
 

@@ -16,8 +16,9 @@ from run_samples import MARK, ROBOT, manifest
 
 from cosmos_export.bundle import BundleFiles
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import media, read_media
-from cosmos_export.runtime.frontend import GenerateOptions, prepare
+from cosmos_export.runtime.frontend import prepare
 from cosmos_export.runtime.request import Request
 
 

@@ -25,9 +25,9 @@ from websockets.sync.client import connect  # noqa: E402
 from cosmos_export.audit import verify_trail  # noqa: E402
 from cosmos_export.bundle import PolicyRecord, open_bundle  # noqa: E402
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError  # noqa: E402
+from cosmos_export.in_memory import InMemory  # noqa: E402
 from cosmos_export.runtime import frontend  # noqa: E402
 from cosmos_export.runtime.generate_options import GenerateOptions  # noqa: E402
-from cosmos_export.runtime.in_memory import InMemory  # noqa: E402
 from cosmos_export.runtime.model import Model  # noqa: E402
 from cosmos_export.sampling import Overrides  # noqa: E402
 from cosmos_export.serve.observation import Observation  # noqa: E402

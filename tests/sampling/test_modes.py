@@ -15,9 +15,9 @@ from cosmos_export.calibration.entries import entry_item
 from cosmos_export.checkpoint.published import PUBLISHED
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.family import Family
+from cosmos_export.options import GenerateOptions
 from cosmos_export.plan import parse_workload, published_subject
 from cosmos_export.plan.work import decodes, encoded_frames, request_work
-from cosmos_export.runtime.generate_options import GenerateOptions
 from cosmos_export.sampling import MODES, Mode, guide, resolve_schedule
 from cosmos_export.sampling.modes import Clean, Clue, PromptForm, implied_mode, modes_shown_by
 from cosmos_export.targets.profiles import NAMED_PROFILES
