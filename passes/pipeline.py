@@ -56,7 +56,7 @@ class PassOptions:
     cuts: Cuts | None = None
     """Where graphs are cut; None: nowhere."""
     kernels: Collection[str] = ()
-    """Of `FUSIONS`, the kernels that compute what they can, where the backend of a graph has them."""
+    """Kernels of `FUSIONS` that compute what they can, where the backend of a graph has them."""
 
 
 @dataclass(frozen=True)
