@@ -8,7 +8,7 @@ DEMO_SIZE := und_len=1:1024:4096,frames=1:3:5,height=3:6:12,width=3:8:20,sound_l
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PARALLEL := -n 2 --dist loadgroup --durations=30
 
-.PHONY: setup test test-0 test-1 test-all demo lint coverage schema clean
+.PHONY: setup test test-0 test-1 test-all demo lint docs coverage schema clean
 
 setup: $(STAMP)
 
@@ -48,16 +48,22 @@ demo: setup
 	$(BIN)/cosmos-export run demo/fp8 --prompt "A robot arm folds a towel." --sound --backend onnxruntime \
 		-o demo/towel-fp8.mp4 --force
 
-# mypy sees the installed form: in the source tree passes/, kernels/, calibration/ and targets/ lie beside the package.
+# mypy sees the installed form: in the source tree passes/, kernels/, calibration/ and targets/ are beside the package.
 # The whole of build/ goes first, since setuptools would install what an earlier tree left there.
 lint: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m codespell_lib
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml \
 		--cache-dir ../../.mypy_cache --strict -p cosmos_export
+
+# The pages as a site in build/site. A link that leads nowhere fails it.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]" -c constraints.txt
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 coverage: setup
 	$(PYTEST) $(PARALLEL) --cov=passes --cov=cosmos_export/ir --cov-report=term-missing:skip-covered --cov-fail-under=95
