@@ -16,7 +16,6 @@ from typing import Any
 import build_harness as harness
 import pytest
 
-import cosmos_export.compiler.engines as engines
 import cosmos_export.compiler.graphs as graphs
 import cosmos_export.compiler.published as published
 from cosmos_export.bundle import verify_bundle
@@ -28,6 +27,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.targets.trt import common as trt_common
+from cosmos_export.targets.trt import engine_inspector
 from cosmos_export.targets.trt.engine_inspector import EngineSummary, inspect_engine
 
 pytestmark = pytest.mark.xdist_group("builds")
@@ -48,7 +48,7 @@ def test_attention_that_is_not_fused(tmp_path: Path, omni: Path, monkeypatch: py
         found = inspect_engine(path)
         return replace(found, graphs=tuple(replace(g, attention=g.attention[1:]) for g in found.graphs))
 
-    monkeypatch.setattr(engines, "inspect_engine", unfused)
+    monkeypatch.setattr(engine_inspector, "inspect_engine", unfused)
     with pytest.raises(FindingError) as caught:
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert (caught.value.code, caught.value.exit_code) == ("CX450", 1)
@@ -63,7 +63,7 @@ def test_an_engine_for_another_gpu(tmp_path: Path, omni: Path, monkeypatch: pyte
         found = inspect_engine(path)
         return replace(found, header=replace(found.header, compute_capabilities=("8.9", "12.0")))
 
-    monkeypatch.setattr(engines, "inspect_engine", other)
+    monkeypatch.setattr(engine_inspector, "inspect_engine", other)
     with pytest.raises(FindingError, match=r"conditioning: 8\.9, 12\.0"):
         build(harness.transformer_only(omni, tmp_path / "x", target="rtx-pro-6000", parity="never"))
     assert harness.leftovers(tmp_path) == []
