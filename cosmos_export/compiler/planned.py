@@ -47,7 +47,7 @@ def planned(job: Job, engines: Sequence[Engine], peak_anonymous_bytes: int) -> M
 def bundle_bytes(job: Job) -> int:
     """Disk that the bundle takes: models with their weights, and engines; without what are holes in the checkpoint and
     therefore here."""
-    size = host(_subject(job), parts(job), job.generator_engines, tensorrt=job.backend.builds_here).disk_bytes
+    size = host(_subject(job), parts(job), job.generator_engines, with_engines=job.backend.builds_here).disk_bytes
     files = [path.stat() for path in job.checkpoint.files()]
     there = sum(status.st_blocks * _BLOCK_BYTES for status in files) / max(1, sum(s.st_size for s in files))
     wide = 2 if job.checkpoint.dtype == "fp32" else 1

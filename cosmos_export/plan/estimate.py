@@ -85,6 +85,7 @@ class Load:
     """One step, with the guidance branches an average step has."""
     generator: OperationCount
     device: DeviceMemory
+    """On the first target that runs the recipe; `Fit` has each target's."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def estimate(subject: Subject, request: PlanRequest, limits: ModelLimits | None 
                 subject,
                 parts,
                 segments,
-                backend_of(t).needs_gpu,
+                backend_of(t).engines is not None,
                 request.memory_budget,
                 bool(request.recipe.schemes or request.settings),
             )
@@ -249,6 +250,8 @@ class _Planner:
             return Fit(
                 target.name, workload.name, offered, resident, phased, "not run", (error.message,), None, error.message
             )
+        own = self.device(workload, target)
+        resident, phased = own.resident_bytes, own.phased_bytes
         verdict, advice = "fits", []
         if offered is not None and resident > offered:
             verdict = "fits in phases" if phased <= offered else "does not fit"

@@ -372,20 +372,21 @@ def host(
     subject: Subject,
     parts: Sequence[PlannedEngine],
     segments: int,
-    tensorrt: bool,
+    with_engines: bool,
     memory_budget: int | None = None,
     quantized: bool = False,
 ) -> Host:
     """The build of ``parts``; ``segments``: engines that have the generator's weights, each its own copy.
+    ``with_engines``: whether the target's backend has any; otherwise models and graphs are all that is written.
 
     ``memory_budget``: within which two builders run at a time, as the compiler lets them; None: one at a time.
     ``quantized``: what that loses is measured beside the first towers.
     """
     layers = subject.geometry.num_hidden_layers
     compiler = compiler_bytes(layers)
-    peaks = {part.name: builder_bytes(part) for part in parts} if tensorrt else {}
+    peaks = {part.name: builder_bytes(part) for part in parts} if with_engines else {}
     largest = max(peaks, key=peaks.__getitem__, default="")
-    models, engines = model_bytes(subject, parts), engine_bytes(parts, segments) if tensorrt else 0
+    models, engines = model_bytes(subject, parts), engine_bytes(parts, segments) if with_engines else 0
     bundle = models + engines + subject.tokenizer_bytes
     low, high = (
         engines / ENGINE_BYTES_PER_S[i]

@@ -21,7 +21,8 @@ from cosmos_export.plan.sizes import builder_bytes, cache_bytes
 from cosmos_export.plan.work import codec_work, generator_pass, layer_linear, reasoner_pass
 from cosmos_export.precision.recipe import load_recipe
 from cosmos_export.sampling import Overrides, resolve_schedule
-from cosmos_export.targets import load_target
+from cosmos_export.targets import load_target, target_names
+from cosmos_export.targets.backends import backend_of
 
 T2V_720P = parse_workload("t2v-720p-189f", (512, 512))
 
@@ -112,10 +113,21 @@ def test_engines_of_a_loop_that_changes_its_precision_have_their_own_weights() -
     assert disk["bf16"] == plan("nano").builds["rtx-pro-6000"].disk_bytes
 
 
-def test_a_cpu_bundle_has_no_engines() -> None:
-    builds = plan("nano", target="rtx-pro-6000,cpu").builds
-    assert builds["cpu"].disk_bytes < 0.6 * builds["rtx-pro-6000"].disk_bytes
-    assert builds["cpu"].peak_anonymous_bytes < 2 << 30
+@pytest.mark.parametrize("target", [name for name in target_names() if backend_of(load_target(name)).engines is None])
+def test_a_bundle_of_a_backend_without_engines_has_none(target: str) -> None:
+    builds = plan("nano", target=f"rtx-pro-6000,{target}").builds
+    assert builds[target].disk_bytes < 0.6 * builds["rtx-pro-6000"].disk_bytes
+    assert builds[target].peak_anonymous_bytes < 2 << 30
+    assert builds[target].largest == ""
+
+
+def test_the_memory_of_a_target_is_its_own_whatever_others_are_planned() -> None:
+    """Seven engines have the generator's weights in TensorRT-RTX; with inductor all graphs read one copy."""
+    options = {"loop": "device", "recipe": "fp8"}
+    alone, rtx = (plan("nano", target=target, **options).fits[0] for target in ("h200", "rtx-pro-6000"))
+    both = {fit.target: fit for fit in plan("nano", target="rtx-pro-6000,h200", **options).fits}
+    assert both == {"h200": alone, "rtx-pro-6000": rtx}
+    assert rtx.resident_bytes - alone.resident_bytes == pytest.approx(6 * 6.96e9, rel=0.01)
 
 
 def test_a_checkpoint_and_its_published_size_plan_the_same(tmp_path: Path) -> None:
