@@ -1,11 +1,9 @@
-"""Each scheme is declared once and whole, and nothing outside its folder knows one by name."""
+"""Each scheme is declared once and whole."""
 
 from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterator
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -173,50 +171,7 @@ def test_docs_list_them() -> None:
     assert not [scheme.name for scheme in stored_schemes() if f"| `{scheme.name}` |" not in stored]
 
 
-# -- names ------------------------------------------------------------------------------------------------------------
-
-ALLOWED = {
-    "types of numbers, in the words of kernels and of the operands of plugins": (
-        "kernels/*.py", "targets/onnx/plugins.py", "targets/trt/plugins.py",
-    ),
-    "types of numbers, in the words of an engine's layers": (
-        "targets/trt/engine_inspector.py", "targets/trt/worker.py", "targets/trt/checks.py",
-        "cosmos_export/compiler/engines.py",
-    ),
-    "PyTorch's and the IR's names of types": ("cosmos_export/ir/spec.py",),
-    "the type of a checkpoint's numbers": (
-        "cosmos_export/checkpoint/mapping.py", "cosmos_export/compiler/calibrate_checkpoint.py",
-        "cosmos_export/compiler/memory.py", "cosmos_export/compiler/options.py", "cosmos_export/compiler/planned.py",
-    ),
-    "names of recipes": ("cosmos_export/plan/estimate.py", "cosmos_export/cli/bench.py"),
-    "what diffusers computes in": ("cosmos_export/bench/baseline.py",),
-    "the default of an option": ("cosmos_export/cli/quantize.py", "cosmos_export/compiler/quantize_checkpoint.py"),
-}  # fmt: skip
-"""Where a text that is also the name of a scheme means something else, and what."""
-
-
-def texts(tree: ast.AST) -> Iterator[str]:
-    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
-
-
-def files_with_names() -> set[str]:
-    """Files of the product, but for those that declare schemes, in which a whole literal is the name of one."""
-    found = set()
-    for folder in ("cosmos_export", "passes", "kernels", "calibration", "targets"):
-        for path in (ROOT / folder).rglob("*.py"):
-            inside = path.is_relative_to(ROOT / "cosmos_export/precision/schemes")
-            if not inside and set(texts(ast.parse(path.read_text("utf-8")))) & set(SCHEMES):
-                found.add(path.relative_to(ROOT).as_posix())
-    return found
-
-
-def test_nothing_outside_knows_a_scheme_by_name() -> None:
-    patterns = [pattern for group in ALLOWED.values() for pattern in group]
-    found = files_with_names()
-    assert not {name for name in found if not any(fnmatch(name, pattern) for pattern in patterns)}
-    assert not [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in found)], (
-        "no longer needed"
-    )
+# -- imports ----------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_outside_imports_one_scheme() -> None:
@@ -230,10 +185,3 @@ def test_nothing_outside_imports_one_scheme() -> None:
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
                 module = getattr(node, "module", None) or ""
                 assert not any(name.startswith(f"{room}.") for name in (module, *names)), path
-
-
-@pytest.mark.parametrize(
-    "code", ["x == 'fp8'", "T = {'int4': 1}", "x in ('nvfp4',)", "F8 = 'fp8'", "match x:\n case 'int4': 1"]
-)
-def test_names_are_seen(code: str) -> None:
-    assert set(texts(ast.parse(code))) & set(SCHEMES)
