@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "benchmarks/README.md"])
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|#)([^)#\s]+)[^)]*\)")
-PATH = re.compile(r"`((?:cosmos_export|passes|kernels|calibration|targets|tests|benchmarks|docs)/[\w./-]+)`")
+PATH = re.compile(r"(?<=[`\s])((?:cosmos_export|passes|kernels|calibration|targets|tests|benchmarks|docs)/[\w./-]+)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
