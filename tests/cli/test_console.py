@@ -163,7 +163,10 @@ def test_no_colour_in_a_pipe_nor_on_request(
     assert "31m" not in capsys.readouterr().out
 
 
-def test_wide_output_in_a_pipe_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_wide_output_in_a_pipe_is_not_wrapped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     console.configure()
     console.out().print("x" * 150 + " " + "y" * 40)
     assert len(capsys.readouterr().out.splitlines()) == 1
