@@ -45,7 +45,7 @@ def test_one_readable_file_a_pass(tmp_path: Path, omni: Path) -> None:
 def test_dumps_of_every_pass_and_twice_the_same(tmp_path: Path, omni: Path) -> None:
     for folder in ("a", "b"):
         result = build(BuildOptions(omni, until=NAMES[-1], dump=tmp_path / folder))
-        assert (result.manifest, result.engines, result.parity) == (None, [], [])
+        assert (result.manifest, result.engines, result.parity) == (None, (), ())
     first, second = ({p.name: p.read_text() for p in (tmp_path / f).iterdir()} for f in ("a", "b"))
     assert first == second
     assert [name[3:-4] for name in sorted(first)] == NAMES
@@ -61,7 +61,7 @@ def test_a_dump_beside_a_bundle(tmp_path: Path, omni: Path) -> None:
 @pytest.mark.usefixtures("captured_once")
 def test_until_without_dump(tmp_path: Path, omni: Path) -> None:
     result = build(BuildOptions(omni, until="capture"))
-    assert (result.passes, result.dumps) == ([], [])
+    assert (result.passes, result.dumps) == ((), ())
     assert result.program is not None
     assert list(result.program.graphs) == ["joint"]
 
