@@ -24,11 +24,12 @@ __all__ = [
     "plan",
     "quantize",
     "recipes",
+    "schemes",
     "targets",
 ]
 
 if _TYPE_CHECKING:
-    from cosmos_export.api import calibrate, compile, modes, open, plan, quantize, recipes, targets
+    from cosmos_export.api import calibrate, compile, modes, open, plan, quantize, recipes, schemes, targets
     from cosmos_export.diagnostics import CosmosExportError
 
 # In a source tree `passes`, `kernels`, `calibration` and `targets` are beside this folder and install inside it.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cosmos_export.options import GenerateOptions
     from cosmos_export.plan import Estimate
     from cosmos_export.precision.recipe import Recipe
+    from cosmos_export.precision.scheme import Scheme
     from cosmos_export.runtime.model import Generation, Step
     from cosmos_export.runtime.model import Model as LoadedModel
     from cosmos_export.sampling.modes import Mode
@@ -39,7 +40,9 @@ PathLike = str | os.PathLike[str]
 Names = str | Sequence[str]
 """One name or several."""
 
-__all__ = ["Compiled", "Model", "calibrate", "compile", "modes", "open", "plan", "quantize", "recipes", "targets"]
+__all__ = [
+    "Compiled", "Model", "calibrate", "compile", "modes", "open", "plan", "quantize", "recipes", "schemes", "targets",
+]  # fmt: skip
 
 
 # -- making bundles ---------------------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ def compile(
 ) -> Compiled:
     """Compile ``checkpoint`` into the bundle ``output``, which appears when all of it is right.
 
-    The options are the fields of `cosmos_export.compiler.job.BuildOptions`. Unlike the command, no engine is taken
+    The options are the fields of `cosmos_export.options.BuildOptions`. Unlike the command, no engine is taken
     from other bundles unless ``cache`` names the folder that records them, and every graph is captured unless
     ``graphs`` names the folder that keeps them. Raises UserError and UnsupportedError before
     any work, FindingError where results or engines are not what they should be; `cosmos_export.compiler.driver.build`
@@ -133,7 +136,7 @@ def plan(
     """Predict sizes, memory, disk and times of a build and its bundle, before there is either. Nothing is run.
 
     ``checkpoint`` may also be the name of a published size, as ``like`` is: ``nano``, ``super`` or ``edge``, where
-    there is no such directory. The options are the fields of `cosmos_export.compiler.plan_checkpoint.PlanOptions`.
+    there is no such directory. The options are the fields of `cosmos_export.options.PlanOptions`.
     """
     given = dict(locals())
     from cosmos_export.checkpoint.published import PUBLISHED
@@ -177,7 +180,7 @@ def calibrate(
     """Find the ranges of all activations of ``checkpoint`` on ``data`` and write the scale table ``output``.
 
     ``data`` are items as `calibrate --data` takes them: ``PATH[,key=value…]``. The options are the fields of
-    `cosmos_export.compiler.calibrate_checkpoint.CalibrateOptions`. Call it again after an interruption: what is
+    `cosmos_export.options.CalibrateOptions`. Call it again after an interruption: what is
     finished is kept.
     """
     given = dict(locals())
@@ -206,7 +209,7 @@ def quantize(
 ) -> QuantizeResult:
     """Write ``checkpoint`` in the published ModelOpt layout, quantized with the scale table ``calibration``.
 
-    The options are the fields of `cosmos_export.compiler.quantize_checkpoint.QuantizeRequest`.
+    The options are the fields of `cosmos_export.options.QuantizeRequest`.
     """
     given = dict(locals())
     from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
@@ -319,7 +322,7 @@ class Model:
         """Generate an image, a video, sound or actions.
 
         Keywords have diffusers' names where diffusers has them; ``frames`` is short for ``num_frames``. The others
-        are the fields of `cosmos_export.runtime.generate_options.GenerateOptions`. Arrays of pictures are uint8 or
+        are the fields of `cosmos_export.options.GenerateOptions`. Arrays of pictures are uint8 or
         float in [0, 1], [height, width, 3] or [frames, height, width, 3]; ``actions`` are [rows, width]. ``on_step``
         is called after every denoising step; what it raises ends the request.
 
@@ -450,6 +453,13 @@ def recipes() -> tuple[Recipe, ...]:
     from cosmos_export.precision.recipe import load_recipe, recipe_names
 
     return tuple(load_recipe(name) for name in recipe_names())
+
+
+def schemes() -> tuple[Scheme, ...]:
+    """The schemes of quantization that recipes and ``overrides`` name, and the model's own type."""
+    from cosmos_export.precision.schemes import SCHEMES
+
+    return tuple(SCHEMES.values())
 
 
 def modes() -> tuple[Mode, ...]:

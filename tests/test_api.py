@@ -18,7 +18,10 @@ import cosmos_export as cx
 from cosmos_export import api
 from cosmos_export.arguments import made
 from cosmos_export.options import BuildOptions, CalibrateOptions, GenerateOptions, PlanOptions, QuantizeRequest
-from cosmos_export.sampling import Overrides
+from cosmos_export.precision.recipe import recipe_names
+from cosmos_export.precision.schemes import SCHEMES
+from cosmos_export.sampling import MODES, Overrides
+from cosmos_export.targets import target_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,6 +39,18 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "import sys, cosmos_export; dir(cosmos_export); print({'numpy', 'torch', 'rich', 'typer'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_what_there_is_comes_from_the_registries_without_anything_heavy() -> None:
+    code = (
+        "import sys, cosmos_export as cx\n"
+        "for registry in (cx.targets, cx.recipes, cx.schemes, cx.modes): print(*(one.name for one in registry()))\n"
+        "print({'torch', 'onnx', 'numpy'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    *found, heavy = result.stdout.splitlines()
+    assert [line.split() for line in found] == [[*target_names()], [*recipe_names()], [*SCHEMES], [*MODES]]
+    assert heavy == "set()", result.stderr
 
 
 def test_every_name_is_there() -> None:
