@@ -20,6 +20,9 @@ Grid = Literal["karras", "flow", "native"]
 LatentSource = Literal["auto", "rollout", "noise"]
 Keep = Literal["first", "last"]
 
+WORKLOAD = "t2v-480p-189f"
+"""What is planned and measured unless another request is named."""
+
 _SAMPLING, _PRECISION, _MODEL, _DEBUG = "Sampling", "Precision", "What is built", "Looking inside"
 _MACHINE, _OUTPUT = "Machine and files", "Output"
 
@@ -133,8 +136,8 @@ class PlanOptions:
     ] = ("rtx-pro-6000",)
     """Targets, with commas between them."""
     workloads: Annotated[
-        tuple[str, ...], Cli("--workload", reads="repeated", metavar="MODE-SIZE", shown_default="t2v-480p-189f")
-    ] = ("t2v-480p-189f",)
+        tuple[str, ...], Cli("--workload", reads="repeated", metavar="MODE-SIZE", shown_default=WORKLOAD)
+    ] = (WORKLOAD,)
     """Requests, such as t2v-480p-189f, i2v-720p-121f+sound, t2i-720p or policy-droid. Repeat it for several."""
     recipe: Annotated[str | None, Cli(group=_PRECISION, names="recipes", metavar="RECIPE")] = None
     overrides: Annotated[tuple[str, ...], Cli("--set", group=_PRECISION, reads="repeated", metavar="PLACE=SCHEME")] = ()
@@ -209,7 +212,7 @@ class QuantizeRequest:
     output: Annotated[Path, Cli("--output", "-o", group=_OUTPUT, metavar="DIR")]
     """Directory to create."""
     format: Annotated[str, Cli(names="formats", metavar="FORMAT")] = "fp8"
-    """fp8, int4 (weights only) or nvfp4."""
+    """Scheme of the stored weights, one that checkpoints have a layout for."""
     towers: Annotated[tuple[str, ...], Cli(reads="commas", metavar="NAMES", shown_default="reasoner,generator")] = (
         "reasoner",
         "generator",
@@ -272,8 +275,8 @@ class GenerateOptions:
     """Read control tokens in prompts, such as <|im_end|>, as text. Default: as tokens, as published."""
     embodiment: Annotated[str | None, Cli(group=_ROBOT, names="embodiments", metavar="NAME")] = None
     """Robot that the actions are for, such as droid_lerobot, umi or av."""
-    viewpoint: Annotated[str | None, Cli(group=_ROBOT, metavar="VIEW")] = None
-    """Camera: ego_view, third_person_view, wrist_view or concat_view."""
+    viewpoint: Annotated[str | None, Cli(group=_ROBOT, names="viewpoints", metavar="VIEW")] = None
+    """Camera: ego_view, third_person_view, wrist_view, concat_view or wrist_over_two_view. Default: ego_view."""
     chunk: Annotated[int | None, Cli(group=_ROBOT, metavar="N")] = None
     """Actions in the request. The clip has one frame more. Default: the embodiment's own."""
     tier: Annotated[int | None, Cli(group=_ROBOT, metavar="N")] = None

@@ -12,6 +12,7 @@ from cosmos_export.bench.clock import CardWatch, timed
 from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.ir.formats import E4M3
+from cosmos_export.options import WORKLOAD
 from cosmos_export.plan import Workload, parse_workload, published_subject
 from cosmos_export.precision.recipe import DEFAULT, Assignment, load_recipe, resolve_recipe
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
@@ -73,7 +74,7 @@ def geometry_schedule(request: GeometryRequest) -> tuple[Workload, Schedule]:
     """The workload and its schedule: that of the published table unless overridden."""
     from cosmos_export.bench.published import document
 
-    workload = parse_workload("t2v-480p-189f" if request.workload == REASONER else request.workload)
+    workload = parse_workload(WORKLOAD if request.workload == REASONER else request.workload)
     given = request.overrides
     if request.workload == "policy-droid" and given == Overrides():
         given = _DROID

@@ -13,6 +13,7 @@ from cosmos_export.cli.options import Json, grouped
 from cosmos_export.cli.tables import Table, numbers
 from cosmos_export.cli.verbs import Verbs
 from cosmos_export.kernels.description import KERNELS
+from cosmos_export.options import WORKLOAD
 
 if TYPE_CHECKING:
     from cosmos_export.bench.result import Measurement
@@ -57,7 +58,7 @@ def register(app: Verbs) -> None:
                 metavar="WORKLOAD",
                 help="Request. For a geometry: t2i-720p, t2v-480p-189f, policy-droid, … as `plan` has them, or "
                 "reasoner. For a bundle: a mode of `run`, av (video with sound) or reasoner, in its profile.",
-                show_default="t2v-480p-189f; for a bundle what it was built for",
+                show_default=f"{WORKLOAD}; for a bundle what it was built for",
             ),
         ] = None,
         recipe: Annotated[
@@ -154,7 +155,7 @@ def register(app: Verbs) -> None:
         if geometry is not None:
             where = device or ("cpu" if dry_run else "cuda")
             asked = GeometryRequest(
-                geometry, workload or "t2v-480p-189f", recipe or "bf16", where, runs, warm_up,
+                geometry, workload or WORKLOAD, recipe or "bf16", where, runs, warm_up,
                 graphs=graphs, attention=attention, places=tuple(places or ()),
                 kernels=frozenset(filter(None, (kernels or "").split(","))), compiled=not (eager or dry_run),
                 baselines=baselines, dry_run=dry_run,

@@ -76,15 +76,21 @@ def _algorithms() -> tuple[str, ...]:
 
 
 def _formats() -> tuple[str, ...]:
-    from cosmos_export.calibration.formats import FORMATS
+    from cosmos_export.precision.schemes import stored_schemes
 
-    return tuple(FORMATS)
+    return tuple(scheme.name for scheme in stored_schemes())
 
 
 def _embodiments() -> tuple[str, ...]:
     from cosmos_export.runtime.embodiments import EMBODIMENTS
 
     return tuple(EMBODIMENTS)
+
+
+def _viewpoints() -> tuple[str, ...]:
+    from cosmos_export.runtime.prompts import VIEWPOINTS
+
+    return tuple(VIEWPOINTS)
 
 
 _REGISTRIES: Mapping[str, Callable[[], tuple[str, ...]]] = {
@@ -101,4 +107,5 @@ _REGISTRIES: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "algorithms": _algorithms,
     "formats": _formats,
     "embodiments": _embodiments,
+    "viewpoints": _viewpoints,
 }

@@ -13,6 +13,7 @@ from cosmos_export.cli import verbs
 from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import Column, Table, facts, numbers
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.options import WORKLOAD
 
 if TYPE_CHECKING:
     from cosmos_export.plan import Tried
@@ -63,7 +64,7 @@ def register(app: Verbs) -> None:
         target: Annotated[str, typer.Option(metavar="TARGET", help="Target to build for.")] = "rtx-pro-6000",
         workload: Annotated[
             list[str] | None,
-            typer.Option(metavar="MODE-SIZE", help="Requests, as in `plan`. Repeat it. Default: t2v-480p-189f."),
+            typer.Option(metavar="MODE-SIZE", help=f"Requests, as in `plan`. Repeat it. Default: {WORKLOAD}."),
         ] = None,
         as_json: Json = False,
     ) -> None:
@@ -73,7 +74,7 @@ def register(app: Verbs) -> None:
         """
         from cosmos_export.cli import console
 
-        found, tried = _choose(checkpoint, like, target, workload or ["t2v-480p-189f"])
+        found, tried = _choose(checkpoint, like, target, workload or [WORKLOAD])
         if as_json:
             rows = [
                 {"recipe": one.recipe.name, "refusal": one.refusal, "weights_bytes": one.weights_bytes, "fit": one.fit,

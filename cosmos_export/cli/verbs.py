@@ -106,11 +106,12 @@ def group(name: str, text: str) -> Verbs:
     return Verbs(name=name, help=text, cls=Group, invoke_without_command=True, rich_markup_mode=None)
 
 
-_LISTED = ("targets", "backends", "recipes", "modes")
-"""Registries whose names help shows. The others are long, or in the text."""
+_LISTED = ("targets", "backends", "recipes", "modes", "formats")
+"""Registries whose names help shows. The others are long, or in the text: asking them would import what is heavy."""
 
 
 def _listing(text: str, registry: str | None) -> str:
+    """``text`` of an option, with the names of its ``registry`` where help shows those."""
     if registry not in _LISTED or registry is None:
         return text
     sentence = re.split(r" Default: |  \[default", text, maxsplit=1)[0]

@@ -8,16 +8,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from cosmos_export import cli, documents, options
+from cosmos_export.calibration.algorithms import ALGORITHMS
+from cosmos_export.calibration.formats import FORMATS
+from cosmos_export.calibration.observers import Method
+from cosmos_export.cli import choices
+from cosmos_export.compiler.selection import COMPONENTS
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.option_fields import Option, described
+from cosmos_export.plan import parse_workload
+from cosmos_export.runtime.canvas import ACTION_BINS
+from cosmos_export.runtime.embodiments import METHODS
+from cosmos_export.runtime.prompts import VIEWPOINTS
 from cosmos_export.sampling import DEFAULT_MODE
 from cosmos_export.sampling.schedule import GRIDS
 
@@ -124,6 +135,34 @@ def test_values_that_are_declared_elsewhere() -> None:
     assert options.BuildOptions.mode == DEFAULT_MODE
     (grid,) = (option for option in described(options.Overrides) if option.name == "grid")
     assert set(grid.choices) == set(GRIDS) - {"distilled"}
+    parse_workload(options.WORKLOAD)
+
+
+def test_names_in_texts_are_those_of_their_registries() -> None:
+    """Help must not import what is heavy, so that these stand in the text."""
+    listed: dict[tuple[type, str], Collection[str]] = {
+        (options.CalibrateOptions, "observer"): get_args(Method),
+        (options.CalibrateOptions, "algorithm"): ALGORITHMS,
+        (options.GenerateOptions, "viewpoint"): VIEWPOINTS,
+        (options.GenerateOptions, "action_normalization"): METHODS,
+        (options.GenerateOptions, "tier"): [str(tier) for tier in ACTION_BINS],
+        (options.BuildOptions, "components"): COMPONENTS,
+    }
+    for (record, field), names in listed.items():
+        (option,) = (option for option in described(record) if option.name == field)
+        listing = re.split(r"[:.] ", re.sub(r" \(.*?\)", "", f"{option.text} "))[1]
+        words = set(re.findall(r"\w[\w-]*", listing)) - {"or", "all", "none"}
+        assert words == set(names) - {"none"}, field
+
+
+@pytest.mark.parametrize("record", [record for record, _ in RECORDS.values()])
+def test_defaults_are_names_of_their_registries(record: type) -> None:
+    for option in flat(record):
+        if option.cli.names is not None and option.default not in (None, dataclasses.MISSING):
+            given = option.default if isinstance(option.default, tuple) else (option.default,)
+            assert set(given) <= set(choices.names(option.cli.names)), option.name
+    assert choices.names("observers") == get_args(Method)
+    assert choices.names("formats") == FORMATS
 
 
 def test_documents_that_differ_from_their_declaration_are_refused() -> None:
