@@ -82,18 +82,6 @@ def test_tables_and_messages(name: str, width: int, printed: Callable[..., str])
     compare(name, width, printed(TABLES[name], width))
 
 
-def test_every_verb_has_two_examples_that_parse() -> None:
-    root = typer.main.get_command(cli.app)
-    for path in HELP:
-        command: Any = root
-        for name in path:
-            command = command.commands[name]
-        if hasattr(command, "commands"):
-            continue
-        assert len(command.examples) >= 2, path
-        assert all(example.startswith(" ".join(("cosmos-export", *path))) for example in command.examples)
-
-
 def test_no_snapshot_is_left_over() -> None:
     names = {"-".join(("help", *path)) for path in HELP} | set(TABLES)
     assert {path.stem for path in FOLDER.rglob("*.txt")} == names
