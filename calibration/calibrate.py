@@ -67,7 +67,7 @@ class CalibrationJob:
         return self.checkpoint.inputs, *(source.inputs for source in self.sources)
 
     def plan(self) -> dict[str, Any]:
-        """What must be equal for an interrupted calibration to go on."""
+        """Settings that must be equal for an interrupted calibration to go on."""
         return {
             "checkpoint": self.identity,
             "components": self.components,
@@ -128,7 +128,7 @@ def _recipe(job: CalibrationJob, results: Sequence[LayerResult]) -> str:
 
 
 def lineage(job: CalibrationJob) -> dict[str, Any]:
-    """What the table was made of; no paths, and the same for the same data."""
+    """Lineage of the table; it has no paths, and is the same for the same data."""
     return {
         "tool": {"name": "cosmos-export", "version": VERSION},
         "observer": job.observer.settings,

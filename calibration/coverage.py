@@ -100,7 +100,7 @@ Coverage = dict[str, dict[str, dict[str, int]]]
 
 
 def coverage(works: Sequence[CalibrationRequest], samples: Sequence[ForwardPass]) -> Coverage:
-    """What ``samples`` cover. Cells that no request can fill are left out; those that could be and are not are 0."""
+    """Cells that ``samples`` cover. Those that no request can fill are left out; empty ones that one could are 0."""
     result: Coverage = {}
     for work in works:
         schedule = work.request.schedule
@@ -123,7 +123,7 @@ def part(step: int, steps: int) -> str:
 
 
 def modalities(work: CalibrationRequest) -> tuple[str, ...]:
-    """What ``work`` has rows of."""
+    """Modalities of the rows of ``work``."""
     request = work.request
     return ("vision", *(["sound"] if request.sound else []), *(["action"] if request.action is not None else []))
 

@@ -1,4 +1,4 @@
-"""What there is to calibrate on, as items: a prompt, and what goes with it. Nothing is opened here."""
+"""Calibration data as items: a prompt, and what goes with it. Nothing is opened here."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Options:
-    """What follows the path of a source."""
+    """Options after the path of a source."""
 
     licence: str | None = None
     origin: str | None = None
@@ -60,12 +60,12 @@ class Options:
     actions: tuple[str, ...] | None = None
     """Columns of a data set that make an action, in order."""
     policy: Embodiment | None = None
-    """That of the checkpoint; no key says it."""
+    """The embodiment of a policy checkpoint; no key gives it."""
 
 
 @dataclass(frozen=True)
 class SourceContent:
-    """What a reader makes of a source."""
+    """The result of reading a source."""
 
     kind: str
     items: tuple[Item, ...]

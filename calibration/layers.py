@@ -42,7 +42,7 @@ class WideLinear(nn.Linear):
 
 @dataclass(frozen=True)
 class Hidden:
-    """What enters a decoder layer: rows of both towers, [rows, hidden], and their rotations."""
+    """The inputs of a decoder layer: rows of both towers, [rows, hidden], and their rotations."""
 
     und: torch.Tensor
     gen: torch.Tensor
@@ -103,7 +103,7 @@ class Entrance:
         self._step = JointStep(model)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor]) -> Hidden:
-        """What enters the first layer for the inputs of one step, as `JointStep` takes them."""
+        """The inputs of the first layer for those of one step, as `JointStep` takes them."""
         with torch.no_grad():
             try:
                 self._step(**inputs)

@@ -66,7 +66,7 @@ class _Episode:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What is read of a table: float32 actions [rows, width], and each row's episode and task."""
+    """Contents of a table: float32 actions [rows, width], and each row's episode and task."""
 
     actions: Actions
     episodes: np.ndarray

@@ -22,7 +22,7 @@ from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED, searched_schem
 
 _CONFIGS = {name: config for name in BUDGETED if (config := SCHEMES[name].modelopt)}
 (_PRE_SCALED,) = searched_schemes("modelopt-awq")
-"""What pre-scales and parts of low rank are for."""
+"""The scheme that pre-scales and parts of low rank are for."""
 _SEED = 0
 
 

@@ -1,4 +1,4 @@
-"""What the model is given at one step: clean latents noised to the step's σ, and everything that goes with them."""
+"""The model's inputs at one step: clean latents noised to the step's σ, and everything that goes with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a tensor is remembered, and which range follows from it.
+"""Observers: the statistics of a tensor that are kept, and the range that follows from them.
 
 The largest magnitude is exact. Where a range is chosen by distribution, the distribution is exact too: bfloat16 has
 32,768 magnitudes, so the count of each is a histogram without bins to choose, of any number of tokens, that adds up in

@@ -17,7 +17,7 @@ from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
 
 
 def reader(path: Path) -> Callable[[Path, Options], SourceContent]:
-    """What reads ``path``; CX340 for a name that is no source."""
+    """The reader of ``path``; CX340 for a name that is no source."""
     if path.is_dir():
         if (path / "meta" / "info.json").exists():
             return read_lerobot

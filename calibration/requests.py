@@ -36,7 +36,7 @@ _RATE_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Setting:
-    """What all requests of a calibration share."""
+    """Settings that all requests of a calibration share."""
 
     record: RequestRecord
     profile: ProfileRecord
@@ -52,7 +52,7 @@ class Setting:
     hears: bool = False
     """The checkpoint turns sound into latents."""
     policy: Embodiment | None = None
-    """That of a policy checkpoint."""
+    """The embodiment of a policy checkpoint."""
 
 
 @dataclass(frozen=True)

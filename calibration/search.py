@@ -1,4 +1,4 @@
-"""What a search finds for the linears of a layer besides ranges, whoever it is from."""
+"""Results of a search for the linears of a layer besides ranges, for every search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found, by linear of the layer."""
+    """Results of a search, by linear of the layer."""
 
     pre_scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """float32 [K]: the factor of each input channel; the columns of the weight are divided by it."""

@@ -1,4 +1,4 @@
-"""What follows the path of a source: ``PATH[,key=value…]``, each value read and checked."""
+"""Options after the path of a source: ``PATH[,key=value…]``, each value read and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people have to calibrate on, as items: prompts, captions, pictures, clips, robot data, recorded latents.
+"""Sources of calibration data, as items: prompts, captions, pictures, clips, robot data, recorded latents.
 
 A source is a path and options, ``PATH[,key=value…]``; what it is follows from the path. Reading a source looks into its
 text files only; pictures and clips are opened when the requests are made of them.

@@ -90,7 +90,7 @@ class Workspace:
         self._write(sample, hidden, 0, Seen())
 
     def hidden(self, sample: int) -> Hidden:
-        """What enters the next layer."""
+        """The inputs of the next layer."""
         from safetensors.torch import load_file
 
         rotary, state = load_file(self._rotary(sample)), load_file(self._state(sample))

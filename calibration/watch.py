@@ -1,4 +1,4 @@
-"""What is seen of one decoder layer while it runs: the input of every linear, and what enters both attentions."""
+"""Observations of one decoder layer while it runs: the input of every linear, and what enters both attentions."""
 
 from __future__ import annotations
 

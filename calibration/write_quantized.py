@@ -51,7 +51,7 @@ _IGNORED = (
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to write. ``policy``: steps and tower with 16-bit activations; a distilled checkpoint has none."""
+    """A request of `quantize`. ``policy``: steps and tower with 16-bit activations; a distilled one has none."""
 
     kind: str
     """A scheme that has a layout: one of `calibration.formats.FORMATS`."""
@@ -65,7 +65,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """What was written."""
+    """The result of `quantize`."""
 
     quantized: int
     kept: int
@@ -166,7 +166,7 @@ def _require_room_for_table(table: ScaleTable, chosen: Mapping[str, ExpectedTens
 
 
 def _inputs(table: ScaleTable, linear: str, kind: str) -> LinearInputs:
-    """What of the table the scheme has a place for."""
+    """The parts of the table that the scheme has a place for."""
     pre = table.pre_scales.get(linear) if SCHEMES[kind].pre_scaled else None
     return LinearInputs(
         table.input_amax(linear) if SCHEMES[kind].calibrated else None,

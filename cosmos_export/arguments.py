@@ -48,7 +48,7 @@ def taken(where: str, name: str, value: object, kind: Any) -> Any:
 
 
 def words(kind: Any) -> str:
-    """What a value of the type ``kind`` is, for a reader."""
+    """Description of values of the type ``kind``, for a reader."""
     if _is_union(kind):
         parts = [words(one) for one in get_args(kind) if one is not type(None)]
         return " or ".join(dict.fromkeys(parts))

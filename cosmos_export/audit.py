@@ -28,7 +28,7 @@ from cosmos_export.diagnostics import FindingError, ToolError, UserError
 EVENTS = ("verified", "loaded", "golden", "ready", "request", "ended")
 MAX_LINE_BYTES = 64 * files.KIB
 FIRST = "0" * 64
-"""What the first line has for the digest of the line before it."""
+"""Digest that the first line has for the line before it."""
 SYNC_S = 1.0
 """Longest time that a line is not on the disk; a line for each request would wait for the disk as long as a model."""
 _DIGITS = frozenset("0123456789abcdef")
@@ -125,7 +125,7 @@ class AuditTrail:
 
 @dataclass(frozen=True)
 class TrailFound:
-    """What `verify_trail` found."""
+    """Result of `verify_trail`."""
 
     lines: int
     head: str

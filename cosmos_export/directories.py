@@ -19,7 +19,7 @@ from pathlib import Path
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 REPLACED = "replaced"
-"""What a directory is called that was moved aside and is no more under its name."""
+"""Name of a directory that was moved aside."""
 
 
 def sibling(output: Path, what: str) -> Path | None:

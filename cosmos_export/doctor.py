@@ -48,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a machine has."""
+    """The equipment of a machine."""
 
     python: str
     system: str

@@ -35,7 +35,7 @@ class FamilyFacts:
     native_grid: bool
     """``use_native_flow_schedule`` of the published model index."""
     scheduler: Mapping[str, Any]
-    """What the published scheduler says besides UniPC with flow sigmas."""
+    """Settings of the published scheduler besides UniPC with flow sigmas."""
     system_prompt: bool
     """``default_use_system_prompt`` of the published model index."""
     root_lists_generator: bool

@@ -30,7 +30,7 @@ def in_json(text: str) -> str:
 
 
 def render_hook() -> RenderHook:
-    """What makes a console print text as `printable` has it; its own colours and movements stay."""
+    """Makes a console print text as `printable` has it; its own colours and movements stay."""
     from rich.console import RenderHook
     from rich.segment import Segment
 

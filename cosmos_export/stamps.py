@@ -22,7 +22,7 @@ _TICK_NS = 20_000_000
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system says about a file (links followed)."""
+    """The file system's record of a file (links followed)."""
 
     device: int
     inode: int
@@ -47,7 +47,7 @@ class Stamp:
         return stamp
 
     def difference(self, later: Stamp) -> str:
-        """What is different in ``later``, as a phrase; empty where nothing is."""
+        """Differences in ``later``, as a phrase; empty where there are none."""
         if self == later:
             return ""
         if (self.device, self.inode) != (later.device, later.inode):

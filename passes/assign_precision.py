@@ -1,4 +1,4 @@
-"""What every matrix product of the towers is, and what it computes in at each step."""
+"""Labels every matrix product of the towers with its kind and its scheme at each step."""
 
 from __future__ import annotations
 

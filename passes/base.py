@@ -1,4 +1,4 @@
-"""What a pass is: a rewrite of a program that computes the same function, and a truthful account of what it did."""
+"""A pass rewrites a program into one that computes the same function, and gives a truthful account of what it did."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PassResult:
 
 
 class Effect(Enum):
-    """What a pass does to the values that a program computes."""
+    """Effect of a pass on the values that a program computes."""
 
     LABELS = "labels"
     """Nothing: it only says something about nodes."""

@@ -181,7 +181,7 @@ def _piece(graph: Graph, part_of: Mapping[Node, int], index: int, name: str) -> 
 
 
 def _crossing(graph: Graph, node: Node) -> str:
-    """What ``node`` is called where it crosses: its name, unless another value is an output of that name."""
+    """Name of ``node`` where it crosses: its own, unless another value is an output of that name."""
     taken = {**graph.outputs, **{other.name: other for other in graph.nodes}}
     name = node.name
     while graph.outputs.get(name, node) is not node or taken.get(name, node) is not node:

@@ -1,4 +1,4 @@
-"""What passes that put one operation in the place of several share: where it goes, and what reads its results."""
+"""Code shared by passes that put one operation in the place of several: where it goes, and what reads its results."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 
 @dataclass(frozen=True)
 class Ranges:
-    """What calibration found, by the name of a linear: its weight's key without ``.weight``."""
+    """The results of calibration, by the name of a linear: its weight's key without ``.weight``."""
 
     amax: Mapping[str, float] = field(default_factory=dict)
     """``<linear>.input_amax`` → largest magnitude of its input."""

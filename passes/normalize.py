@@ -280,7 +280,7 @@ def _is_rotation(found: Bound) -> bool:
 
 
 def _readers(node: Node, steps: int) -> tuple[Node] | None:
-    """What reads ``node`` after ``steps`` operations, each the only reader of the one before."""
+    """The node that reads ``node`` after ``steps`` operations, each the only reader of the one before."""
     for _ in range(steps):
         if len(node.users) != 1:
             return None

@@ -33,12 +33,12 @@ from cosmos_export.passes.split_towers import SplitTowers
 from cosmos_export.sampling import Schedule, Segment
 
 CAPTURE = "capture"
-"""What stands before the first pass in lists of stages."""
+"""Name of the stage before the first pass in lists of stages."""
 
 
 @dataclass(frozen=True)
 class PassOptions:
-    """What passes are told. The default: every output, nothing quantized, a loop that the host runs, nothing cut."""
+    """Options of all passes. The default: every output, nothing quantized, a loop that the host runs, nothing cut."""
 
     outputs: Collection[str] | None = None
     """Velocities to keep; None: all."""
@@ -147,7 +147,7 @@ _REMOVES = {kind.name: kind.removes for phase in PHASES for kind, _ in phase.pas
 
 @dataclass(frozen=True)
 class Report:
-    """What one pass did to a program, and in how many seconds."""
+    """Record of one pass on a program, with its seconds."""
 
     name: str
     result: PassResult

@@ -1,4 +1,4 @@
-"""Targets: one description a GPU, shape profiles, and the backends that turn graphs into engines.
+"""Targets: one description per GPU, shape profiles, and the backends that turn graphs into engines.
 
 Importing this package imports no backend.
 """

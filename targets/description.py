@@ -1,4 +1,4 @@
-"""What a target is: data about one GPU, read from the TOML file of that name beside this module.
+"""A target: data about one GPU, read from the TOML file of that name beside this module.
 
 Knows no backend and imports none (`cosmos_export.targets.backends` knows targets); ``plan``, the build and the tuning
 read the same figures.
@@ -43,7 +43,7 @@ class Efficiency:
     codec: float
     """Convolutions of the video autoencoder and of the sound decoder, in BF16."""
     basis: str
-    """What it was measured or taken from."""
+    """Source of the figure."""
 
 
 @dataclass(frozen=True)

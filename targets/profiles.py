@@ -81,7 +81,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a checkpoint can be asked for. The defaults are the range of the captured graph."""
+    """Limits of the requests to a checkpoint. The defaults are the range of the captured graph."""
 
     max_position: int
     """Rotary positions the model was trained for (``max_position_embeddings``)."""

@@ -1,4 +1,4 @@
-"""What runs a graph: one interface for every backend. A generator sees no more of a backend than this."""
+"""Sessions run graphs: one interface for every backend. A generator sees no more of a backend than this."""
 
 from __future__ import annotations
 

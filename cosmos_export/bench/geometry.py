@@ -53,7 +53,7 @@ TINY: Mapping[str, Any] = {
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 256, "latent_channel": 16, "patch_latent_dim": 64,
     "rope_axes_dim": (6, 5, 5),
 }  # fmt: skip
-"""What a dry run changes of a geometry: everything that takes time."""
+"""Changes of a geometry in a dry run: everything that takes time is small."""
 PROMPT_DIMS = frozenset({"und_len", NEGATIVE_LEN})
 """Dims that differ from prompt to prompt: measured is the code that a bundle runs, which takes every value of them."""
 GUIDED, PLAIN = "step-guided", "step-plain"
@@ -158,7 +158,7 @@ def write_graphs(found: GeometryGraphs, folder: Path) -> list[Path]:
 
 
 def _program_document(kind: str, program: Program) -> dict[str, Any]:
-    """What a program is besides its graphs. The schedule's graph, which makes tables, is not measured and left out:
+    """Parts of a program besides its graphs. The schedule's graph, which makes tables, is not measured and left out:
     what it hands on is given by the caller."""
     graphs = {name: graph for name, graph in program.graphs.items() if name != SCHEDULE}
     given = [edge.input for edge in program.edges if edge.source == SCHEDULE]
@@ -180,7 +180,7 @@ def _sites(graph: Graph) -> dict[str, tuple[str, str, int]]:
 
 
 def read_graphs(folder: Path) -> GeometryGraphs:
-    """What `write_graphs` wrote; UserError CX671 where there is nothing, or what does not fit together."""
+    """Read the files of `write_graphs`; UserError CX671 where there is nothing, or what does not fit together."""
     path = folder / f"{_PROGRAMS}.json"
     if not path.is_file():
         raise UserError("CX671", f"{folder} has no graphs", _WRITE)

@@ -19,7 +19,7 @@ class PublishedCell:
     gpu: str
     seconds: float
     measures: str
-    """What the number covers."""
+    """The parts of a request that the number covers."""
     step_cache: str
     """``none``, or how steps were left out."""
 

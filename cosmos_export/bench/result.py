@@ -1,4 +1,4 @@
-"""What a measurement is: samples by component, what follows from them, and how two are compared. No torch."""
+"""A measurement: samples by component, what follows from them, and how two are compared. No torch."""
 
 from __future__ import annotations
 
@@ -91,11 +91,11 @@ class Measurement:
     components: tuple[MeasuredPart, ...]
     steps: int
     forwards: int
-    """Runs of the generator in a request: one a step and branch."""
+    """Runs of the generator in a request: one per step and branch."""
     extrapolated: str
     """How the request follows from fewer measured steps; empty where it was measured whole."""
     covers: str
-    """What of a request is in the sum."""
+    """The parts of a request that are in the sum."""
     kernels: tuple[str, ...] = ()
     """Kernels of this project in place of the compiler's code."""
     dry_run: bool = False
@@ -108,7 +108,7 @@ class Measurement:
     baselines_left_out: tuple[str, ...] = ()
     """What a reader would expect to be compared with and is not there, and why."""
     verdicts: Open | None = None
-    """What the build of a measured bundle left open."""
+    """Findings that the build of a measured bundle left open."""
 
     @property
     def request_s(self) -> float:

@@ -52,7 +52,7 @@ class BundleFiles:
         return f"BundleFiles({str(self.path)!r}, {self.manifest!r})"
 
     def record(self, name: str, role: str) -> FileRecord:
-        """What the manifest says of the file ``name``; FindingError CX711 where it lists none in this role."""
+        """The manifest's entry of the file ``name``; FindingError CX711 where it lists none in this role."""
         found = self._records.get(name)
         if found is None or found.role != role:
             what = "is not in the manifest" if found is None else f"has the role {shown(found.role)}, not `{role}`"

@@ -114,7 +114,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], list[Check]]:
-    """What is wrong with listed files (path → reason), and a failure for each entry that is not listed."""
+    """Failures of listed files (path → reason), and a failure for each entry that is not listed."""
     listed = {record.path: record for record in manifest.files}
     directories = {str(parent) for record in manifest.files for parent in list(PurePosixPath(record.path).parents)[:-1]}
     wrong: dict[str, str] = {}

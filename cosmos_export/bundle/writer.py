@@ -95,7 +95,7 @@ class BundleWriter:
         self._keeping = threading.RLock()
         """Engines are built and kept beside each other."""
         self._stamps: dict[str, Stamp] = {}
-        """What the kept files were when their digests were made, in this process."""
+        """Stamps of the kept files from when their digests were made, in this process."""
         self.resumed = 0
         self.left: Path | None = None
         """Where the kept files of a block that was interrupted are."""

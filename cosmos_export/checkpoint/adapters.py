@@ -18,7 +18,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _DEPTH = 4
 """Folders below the checkpoint that are looked into."""
 _KEY = re.compile(r"\blora_|lora[AB]\b|\.lora\.|_lora\.|\bbase_layer\.|\bhada_w|\blokr_w|\bdora_scale\b|\boft_diag\b")
-"""What the names of an adapter's tensors have, in the layouts of PEFT, diffusers, kohya and LyCORIS."""
+"""Parts of the names of an adapter's tensors, in the layouts of PEFT, diffusers, kohya and LyCORIS."""
 MERGE_HINT = (
     "merge the adapter first, with diffusers: load_lora_adapter, fuse_lora and unload_lora of the pipeline's "
     "transformer, then save_pretrained of the pipeline"

@@ -15,7 +15,7 @@ _QUANT = ("quant_conv.", "post_quant_conv.")
 
 @dataclass(frozen=True)
 class CodecPart:
-    """What of the checkpoint a codec is made from."""
+    """The parts of the checkpoint that a codec is made from."""
 
     folder: str
     tensors: tuple[str, ...]

@@ -30,7 +30,7 @@ class Kind:
         raise NotImplementedError
 
     def text(self) -> str:
-        """What is allowed, in words."""
+        """The allowed values, in words."""
         raise NotImplementedError
 
 
@@ -89,7 +89,7 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class Nullable(Kind):
-    """What ``kind`` allows, or null."""
+    """Values that ``kind`` allows, or null."""
 
     kind: Kind
 
@@ -102,7 +102,7 @@ class Nullable(Kind):
 
 @dataclass(frozen=True)
 class AnyOf(Kind):
-    """What one of ``kinds`` allows."""
+    """Values that one of ``kinds`` allows."""
 
     kinds: tuple[Kind, ...]
 

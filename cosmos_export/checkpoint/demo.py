@@ -218,7 +218,7 @@ def _root_index(
     expected: dict[str, ExpectedTensor],
     geometry: Geometry,
 ) -> dict[str, Any]:
-    """What transformers reads the reasoner from."""
+    """The index from which transformers reads the reasoner."""
     weight_map = weight_maps["transformer"] | weight_maps["vision_encoder"]
     if not geometry.family.facts.root_lists_generator:
         generator = {tensor.name for tensor in expected.values() if tensor.tower is Tower.GENERATOR}

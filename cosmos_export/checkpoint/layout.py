@@ -23,7 +23,7 @@ class Tower(StrEnum):
 
 
 class TensorPart(StrEnum):
-    """What a tensor is for, in the units that sizes are reported in."""
+    """Purpose of a tensor, in the units that sizes are reported in."""
 
     LAYERS = "layers"
     """Decoder layers and the final norm of a tower."""
@@ -58,7 +58,7 @@ class ExpectedTensor:
 
 
 WEIGHT_DTYPES = ("BF16", "F16", "F32")
-"""What a tensor may be on disk; a tower linear may also be ``QUANTIZED_DTYPE``."""
+"""Types of tensors on disk; a tower linear may also be ``QUANTIZED_DTYPE``."""
 QUANTIZED_DTYPE = "F8_E4M3"
 SCALES = ("weight_scale", "input_scale")
 """Beside each quantized weight: one F32 number each."""

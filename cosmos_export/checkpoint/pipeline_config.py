@@ -1,4 +1,4 @@
-"""What the files beside the components say: the pipeline's switches, and how far positions go."""
+"""Settings in the files beside the components: the pipeline's switches, and how far positions go."""
 
 from __future__ import annotations
 

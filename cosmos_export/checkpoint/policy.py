@@ -1,4 +1,4 @@
-"""What ``checkpoint.json`` says of a policy: its domain, its actions, and whether it is given the robot's state."""
+"""The policy in ``checkpoint.json``: its domain, its actions, and whether it is given the robot's state."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _POLICY_KEYS = {*_POLICY, "first_steps", "last_steps", "overlap", "reasoner"}
 
 
 def parse_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """What ``transformer/config.json`` says; CX124 for a scheme or policy this compiler does not know."""
+    """Read quantization from ``transformer/config.json``; CX124 for a scheme or policy this compiler does not know."""
     raw = config.get("quantization_config")
     if raw is None:
         return None

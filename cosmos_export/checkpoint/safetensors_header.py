@@ -100,7 +100,7 @@ def read_exactly(file: Path, offset: int, size_bytes: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says about itself."""
+    """The header of a safetensors file."""
 
     file: Path
     tensors: Mapping[str, TensorEntry]

@@ -1,4 +1,4 @@
-"""What the checkpoint says about its sampler: the scheduler's class, and the fixed sigmas of a distilled model."""
+"""The checkpoint's sampler: the scheduler's class, and the fixed sigmas of a distilled model."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def origin(root: Path) -> Origin:
 
 @dataclass(frozen=True)
 class Traits:
-    """What the contents say. ``steps``: distilled steps; ``policy``: embodiment domain of a policy checkpoint."""
+    """The variant by the contents. ``steps``: distilled steps; ``policy``: embodiment domain of a policy checkpoint."""
 
     size: str | None
     base_fps: int

@@ -52,7 +52,7 @@ class Engine:
     wanted: WantedEngine
     report: EngineReport
     found: EngineSummary | None
-    """What it contains; None where that cannot be read from it."""
+    """Its contents; None where they cannot be read from it."""
     checks: tuple[EngineCheck, ...]
     profiles: tuple[str, ...]
     weights: tuple[WeightInput, ...] = ()
@@ -95,7 +95,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the engines of a build have in common."""
+    """Settings that the engines of a build share."""
 
     target: Target
     profiles: tuple[Profile, ...]

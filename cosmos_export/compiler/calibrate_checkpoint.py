@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrateResult:
-    """What was made."""
+    """The table that was made."""
 
     output: Path
     job: CalibrationJob

@@ -30,7 +30,7 @@ from cosmos_export.release import VERSION
 
 _log = logging.getLogger("cosmos_export")
 _PACKAGES = ("torch", "diffusers", "transformers", "sympy")
-"""What traces the model, and what orders the terms of its sizes."""
+"""Packages that trace the model and order the terms of its sizes."""
 _CODECS: Mapping[str, Callable[..., Program]] = {
     "vae-decoder": codec.capture_vae_decoder,
     "vae-encoder": codec.capture_vae_encoder,
@@ -66,7 +66,7 @@ def _captured(
     folder: Path | None,
     make: Callable[[], Program],
 ) -> Program:
-    """What ``make`` captures, or the same from the cache."""
+    """The graphs that ``make`` captures, or the same from the cache."""
     if folder is None:
         return make()
     known, components = Cache(folder), capture_components(name, config, sources)
@@ -107,7 +107,7 @@ def capture_components(name: str, config: Mapping[str, Any], sources: Mapping[st
 
 
 def _described(source: WeightSource) -> list[Any]:
-    """What capture knows of a tensor: not where it is."""
+    """The facts about a tensor that capture uses, without its place."""
     scale = [] if source.scale is None else _described(source.scale)
     return [source.key, str(source.dtype), list(source.shape), scale]
 

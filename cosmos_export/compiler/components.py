@@ -44,7 +44,7 @@ class Codec:
 
     @property
     def stream_name(self) -> str:
-        """What its graphs' names begin with."""
+        """Beginning of its graphs' names."""
         return self.name.replace("-", "_")
 
     @property

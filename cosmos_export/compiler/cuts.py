@@ -47,7 +47,7 @@ def chains(pieces: Pieces) -> dict[str, tuple[str, ...]]:
 
 
 def cut_notes(pieces: Pieces) -> list[str]:
-    """What a reader of the result is told of it."""
+    """Notes on the cuts for a reader of the result."""
     return [
         f"{name} is {len(parts)} engines in a row, as one would take more memory to build than the budget allows"
         for name, parts in chains(pieces).items()

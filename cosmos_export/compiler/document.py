@@ -1,4 +1,4 @@
-"""What a build says of itself: the document that ``--json`` prints, and the files beside the bundle."""
+"""The report of a build: the document that ``--json`` prints, and the files beside the bundle."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
 
 
 _EVIDENCE = ("quantization.json", "quantization.html")
-"""What a build that a gate ended leaves beside `build.json`: the report that would be in its bundle."""
+"""File that a build leaves beside `build.json` where a gate ended it: the report that would be in its bundle."""
 
 
 def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:

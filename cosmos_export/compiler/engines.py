@@ -91,7 +91,7 @@ def _build_engine(
 
 
 def _wanted(model: Model, dtype: torch.dtype, settings: EngineSettings) -> WantedEngine:
-    """What the engine of ``model`` is meant to contain."""
+    """Planned contents of the engine of ``model``."""
     attention = model.graph.calls(*ATTENTIONS)
     return WantedEngine(
         graph=model.name,

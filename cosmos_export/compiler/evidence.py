@@ -1,4 +1,4 @@
-"""What a build measures as it goes, and the result that is made of it at the end, or where a finding ends it."""
+"""The measurements of a build as it goes, and the result that is made of it at the end, or where a finding ends it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Evidence:
     quality: list[Measured] = field(default_factory=list)
     """How far results of quantized loops are from the unquantized model's."""
     losses: list[Losses] = field(default_factory=list)
-    """What quantization costs; nothing where nothing is quantized."""
+    """Losses by quantization; empty where nothing is quantized."""
     not_compared: dict[str, str] = field(default_factory=dict)
     """Component → why it was not compared with diffusers'."""
     verdicts: list[Verdict] = field(default_factory=list)
     """Verdicts of checks that have no number."""
     notes: list[str] = field(default_factory=list)
-    """What a reader of the result should know and would not expect."""
+    """Notes that a reader of the result should know and would not expect."""
     engines: list[Engine] = field(default_factory=list)
     dumps: list[Path] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
@@ -42,7 +42,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build did and measured. ``manifest`` is None where it stopped at a pass, or a finding ended it."""
+    """Work and measurements of a build. ``manifest`` is None where it stopped at a pass, or a finding ended it."""
 
     job: Job
     program: Program | None

@@ -186,7 +186,7 @@ def _with_engines(
 
 
 def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:
-    """What the bundle asks for, which fits its manifest and the kernels that it has; FindingError CX711."""
+    """Engine requests of the bundle, which fit its manifest and the kernels that it has; FindingError CX711."""
     read = REQUESTS
     try:
         requests = decode(EngineRequests, parse_object(files.read(REQUESTS, REQUESTS_ROLE))).engines

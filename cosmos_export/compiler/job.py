@@ -1,4 +1,4 @@
-"""What a build is asked for, and the job that it becomes once it has been found possible. No torch."""
+"""A build request, and the job that it becomes once it has been found possible. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file that takes long is made from, as a key: equal keys, equal bytes.
+"""Keys of files that take long to make, from everything they are made from: equal keys, equal bytes.
 
 A key is the digest of its components, which are kept beside it in plain words, so that two keys that differ can be
 told apart. Weight files are known by the checkpoint's files they are copied from; engines by the digests of all they
@@ -26,7 +26,7 @@ from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.trt.common import EngineFacts, EngineReport
 
 Components = Mapping[str, str]
-"""What a key is made of: name → value, or digest of it."""
+"""Parts of a key: name → value, or digest of it."""
 
 
 def weights_components(stored: Mapping[WeightBinding, Stored]) -> Components:

@@ -1,4 +1,4 @@
-"""What drives a closed loop: the tables of its schedule, and what its model takes.
+"""The tables that drive a closed loop, and the inputs and outputs of its model.
 
 Steps with and without the unconditional branch have different bodies. A schedule that has both is a chain of loops, one
 a segment, that hand the sampler's state on.
@@ -35,7 +35,7 @@ def loop_tables(closed: Program, schedule: Schedule, weights: Weights) -> dict[s
 
 
 def loop_inputs(closed: Program, tables: Collection[str]) -> dict[str, TensorSpec]:
-    """What the model of a closed loop with ``tables`` inside takes, by name.
+    """Inputs of the model of a closed loop with ``tables`` inside, by name.
 
     Of the carried state what the loop takes; a step input that is in no table (noise) for all its steps, [steps, …].
     """
@@ -50,6 +50,6 @@ def loop_inputs(closed: Program, tables: Collection[str]) -> dict[str, TensorSpe
 
 
 def loop_outputs(closed: Program) -> dict[str, TensorSpec]:
-    """What that model returns, by name."""
+    """Outputs of that model, by name."""
     body = closed.graphs[closed.loop.body]
     return {f"{name}_final": spec_of(body.inputs[name]) for name in closed.loop.returned}

@@ -65,13 +65,13 @@ class Alike:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a quantized build loses."""
+    """Losses of a quantized build."""
 
     linears: tuple[LinearLoss, ...]
     steps: tuple[StepLoss, ...]
     limits: StepLimits
     note: str
-    """What the latents are that it was measured on."""
+    """The latents that it was measured on, in words."""
     alike: tuple[Alike, ...] = ()
 
     @property
@@ -95,7 +95,7 @@ class Losses:
 
     @property
     def step_problems(self) -> list[str]:
-        """What whole steps lose beyond the limits."""
+        """Losses of whole steps beyond the limits."""
         if not self.steps:
             return []
         middle = median(loss.relative for loss in self.steps)
@@ -309,7 +309,7 @@ def write_losses(losses: Losses, precision: Assignment, scales: ScaleTable | Non
 
 
 def precision_record(job: Job) -> PrecisionRecord:
-    """What the manifest says of a quantized build."""
+    """The manifest's record of a quantized build."""
     return PrecisionRecord(
         recipe=job.precision.recipe,
         overrides=job.precision.overrides,

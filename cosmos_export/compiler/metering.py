@@ -31,7 +31,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a build has cost so far."""
+    """Time and memory of a build so far."""
 
     stages: Mapping[str, StageCost]
     peak_anonymous_bytes: int
@@ -64,7 +64,7 @@ class Meter:
         self._thread.join()
 
     def costs(self) -> Costs:
-        """What was measured until now."""
+        """The measurements until now."""
         stages = {name: replace(cost) for name, cost in self._stages.items()}
         return Costs(stages, self._peak_anonymous_bytes, self._peak_resident_bytes)
 

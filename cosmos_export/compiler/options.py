@@ -270,7 +270,7 @@ def _require_buildable(checkpoint: Checkpoint) -> None:
 
 
 def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What ``checkpoint`` generates."""
+    """Modalities that ``checkpoint`` generates."""
     has = {"vision": True, "sound": checkpoint.geometry.sound_gen, "action": checkpoint.geometry.action_gen}
     return tuple(name for name, present in has.items() if present)
 

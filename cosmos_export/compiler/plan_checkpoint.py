@@ -50,7 +50,7 @@ def plan_checkpoint(options: PlanOptions) -> Estimate:
 
 
 def subject_of(checkpoint: Path | None, like: str | None) -> tuple[Subject, ModelLimits | None, Checkpoint | None]:
-    """What is planned for, the limits of its shapes, and the checkpoint itself where there is one."""
+    """The subject of the plan, the limits of its shapes, and the checkpoint itself where there is one."""
     if checkpoint is not None and like is None:
         opened = open_checkpoint(checkpoint)
         return from_checkpoint(opened), model_limits(opened, all_modalities(opened)), opened

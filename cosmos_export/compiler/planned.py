@@ -1,4 +1,4 @@
-"""What `plan` says of a build, beside what the build found."""
+"""The prediction of `plan` for a build, beside the build's own numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 512
 """Size of a block in the counter of blocks that a file has on the disk."""
 _BODIES = ("denoise", "generator")
-"""What the names of engines that compute steps begin with; each has the generator's weights."""
+"""Beginning of the names of engines that compute steps; each has the generator's weights."""
 
 
 def planned(job: Job, engines: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
@@ -55,7 +55,7 @@ def bundle_bytes(job: Job) -> int:
 
 
 def builder_memory(job: Job) -> Callable[[str], int]:
-    """What the builder of an engine is expected to take of memory, by the name of its graph."""
+    """Expected memory of the builder of an engine, by the name of its graph."""
     known = {part.name: builder_bytes(part) for part in parts(job)}
 
     def of(graph: str) -> int:
@@ -66,7 +66,7 @@ def builder_memory(job: Job) -> Callable[[str], int]:
 
 
 def gates_memory(job: Job) -> int:
-    """What measuring a quantized model is expected to take of memory, beside the builders."""
+    """Expected memory of measuring a quantized model, beside the builders."""
     return gates_bytes(job.checkpoint.geometry) if job.quantized else 0
 
 

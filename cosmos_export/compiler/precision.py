@@ -33,7 +33,7 @@ _TOWERS = {Tower.REASONER: UND, Tower.GENERATOR: GEN}
 
 
 def pass_options(job: Job) -> PassOptions:
-    """What the passes of a build are told."""
+    """Options of the passes of a build."""
     if not job.quantized:
         return PassOptions(job.options.outputs, schedule=job.schedule, kernels=job.options.kernels)
     towers = {name: _TOWERS.get(expected.tower, "") for name, expected in job.checkpoint.expected.items()}
@@ -103,7 +103,7 @@ def _source(key: str, entry: TensorEntry) -> WeightSource:
 
 
 def planned_type(node: Node) -> str | None:
-    """What the product of the linear ``node`` computes in, as engines call it; None for the model's own type."""
+    """Type of the product of the linear ``node``, by its name in engines; None for the model's own type."""
     scheme = scheme_of(node)
     return None if scheme is None else scheme.engine
 

@@ -53,7 +53,7 @@ class ChatTemplate:
     suffix_ids: tuple[int, int]
 
     def text(self, user: str, system: str | None = None) -> str:
-        """What is tokenized for a request."""
+        """The text that is tokenized for a request."""
         if system is None:
             return self.plain[0] + user + self.plain[1]
         return self.system[0] + system + self.system[1] + user + self.system[2]

@@ -93,7 +93,7 @@ class Lowered:
 
 
 def compare_lowered(parity: Parity, plain: Program, lowered: Lowered) -> Iterator[Measured]:
-    """What the narrow type of the ``plain`` program costs, and every form of the step in ONNX Runtime."""
+    """Loss by the narrow type of the ``plain`` program, and every form of the step in ONNX Runtime."""
     forms, onnx, suffix = lowered.forms, lowered.onnx, lowered.suffix
     dtype = model_dtype(forms.program)
     if dtype != torch.float32:

@@ -49,11 +49,11 @@ _GEOMETRY = (
 
 @dataclass(frozen=True)
 class BundleContents:
-    """What a build made for its bundle, and what it read for it."""
+    """The files that a build made for its bundle, and those that it read."""
 
     forms: Forms
     pieces: Pieces
-    """What every graph is lowered as: itself, or the graphs it was cut into."""
+    """The graphs that every graph is lowered as: itself, or those it was cut into."""
     codecs: tuple[Codec, ...]
     prompt: PromptRecord | None
     inputs: tuple[InputFile, ...]
@@ -195,7 +195,7 @@ def _version(module: str) -> str:
 
 
 def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
-    """What was measured of a build and what was not, as a manifest has it."""
+    """Measurements of a build, and those that are missing, as a manifest has them."""
     measured = [
         Verdict(m.stage, m.subject, m.metric, m.limit, "pass" if m.passed else "fail", m.over)
         for m in (*result.parity, *result.quality)

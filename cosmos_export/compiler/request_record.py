@@ -1,4 +1,4 @@
-"""What the manifest says of the model to those who make requests: sizes of the latents, the prompt, the sampling.
+"""The manifest's record of the model for those who make requests: sizes of the latents, the prompt, the sampling.
 
 No torch; the prompt's pieces are compiled in `cosmos_export.compiler.prompt`.
 """
@@ -27,11 +27,11 @@ from cosmos_export.plan.subject import sampling_of
 from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment
 
 _PIPELINE_DEFAULTS = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
-"""What the published pipeline assumes where there is no video autoencoder."""
+"""Sizes that the published pipeline assumes where there is no video autoencoder."""
 
 
 def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: PromptRecord | None) -> RequestRecord:
-    """What a request to a bundle of ``checkpoint`` needs to know."""
+    """The record that a request to a bundle of ``checkpoint`` needs."""
     geometry, vae = checkpoint.geometry, codec_config(checkpoint, "vae") or _PIPELINE_DEFAULTS
     sound = action = None
     if "sound" in modalities and geometry.sound_dim is not None:
@@ -50,7 +50,7 @@ def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: 
 
 
 def _policy(checkpoint: Checkpoint, temporal: int) -> PolicyRecord | None:
-    """What checkpoint.json says of its policy; CX103 where the model cannot have such actions."""
+    """The policy of checkpoint.json; CX103 where the model cannot have such actions."""
     found = read_policy(checkpoint.policy)
     if found is None:
         return None

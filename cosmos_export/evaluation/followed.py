@@ -26,7 +26,7 @@ from cosmos_export.ir.ops import attend_rounded
 from cosmos_export.targets.onnx.rounded import rounded_values
 
 DIVISION = 2.0**-22
-"""What a division in float32 may be off by, relative: that of a product with the reciprocal, and half a bit more."""
+"""Largest relative error of a division in float32: that of a product with the reciprocal, and half a bit more."""
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Followed:
     def _taken(
         self, node: Node, which: int, own: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """What the runtime rounded ``own`` to; compared with what it should have."""
+        """The codes that the runtime rounded ``own`` to, compared with those that it should have."""
         expected, counts = rounded(own), self.counts
         counts.values += own.numel()
         given, result = (torch.from_numpy(self.seen[name + SHOWN]) for name in self.roundings.places[node][which])

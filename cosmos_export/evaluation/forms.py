@@ -28,19 +28,19 @@ EVALUATED_LIMIT = 1e-5
 """float32, relative L2, of an operation that the two forms write differently."""
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 _SIZES = frozenset({"Add", "Sub", "Mul", "Div", "Mod", "Concat", "Squeeze", "Unsqueeze"})
-"""What is computed of shapes alone by these is a size: it belongs to no operation of the graph."""
+"""A value that these compute from shapes alone is a size: it belongs to no operation of the graph."""
 _UP_TO_TYPE = frozenset({"output_dtype"})
 _SMALLEST = 3
 """The first dim when an operation is evaluated."""
 _NO_EVALUATOR = ops.having(ops.Trait.BLOCKS)
 """Blocks of four-bit floats: TensorRT's own operations, for which the CPU's form computes with codes."""
 _REFUSED = (NotImplementedError, RuntimeError, TypeError, ValueError, KeyError)
-"""What ONNX's evaluator raises for operations and operands that it does not know."""
+"""Errors that ONNX's evaluator raises for operations and operands that it does not know."""
 
 
 @dataclass(frozen=True)
 class FormsComparison:
-    """What two forms of a graph have in common."""
+    """Operations of two forms of a graph, compared."""
 
     same: int
     """Operations that are written alike."""

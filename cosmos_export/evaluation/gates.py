@@ -1,4 +1,4 @@
-"""What quantization costs: each linear by itself, and the velocity of whole steps.
+"""Losses by quantization: each linear by itself, and the velocity of whole steps.
 
 Everything runs in the interpreter, which holds one weight at a time: a model of any size is measured in the memory of
 its activations.
@@ -113,12 +113,12 @@ def _linears_from(node: Node) -> tuple[str, ...]:
 # -- G1: each linear by itself ----------------------------------------------------------------------------------------
 
 LINEAR_MARGIN = 1.3
-"""What a linear may lose, in shares of `Scheme.linear_error`."""
+"""Largest loss of a linear, in shares of `Scheme.linear_error`."""
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """What one quantized linear loses on the inputs that it has in the unquantized model."""
+    """Loss of one quantized linear on the inputs that it has in the unquantized model."""
 
     tower: str
     kind: str
@@ -245,7 +245,7 @@ class StepLoss:
     relative: float
     cosine: float
     rounding: float | None = None
-    """What the same step loses by independent rounding of the same values (`rounding_loss`); None: not measured."""
+    """Loss of the same step by independent rounding of the same values (`rounding_loss`); None: not measured."""
 
     @property
     def share(self) -> float | None:
@@ -277,7 +277,7 @@ def step_losses(
 
 
 def rounding_loss(plain: Program, step: int, inputs: Tensors, expected: Tensors, weights: Weights, draws: int) -> float:
-    """What ``step`` of the unquantized ``plain`` loses where every value that its schemes round to E4M3 is off by an
+    """Loss of ``step`` of the unquantized ``plain`` where every value that its schemes round to E4M3 is off by an
     independent error of that size, uniform over the distance of two codes: a root mean square over ``draws``.
 
     No scale, quantizer or packed weight takes part, and no range: it is what the format costs this network, whatever

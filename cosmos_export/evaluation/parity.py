@@ -56,7 +56,7 @@ class Measured:
     value: float
     limit: float
     over: str
-    """What the value is taken over."""
+    """The cases over which the value is taken."""
     case: str
     subject: str = "transformer"
     """The component that was measured."""

@@ -55,7 +55,7 @@ class PublishedRequest:
 
 @dataclass
 class Published:
-    """What came out: final latents by modality, frames float32 [T, H, W, 3] in [0, 1], waveform, actions."""
+    """Results: final latents by modality, frames float32 [T, H, W, 3] in [0, 1], waveform, actions."""
 
     latents: dict[str, Array] = field(default_factory=dict)
     frames: Array | None = None

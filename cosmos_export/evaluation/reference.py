@@ -60,7 +60,7 @@ class Reference:
         return self.velocities(self.arguments(inputs, fps))
 
     def arguments(self, inputs: Mapping[str, torch.Tensor], fps: float) -> dict[str, Any]:
-        """What the pipeline calls the transformer with, on the transformer's device.
+        """The arguments with which the pipeline calls the transformer, on the transformer's device.
 
         Packing, indices and rotary positions come from the pipeline's own helpers; nothing of this project's.
         """

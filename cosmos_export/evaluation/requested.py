@@ -102,7 +102,7 @@ class StepModels:
         self._models: dict[str, OnnxModel] = {}
 
     def __call__(self, step: int, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the body of ``step`` gives for ``inputs``."""
+        """Outputs of the body of ``step`` for ``inputs``."""
         known = {name: value.numpy() for name, value in inputs.items()}
         found: dict[str, Mapping[str, Value]] = {}
         for name in self._program.graphs:

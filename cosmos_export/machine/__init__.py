@@ -1,1 +1,1 @@
-"""What is asked of the machine: memory and its limits, GPUs, installed packages."""
+"""Facts about the machine: memory and its limits, GPUs, installed packages."""

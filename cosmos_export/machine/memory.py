@@ -40,7 +40,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:
-    """What is free within each limit that holds for this process."""
+    """Free memory within each limit that holds for this process."""
     for version, mount, group in _groups(root):
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # no such file: no limit; "max": none either

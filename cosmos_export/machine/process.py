@@ -1,4 +1,4 @@
-"""What processes take of the machine: memory by kind, and blocks from and to the disk (Linux)."""
+"""Resources that processes use: memory by kind, and blocks from and to the disk (Linux)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build would cost and what its bundle would do, before either exists. No torch.
+"""Predictions of what a build costs and how its bundle runs, before either exists. No torch.
 
 Everything follows from numbers that the compiler works with itself: the tensors of the geometry, the profiles, the
 schedule, the targets. Constants that were measured stand in tables with where they come from.

@@ -17,7 +17,7 @@ from cosmos_export.targets import Target
 from cosmos_export.targets.description import Efficiency
 
 AUTO = "auto"
-"""What asks for the choice in the place of a recipe's name."""
+"""Name that asks for the choice, in the place of a recipe's."""
 NEAR = 1.05
 """Times within this of the fastest count as equal: then the recipe with the most bits is chosen."""
 _ALIKE = Efficiency(linear=0.6, attention=0.6, codec=0.3, basis="none: for comparing recipes on one target")

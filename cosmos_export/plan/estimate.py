@@ -180,7 +180,7 @@ def _limits(subject: Subject) -> ModelLimits:
 
 
 class _Planner:
-    """What all parts share. ``runs``: targets that run the recipe; ``refused``: why the others do not."""
+    """Inputs that all parts share. ``runs``: targets that run the recipe; ``refused``: why the others do not."""
 
     def __init__(self, subject: Subject, request: PlanRequest) -> None:
         self.subject = subject

@@ -26,7 +26,7 @@ from cosmos_export.targets import Target
 BANDWIDTH_EFFICIENCY = 0.8
 """Share of the nominal bandwidth at which weights are read."""
 _WIDE = SCHEMES[UNQUANTIZED].computes
-"""What codecs compute in, and products whose operands were widened."""
+"""Type in which codecs compute, and products whose operands were widened."""
 
 
 @dataclass(frozen=True)

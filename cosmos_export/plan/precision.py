@@ -1,4 +1,4 @@
-"""What a recipe means for sizes and speed, added up over the sites of a model.
+"""Effect of a recipe on sizes and speed, added up over the sites of a model.
 
 Which site gets which scheme is the recipe's (`cosmos_export.precision.recipe`); what a scheme stores and computes in is
 the scheme's own (`cosmos_export.precision.schemes`).
@@ -27,7 +27,7 @@ Shares = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Mix:
-    """What one pass of a tower computes in."""
+    """Schemes of one pass of a tower."""
 
     linears: Shares
     attention: Shares
@@ -67,7 +67,7 @@ class PlannedPrecision:
 
     @property
     def generator(self) -> Mix:
-        """What most steps compute in. What is stored is the same in all of them."""
+        """Schemes of most steps. The stored weights are the same in all of them."""
         return max(self.steps, key=lambda entry: entry[1])[0]
 
     def engines(self, schedule: Schedule, target: Target, loop: str) -> int:

@@ -56,7 +56,7 @@ CODEC_ACTIVATIONS: Mapping[str, Mapping[str, int]] = {
 }
 """Device bytes for each latent row and column of a frame (for sound, each latent), by graph of the codec."""
 _CODEC_ENGINES = ("vae_", "sound_")
-"""What the names of their engines begin with."""
+"""Beginning of the names of their engines."""
 _TIME_CONVOLUTIONS = {"vae-decoder": 10_300_000, "vae-encoder": 900_000}
 """Parameters of a video codec that only its calls after the first read."""
 
@@ -341,7 +341,7 @@ def _runs(part: PlannedEngine, workload: Workload) -> bool:
 
 @dataclass(frozen=True)
 class Host:
-    """What the build takes of the machine it runs on."""
+    """Resources that the build takes of its machine."""
 
     peak_anonymous_bytes: int
     """Memory that no file backs: what the machine must really have."""
@@ -403,7 +403,7 @@ def host(
 
 
 def _together(parts: Sequence[PlannedEngine], peaks: Mapping[str, int], segments: int, limit: int, gates: int) -> int:
-    """What two builders at a time take at most, of those that do not take more than ``limit``: neighbours in the order
+    """Most memory of two builders at a time, of those that do not take more than ``limit``: neighbours in the order
     of their turns. Codecs have theirs while the towers are captured, and ``gates`` run beside the first tower."""
     codecs, towers = (
         [

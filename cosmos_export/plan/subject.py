@@ -1,4 +1,4 @@
-"""What is planned for: a checkpoint, or one of the published models without any."""
+"""The subject of a plan: a checkpoint, or one of the published models without any."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _graph(tensor: ExpectedTensor, last: str, geometry: Geometry) -> str | None:
 
 
 def sampling_of(checkpoint: Checkpoint) -> CheckpointSampling:
-    """What ``checkpoint`` says of its sampling."""
+    """Sampling settings of ``checkpoint``."""
     policy = read_policy(checkpoint.policy)
     return CheckpointSampling(
         scheduler=checkpoint.scheduler,

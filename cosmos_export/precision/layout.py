@@ -18,7 +18,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class LinearInputs:
-    """What calibration says of a linear's input."""
+    """The calibration of a linear's input."""
 
     amax: float | None
     pre_scale: torch.Tensor | None = None

@@ -301,7 +301,7 @@ class Assignment:
     steps: int
 
     def scheme(self, tower: str, kind: str, layer: int, step: int = 0) -> str:
-        """What the site ``kind`` of ``layer`` of ``tower`` computes in at ``step``: the last rule that matches."""
+        """Scheme of the site ``kind`` of ``layer`` of ``tower`` at ``step``: that of the last rule that matches."""
         for rule in reversed(self.rules):
             place = rule.place
             if (tower, kind) not in place:
@@ -339,7 +339,7 @@ class Assignment:
         return frozenset(name for name in self.schemes if SCHEMES[name].calibrated)
 
     def step_keys(self) -> tuple[int, ...]:
-        """One number a step, equal where all sites have the same schemes; numbered as they first appear."""
+        """One number per step, equal where all sites have the same schemes; numbered as they first appear."""
         columns = zip(*(self.over_steps(*site) for site in self.sites() if site[0] == GEN), strict=True)
         seen: dict[tuple[str, ...], int] = {}
         return tuple(seen.setdefault(column, len(seen)) for column in columns)

@@ -1,4 +1,4 @@
-"""What a scheme of quantization declares. One file in `cosmos_export.precision.schemes` is one scheme.
+"""The declaration of a scheme of quantization. One file in `cosmos_export.precision.schemes` is one scheme.
 
 A declaration says everything that the rest of the project asks about a scheme; nothing outside its file names it. It
 imports nothing heavy: its functions import what they need when they are called.
@@ -37,7 +37,7 @@ class Activation:
 
 @dataclass(frozen=True)
 class StepLimits:
-    """What a step may lose: relative L2 of its velocity, the median and the largest over all steps, and its cosine."""
+    """Largest loss of a step: relative L2 of its velocity, median and largest over all steps, and its cosine."""
 
     median: float
     largest: float
@@ -49,7 +49,7 @@ class StepLimits:
 
     @staticmethod
     def loosest(limits: Sequence[StepLimits]) -> StepLimits:
-        """What a model may lose in whose steps schemes with these ``limits`` compute together."""
+        """Largest loss of a model in whose steps schemes with these ``limits`` compute together."""
 
         def share(values: Sequence[float | None]) -> float | None:
             known = [value for value in values if value is not None]
@@ -71,9 +71,9 @@ class Scheme:
     name: str
     """As recipes, targets and manifests call it."""
     weights: str
-    """What weights are, in words, for the documentation."""
+    """The weights in words, for the documentation."""
     activations: str
-    """What the other operands are, in words."""
+    """The other operands in words."""
     product: str
     """How an engine computes the product, in words."""
     computes: str
@@ -81,21 +81,21 @@ class Scheme:
     kinds: tuple[str, ...] = LINEARS
     """Sites that it is for."""
     weight: Format | None = None
-    """What the weight of a linear is stored as; schemes with one format share the weight. None: as it is."""
+    """Format in which the weight of a linear is stored; schemes with one format share the weight. None: as it is."""
     activation: Activation | None = None
     """How what a linear reads is quantized; None: it is read as it is."""
     attention: Callable[[], Any] | None = None
     """Gives the IR's operation that attention is replaced by, which takes its scales as another operand; None: it
     stays."""
     engine: str = ""
-    """What an engine's inspector calls its products; empty: what it calls those in the model's own type."""
+    """Name of its products in an engine's inspector; empty: the name of those in the model's own type."""
     builder_share: float = 0.0
     """Anonymous memory of TensorRT-RTX's builder per byte of stored weights, with merged projections and mapped
     weights. 0 where there is no weight."""
     linear_error: float = 0.0
     """Relative error of one linear's result for Gaussian weights and inputs, measured at 4096 × 4096."""
     steps: StepLimits | None = None
-    """What a step of a model in this scheme may lose; None: nothing is lost."""
+    """Largest loss of a step of a model in this scheme; None: nothing is lost."""
     layout: Layout | None = None
     """How checkpoints store a linear; None: no checkpoint is written in it."""
     algorithms: tuple[str, ...] = ()

@@ -38,7 +38,7 @@ def recipe_for(checkpoint: Checkpoint, name: str | None) -> Recipe:
 
 
 def stored_recipe(checkpoint: Checkpoint) -> Recipe:
-    """What the quantized ``checkpoint`` states. A site is quantized where all that was merged into it is."""
+    """The recipe that the quantized ``checkpoint`` states. A site is quantized where all that was merged into it is."""
     assert checkpoint.quantization is not None
     return Recipe(
         name=STORED,

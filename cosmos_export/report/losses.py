@@ -1,4 +1,4 @@
-"""What quantization costs, as a page: a map of layers and modules, and the steps."""
+"""Losses by quantization, as a page: a map of layers and modules, and the steps."""
 
 from __future__ import annotations
 

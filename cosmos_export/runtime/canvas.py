@@ -81,7 +81,7 @@ def cover(image: Pixels, height: int, width: int) -> Float:
 
 
 def keeping(fit: Fit, height: int, width: int) -> Callable[[Pixels], NDArray[Any]]:
-    """What is kept of a frame [1, H, W, 3] as it is decoded, for `placed`: no more than the canvas needs."""
+    """Reduce a frame [1, H, W, 3] as it is decoded, for `placed`: no more than the canvas needs."""
 
     def covered(frame: Pixels) -> Float:
         return cover(frame[0], height, width)[None]

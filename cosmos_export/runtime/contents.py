@@ -1,4 +1,4 @@
-"""What files of a bundle hold against its manifest: what verification of bytes cannot say, and needs no engine."""
+"""Checks of the contents of a bundle's files against its manifest, beyond their bytes. Needs no engine."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _PLAIN_VIEWS = Views()
 
 @dataclass(frozen=True)
 class Embodiment:
-    """What a robot's actions are, and what its clips usually look like."""
+    """A robot's actions, and the usual form of its clips."""
 
     name: str
     domain: int
@@ -47,12 +47,12 @@ class Embodiment:
     tier: int = 480
     """Resolution tier of the canvas (`canvas.ACTION_BINS`)."""
     parts: tuple[tuple[str, int], ...] = ()
-    """What an action is put together from, in order: the name of each part in data sets, and its columns. Empty: one
+    """The parts of an action, in order: the name of each part in data sets, and its columns. Empty: one
     vector, whose order the data set decides."""
     poses: bool = False
     """An action is the change of an end effector's pose and a gripper: position (3), rotation as 6 numbers, gripper."""
     views: Views = _PLAIN_VIEWS
-    """What its observations consist of."""
+    """The parts of its observations."""
 
 
 _TABLE = (

@@ -56,7 +56,7 @@ def _said(name: str, value: str) -> str:
 
 
 def allowed(name: str, span: DimRecord, record: RequestRecord) -> str:
-    """What a profile's dim ``name`` may be, in the user's terms."""
+    """The range of a profile's dim ``name``, in the user's terms."""
     low, high = (_size(name, value, record) for value in (span.min, span.max))
     return _said(name, str(low) if low == high else f"{low} to {high}")
 

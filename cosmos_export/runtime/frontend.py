@@ -57,7 +57,7 @@ class Prepared:
     beyond: Beyond | None = None
     """Given actions outside their statistics; None where there are not both."""
     notes: tuple[str, ...] = ()
-    """What a user may not have meant."""
+    """Warnings about settings that a user may not have meant."""
 
 
 def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokenizer | None = None) -> Prepared:

@@ -1,4 +1,4 @@
-"""What a user can ask for, and whether a bundle can do it: modes, their options, and what each needs of a bundle."""
+"""The options of a request, and whether a bundle can do it: modes, their options, and what each needs of a bundle."""
 
 from __future__ import annotations
 

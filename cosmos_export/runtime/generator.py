@@ -37,7 +37,7 @@ prompts, 147 kB a token for Nano, 262 kB for Super."""
 
 @dataclass
 class Result:
-    """What was sampled; video, sound and actions are made when they are called for."""
+    """Sampled latents; video, sound and actions are made when they are called for."""
 
     latents: dict[str, Array]
     """float32, by modality: ``vision`` [1, C, T, h, w], ``sound`` [C, T_s], ``action`` [T_a, D]."""
@@ -151,7 +151,7 @@ class Generator:
     def _fed(
         self, target: str, found: Mapping[tuple[str, str], Mapping[str, Value]], branch: str = ""
     ) -> dict[str, Value]:
-        """What edges bring to ``target`` of the graphs that have run; of those of the prompt the run of ``branch``."""
+        """Values that edges bring to ``target`` from graphs that have run; those of the prompt from ``branch``."""
         fed = {}
         for edge in self._edges(target):
             run = (edge.source, edge.instance or branch)
@@ -161,7 +161,7 @@ class Generator:
         return fed
 
     def _remembered(self, name: str, inputs: Mapping[str, Array], fed: Mapping[str, Value]) -> Mapping[str, Value]:
-        """What graph ``name`` makes of ``inputs``: computed, or still there. They alone decide it, unless it is fed."""
+        """Outputs of graph ``name`` for ``inputs``: computed or kept. They alone decide it, unless it is fed."""
         if not self._resident or fed:
             return self._run(name, inputs, fed)
         digest = hashlib.sha256()
@@ -258,7 +258,7 @@ class Generator:
         return {name: state.sample for name, state in states.items()}
 
     def _step_rows(self, request: Request) -> dict[str, Array]:
-        """What every body takes of each step, [steps, …]: the bundle's table, or computed for other timesteps.
+        """The rows that every body takes per step, [steps, …]: the bundle's table, or computed for other timesteps.
 
         A table of a narrower type than the body's would round once more than the loop on the device does.
         """
@@ -291,7 +291,7 @@ class Generator:
         return latents[:, :, : len(request.clean_frames), : request.height, : request.width]
 
     def stream(self, codec: str, chunks: Iterator[Array]) -> Iterator[Array]:
-        """What the stream ``codec`` makes of each chunk, in order; its state stays on the device."""
+        """Outputs of the stream ``codec`` for each chunk, in order; its state stays on the device."""
         record = self.bundle.manifest.streams.get(codec)
         if record is None:
             raise UnsupportedError("CX605", f"this bundle has no {codec}", "build it with its components")

@@ -34,7 +34,7 @@ _BREACHES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Column:
-    """What one column of an action may be; None is no limit."""
+    """Limits of one column of an action; None is no limit."""
 
     name: str
     low: float
@@ -50,7 +50,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Limits:
-    """What ``limits.toml`` says of a robot."""
+    """The limits of a robot, as ``limits.toml`` has them."""
 
     units: Units
     """Units of the actions: ``raw``, those of the data, or ``model``, without statistics."""
@@ -102,7 +102,7 @@ class Breach:
 
 @dataclass(frozen=True)
 class Review:
-    """What may leave."""
+    """The actions that may leave."""
 
     verdict: Verdict
     actions: Actions | None

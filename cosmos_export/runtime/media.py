@@ -35,7 +35,7 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Mark:
-    """What every output says of its origin."""
+    """The mark of origin of every output."""
 
     bundle_id: str
     """SHA-256 of the bundle's ``manifest.json``."""
@@ -212,7 +212,7 @@ def write_mp4(path: Path, chunks: Iterable[Frames], fps: float, mark: Mark, audi
 
 
 def _rate(fps: float) -> Fraction:
-    """What ``fps`` says in decimals, not the binary fraction that stands for it; FFmpeg's numbers have 31 bits."""
+    """The decimal value of ``fps``, not the binary fraction that approximates it; FFmpeg's numbers have 31 bits."""
     return Fraction(repr(fps)).limit_denominator(1_000_000)
 
 

@@ -55,7 +55,7 @@ class Model:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself."""
+        """The manifest of the bundle."""
         return self.files.manifest
 
     @property
@@ -123,7 +123,7 @@ class Model:
 
 
 class Generation:
-    """What a request made. Frames and sound are decoded when they are first asked for, while the model is open."""
+    """The results of a request. Frames and sound are decoded when they are first asked for, while the model is open."""
 
     def __init__(self, model: Model, prepared: Prepared, result: Result) -> None:
         self._model, self._result = model, result
@@ -150,7 +150,7 @@ class Generation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the caller may not have meant, such as a clip of another frame rate."""
+        """Warnings about settings that the caller may not have meant, such as a clip of another frame rate."""
         return self.prepared.notes
 
     @property

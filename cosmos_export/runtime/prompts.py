@@ -78,7 +78,7 @@ MAX_PROMPT_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the user wrote. ``caption``: a JSON object that says everything itself."""
+    """The user's text. ``caption``: a JSON object that needs no sentences added."""
 
     text: str
     caption: bool = False
@@ -187,7 +187,7 @@ def _has_words(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the metadata of a prompt speaks of: pixel frames (1 is an image), pixels and frames a second."""
+    """Subject of a prompt's metadata: pixel frames (1 is an image), pixels, and frames per second."""
 
     frames: int
     height: int

@@ -76,7 +76,7 @@ class Clip:
     """`Frames`, or what they were made into as they were read."""
     fps: float | None
     notes: tuple[str, ...] = ()
-    """What is read otherwise than a player shows it."""
+    """Properties that are read otherwise than a player shows them."""
 
 
 def read_image(path: Path) -> Frames:
@@ -308,7 +308,7 @@ class _Medium:
             _refuse(self.path, f"{count} frames of {size}; allowed for all of them: {MAX_CLIP_BYTES:,} bytes")
 
     def notes(self, times: Sequence[int | None]) -> tuple[str, ...]:
-        """What is not read as a player shows it; ``times``: when each frame is shown."""
+        """Properties that are not read as a player shows them; ``times``: when each frame is shown."""
         found = []
         if hdr := _HDR.get(self.stream.codec_context.color_trc):
             found.append(f"{self.path.name} is HDR ({hdr}) and is read as if it were SDR: its colours are pale")
@@ -374,7 +374,7 @@ def _prepare(path: Path, stream: Any) -> None:
 
 @contextmanager
 def _decoding(path: Path) -> Iterator[None]:
-    """What PyAV raises, as CX614. Around its calls only: a ValueError of this project is not one of the file."""
+    """Turns errors of PyAV into CX614. Around its calls only: a ValueError of this project is not one of the file."""
     av = require_av()
     try:
         yield

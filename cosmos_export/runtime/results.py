@@ -28,7 +28,7 @@ Array = NDArray[Any]
 
 
 class Generated(Protocol):
-    """What a generator returns. Video, sound and actions are made when they are called for."""
+    """The result of a generator. Video, sound and actions are made when they are called for."""
 
     @property
     def latents(self) -> Mapping[str, Array]:

@@ -14,7 +14,7 @@ from cosmos_export.diagnostics import FindingError, UserError
 from cosmos_export.targets.sessions import STEP, Array
 
 SCHEDULE_TABLE = "tables/schedule.safetensors"
-"""What the build computed for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""
+"""Tables of the build for its own schedule: timesteps, coefficients, and the outputs of graphs of the step."""
 _TIMESTEPS, _COEFFICIENTS = "timesteps", "coefficients"
 
 

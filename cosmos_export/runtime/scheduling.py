@@ -12,7 +12,7 @@ from cosmos_export.sampling import CheckpointSampling, Overrides, Schedule, reso
 
 
 def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
-    """What the bundle's checkpoint says of its sampling."""
+    """Sampling settings of the bundle's checkpoint."""
     sampling = record.sampling
     # Lists of a scheduler's configuration are tuples in a manifest.
     scheduler = {key: list(v) if isinstance(v, tuple) else v for key, v in sampling.scheduler.items()}

@@ -1,4 +1,4 @@
-"""What the graphs take of a request: masks, rotary coordinates and noise, as the published pipeline prepares them."""
+"""Inputs of graphs from a request: masks, rotary coordinates and noise, as the published pipeline prepares them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ Picture = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Views:
-    """What a robot's observation consists of, by the names that its data sets have for it."""
+    """The parts of a robot's observation, by the names that its data sets have for it."""
 
     whole: str = "image"
     """A picture that needs no composition."""

@@ -1,4 +1,4 @@
-"""What engines sample with when a request does not say: one row per family and kind of request, with its source."""
+"""Sampling settings of engines when a request has none: one row per family and kind of request, with its source."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Default:
 
 @dataclass(frozen=True)
 class Settings:
-    """What requests of one kind have where they do not say; modes of one kind share it in every engine."""
+    """Settings of requests of one kind that have none of their own; modes of one kind share it in every engine."""
 
     defaults: Mapping[Family, Default]
     prompt_tokens: tuple[int, int]

@@ -34,7 +34,7 @@ class Clue(StrEnum):
 
 
 class PromptForm(StrEnum):
-    """What becomes of the text of a prompt."""
+    """Treatment of the text of a prompt."""
 
     SCENE = "scene"
     """Sentences on duration and resolution follow it."""
@@ -141,7 +141,7 @@ class Mode:
         return 1 if self.single else max(given + 1, 2)
 
     def modalities(self, sound: bool) -> tuple[str, ...]:
-        """What the model must have for it, generated or given."""
+        """Modalities that the model must have for it, generated or given."""
         found = dict.fromkeys((*self.generated, *(["action"] if self.acts else []), *(["sound"] if sound else [])))
         return tuple(found)
 
@@ -272,6 +272,6 @@ def modes_shown_by(data: Clue) -> tuple[str, ...]:
 
 
 DEFAULT_MODE = implied_mode(()).name
-"""What is built for, planned and measured where no mode is named."""
+"""The mode that is built for, planned and measured where none is named."""
 IMAGE_MODE = implied_mode((Clue.ONE_FRAME,)).name
-"""What makes a picture."""
+"""The mode that makes a picture."""

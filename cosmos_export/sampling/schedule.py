@@ -93,7 +93,7 @@ class Schedule:
         return self.segments_by([0] * self.steps)
 
     def segments_by(self, keys: Sequence[int]) -> tuple[Segment, ...]:
-        """The same where steps with different ``keys``, one a step, compute differently, too."""
+        """The same where steps with different ``keys``, one per step, compute differently, too."""
         kinds = list(zip(self.guided, keys, strict=True))
         runs = (list(steps) for _, steps in groupby(range(self.steps), key=kinds.__getitem__))
         return tuple(Segment(run[0], len(run), self.guided[run[0]]) for run in runs)
@@ -105,7 +105,7 @@ def _inconsistent(what: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class CheckpointSampling:
-    """What a checkpoint says of its sampling."""
+    """Sampling settings of a checkpoint."""
 
     scheduler: Mapping[str, Any]
     """``scheduler_config.json``."""

@@ -35,7 +35,7 @@ UNIPC_COLUMNS = (
 )  # fmt: skip
 DISTILLED_COLUMNS = ("guidance", "sigma", "signal", "noise")
 COLUMNS: Mapping[Sampler, tuple[str, ...]] = {"unipc": UNIPC_COLUMNS, "distilled-sde": DISTILLED_COLUMNS}
-"""What stands in each column of a sampler's table."""
+"""Contents of each column of a sampler's table."""
 
 
 def coefficient_table(schedule: Schedule) -> Table:
@@ -112,7 +112,7 @@ def _predictor(sigmas: tuple[float, ...], i: int, order: int) -> tuple[float, fl
 
 @dataclass(frozen=True)
 class SolverState:
-    """What UniPC carries: the sample, the one before the last prediction, and the last two views of x0."""
+    """The state of UniPC: the sample, the one before the last prediction, and the last two views of x0."""
 
     sample: Array
     last: Array

@@ -22,7 +22,7 @@ MAX_SEED = 2**31
 
 @dataclass(frozen=True)
 class Answer:
-    """What leaves for one observation."""
+    """The answer to one observation."""
 
     actions: Actions
     review: Review

@@ -1,4 +1,4 @@
-"""What a robot sees and is told, out of the messages of both protocols.
+"""A robot's observation and instruction, from the messages of both protocols.
 
 Names of cameras and of the state are those of the robot's data sets (`Views`): openpi writes ``observation/NAME``,
 GR00T has a map for each of ``video``, ``state`` and ``language``. Everything is looked at before it is used.

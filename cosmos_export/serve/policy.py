@@ -1,4 +1,4 @@
-"""What a server serves: observations in, chunks of actions out; the bundle behind it, and the golden request."""
+"""The policy behind a server: observations in, chunks of actions out; the bundle behind it, and the golden request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Policy(Protocol):
 
     @property
     def views(self) -> Views:
-        """What its observations consist of."""
+        """The parts of its observations."""
 
     @property
     def units(self) -> Units:
@@ -71,7 +71,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What every request has in common."""
+    """The options that every request has."""
 
     embodiment: str | None = None
     """None: the checkpoint's own."""

@@ -1,4 +1,4 @@
-"""What both protocols say besides actions."""
+"""The contents of replies besides actions, for both protocols."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _logger = logging.getLogger("cosmos_export")
 
 
 def metadata(desk: Desk) -> dict[str, Any]:
-    """What a client is told of the policy before it asks for anything."""
+    """Description of the policy that a client gets before its first request."""
     policy = desk.policy
     views = policy.views
     return {
@@ -33,7 +33,7 @@ def metadata(desk: Desk) -> dict[str, Any]:
 
 
 def facts(answer: Answer, desk: Desk, timing: dict[str, float]) -> dict[str, Any]:
-    """What a reply says besides its actions."""
+    """The contents of a reply besides its actions."""
     return {
         "server_timing": timing,
         "review": answer.review.document,
@@ -57,7 +57,7 @@ def timing(answer: Answer, received: float, now: float) -> dict[str, float]:
 
 
 def said(error: BaseException) -> str:
-    """What a client is told of ``error``; of one that nobody expected its kind alone."""
+    """Description of ``error`` for a client; of an unexpected one the kind alone."""
     if isinstance(error, CosmosExportError):
         _logger.warning("refused: %s", printable(str(error)))
         return str(error)

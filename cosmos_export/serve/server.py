@@ -40,7 +40,7 @@ class ServeOptions:
     port: int | None = None
     """None: the protocol's own; 0: any that is free."""
     token: str | None = None
-    """What a client must know. Every address but this machine's own needs one."""
+    """Token of clients. Every address but this machine's own needs one."""
     metrics_port: int | None = None
     """Port of this machine alone where `/metrics` is; openpi has it at its own port, too."""
     max_message_bytes: int = 16 * files.MIB

@@ -31,7 +31,7 @@ _GROOT = {"__ndarray_class__", "as_npy"}
 
 
 def unpack(data: bytes) -> Any:
-    """What ``data`` says: maps, lists, text, numbers, and arrays of numbers. UserError CX641: it is no such message."""
+    """Decode ``data``: maps, lists, text, numbers, and arrays of numbers. UserError CX641: it is no such message."""
     try:
         return msgpack.unpackb(data, object_pairs_hook=_object, ext_hook=_extension)
     except UserError:

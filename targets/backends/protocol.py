@@ -1,4 +1,4 @@
-"""What a backend answers by itself, so that nothing outside of this folder compares with the name of one."""
+"""The questions that a backend answers itself, so that nothing outside of this folder compares with its name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Requirement:
 
 @dataclass(frozen=True)
 class BuildAsked:
-    """What a build is asked for, as far as it is known before the checkpoint is opened."""
+    """A build request, as far as it is known before the checkpoint is opened."""
 
     external_weights: bool = False
     kernels: tuple[str, ...] = ()
@@ -44,7 +44,7 @@ class BuildAsked:
 
 @dataclass(frozen=True)
 class PrecisionAsked:
-    """What a build computes in, for one checkpoint."""
+    """The precision of a build, for one checkpoint."""
 
     recipe: str
     schemes: frozenset[str]
@@ -111,7 +111,7 @@ class Engines(Protocol):
         """Build ``model`` for ``target`` and write the engine to ``output``, or nothing. ToolError where it fails."""
 
     def inspect(self, path: Path) -> EngineSummary | None:
-        """What the engine at ``path`` contains, read from the file; None where its format is not known."""
+        """Contents of the engine at ``path``, read from the file; None where its format is not known."""
 
     def checks(self, wanted: WantedEngine, report: EngineReport, found: EngineSummary | None) -> list[EngineCheck]:
         """What of ``wanted`` can be told of the engine, from its builder's report and from what was ``found`` in it;

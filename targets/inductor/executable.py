@@ -240,7 +240,7 @@ class Captured:
         self._replay, self._outputs = self._capture(apart, warm or function)
 
     def _capture(self, function: Function, warm: Function) -> tuple[Callable[[], None], dict[str, torch.Tensor]]:
-        """What replays ``function`` on the inputs, and where its results are then."""
+        """A call that replays ``function`` on the inputs, and the places of its results."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -191,7 +191,7 @@ _KEPT_NARROW = ops.having(ops.Trait.WIDENS)
 
 
 def _varying(graph: Graph, loop: Loop) -> set[Node]:
-    """What changes from step to step, and what belongs to a product that does."""
+    """Nodes that change from step to step, and those that belong to a product that does."""
     found: set[Node] = set()
     for node in graph.nodes:
         if is_input(node):

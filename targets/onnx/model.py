@@ -62,7 +62,7 @@ def _widened_in_product(weight: Node) -> bool:
 
 
 def weight_name(node: Node) -> str:
-    """What the weight ``node`` is called in a model."""
+    """Name of the weight ``node`` in a model."""
     binding: WeightBinding = node.meta["weight"]
     return binding.keys[0] if len(binding.keys) == 1 and binding.packing is None else str(node.name)
 
@@ -257,5 +257,5 @@ class ModelBuilder:
 
 
 def gemm_name(node: Node) -> str:
-    """What the product of the linear ``node`` is called in its model, and in an engine made from it."""
+    """Name of the product of the linear ``node`` in its model, and in an engine made from it."""
     return f"gemm_{node.name}"

@@ -1,4 +1,4 @@
-"""What only moves elements, takes parts of values, or makes values of none."""
+"""Rules of operations that only move elements, take parts of values, or make values of none."""
 
 from __future__ import annotations
 
