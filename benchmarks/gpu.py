@@ -54,7 +54,7 @@ def median_s(function: Callable[[], Any], device: torch.device, *, runs: int, wa
 
 
 def ceilings(device: torch.device, dry_run: bool) -> dict[str, float]:
-    """Bytes and operations a second that this card reaches in the plainest case: a large copy, large products."""
+    """Bytes and operations per second that this card reaches in the plainest case: a large copy, large products."""
     size = 64 if dry_run else 8192
     runs = 1 if dry_run else 10
     found = {}

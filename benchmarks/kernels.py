@@ -5,7 +5,7 @@
     TRITON_INTERPRET=1 python benchmarks/kernels.py --dry-run                 # anywhere: tiny shapes, interpreted
 
 Inputs are random and fresh for the check and for the timing. "of the ceiling" is against what the same card reaches in
-a large copy (bytes a second, each tensor once) or a large product (operations a second) just before.
+a large copy (bytes per second, each tensor once) or a large product (operations per second) just before.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def of_last_rows(found: tuple[torch.Tensor, torch.Tensor], wanted: torch.Tensor, wanted_scale: torch.Tensor) -> float:
-    """Error of quantized rows and of their scale, one or one a row."""
+    """Error of quantized rows and of their scale: one, or one per row."""
     values, scale = found
     scale = scale[-_LAST:] if scale.numel() > 1 else scale
     return max(error(values[-_LAST:].float(), wanted.float()), error(scale, wanted_scale))

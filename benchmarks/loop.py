@@ -1,4 +1,4 @@
-"""The denoising loop in engines: true width, guided, for several numbers of steps; one engine a segment of them.
+"""The denoising loop in engines: true width, guided, for several numbers of steps; one engine per segment of them.
 
     python benchmarks/loop.py [--size nano] [--layers 4] [--steps 1,35,50] [--interval LOW:HIGH]
                               [--target rtx-pro-6000] [-o FILE.json]

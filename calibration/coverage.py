@@ -117,7 +117,7 @@ def coverage(works: Sequence[CalibrationRequest], samples: Sequence[ForwardPass]
 
 
 def part(step: int, steps: int) -> str:
-    """The part of the schedule that ``step`` of ``steps`` lies in, in per cent."""
+    """The part of the schedule that has ``step`` of ``steps``, in per cent."""
     index = step * RANGES // steps
     return f"{index * 100 // RANGES}-{(index + 1) * 100 // RANGES} %"
 

@@ -1,6 +1,6 @@
 """Calibration of a checkpoint that does not fit into memory: all samples through one decoder layer, then the next.
 
-Between layers the hidden states of the samples lie on disk, one file a sample, each with what the last layer was seen
+Between layers the hidden states of the samples are on disk, one file per sample, each with what the last layer was seen
 to do with it. A file is replaced whole, so a calibration that is killed goes on where it was and ends with the same
 table: what a sample adds to a range can be added in any order, a maximum or counts.
 """

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
     from rich.segment import Segment
 
-# Controls but for tab and line feed, both ways of ending a line that terminals know besides, what turns the direction
+# Controls except tab and line feed, both ways of ending a line that terminals know besides, what turns the direction
 # of text around, and halves of characters, which have no encoding.
 _HARMFUL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

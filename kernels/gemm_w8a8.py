@@ -5,7 +5,7 @@
 Contract
     a         E4M3 [N, K], contiguous last axis
     weight    E4M3 [O, K], contiguous last axis: a checkpoint's own bytes
-    a_scale   float32 of one element (static), or [N] (one a row)
+    a_scale   float32 of one element (static), or [N] (one per row)
     w_scale   float32 of one element, or [O] (one an output)
     bias      [O] in the result's type, or None
     result    bf16 [N, O]

@@ -1,4 +1,4 @@
-"""Attention of generated rows over their own keys and the prompt's, both read where they lie.
+"""Attention of generated rows over their own keys and the prompt's, both read in place.
 
     out[n, h] = Σ_j softmax_j(scale · q[n, h]·k[j, g]) · v[j, g]     g = h // (heads / kv_heads), no mask
 

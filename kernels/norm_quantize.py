@@ -7,7 +7,7 @@ Contract
     delta    the same shape and type, or None
     total    where ``delta`` is given, the same shape and type: receives the sum; None: ``x`` itself does
     weight   [width], of x's type (Qwen) or float32 (Nemotron)
-    scale    float32 of one element: static. None: one scale a row, its largest magnitude / 448
+    scale    float32 of one element: static. None: one scale per row, its largest magnitude / 448
     result   y E4M3 [N, width], and the scale: as given, or float32 [N] (a row of zeros: 1e-12 / 448)
     width    any; one program holds a row of up to 65,536
 Rounding before the division follows `cosmos_export::rms_norm`, cast to x's type; the division is IEEE's.

@@ -2,7 +2,7 @@
 
     q = rotary(rms_norm(x_q, w_q), cos, sin)      k = rotary(rms_norm(x_k, w_k), cos, sin)      v = x_v
 
-each optionally quantized with one scale a head, the value optionally transposed to [kv_heads, d, N].
+each optionally quantized with one scale per head, the value optionally transposed to [kv_heads, d, N].
 
 Contract
     query        [N, heads · d], a view with a contiguous last axis: the merged projection's slice, as it lies

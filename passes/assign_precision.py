@@ -59,7 +59,7 @@ class AssignPrecision(Pass):
     with the prompt. A linear whose result comes to attention through norms, rotations and moves is ``attention.qkv``,
     one that reads attention's result ``attention.out``, one that an activation reads ``mlp.gate_up``, one that reads an
     activation ``mlp.down``; anything else (heads, embeddings of time) has no scheme. The layer is the number of
-    attentions before the site. The label lies on the weight, and on the attention itself, and outlives copies; that of
+    attentions before the site. The label is on the weight, and on the attention itself, and outlives copies; that of
     the generator's attention says in which type keys and values of the prompt come, ``attention.kv`` of the reasoner.
     A program that has labels keeps its sites, and they get their schemes anew: once the loop is closed they would not
     be found again.

@@ -14,7 +14,7 @@ SCHEDULE, TIME_EMBEDDING = "schedule", "time_embedding"
 class FoldSchedule(Pass):
     """What follows from the timestep alone becomes graph ``schedule``.
 
-    Its result is one row a step, the same for every token, and the schedule is known when a bundle is built: the build
+    Its result is one row per step, the same for all tokens, and the schedule is known when a bundle is built: the build
     evaluates the graph at each timestep and stores the table [steps, hidden]; the generator takes the row.
 
         generator(x, t)  =  generator'(x, schedule(t))

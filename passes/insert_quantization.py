@@ -28,9 +28,9 @@ class Ranges:
     amax: Mapping[str, float] = field(default_factory=dict)
     """``<linear>.input_amax`` → largest magnitude of its input."""
     pre_scales: Mapping[str, WeightSource] = field(default_factory=dict)
-    """Linear → where the factors of its input's channels lie; equal factors are one source."""
+    """Linear → place of the factors of its input's channels; equal factors are one source."""
     low_rank: Mapping[str, tuple[WeightSource, WeightSource]] = field(default_factory=dict)
-    """Linear → where ``down`` [rank, K] and ``up`` [N, rank] of its part of low rank lie; equal ``down`` are one."""
+    """Linear → place of ``down`` [rank, K] and ``up`` [N, rank] of its part of low rank; equal ``down`` are one."""
     attention: Mapping[tuple[int, str], float] = field(default_factory=dict)
     """Layer and operand (``q``, ``k``, ``v``) of the generator's attention → largest magnitude."""
 
@@ -90,8 +90,8 @@ class InsertQuantization(Pass):
 
         fp8        x·Wᵀ  →  dq(q(x, a), a) · dq(W₈, w)ᵀ      constants a = amax(x)/448, w = amax(W)/448
         fp8-w8a16  x·Wᵀ  →  x · dq(W₈, w)ᵀ
-        int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ [+ (x·Dᵀ)·Uᵀ]     s: one scale a row and group of columns; W − U·D is packed
-        nvfp4      x·Wᵀ  →  qdq₄(x, a) · dq(W₄, b, w)ᵀ       b: one scale a block of 16; blocks of x as they come
+        int4       x·Wᵀ  →  x · dq(W₄, s)ᵀ [+ (x·Dᵀ)·Uᵀ]     s: a scale per row and group of columns; W − U·D is packed
+        nvfp4      x·Wᵀ  →  qdq₄(x, a) · dq(W₄, b, w)ᵀ       b: one scale per block of 16; blocks of x as they come
         fp8-attention       joint attention whose query, keys, values and softmax are quantized
 
     The low-precision tensors are bindings like any weight: they are computed when they are written, and no data moves

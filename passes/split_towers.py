@@ -18,10 +18,10 @@ REASONER, CONDITIONING, GENERATOR = "reasoner", "conditioning", "generator"
 class SplitTowers(Pass):
     """Loop-invariant code motion over the joint step, in two parts.
 
-    What follows from the token ids alone becomes graph ``reasoner`` (once a prompt); what follows from the rest of the
-    request, rotary tables and embodiment matrices, becomes ``conditioning`` (once a request); the loop's body stays as
-    ``generator``. Nothing is trimmed here: `resolve_packing`, which takes the rows of the towers apart, has left the
-    last reasoner layer with its key and value, because nothing else of it is read.
+    What follows from the token ids alone becomes graph ``reasoner`` (once per prompt); what follows from the rest of
+    the request, rotary tables and embodiment matrices, becomes ``conditioning`` (once per request); the loop's body
+    stays as ``generator``. Nothing is trimmed here: `resolve_packing`, which takes the rows of the towers apart, has
+    left the last reasoner layer with its key and value, because nothing else of it is read.
 
         joint(ids, latents, t)  =  generator(latents, t, reasoner(ids), conditioning(request))
 

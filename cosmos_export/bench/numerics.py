@@ -1,7 +1,7 @@
 """A few layers of a published width end to end on one device, beside diffusers' own transformer there.
 
 Weights are random and seen as fp32 by both. The oracle is diffusers' transformer in fp32; ours in bf16 may be no
-further from it than diffusers' own bf16 is, but for the noise of rounding. In FP8 diffusers' weights are what the bytes
+further from it than diffusers' own bf16 is, apart from rounding noise. In FP8 diffusers' weights are what the bytes
 and scales stand for, as it reads an FP8 checkpoint: weight-only FP8 is judged as bf16 is, and W8A8 against what its own
 arithmetic gives in the interpreter.
 """

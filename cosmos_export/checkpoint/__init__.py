@@ -1,4 +1,4 @@
-"""The checkpoint, read without loading it: layout, configuration, and where every tensor lies.
+"""The checkpoint, read without loading it: layout, configuration, and the place of every tensor.
 
 Opening reads JSON and safetensors headers only and validates all of it; weights are mapped, never copied, and nothing
 is ever unpickled. No torch here except in ``demo``, which is imported only to write a demo checkpoint.

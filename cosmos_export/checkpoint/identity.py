@@ -1,6 +1,6 @@
 """What makes two checkpoints the same model: the names, types, shapes and bytes of the transformer's tensors.
 
-How the tensors are distributed over files, and what else lies in the directory, does not matter, so a table of scales
+The distribution of tensors over files, and other files in the directory, do not matter: a table of scales
 made on one machine is recognised on another that downloaded other shards of the same weights.
 """
 
@@ -24,7 +24,7 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None
     """SHA-256 (64 hex digits) of the transformer of ``checkpoint``; reads each of its tensors once.
 
     Each tensor is hashed by itself, several at a time: all tensors of Nano are 30 GB, and one core hashes about
-    1.5 GB a second.
+    1.5 GB per second.
     """
     report = progress or Silent()
     tensors = sorted(checkpoint.tensors.items())

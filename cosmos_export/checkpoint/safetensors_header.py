@@ -3,7 +3,7 @@
 The format: eight bytes of little-endian header length, that many bytes of JSON (name → dtype, shape, two offsets), then
 the data. Valid here means what the reference implementation means, and stricter in one place: a name given twice in
 the JSON is an error, not the last one wins. After a header is accepted, every byte of the data belongs to exactly one
-tensor, and every tensor lies inside the file.
+tensor, and every tensor is inside the file.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ _REPOSITORY = re.compile(r"cosmos3-(nano|super|edge)(-[a-z0-9-]+)?$", re.IGNOREC
 _CACHE_FOLDER = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)$")
 _SUFFIXES = frozenset({"", "text2image", "image2video", "text2image-4step", "image2video-4step", "policy-droid"})
 _IMAGE2VIDEO_FPS = 16
-"""The image-to-video variants are trained at 16 frames a second, all others at 24."""
+"""The image-to-video variants are trained at 16 frames per second, all others at 24."""
 
 
 @dataclass(frozen=True)

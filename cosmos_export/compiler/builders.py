@@ -70,7 +70,7 @@ class Builders:
         self.require_none_failed()
 
     def hold(self, memory_bytes: int) -> None:
-        """From now on so much is taken by other work of the build."""
+        """Bytes that other work of the build takes from now on."""
         with self._changed:
             self._held = memory_bytes
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Requests through a bundle that is complete but for its place, as a user's would go.
+"""Requests through a bundle that is complete except for its place, made as a user makes them.
 
 This covers all that is between a request and the models: edges, tables, the request record, what runs for which prompt.
 """

@@ -1,8 +1,8 @@
 """Engines that finished builds have left and graphs that were captured, found by the key of what they were made from.
 
-The cache holds no engine, only where each lies: in the bundle it was built for. A build that needs the same one copies
+The cache holds no engine but the place of each: in the bundle it was built for. A build that needs the same one copies
 it from there and checks its digest; where the bundle is gone or has changed, the engine is built. So engines cost no
-disk space, and deleting a bundle frees all of it. Captured graphs are small and lie in the cache itself.
+disk space, and deleting a bundle frees all of it. Captured graphs are small and are in the cache itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ GRAPHS_VARIABLE = "COSMOS_EXPORT_GRAPHS"
 
 @dataclass(frozen=True)
 class Entry:
-    """One engine, or the graphs of one capture: what they were made from, and where they lie."""
+    """One engine, or the graphs of one capture: what they were made from, and where they are."""
 
     key: _Digest
     name: _Name
@@ -106,7 +106,7 @@ class Cache:
         return entry if entry is not None and entry.present else None
 
     def add(self, entries: Iterator[Entry] | list[Entry]) -> None:
-        """Record ``entries``, but for those of which another copy is known and still there. A cache that cannot be
+        """Record ``entries``, except those of which another copy is known and still there. A cache that cannot be
         written is left as it is: it is a convenience."""
         if self.folder is None:
             return

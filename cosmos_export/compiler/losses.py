@@ -168,7 +168,7 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
             programs[keys[step]] = quantize_copy(plain, passes, step)
         return programs[keys[step]]
 
-    # Steps that compute alike are seen on their own latents, but for those of a model that is read as seldom as can be.
+    # Steps that compute alike are seen on their own latents, except those of a model that is read as seldom as can be.
     groups = (
         [(sorted(first), recorded[:1])]
         if seen_of is not None
@@ -249,7 +249,7 @@ def _shares(losses: Losses) -> Iterator[str]:
 
 
 def loss_values(losses: Losses) -> dict[str, float]:
-    """The numbers behind the verdicts, but for those that are infinite or were not measured."""
+    """The numbers behind the verdicts, without those that are infinite or were not measured."""
     values = {
         "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
         "G2": median(loss.relative for loss in losses.steps) if losses.steps else inf,

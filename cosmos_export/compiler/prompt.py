@@ -169,7 +169,7 @@ def _published_tokenizer(stated: Any, folder: Path) -> Any:
 
 
 def _applied(tokenizer: Any, messages: Sequence[Message], **options: Any) -> Any:
-    """The published call, but for the date: a template that writes it makes another bundle each day."""
+    """The published call, except for the date: a template that writes it makes another bundle each day."""
     template = {**_TEMPLATE_OPTIONS, **options}
     try:
         return tokenizer.apply_chat_template(list(messages), **template)

@@ -134,7 +134,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
 
 
 def _ignored_adapters(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
-    """Adapters that lie beside the weights and are not in the bundle, where there are any."""
+    """Adapters that are beside the weights and are not in the bundle, where there are any."""
     found = tuple(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
     return {"ignored_adapters": found} if found else {}
 

@@ -31,7 +31,7 @@ CODE_BYTES: Mapping[str, int] = {"conditioning": 440_000, "codec": 5_000_000}
 TOWER_CODE_BYTES, LAYER_CODE_BYTES = 7_000_000, 50_000
 """The same of a tower, and for each of its layers."""
 PROFILE_CODE_SHARE = 0.5
-"""Each further profile has code of its own, about so much of the first one's."""
+"""Code that each further profile adds, as a share of the first one's."""
 
 CODEC_BUILDER_SHARE = 1.8
 """Anonymous memory of the builder per byte of weights, where these are of convolutions; `Scheme.builder_share` has that

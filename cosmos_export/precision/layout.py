@@ -40,9 +40,9 @@ class Layout:
     numbers: Mapping[str, Any]
     """``num_bits``, ``type`` and ``group_size`` of the configuration."""
     tensors: Callable[[int, int], Stored]
-    """The tensors of a linear [N, K], but for its pre-scale."""
+    """The tensors of a linear [N, K], without its pre-scale."""
     encode: Callable[[torch.Tensor, LinearInputs, Rounding], dict[str, torch.Tensor]]
-    """The tensors of a weight [N, K], but for its pre-scale."""
+    """The tensors of a weight [N, K], without its pre-scale."""
     decode: Callable[[Mapping[str, torch.Tensor]], torch.Tensor]
     """float32 [N, K]: what the tensors stand for, before the pre-scale."""
     error: float

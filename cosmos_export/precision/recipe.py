@@ -324,7 +324,7 @@ class Assignment:
 
     @property
     def schemes(self) -> frozenset[str]:
-        """Every scheme that some site has at some step, but for the model's own type."""
+        """Every scheme that some site has at some step, except the model's own type."""
         used = {scheme for site in self.sites() for scheme in self.over_steps(*site)}
         return frozenset(used - {UNQUANTIZED})
 

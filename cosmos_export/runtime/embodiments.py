@@ -81,7 +81,7 @@ EMBODIMENTS: Mapping[str, Embodiment] = {embodiment.name: embodiment for embodim
 
 _POLICIES: Mapping[str, Embodiment] = {
     # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
-    # vLLM-Omni: chunk 32 at 15 frames a second.
+    # vLLM-Omni: chunk 32 at 15 frames per second.
     "droid": Embodiment(
         "droid_lerobot",
         8,
@@ -174,7 +174,7 @@ class ActionFile:
     path: Path | InMemory[Actions]
     values: Actions
     embodiment: str | None = None
-    """Whose they are."""
+    """The embodiment that they are of."""
     units: str | None = None
     """``model``, or ``raw``: those of the data."""
 

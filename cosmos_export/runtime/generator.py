@@ -51,7 +51,7 @@ class Result:
         return self._timings
 
     def video(self) -> Iterator[Array]:
-        """The frames in order, a latent frame's a chunk: float32 [1, 3, n, H, W] in [−1, 1] but for overshoot."""
+        """The frames in order, one chunk per latent frame: float32 [1, 3, n, H, W] in [−1, 1], apart from overshoot."""
         latent = self.latents["vision"]
         chunks = (latent[:, :, i : i + 1] for i in range(latent.shape[2]))
         return self._generator.stream(DECODER, chunks)

@@ -118,7 +118,7 @@ def to_pcm(sound: NDArray[Any]) -> NDArray[np.int16]:
 
 
 def write_wav(path: Path, sound: NDArray[Any], rate: int, mark: Mark) -> None:
-    """``sound`` float [channels, samples] as 16-bit WAV of ``rate`` samples a second, the mark in a LIST/INFO chunk."""
+    """``sound`` float [channels, samples] as 16-bit WAV, ``rate`` samples per second, the mark in a LIST/INFO chunk."""
     with replacing(path) as partial:
         with wave.open(str(partial), "wb") as file:
             file.setnchannels(sound.shape[0])
@@ -169,7 +169,7 @@ def write_json(path: Path, document: Mapping[str, Any], mark: Mark) -> None:
 
 @dataclass(frozen=True)
 class Audio:
-    """Sound that goes with a clip: float [channels, samples] and samples a second."""
+    """Sound that goes with a clip: float [channels, samples] and samples per second."""
 
     samples: NDArray[Any]
     rate: int

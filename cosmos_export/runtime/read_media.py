@@ -159,7 +159,7 @@ def has_sound(path: Path) -> bool:
 
 
 def read_sound(path: Path, start_s: float, samples: int, rate: int) -> NDArray[np.float32]:
-    """float32 [2, samples] of the first track of sound in ``path``, from ``start_s`` seconds on, at ``rate`` a second.
+    """float32 [2, samples] of the first sound track in ``path``, from ``start_s`` seconds on, at ``rate`` per second.
 
     Silence follows where it ends. CX614: there is none, or it cannot be decoded.
     """

@@ -27,7 +27,7 @@ from cosmos_export.sampling.modes import IMAGE_MODE
 
 @dataclass(frozen=True)
 class Stage:
-    """A request but for its prompt and its noise."""
+    """A request without its prompt and its noise."""
 
     mode: Mode
     scene: Scene
@@ -118,7 +118,7 @@ def policy_of(record: RequestRecord) -> Embodiment | None:
 
 
 def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
-    """An embodiment's actions, and the canvas that its picture or clip lies on."""
+    """An embodiment's actions, and the canvas of its picture or clip."""
     assert record.action is not None
     robot = embodiments.embodiment(asked.embodiment, policy_of(record))
     video, fps = record.video, robot.fps if asked.fps is None else float(asked.fps)

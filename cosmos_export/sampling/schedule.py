@@ -51,7 +51,7 @@ class Schedule:
     """How a request is sampled. ``sigmas`` has one more entry than there are steps, the last is 0.
 
     ``shift`` is None on grids that have none (Karras, distilled). ``guidance_interval`` holds inclusive timesteps; None
-    guides every step. ``timesteps`` are whole numbers but for a distilled checkpoint.
+    guides every step. ``timesteps`` are whole numbers, except for a distilled checkpoint.
 
     Sigmas are rounded to float32, as the published scheduler rounds them. That is part of the trajectory: on the flow
     grid the first σ is 1 − 1e-6, and the rounding moves 1 − σ by 1.3 %.

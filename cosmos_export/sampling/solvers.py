@@ -1,4 +1,4 @@
-"""Both samplers as linear combinations of tensors with a row of coefficients a step.
+"""Both samplers as linear combinations of tensors with a row of coefficients per step.
 
 The coefficients follow from the sigmas alone, so a schedule becomes a table, and a step has no branch, no logarithm and
 no step counter: the same arithmetic runs in numpy here, in a graph (`passes.sampler`), and in an engine's loop.

@@ -87,7 +87,7 @@ class TensorRtRtx(Backend):
     title = "TensorRT-RTX"
     devices = ("cuda",)
     requirements = (Requirement("tensorrt-rtx-cu13", "rtx"),)
-    # A weight that several steps of one engine read is widened once for all of them, and lies there in full.
+    # A weight that several steps of one engine read is widened once for all of them, and is there in full.
     separates_weight_only_steps = True
     engines = _Engines()
 

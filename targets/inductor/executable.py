@@ -29,7 +29,7 @@ Sizes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class Executable:
-    """A graph with its weights on one device, compiled for the sizes it is called with, but for those of open dims."""
+    """A graph with its weights on one device, compiled for the sizes it is called with, except those of open dims."""
 
     def __init__(
         self,

@@ -223,7 +223,7 @@ def _forget(session: TorchSession | LoopSession) -> None:
 class TorchExecutor:
     """The graphs of a bundle on one device.
 
-    They are compiled for the sizes of a request, but for any length of its prompts: a new prompt compiles nothing.
+    They are compiled for the sizes of a request and any length of its prompts: a new prompt compiles nothing.
     """
 
     def __init__(self, files: BundleFiles, device: torch.device, settings: Settings | None = None) -> None:

@@ -71,7 +71,7 @@ class Specialised:
 
 @dataclass(eq=False)
 class _Call:
-    """An operation whose sizes are known but for those of open dims; operands are calls and placeholders."""
+    """An operation whose sizes are known, except those of open dims; operands are calls and placeholders."""
 
     name: str
     target: Any

@@ -142,7 +142,7 @@ class _LoopLowering(Lowering):
         return self.op("ConstantOfShape", self.ints(spec_of(node).shape), value=zero)
 
     def compute_size(self, value: Size) -> str:
-        # Sizes follow from the model's inputs, and those lie outside whatever asks for them.
+        # Sizes follow from the model's inputs, and those are outside whatever asks for them.
         nodes, self.nodes = self.nodes, self._outside
         result = super().compute_size(value)
         self.nodes = nodes

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _NARROW = (torch.bfloat16, torch.float16)
 _ALIGNED = 16
-"""FP8 values lie transposed, in rows of a multiple of so many."""
+"""FP8 values are stored transposed, in rows of a multiple of this many."""
 
 
 class Plugins:

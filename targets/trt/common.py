@@ -152,7 +152,7 @@ def run_build(
     decomposable_attention: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> EngineReport:
-    """Build ``onnx_path`` (its weights may lie in external files) for ``target`` and write the engine to ``output``."""
+    """Build ``onnx_path`` (its weights may be in external files) for ``target`` and write the engine to ``output``."""
     capability = target.compute_capability
     if capability is None or (flavor.capabilities and capability not in flavor.capabilities):
         raise UnsupportedError(

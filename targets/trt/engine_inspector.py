@@ -29,7 +29,7 @@ KNOWN_VERSIONS = frozenset({(1, 7, 1, 116)})
 _HEADER_BYTES = 64
 _MAGIC = b"vtrt"
 _SECTION = b"NGNE"
-# Byte 32 of the header, one bit a compute capability.
+# Byte 32 of the header, one bit per compute capability.
 _CAPABILITY_BITS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 _TYPES: Mapping[str, str] = {
@@ -125,7 +125,7 @@ class EngineExpectation:
     """What an engine was meant to contain."""
 
     attention: int
-    """Fused attention kernels, one a layer; 0 where attention is meant to be decomposed (FP32)."""
+    """Fused attention kernels, one per layer; 0 where attention is meant to be decomposed (FP32)."""
     gemm_type: str
     """Type every GEMM computes in, `Gemm.type`, unless a pattern in ``other_gemms`` matches one of its nodes."""
     other_gemms: Mapping[str, str] = field(default_factory=dict)
@@ -395,7 +395,7 @@ def _gemm(kind: str, name: str, body: str, inputs: list[_Tensor], outputs: list[
 def _attention(
     kernels: list[tuple[str, str, int]], sources: list[tuple[str, str, str, float]]
 ) -> tuple[FusedAttention, ...]:
-    # Kernels name their source by number, equal sources share one; sources lie in the file in that order.
+    # Kernels name their source by number, equal sources share one; sources are in the file in that order.
     numbers = sorted({binary for _, _, binary in kernels})
     known = dict(zip(numbers, sources, strict=True)) if len(numbers) == len(sources) else {}
     fused = []

@@ -1,6 +1,6 @@
 """The TensorRT-RTX backend: engines for one compute capability each, built on any machine, no GPU needed.
 
-One engine a compute capability: an engine for several falls back to kernels that expand K/V in memory.
+One engine per compute capability: an engine for several falls back to kernels that expand K/V in memory.
 """
 
 from __future__ import annotations
