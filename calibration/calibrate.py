@@ -220,7 +220,7 @@ class _AtStep:
 
 
 class _Makers:
-    """What makes latents; each is loaded when it is first needed."""
+    """The models that make latents; each is loaded when it is first needed."""
 
     def __init__(self, job: CalibrationJob) -> None:
         self._job = job

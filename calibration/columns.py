@@ -180,7 +180,7 @@ def _require_poses(
 
 
 def _names(feature: Any) -> tuple[str, ...] | None:
-    """What info.json calls the elements of a feature: a list, or one list under any key; None where it does not say."""
+    """Names of a feature's elements in info.json: a list, or one list under any key; None where it has none."""
     names = feature.get("names") if isinstance(feature, dict) else None
     if isinstance(names, dict) and len(names) == 1:
         names = next(iter(names.values()))

@@ -62,7 +62,7 @@ def entry_item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
 
 
 def _said(name: str, entry: Mapping[str, Any], key: str, *kinds: type) -> Any:
-    """What ``entry`` says under ``key``, of one of ``kinds``; None where it says nothing. CX340 for anything else."""
+    """Value of ``entry`` under ``key``, of one of ``kinds``; None where there is none. CX340 for anything else."""
     value = entry.get(key)
     if value is not None and type(value) not in kinds:
         bad_entry(name, f"{key} = {shown(value)} is no {'text' if str in kinds else 'number'}")

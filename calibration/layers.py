@@ -25,7 +25,7 @@ _NOT_READ = (f"{_EMBEDDING}.", "lm_head.", "norm.", "norm_moe_gen.", "proj_out."
 
 
 _WITHOUT_NARROW_PRODUCTS = ("AVX2",)
-"""What PyTorch calls a CPU on which it multiplies narrow matrices an element at a time."""
+"""PyTorch's name of a CPU on which it multiplies narrow matrices one element at a time."""
 
 
 class WideLinear(nn.Linear):

@@ -222,7 +222,7 @@ def _is_depth(name: str, feature: Mapping[str, Any]) -> bool:
 
 
 def _instruction(root: Path, episode: _Episode, task: Any, tasks: Mapping[int, str], number: int) -> str:
-    """What is said of window ``number`` of ``episode``: the task of its first row, else the episode's only one. Of
+    """The instruction of window ``number`` of ``episode``: the task of its first row, else the episode's only one. Of
     several annotations each window has the next; an empty instruction stays empty."""
     if task is None:
         if len(set(episode.tasks)) > 1:

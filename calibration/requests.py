@@ -70,7 +70,7 @@ class CalibrationRequest:
     given: NDArray[np.float32] | None = field(default=None, repr=False)
     """Actions [rows, width] in the model's units, where the request itself does not hold them."""
     notes: tuple[str, ...] = ()
-    """What of its clip or picture is read otherwise than it is shown."""
+    """Properties of its clip or picture that are read otherwise than they are shown."""
 
 
 def make_requests(
@@ -206,7 +206,7 @@ def _video(
 
 
 def _corner(frame: read_media.Frames) -> read_media.Frames:
-    """What is kept of a frame that is only counted."""
+    """Reduce a frame that is only counted to one pixel."""
     return frame[:, :1, :1].copy()
 
 

@@ -38,7 +38,7 @@ _PRE, _DOWN, _UP = "pre:", "down:", "up:"
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What was found of one layer, by what the table calls it without the layer's name. Arrays are mapped."""
+    """Findings of one layer, by their names in the table without the layer's name. Arrays are mapped."""
 
     ranges: Mapping[str, float]
     pre_scales: Mapping[str, Array]
@@ -102,7 +102,7 @@ class Workspace:
         self._write(sample, hidden, passed, seen)
 
     def seen(self, sample: int) -> Seen:
-        """What the last layer was seen to do with ``sample``."""
+        """Observations of the last layer for ``sample``."""
         from safetensors import safe_open
 
         with safe_open(self._state(sample), framework="pt") as file:

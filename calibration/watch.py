@@ -33,7 +33,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Watched:
-    """What to remember: distributions (``count``), and for a search ``rows`` of each sample."""
+    """The observations to keep: distributions (``count``), and for a search ``rows`` of each sample."""
 
     count: bool = False
     rows: int = 0

@@ -49,7 +49,7 @@ __all__ = [
 
 
 class Compiled:
-    """What `compile` made."""
+    """The result of `compile`."""
 
     def __init__(self, result: BuildResult, output: Path | None) -> None:
         from cosmos_export.compiler.document import build_document
@@ -58,7 +58,7 @@ class Compiled:
         """The bundle; None where only graphs were dumped."""
         self.manifest: Manifest | None = result.manifest
         self.report: Mapping[str, Any] = build_document(result, output)
-        """What `build --json` prints: passes, parity, engines, losses, seconds and memory of every stage."""
+        """The document of `build --json`: passes, parity, engines, losses, seconds and memory of every stage."""
         self.dumps: tuple[Path, ...] = tuple(result.dumps)
         """Files of the graphs as text, where they were asked for."""
 
@@ -274,7 +274,7 @@ class Model:
 
     @property
     def manifest(self) -> Manifest:
-        """What the bundle says of itself: docs/bundle.md."""
+        """The manifest of the bundle: docs/bundle.md."""
         return self._model.manifest
 
     @property
@@ -463,7 +463,7 @@ def schemes() -> tuple[Scheme, ...]:
 
 
 def modes() -> tuple[Mode, ...]:
-    """What requests can ask for: t2v, i2v and so on, with what each starts from and makes."""
+    """The modes of requests: t2v, i2v and so on, with what each starts from and makes."""
     from cosmos_export.sampling.modes import MODES
 
     return tuple(MODES.values())

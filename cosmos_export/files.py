@@ -95,7 +95,7 @@ def output_problem(path: Path) -> str | None:
 
 
 def reason(error: OSError) -> str:
-    """What went wrong, as a phrase without the number and the path."""
+    """The cause of ``error``, as a phrase without the number and the path."""
     return error.strerror or str(error)
 
 

@@ -1,4 +1,4 @@
-"""What else computes what a kernel here computes, behind the same arguments: the benchmark on a GPU decides.
+"""Other implementations of what kernels here compute, with the same arguments: the benchmark on a GPU decides.
 
 A candidate is a function and the reason it cannot run on a device, empty where it can.
 """

@@ -1,4 +1,4 @@
-"""What kernels there are, and how a plugin of one is described to a builder that has neither torch nor Triton.
+"""Names of kernels, and how a plugin of one is described to a builder that has neither torch nor Triton.
 
 A plugin is PTX and a description: types and shapes of its operands, its launch, and the integers it takes, each as an
 expression over the sizes of its inputs. The kernel's parameters are the inputs, then the integers (32 bit, no other

@@ -1,4 +1,4 @@
-"""What every kernel module shares: tiles, checks of operands, and the forms compiled ahead of time. No kernels."""
+"""Code that every kernel module shares: tiles, checks of operands, and the forms compiled ahead of time. No kernels."""
 
 from __future__ import annotations
 

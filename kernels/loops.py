@@ -1,4 +1,4 @@
-"""What the loops of a kernel allow: the machine code that a loop of matrix products issues, by where it runs.
+"""Upper bounds for the loops of a kernel: the machine code that a loop of matrix products issues, by where it runs.
 
 An upper bound, and no measurement: of an iteration it counts what the matrix units take, what the four schedulers of a
 multiprocessor issue (an instruction a clock each) and what the exponential units take (an eighth of a warp a clock).

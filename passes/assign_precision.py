@@ -175,7 +175,7 @@ def _readers(program: Program, graph: Graph, node: Node) -> Iterator[tuple[Graph
 
 
 def _follows(node: Node, starts: Collection[object], through: Collection[object]) -> bool:
-    """What ``node`` reads comes from one of ``starts`` by operations of ``through`` alone."""
+    """Whether the input of ``node`` comes from one of ``starts`` by operations of ``through`` alone."""
     stack, seen = [node.args[0]], set[Node]()
     while stack:
         current = stack.pop()

@@ -12,7 +12,7 @@ SCHEDULE, TIME_EMBEDDING = "schedule", "time_embedding"
 
 
 class FoldSchedule(Pass):
-    """What follows from the timestep alone becomes graph ``schedule``.
+    """Operations that follow from the timestep alone become graph ``schedule``.
 
     Its result is one row per step, the same for all tokens, and the schedule is known when a bundle is built: the build
     evaluates the graph at each timestep and stores the table [steps, hidden]; the generator takes the row.

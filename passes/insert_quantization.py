@@ -66,7 +66,7 @@ class Ranges:
         return found.pop()
 
     def part_of_low_rank(self, weight: WeightBinding) -> LowRank | None:
-        """What of ``weight`` is not packed; CX355 where linears that were merged were not searched together."""
+        """Part of ``weight`` that is not packed; CX355 where linears that were merged were not searched together."""
         found = [self.low_rank.get(linear) for linear in linears_of(weight)]
         given = [part for part in found if part is not None]
         if not given:
@@ -172,7 +172,7 @@ class InsertQuantization(Pass):
         linears: list[Node],
         result: PassResult,
     ) -> Node:
-        """What ``linears`` read instead of ``value``."""
+        """The node that ``linears`` read instead of ``value``."""
         first = linears[0]
         if pre is not None:
             return self._scaled(graph, value, pre, linears, result)

@@ -1,4 +1,4 @@
-"""What a measurement of a geometry stands beside in the same run: diffusers' own transformer on the same request.
+"""The baseline of a measurement of a geometry, in the same run: diffusers' own transformer on the same request.
 
 The same geometry with random weights, the same shapes, steps, guidance and clock. A step is what diffusers' pipeline
 does in one: its transformer for every branch, guidance, its scheduler for every modality. What the pipeline packs on

@@ -84,7 +84,7 @@ class GeometryGraphs:
 
 
 def modalities_of(workload: Workload, geometry: Geometry) -> tuple[str, ...]:
-    """What of the model a workload uses; a build for it takes no more."""
+    """Modalities of the model that a workload uses; a build for it takes no more."""
     found = ["vision"]
     if geometry.sound_gen and workload.dim("sound_len"):
         found.append("sound")

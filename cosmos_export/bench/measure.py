@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cosmos_export.ir.graph import Graph
 
 TARGET = "h100"
-"""Whose schemes a recipe of a geometry may use: those of the inductor backend, on whatever card it runs."""
+"""The target whose schemes a recipe of a geometry may use: those of the inductor backend, on whatever card it runs."""
 FEWEST_RUNS = 5
 REASONER = "reasoner"
 """The workload of one prompt alone: the official caption of a video."""

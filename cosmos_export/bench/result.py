@@ -106,7 +106,7 @@ class Measurement:
     """Clocks, power and temperature while it was measured; None without a GPU."""
     baselines: tuple[Baseline, ...] = ()
     baselines_left_out: tuple[str, ...] = ()
-    """What a reader would expect to be compared with and is not there, and why."""
+    """Baselines that a reader would expect and that are missing, and why."""
     verdicts: Open | None = None
     """Findings that the build of a measured bundle left open."""
 
@@ -198,7 +198,7 @@ def read_measurement(path: Path) -> dict[str, Any]:
 
 
 def _parts(data: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What of ``data`` cannot be compared, by its place."""
+    """Parts of ``data`` that cannot be compared, by their place."""
     for key in _COMPARED:
         value = data.get(key)
         words = value if isinstance(value, list) else [value]

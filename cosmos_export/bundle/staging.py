@@ -1,4 +1,4 @@
-"""What is at a bundle's place before it is written, and beside it while it is: files that an earlier build kept, and
+"""Contents of a bundle's place before it is written, and beside it while it is: files that an earlier build kept, and
 whatever does not belong there."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Kept:
     mtime_ns: int
     sha256: str
     facts: Mapping[str, Any]
-    """What the build wants to know of it when it resumes."""
+    """Facts that the build needs when it resumes."""
 
 
 def require_replaceable(output: Path, force: bool) -> None:

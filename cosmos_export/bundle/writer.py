@@ -391,7 +391,7 @@ class BundleWriter:
                     path.rmdir()
 
     def _measured(self, measure: Measure, complete: Manifest) -> Manifest:
-        """What ``measure`` makes of the complete bundle. What it finds in one of changed inputs says nothing."""
+        """Result of ``measure`` for the complete bundle. A finding is not reported where an input has changed."""
         try:
             return measure(self._open_staging(), complete)
         except FindingError:

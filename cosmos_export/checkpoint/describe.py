@@ -31,7 +31,7 @@ class TowerSize:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a checkpoint is. Field names are those of the JSON output."""
+    """Description of a checkpoint. Field names are those of the JSON output."""
 
     path: str
     variant: str

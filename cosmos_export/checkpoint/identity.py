@@ -1,4 +1,4 @@
-"""What makes two checkpoints the same model: the names, types, shapes and bytes of the transformer's tensors.
+"""The identity of a model in a checkpoint: the names, types, shapes and bytes of the transformer's tensors.
 
 The distribution of tensors over files, and other files in the directory, do not matter: a table of scales
 made on one machine is recognised on another that downloaded other shards of the same weights.

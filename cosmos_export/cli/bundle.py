@@ -77,7 +77,7 @@ def register(app: Verbs) -> None:
 
 
 def _data(files: BundleFiles) -> dict[str, Any]:
-    """What `bundle show --json` prints: the same facts as values."""
+    """The document of `bundle show --json`: the same facts as values."""
     manifest = files.manifest
     options, sizes = manifest.options, {record.path: record.size_bytes for record in manifest.files}
     return {
@@ -142,7 +142,7 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
 
 
 def _policy(manifest: Manifest) -> dict[str, str]:
-    """What the bundle's checkpoint says of its policy, where it is one."""
+    """The policy of the bundle's checkpoint, where it is one."""
     found = None if manifest.request is None else manifest.request.policy
     if found is None:
         return {}
@@ -157,7 +157,7 @@ def _policy(manifest: Manifest) -> dict[str, str]:
 
 
 def _checked(manifest: Manifest) -> list[str]:
-    """What passed, by what was looked at; of the others why not, those with one reason together."""
+    """Checks that passed, by subject; for the others the reason, those with one reason together."""
     passed: dict[str, list[str]] = {}
     others: dict[str, list[str]] = {}
     for v in manifest.evaluation:

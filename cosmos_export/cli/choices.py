@@ -11,7 +11,7 @@ def names(registry: str) -> tuple[str, ...]:
 
 
 def completion(registry: str, several: bool = False) -> Callable[[str], Iterator[str]]:
-    """What completes a value that begins like this; ``several``: the last of those with commas between them."""
+    """Completion of a value that begins like this; ``several``: the last of those with commas between them."""
 
     def complete(incomplete: str) -> Iterator[str]:
         before, comma, last = incomplete.rpartition(",") if several else ("", "", incomplete)

@@ -1,4 +1,4 @@
-"""What a verb may print with: data on stdout, everything else on stderr.
+"""The functions that a verb prints with: data on stdout, everything else on stderr.
 
 `out()` and `emit_json` are stdout; `err()`, `log` and `progress()` are stderr. Colour is never needed to understand a
 line, and ``NO_COLOR`` is respected. Rich is imported on first use, so that ``--help`` does not pay for it.
@@ -132,7 +132,7 @@ def log(message: str, level: int = logging.INFO) -> None:
 
 
 def log_open(verdicts: Open) -> None:
-    """What the build of a bundle that is about to be used left open, in one line; ``--quiet`` leaves what failed."""
+    """Findings that the build of a bundle in use left open, in one line; ``--quiet`` leaves what failed."""
     if verdicts.line:
         log(verdicts.line, logging.WARNING if verdicts.failed else logging.INFO)
 

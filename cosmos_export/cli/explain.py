@@ -48,7 +48,7 @@ def codes() -> dict[str, Any]:
 
 
 def explanation(code: str) -> dict[str, Any]:
-    """What is known of ``code``, which may lack its letters. UserError CX100 where there is no such code."""
+    """The explanation of ``code``, which may lack its letters. UserError CX100 where there is no such code."""
     from difflib import get_close_matches
 
     from cosmos_export.diagnostics import UserError

@@ -74,7 +74,7 @@ def _sizes(summary: Summary) -> Table:
 
 
 def _remarks(summary: Summary) -> list[str]:
-    """What is in the directory and not used. Tensors are grouped by reason: a quantized model leaves a thousand."""
+    """Unused contents of the directory. Tensors are grouped by reason: a quantized model leaves a thousand."""
     lines = []
     by_reason: dict[str, list[str]] = {}
     for name, reason in summary.unused_tensors:

@@ -129,7 +129,7 @@ def _limits(path: Path, prepared: Prepared) -> Limits:
 
 
 def _say(review: Review) -> None:
-    """What became of the actions, where there is more to say than that they passed."""
+    """The review of the actions, where there is more to say than that they passed."""
     import logging
 
     from cosmos_export.cli import console
@@ -141,7 +141,7 @@ def _say(review: Review) -> None:
 
 
 def _plan(prepared: Prepared) -> str:
-    """What is about to be done, in one line."""
+    """The request in one line."""
     request = prepared.request
     pictures = "an image" if request.frames == 1 else f"{request.frames} frames at {request.fps:g} a second"
     parts = [f"{pictures} of {_pixels(prepared)}"]

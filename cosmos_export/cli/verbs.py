@@ -1,4 +1,4 @@
-"""What all verbs share: `--quiet`, `--verbose`, `--no-progress`, and how an error ends the process.
+"""Options and errors of all verbs: `--quiet`, `--verbose`, `--no-progress`, and how an error ends the process.
 
 A verb is a plain function registered on a `Verbs`; it raises `CosmosExportError` and knows nothing of exit codes.
 """
@@ -190,7 +190,7 @@ _NO_MEMORY = (
     "cannot allocate memory", "can't allocate memory", "failed to map segment", "out of memory", "bad_alloc",
     "can't start new thread", "failed to allocate memory",
 )  # fmt: skip
-"""What libraries say in errors of other kinds where there is none left; loaders and threads need it too."""
+"""Texts of errors of other kinds where no memory is left; loaders and threads need it too."""
 
 
 def _lack_of_memory(error: BaseException | None) -> BaseException | None:

@@ -261,7 +261,7 @@ def _copied(
 
 
 def cache_entries(writer: BundleWriter, manifest: Manifest, created: str) -> Iterator[Entry]:
-    """What the engines of a committed bundle are to later builds: those that were built from what is in it."""
+    """Cache entries for the engines of a committed bundle: those that were built from the files in it."""
     digests = {writer.output / file.path: file.sha256 for file in manifest.files}
     for kept in writer.all_kept():
         if kept.name.startswith("engines/"):

@@ -30,7 +30,7 @@ _PYTHON_FAILED = 1
 
 @dataclass(frozen=True)
 class Limits:
-    """What the process may take. ``wait_s`` bounds one that sleeps."""
+    """Limits of the process. ``wait_s`` bounds one that sleeps."""
 
     cpu_s: int
     memory_bytes: int
@@ -46,7 +46,7 @@ class LimitError(Exception):
 
 
 def run_bounded(module: str, request: Mapping[str, Any], limits: Limits) -> Any:
-    """What ``answer(request, begin)`` of ``module`` returns (JSON both ways), from a process within ``limits``.
+    """Result of ``answer(request, begin)`` of ``module`` (JSON both ways), from a process within ``limits``.
 
     ``begin`` is called with the name of each phase of the work. A UserError or UnsupportedError of ``answer`` is raised
     here. LimitError: the process took more than it may.

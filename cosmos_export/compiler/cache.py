@@ -178,7 +178,7 @@ class Cache:
         return gone
 
     def _files(self, pattern: re.Pattern[str]) -> list[Path]:
-        """What is called as this cache calls its files."""
+        """Files with the names that this cache gives its files."""
         assert self.folder is not None
         return sorted(path for path in self.folder.iterdir() if pattern.fullmatch(path.name))
 

@@ -71,7 +71,7 @@ _EVIDENCE = ("quantization.json", "quantization.html")
 
 
 def _write_evidence(output: Path, result: BuildResult, error: FindingError) -> list[Path]:
-    """What a build measured until ``error`` ended it, beside the bundle that there is not; the paths."""
+    """Write the measurements of a build that ``error`` ended, beside the place of its bundle; the paths."""
     from cosmos_export.compiler.losses import loss_texts
 
     failed = {"code": error.code, "message": error.message, "hint": error.hint}

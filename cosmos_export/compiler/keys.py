@@ -130,7 +130,7 @@ def report_from(path: Path, facts: Mapping[str, Any], reused: str, size_bytes: i
 
 
 def _file_identity(path: Path) -> list[Any]:
-    """What tells the file from what it may become. Devices are numbered anew when a machine starts."""
+    """Facts that change when the file does. Devices are numbered anew when a machine starts."""
     found = Stamp.of(path)
     return [path.name, found.size_bytes, found.mtime_ns, found.ctime_ns, found.inode]
 

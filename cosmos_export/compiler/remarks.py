@@ -1,4 +1,4 @@
-"""What of a request does not go together, and is allowed: told when the build ends."""
+"""Remarks on options that do not go together and are allowed, for the end of a build."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _policy(checkpoint: Checkpoint, temporal: int) -> PolicyRecord | None:
 
 
 def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What of the checkpoint is not in a bundle of it, or not as a user may think."""
+    """Notes on parts of the checkpoint that are not in its bundle, or not as a user may think."""
     names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
     adapters = (f"adapters that are not in this bundle: {names}",) if names else ()
     return (*adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
@@ -82,7 +82,7 @@ def _position_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What the user of a policy checkpoint should know of checkpoint.json before a robot does."""
+    """Notes on checkpoint.json that the user of a policy should read before a robot moves."""
     found = read_policy(checkpoint.policy)
     if found is None:
         return ()

@@ -124,7 +124,7 @@ class StepModels:
 
 
 def table_problems(root: Path, schedule: Schedule, scheduler: Mapping[str, Any]) -> Iterator[str]:
-    """What the bundle's table of the schedule has that the schedule, the sampler or the bundle's model does not say."""
+    """Differences of the bundle's table of the schedule from the schedule, the sampler and the bundle's model."""
     tables = {n: t.array() for n, t in read_header(root / SCHEDULE_TABLE).tensors.items()}
     if not np.array_equal(tables["timesteps"], np.asarray(schedule.timesteps, np.float32)):
         yield "its timesteps are not those of the schedule"

@@ -38,7 +38,7 @@ ADVISED, LAST = ("fp8", "memory"), "int4"
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is planned."""
+    """The subject of the plan."""
 
     targets: tuple[Target, ...]
     workloads: tuple[Workload, ...]
@@ -71,7 +71,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Load:
-    """What a workload asks for, whatever the target."""
+    """The work of a workload, whatever the target."""
 
     workload: str
     mode: str

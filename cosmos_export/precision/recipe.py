@@ -34,7 +34,7 @@ DEFAULT = UNQUANTIZED
 
 
 class Runner(Protocol):
-    """What a recipe asks of a target."""
+    """Requirements of a recipe on a target."""
 
     @property
     def name(self) -> str: ...
@@ -98,7 +98,7 @@ class Recipe:
     name: str
     title: str
     summary: str
-    """What it is for, and what it costs."""
+    """Its purpose and its cost."""
     experimental: bool
     not_for: tuple[str, ...]
     """Modes of generation for which `auto` does not choose it."""
@@ -387,7 +387,7 @@ def _runs(values: Sequence[Any]) -> Iterator[tuple[Any, range]]:
 def resolve_recipe(
     recipe: Recipe, overrides: Sequence[str], target: Runner, *, layers: int, steps: int, distilled: bool = False
 ) -> Assignment:
-    """What ``recipe`` with ``overrides`` (``PLACE=SCHEME``, later ones count) means for a model on ``target``.
+    """Resolve ``recipe`` with ``overrides`` (``PLACE=SCHEME``, later ones count) for a model on ``target``.
 
     A recipe's own rules for ranges of steps are left out for a distilled model and for one step, as the published
     policy leaves them out; an override's are not. UserError CX353 for overrides that are none or contradict each other

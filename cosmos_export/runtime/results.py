@@ -73,7 +73,7 @@ class Written:
     files: list[Path] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     review: Review | None = None
-    """What became of the actions; None where none are written."""
+    """The review of the actions; None where none are written."""
 
     def clock(self, stage: str, started: float) -> None:
         """Add the time since ``started`` to ``stage``."""

@@ -23,7 +23,7 @@ Fit = Literal["cover", "stretch"]
 
 
 class Clue(StrEnum):
-    """What speaks for a mode where none is named; the first of these that there is decides."""
+    """Clues to a mode where none is named; the first of these that there is decides."""
 
     ACTIONS = "actions"
     ROBOT = "embodiment"
@@ -102,7 +102,7 @@ class Mode:
     """A policy's checkpoint may want the robot's state as the first action row, which is then given."""
     fit: Fit = "cover"
     decoded: tuple[str, ...] = ("vision",)
-    """What a usual request decodes, beside sound. An action that is wanted needs no decoder."""
+    """Modalities that a usual request decodes, beside sound. An action that is wanted needs no decoder."""
     prompt: PromptForm = PromptForm.SCENE
     guidance: Guidance = CLASSIFIER_FREE
     robots: Mapping[str, Settings] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Mode:
     distilled: bool = True
     """Distilled checkpoints were trained for it."""
     implied_by: Clue | None = None
-    """What means this mode where none is named; None: it is asked for by its name."""
+    """The clue to this mode where none is named; None: it is asked for by its name."""
     shown_by: Clue | None = None
     """Data that calibration takes for this mode where none is named. Modes with the same kind of data take turns, and
     robot data stands for each of them."""

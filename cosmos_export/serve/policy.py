@@ -37,7 +37,7 @@ class Chunk:
 
 
 class Policy(Protocol):
-    """What a server knows of what it serves."""
+    """The interface of a policy that a server serves."""
 
     @property
     def robot(self) -> Embodiment: ...

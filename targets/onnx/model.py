@@ -210,7 +210,7 @@ class ModelBuilder:
 
     @contextmanager
     def beside(self, operand: Node) -> Iterator[None]:
-        """What is made of ``operand`` alone in here is made where it is: in a loop it may be the same in every step."""
+        """Values of ``operand`` alone are made where it is: in a loop it may be the same in every step."""
         yield
 
     def quantized(self, name: str, step: float) -> str:

@@ -201,7 +201,7 @@ def _attends(node: Node) -> bool:
 
 
 def _columns(x: Node) -> tuple[Node, int, int]:
-    """What ``x`` is columns of: a tensor whose rows are contiguous, the first column, and how far they are apart.
+    """The tensor with contiguous rows that ``x`` is columns of, the first column, and the distance of columns.
 
     Of a merged projection gate and up are either halves or every other column, as a view of pairs.
     """

@@ -1,4 +1,4 @@
-"""What was planned for an engine against what it contains, as checks of a manifest."""
+"""Planned and found contents of engines, as checks of a manifest."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cosmos_export.targets.trt.engine_inspector import EngineExpectation, Engine
 
 @dataclass(frozen=True)
 class WantedEngine:
-    """What an engine is meant to contain."""
+    """Planned contents of an engine."""
 
     graph: str
     compute_capability: str
@@ -88,7 +88,7 @@ def _unrolled(wanted: WantedEngine, found: EngineSummary) -> int:
 
 
 def report_checks(wanted: WantedEngine, report: EngineReport) -> list[EngineCheck]:
-    """What can be said of an engine from its builder's own inspector."""
+    """Checks of an engine by its builder's own inspector."""
     fused = "nothing decomposed" if not wanted.decomposable_attention else "may be decomposed"
     found = f"{report.attention} attentions parsed, none of which the builder may decompose"
     layers = f"{report.layers} layers" + "".join(f", {n} × {kind}" for kind, n in report.layers_in.items())

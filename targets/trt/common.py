@@ -50,7 +50,7 @@ _FIXED = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "128", "OMP_NUM_THREADS": "
 
 @dataclass(frozen=True)
 class TrtFlavor:
-    """What differs between the two builders."""
+    """Differences between the two builders."""
 
     module: str
     title: str
@@ -75,7 +75,7 @@ class EngineTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """What a build produced and what it cost, wherever the engine is now."""
+    """Result and cost of building an engine, wherever the engine is now."""
 
     size_bytes: int
     sha256: str
@@ -284,7 +284,7 @@ def _run_worker(
 
 
 def _failure(request: Mapping[str, Any], failure: Mapping[str, Any]) -> CosmosExportError:
-    """What the worker found wrong and could still say."""
+    """The error that the worker reported itself."""
     name, details = Path(request["onnx"]).name, [str(line) for line in failure["details"]]
     listed = "; ".join(details[:8]) + (f"; and {len(details) - 8} more" if len(details) > 8 else "")
     match failure["stage"]:

@@ -1,4 +1,4 @@
-"""What a built TensorRT-RTX engine really contains, read from the file without a GPU.
+"""Contents of a built TensorRT-RTX engine, read from the file without a GPU.
 
 An engine starts with a 64-byte header and carries its layers as text (tensors, kernels in order, memory regions) and
 the CUDA source of generated kernels. The format is not documented: it is decoded for the versions in `KNOWN_VERSIONS`
@@ -113,7 +113,7 @@ class PlanGraph:
 
 @dataclass(frozen=True)
 class EngineSummary:
-    """What `inspect_plan` found. Without ``graphs``, ``not_inspected`` says why."""
+    """Result of `inspect_plan`. Without ``graphs``, ``not_inspected`` says why."""
 
     header: PlanHeader
     graphs: tuple[PlanGraph, ...] = ()
@@ -122,7 +122,7 @@ class EngineSummary:
 
 @dataclass(frozen=True)
 class EngineExpectation:
-    """What an engine was meant to contain."""
+    """Planned contents of an engine."""
 
     attention: int
     """Fused attention kernels, one per layer; 0 where attention is meant to be decomposed (FP32)."""
@@ -182,7 +182,7 @@ def inspect_engine(path: Path) -> EngineSummary:
 
 
 def check_engine(summary: EngineSummary, expect: EngineExpectation) -> list[str]:
-    """What is wrong with an engine, one line each; empty if it is as planned. One not inspected is a problem."""
+    """Problems of an engine, one line each; empty if it is as planned. One not inspected is a problem."""
     if summary.not_inspected is not None:
         return [f"plan not inspected: {summary.not_inspected}"]
     problems = []

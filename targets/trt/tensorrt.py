@@ -53,7 +53,7 @@ class EngineSettings:
 
 
 def worker_settings(target: Target, timing_cache: Path | None, plugins: Path | None = None) -> dict[str, Any]:
-    """What the build process is told besides the network."""
+    """Settings of the build process besides the network."""
     paths = {"timing_cache": timing_cache, "plugins": plugins}
     settings = {name: str(path.resolve()) if path else None for name, path in paths.items()}
     return {**asdict(EngineSettings.of(target)), **settings, "inspect": True}

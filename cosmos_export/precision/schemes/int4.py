@@ -19,7 +19,7 @@ _GROUPS = (128, 64, 32)
 """The largest that divides the row into two or more (with one, TensorRT-RTX 1.7 widens the whole weight in every
 call)."""
 _GROUP = _GROUPS[0]
-"""What a checkpoint has, whatever the width."""
+"""Size of groups in checkpoints, whatever the width."""
 
 
 def _scales(rows: torch.Tensor, _: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
