@@ -142,6 +142,7 @@ class BundlePolicy:
         assert actions is not None
         ended = time.perf_counter()
         actions = np.array(actions, dtype=np.float32)
+        # Here alone: `run` and the API return the model's columns, and nothing after this knows of the embodiment.
         actions[:, self._mirrored] = 1 - actions[:, self._mirrored]
         return Chunk(actions, made - started, ended - made)
 

@@ -119,6 +119,17 @@ def test_mirrored_columns(model: Model) -> None:
     assert policy._columns(("gripper_position",)) == [7, 8, 9]
 
 
+def test_a_mirrored_column_is_turned_around_once(model: Model) -> None:
+    """In each answer, the second as the first; columns beside it are the model's."""
+    policy = BundlePolicy(model, PolicyOptions(embodiment="umi", steps=1))
+    seen = Observation(TASK, {"image": SEEN})
+    plain = policy.act(seen, 5).actions
+    policy._mirrored = [9]
+    wanted = np.column_stack([plain[:, :9], 1 - plain[:, 9]])
+    for _ in range(2):
+        np.testing.assert_array_equal(policy.act(seen, 5).actions, wanted)
+
+
 def test_no_policy(model: Model) -> None:
     with pytest.raises(CosmosExportError) as caught:
         BundlePolicy(model, PolicyOptions())
