@@ -15,7 +15,6 @@ from cosmos_export.passes.assign_precision import AssignPrecision, OverSteps
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult, describe
 from cosmos_export.passes.batch_guidance import BatchGuidance
 from cosmos_export.passes.cut_graph import CutGraph, Cuts, alone
-from cosmos_export.passes.drop_double_negation import DropDoubleNegation
 from cosmos_export.passes.fold_schedule import FoldSchedule
 from cosmos_export.passes.fuse_activation_quantize import FuseActivationQuantize
 from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
@@ -86,7 +85,6 @@ PHASES: tuple[Phase, ...] = (
             # Before merging: a query that needs fewer rows than its key is not merged with it.
             (SliceOutputs, lambda o: SliceOutputs(o.outputs)),
             (MergeLinears, lambda _: MergeLinears()),
-            (DropDoubleNegation, lambda _: DropDoubleNegation()),
             (FuseJointAttention, lambda _: FuseJointAttention()),
         ),
     ),
