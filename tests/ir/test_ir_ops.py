@@ -57,7 +57,6 @@ SAMPLES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     *[(op, (V(N, 4),), {}) for op in (aten.cos.default, aten.sin.default, aten.exp.default, aten.rsqrt.default)],
     *[(op, (V(N, 4, dtype=BF16),), {}) for op in (aten.silu.default, aten.relu.default, aten.neg.default)],
     (aten.reciprocal.default, (V(N, 4),), {}),
-    (aten.tanh.default, (V(N, 4, dtype=BF16),), {}),
     (aten.pow.Tensor_Scalar, (V(N, 4), 2), {}),
     (aten.clamp_min.default, (V(N, 4, dtype=BF16), 0.5), {}),
     (aten.clamp.default, (V(N, 4), -1.0, 1.5), {}),
