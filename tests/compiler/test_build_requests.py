@@ -79,7 +79,7 @@ def refused(folder: Path, code: str, status: int, *arguments: object) -> tuple[s
         ),
         (("-o", "x", "--steps", "0"), "CX460", 2, "steps = 0", "35"),
         (("-o", "x", "--steps", "1001"), "CX460", 2, "steps = 1001", "35"),
-        (("-o", "x", "--parity", "maybe"), "CX451", 2, "parity `maybe` is not one of auto, always, never", "auto"),
+        (("-o", "x", "--parity", "maybe"), "CX100", 2, "'maybe' is not one of 'auto', 'always'", "build --help"),
         ((), "CX451", 2, "a build needs an output", "-o DIR"),
         (("-o", "x", "--until", "normalize"), "CX451", 2, "`--until` stops before there is a bundle", "--dump"),
         (("--until", "normalize", "--dump", "taken"), "CX451", 2, "taken is not a directory", "directory"),

@@ -115,7 +115,7 @@ def scales(folder: Path) -> None:
 
 
 def recipes(folder: Path) -> None:
-    for path in sorted((ROOT / "targets" / "recipes").glob("*.toml")):
+    for path in sorted((ROOT / "cosmos_export" / "precision" / "recipes").glob("*.toml")):
         shutil.copy(path, folder / path.name)
 
 
