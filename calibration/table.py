@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.bundle.strict import DIGEST, StrictError, check_seal, parse_object, seal
-from cosmos_export.checkpoint import Checkpoint, Tower, checkpoint_identity
+from cosmos_export.checkpoint import Checkpoint, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, encode_header
@@ -92,13 +92,7 @@ class ScaleTable:
 
     def input_amax(self, linear: str) -> float:
         """Range of the input of ``linear``; CX312 where the table has none."""
-        return self._range(linear + _INPUT)
-
-    def attention_amax(self, layer: str, tower: Tower, operand: str) -> float:
-        """Range of ``operand`` (``q``, ``k``, ``v``) of attention in ``layer`` (``layers.0``); CX312 for none."""
-        return self._range(f"{layer}.attention.{tower}.{operand}_amax")
-
-    def _range(self, key: str) -> float:
+        key = linear + _INPUT
         if key not in self.amax:
             raise UserError(
                 "CX312", f"the scale table has no {key}", "calibrate with the towers and modes of the recipe"

@@ -25,7 +25,6 @@ from cosmos_export.release import ROOT
 _ENVIRONMENT = {"USE_TORCH": "0", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 """The work needs no tensors, and no network."""
 _ERRORS: Mapping[str, type[CosmosExportError]] = {kind.__name__: kind for kind in (UserError, UnsupportedError)}
-_PYTHON_FAILED = 1
 
 
 @dataclass(frozen=True)

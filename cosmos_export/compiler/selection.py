@@ -54,16 +54,6 @@ def codec_config(checkpoint: Checkpoint, folder: str) -> dict[str, Any]:
     return dict(checkpoint.codec_configs.get(folder, {}))
 
 
-def component_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:
-    """At most so many bytes of weights the chosen codecs have in a bundle: folded ones are stored in fp32."""
-    total = 0
-    for name in components:
-        if name in CODECS:
-            for key, entry in codec_tensors(checkpoint, name).items():
-                total += 4 * entry.elements if key.endswith("weight_v") else entry.size_bytes
-    return total
-
-
 def codec_tensors_bytes(checkpoint: Checkpoint, name: str) -> int:
     """Bytes in the checkpoint of what codec ``name`` computes with."""
     return sum(entry.size_bytes for entry in codec_tensors(checkpoint, name).values())

@@ -234,10 +234,6 @@ def _weighted(lines: Float, indices: NDArray[np.intp], weights: Float) -> Float:
     return total
 
 
-def _planes(clip: Pixels) -> Pixels:
-    return clip.transpose(0, 3, 1, 2)
-
-
 def _signed(clip: Pixels) -> Float:
     """[frames, H, W, 3] bytes as float32 [3, frames, H, W] in [−1, 1], in the two steps that the pipeline takes."""
     unit = clip.transpose(3, 0, 1, 2).astype(np.float32) / np.float32(255)
