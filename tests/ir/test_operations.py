@@ -7,17 +7,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from test_ir_ops import SAMPLES, STAND_IN, V, build, spec_of_sample
 
 import cosmos_export
+from cosmos_export.diagnostics import InternalError
 from cosmos_export.ir import ops
-from cosmos_export.ir.dims import evaluate
+from cosmos_export.ir.dims import evaluate, symbol
+from cosmos_export.ir.graph import Graph, Node
 from cosmos_export.ir.ops import OPERATIONS, Trait, aten
 from cosmos_export.ir.ops.declare import operation
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.pipeline import PHASES
+from cosmos_export.targets.onnx.lowering import lower
 from cosmos_export.targets.onnx.plugins import Plugins
 from cosmos_export.targets.onnx.rules import RULES
 
@@ -279,6 +283,55 @@ def test_an_operation_is_lowered_or_a_pass_removes_it() -> None:
     assert set(plugins) == ops.having(Trait.FUSED)
     assert not neither, "write a rule in targets/onnx/rules"
     assert set(RULES) <= set(OPERATIONS)
+
+
+NARROW = {ops.QUANTIZE, ops.DEQUANTIZE, ops.DEQUANTIZE_GROUPS, ops.DEQUANTIZE_BLOCKS, ops.JOINT_ATTENTION_FP8}
+"""Operations on types that numpy lacks: tests/ir/test_quantization.py runs what they are lowered to."""
+REFUSED = {"linear-(n, m, 4)", "scaled_dot_product_attention-(1, 4, n, 8)"}
+"""Forms that no program has after its passes, and that rules refuse (CX230)."""
+
+
+def lowered_samples() -> list[Any]:
+    chosen = [s for s in SAMPLES if s[0] in RULES and s[0] not in NARROW]
+    return [pytest.param(*s, id=f"{s[0]}-{i}") for i, s in enumerate(chosen)]
+
+
+@pytest.mark.parametrize(("target", "args", "kwargs"), lowered_samples())
+def test_a_rule_writes_what_the_reference_computes(target: Any, args: Any, kwargs: Any) -> None:
+    """In ONNX Runtime, in float32, as the form for the CPU computes."""
+    graph, given = Graph("body"), dict[str, torch.Tensor]()
+    for dim in BINDING:  # a model knows a size by an input that has it
+        graph.add_input(f"size_{dim}", TensorSpec(torch.float32, (symbol(dim),)))
+        given[f"size_{dim}"] = torch.zeros(BINDING[dim])
+
+    def operand(v: V) -> Node:
+        name, value = f"x{len(given)}", v.value(BINDING)
+        given[name] = value.float() if value.dtype == torch.bfloat16 else value
+        return graph.add_input(name, TensorSpec(v.dtype, tuple(v.shape)))
+
+    def constant(value: Any) -> Any:
+        if isinstance(value, list):
+            return [constant(one) for one in value]
+        return graph.add_constant(f"c{len(graph.nodes)}", value) if isinstance(value, torch.Tensor) else value
+
+    def number(size: Any) -> Any:
+        return evaluate(size, BINDING) if hasattr(size, "free_symbols") else size
+
+    torch.manual_seed(0)
+    nodes = [constant(one) for one in build(list(args), BINDING, operand, lambda size: size)]
+    values = iter([value for name, value in given.items() if name.startswith("x")])
+    operands = build(list(args), BINDING, lambda _: next(values), number)
+    wide = {key: torch.float32 if value == torch.bfloat16 else value for key, value in kwargs.items()}
+    expected = OPERATIONS[target].reference(*operands, **wide)
+    graph.set_outputs({"y": graph.call(target, *nodes, **kwargs)})
+    if f"{str(target).split('.')[1]}-{getattr(args[0], 'shape', '')}" in REFUSED:
+        with pytest.raises(InternalError, match="CX230"):
+            lower(graph, {}, "weights", compute=torch.float32)
+        return
+    model = lower(graph, {}, "weights", compute=torch.float32)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: value.numpy() for name, value in given.items()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_operation_is_declared_once() -> None:
