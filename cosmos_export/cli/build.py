@@ -185,7 +185,10 @@ def _gemms(engine: Engine) -> str:
 
 def _verdict(result: BuildResult, output: Path | None) -> str:
     if result.manifest is None:
-        last = result.program.history[-1] if result.program else "nothing"
+        from cosmos_export.passes.pipeline import CAPTURE
+
+        # The program that all forms are made from ends before the passes of one form.
+        last = result.passes[-1].name if result.passes else CAPTURE
         return f"stopped after {last}: {len(result.dumps)} dumps, no bundle"
     attention = sum(e.fused_attention for e in result.engines)
     proof = "parity not measured"

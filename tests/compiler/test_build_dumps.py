@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cosmos_export.cli import app
+from cosmos_export.cli.build import _verdict
 from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import UserError
 from cosmos_export.options import BuildOptions
@@ -103,6 +104,7 @@ def test_every_pass_of_a_quantized_build_can_be_the_last(
     assert names[9 : 9 + len(last) + 1][-len(last) :] == last
     assert all(ORDER.index(report.name) <= ORDER.index(until) for report in result.passes)
     assert result.passes[-1].name == until
+    assert _verdict(result, None) == f"stopped after {until}: {len(names)} dumps, no bundle"
     texts = [path.read_text().partition("\n")[2] for path in result.dumps]
     trunk = [report for report in result.passes if not report.form]
     for before, after, report in zip(texts, texts[1:], trunk, strict=False):
