@@ -132,12 +132,26 @@ def test_without_metadata(pipeline: Any, tokenizer: PromptTokenizer, scene: Scen
     assert tokenizer("A robot.", prompts.system_message(scene)).tolist() == expected
 
 
-@pytest.mark.parametrize("viewpoint", prompts.VIEWPOINTS)
+COMPOSED = "wrist_over_two_view"
+"""A perspective that the pipeline does not name: that of several cameras in one picture, as policies are served."""
+
+
+@pytest.mark.parametrize("viewpoint", [name for name in prompts.VIEWPOINTS if name != COMPOSED])
 @pytest.mark.parametrize("scene", [Scene(17, 480, 832, 10.0), Scene(61, 832, 480, 10.0), Scene(601, 640, 640, 5.0)])
 def test_actions(pipeline: Any, viewpoint: str, scene: Scene) -> None:
     for task in ["pick up the cup", "  Wait! ", "", "Is it é?"]:
         expected = pipeline._build_action_json_prompt(task, view_point=viewpoint, **arguments(scene))
         assert prompts.action_caption(task, scene, viewpoint) == expected
+
+
+def test_an_action_of_several_cameras_says_more_of_the_same(pipeline: Any) -> None:
+    scene = Scene(33, 540, 640, 15.0)
+    expected = json.loads(pipeline._build_action_json_prompt("fold", view_point="concat_view", **arguments(scene)))
+    found = json.loads(prompts.action_caption("fold", scene, COMPOSED))
+    framing = found["cinematography"].pop("framing")
+    more = framing.removeprefix(expected["cinematography"].pop("framing"))
+    assert more.startswith(" The top row is from the wrist-mounted camera.") and more != framing
+    assert found == expected
 
 
 def test_unknown_viewpoint() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,7 +20,7 @@ from target_graphs import FP32, Graph, generator, generator_profile
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.progress import Silent
 from cosmos_export.targets import load_target
-from cosmos_export.targets.trt.common import PROGRESS_STEPS, TrtFlavor, run_build
+from cosmos_export.targets.trt.common import PROGRESS_STEPS, run_build
 from cosmos_export.targets.trt.engine_inspector import read_header
 from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR, build_engine
 
@@ -140,7 +141,7 @@ def test_targets_of_other_backends(graph: Path, engine: Path, name: str) -> None
 
 
 def test_missing_builder_module(graph: Path, engine: Path) -> None:
-    flavor = TrtFlavor("no_such_builder", "rtx", FLAVOR.capabilities)
+    flavor = replace(FLAVOR, module="no_such_builder")
     with pytest.raises(UnsupportedError) as caught:
         run_build(flavor, graph, engine, target=RTX, profiles=[generator_profile()])
     assert caught.value.code == "CX404" and 'pip install ".[rtx]" in the checkout' in caught.value.hint
