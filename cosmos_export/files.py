@@ -12,12 +12,16 @@ import errno
 import io
 import os
 import stat
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MAX_TEXT_BYTES = 64 * MIB
 """The largest document (JSON, TOML, text) that is read whole unless its reader allows less."""
+MAX_TOML_DOTS = 200
+"""Dots in one line of a TOML file."""
 
 MAX_NAME_BYTES = 200
 """Longest name of an output. File systems allow 255, and names of unfinished work are longer than the final one."""
@@ -70,6 +74,20 @@ def read_bytes(path: Path, limit_bytes: int = MAX_TEXT_BYTES) -> bytes:
     if not left:
         raise FileRefusedError(errno.EFBIG, _too_large(f"more than {limit_bytes:,}", limit_bytes))
     return b"".join(parts)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """``text`` as TOML. ValueError: it is not, or would take more memory and time than any document of a person.
+
+    The reader of the standard library takes time and memory with the square of a dotted key's length.
+    """
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > MAX_TOML_DOTS:
+            raise ValueError(f"line {number} has {line.count('.')} dots, allowed {MAX_TOML_DOTS}")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def output_problem(path: Path) -> str | None:

@@ -98,3 +98,10 @@ def test_no_child_inherits_the_descriptor(tmp_path: Path) -> None:
     path.write_bytes(b"x")
     with files.opened(path) as file:
         assert not os.get_inheritable(file.fileno())
+
+
+def test_a_small_toml_file_takes_no_memory_for_its_keys() -> None:
+    assert files.parse_toml("[a.b]\nc = [0.5, 1.5]\n") == {"a": {"b": {"c": [0.5, 1.5]}}}
+    for text in (f"{'a.' * 40_000}a = 1", f"[{'a.' * 40_000}a]", "x = " + "[" * 5_000, f"x = {'9' * 5_000}", "x ="):
+        with pytest.raises(ValueError):
+            files.parse_toml(text)

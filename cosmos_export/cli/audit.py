@@ -46,9 +46,11 @@ def register(app: Verbs) -> None:
         if as_json:
             console.emit_json("audit-verify", {"file": str(file), **dataclasses.asdict(found)})
         else:
-            typer.echo(f"{'lines':<8}{found.lines}")
-            typer.echo(f"{'events':<8}{', '.join(f'{name} {count}' for name, count in found.events.items()) or 'none'}")
-            typer.echo(f"{'from':<8}{found.first or '-'}")
-            typer.echo(f"{'to':<8}{found.last or '-'}")
-            typer.echo(f"{'anchor':<8}{found.head}")
+            console.out().print(f"{'lines':<8}{found.lines}")
+            console.out().print(
+                f"{'events':<8}{', '.join(f'{name} {count}' for name, count in found.events.items()) or 'none'}"
+            )
+            console.out().print(f"{'from':<8}{found.first or '-'}")
+            console.out().print(f"{'to':<8}{found.last or '-'}")
+            console.out().print(f"{'anchor':<8}{found.head}")
         console.verdict(f"{file}: {found.lines} lines follow from each other", True)

@@ -308,7 +308,7 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
 def _interrupted(error: BaseException, as_json: bool) -> NoReturn:
     found = error if isinstance(error, SignalledError) else error.__cause__  # typer wraps one outside of verbs
     kind, what = Interrupted, "interrupted"
-    if isinstance(found, SignalledError):
+    if isinstance(found, SignalledError) and found.number in _ENDINGS:
         kind, what = _ENDINGS[found.number], f"stopped by {signal.Signals(found.number).name}"
     command = console.resume_command()
     if command:

@@ -254,10 +254,15 @@ def copy_checked(entry: Entry, target: Path, progress: Progress | None = None) -
         shown.end(task)
 
 
+def _own(path: Path) -> bool:
+    """Whether ``path`` is a file of this user or of root: who else wrote it could have it say anything."""
+    return path.lstat().st_uid in (os.geteuid(), 0)
+
+
 def _read(path: Path) -> Entry | None:
     """The entry in the file ``path``; None where there is none, or one under another name."""
     with contextlib.suppress(OSError):
-        return _entry(path.stem, files.read_bytes(path, _ENTRY_BYTES))
+        return _entry(path.stem, files.read_bytes(path, _ENTRY_BYTES)) if _own(path) else None
     return None
 
 

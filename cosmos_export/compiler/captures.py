@@ -23,8 +23,10 @@ from cosmos_export import ir
 from cosmos_export.capture import codec, model
 from cosmos_export.capture.document import alike, program_document, read_program
 from cosmos_export.compiler.cache import Cache, key_of
+from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
+from cosmos_export.ir.verifier import verify
 from cosmos_export.machine.system import processor
 from cosmos_export.release import VERSION
 
@@ -74,10 +76,10 @@ def _captured(
     data = known.kept(key)
     if data is not None:
         try:
-            program = read_program(data, sources)
+            program = _verified(read_program(data, sources))
             _log.debug("graphs of %s: taken from the cache, %s", name, key[:12])
             return program
-        except ValueError as error:
+        except (ValueError, LookupError, CosmosExportError) as error:
             _log.warning("graphs of %s: the entry %s is damaged: %s", name, key[:12], error)
     elif _log.isEnabledFor(logging.DEBUG):
         _log.debug("graphs of %s: captured: %s", name, known.why(name, components))
@@ -90,6 +92,15 @@ def _captured(
             _log.debug("graphs of %s: not kept, a document does not hold all of them", name)
     except ValueError as error:
         _log.debug("graphs of %s: not kept: %s", name, error)
+    return program
+
+
+def _verified(program: Program) -> Program:
+    """``program``, whose graphs and loop fit together. CosmosExportError, ValueError or LookupError where they do not:
+    an entry whose digest is right is still only what somebody wrote there."""
+    if program.history != ["capture"]:
+        raise ValueError(f"its history is {program.history}")
+    verify(program, stage="capture")
     return program
 
 

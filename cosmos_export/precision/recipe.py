@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -164,11 +163,9 @@ def _shipped(name: str) -> Recipe:
 def parse_recipe(name: str, text: str) -> Recipe:
     """A `Recipe` from TOML text. Unknown, missing and mistyped fields and contradictions are errors (CX351)."""
     try:
-        data: dict[str, Any] = tomllib.loads(text)
+        data: dict[str, Any] = files.parse_toml(text)
     except ValueError as error:  # also numbers of thousands of digits
         raise InternalError("CX351", f"recipe `{name}` is not TOML: {error}") from error
-    except RecursionError as error:
-        raise InternalError("CX351", f"recipe `{name}` is nested too deeply") from error
     known = {field.name for field in fields(Recipe)} - {"name"}
     if data.keys() != known:
         unknown, missing = sorted(data.keys() - known), sorted(known - data.keys())

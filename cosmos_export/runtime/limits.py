@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,10 +268,10 @@ def read_limits(path: Path) -> Limits:
     """The limits in the TOML file ``path``; docs/serve.md describes it. CX630: it is not such a file."""
     try:
         data = files.read_bytes(path, MAX_LIMITS_BYTES)
-        document = tomllib.loads(data.decode())
+        document = files.parse_toml(data.decode())
     except OSError as error:
         _refuse(path, files.reason(error), "is it the right path?")
-    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
+    except ValueError as error:  # also bytes that are not UTF-8, and numbers of thousands of digits
         _refuse(path, f"not TOML: {error}")
     top = _fields(path, "the file", document, _TOP, ("units", "column"))
     if top["units"] not in ("raw", "model"):
@@ -337,7 +336,7 @@ def _fields(path: Path, where: str, entry: Any, kinds: Mapping[str, type], neede
 
 
 def _number(path: Path, where: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or abs(value) > 1e30:
+    if type(value) not in (int, float) or not abs(value) <= 1e30:  # NaN too; an integer may be beyond every float
         _refuse(path, f"{where} is {shown(value)}", "a finite number")
     return float(value)
 

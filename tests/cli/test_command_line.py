@@ -351,3 +351,13 @@ def test_colour_is_for_terminals_that_want_it(monkeypatch: pytest.MonkeyPatch) -
     assert "\x1b" not in verbs.message(error)
     monkeypatch.setenv("NO_COLOR", "1")
     assert not console.has_colour(Terminal())
+
+
+def test_an_interruption_that_a_verb_hands_on_is_one(call: Callable[..., tuple[int, str, str]]) -> None:
+    """A server takes SIGINT itself, closes in order and hands it on."""
+
+    def body() -> None:
+        raise verbs.SignalledError(signal.SIGINT)
+
+    code, _, err = call(body)
+    assert code == 130 and "error[CX002]: interrupted" in err

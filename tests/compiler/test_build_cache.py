@@ -84,6 +84,16 @@ BYTES = {
 }
 
 
+def test_an_entry_of_another_user_is_none(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = entry_file(cache)
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    else:
+        owner = path.stat().st_uid
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert cache.find(KEY) is None and cache.entries() == []
+
+
 @pytest.mark.parametrize("what", BYTES)
 def test_bytes_that_are_no_entry_are_none(cache: Cache, what: str) -> None:
     entry_file(cache).write_bytes(BYTES[what])

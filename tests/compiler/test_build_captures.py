@@ -263,6 +263,24 @@ def another(path: Path) -> None:
     entry.write_text(json.dumps({**document, "sha256": hashlib.sha256(data).hexdigest()}))
 
 
+def unfit(path: Path) -> None:
+    """Graphs that read well and do not fit together, with an entry that has their digest."""
+    document = json.loads(path.read_bytes())
+    resealed(path, {**document, "graphs": {}})
+
+
+def historyless(path: Path) -> None:
+    resealed(path, {**json.loads(path.read_bytes()), "history": []})
+
+
+def resealed(path: Path, document: dict[str, Any]) -> None:
+    data = json.dumps(document).encode()
+    path.write_bytes(data)
+    entry = path.with_suffix(".json")
+    fields = {**json.loads(entry.read_bytes()), "sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(data)}
+    entry.write_text(json.dumps(fields))
+
+
 def removed(path: Path) -> None:
     path.unlink()
 
@@ -272,7 +290,7 @@ def linked(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("damage", [flipped, another, removed, linked])
+@pytest.mark.parametrize("damage", [flipped, another, unfit, historyless, removed, linked])
 def test_damaged_graphs_are_captured_again(once: Once, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = tmp_path / "cache"
     first = once.through(folder)

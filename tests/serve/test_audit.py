@@ -50,6 +50,17 @@ def test_going_on(trail: Path) -> None:
     AuditTrail(trail).close()
 
 
+def test_what_a_trail_says_does_not_act_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"n": 0, "previous": FIRST, "time": "\x1b[31mX\x9b\u202e", "event": "\x1b]0;title\x07"}
+    (tmp_path / "trail").write_text(json.dumps(entry) + "\n")
+    monkeypatch.setattr(sys, "argv", ["cosmos-export", "audit", "verify", str(tmp_path / "trail")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert not set("".join(capsys.readouterr())) & set("\x1b\x9b\u202e\x07")
+
+
 def lines_changed(data: bytes) -> dict[str, tuple[bytes, str]]:
     """Changes to a trail, and what finds them."""
     lines = data.splitlines(keepends=True)

@@ -227,6 +227,8 @@ def test_reading(tmp_path: Path) -> None:
         ("low = [-0.5]", "low = [0.5]", "not below"),
         ("low = [-0.5]", "", "has no low"),
         ("[workspace]", "[workspace", "not TOML"),
+        ("low = [-0.5]", f"low = [-1{'0' * 400}]", "a finite number"),
+        ("[workspace]", f"[workspace{'.a' * 300}]", "has 300 dots"),
         ("[[column]]", "[column]", "not TOML"),
     ],
 )  # fmt: skip
