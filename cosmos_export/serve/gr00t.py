@@ -76,7 +76,7 @@ class GrootServer:
             reply = wire.pack_groot(await self._reply(data, received))
         except asyncio.CancelledError:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it was, the client is told and the server goes on; `said` logs it
             reply = wire.pack_groot({"error": replies.said(error)})
         await self._socket.send_multipart([client, b"", reply])
 

@@ -134,7 +134,7 @@ class _Talk:
                 reply = await _unless_gone(self._reply(message, received, total_ms), reader)
             except asyncio.CancelledError:
                 raise
-            except Exception as error:
+            except Exception as error:  # as in gr00t: `said` logs it, and the server goes on
                 await connection.send(replies.said(error))
                 await connection.close(INTERNAL_ERROR, "the observation was refused")
                 return
