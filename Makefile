@@ -17,7 +17,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[compile,calibrate,modelopt,rtx,run,serve,kernels,dev]" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[compile,calibrate,modelopt,rtx,run,serve,sign,kernels,dev]" -c constraints.txt
 	touch $@
 
 test: setup

@@ -227,18 +227,24 @@ def open(
     *,
     backend: str | None = None,
     device: str | None = None,
+    require_signature: PathLike | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Verify every byte of ``bundle`` and open what runs it; use the result in a ``with`` statement.
 
-    ``backend``: another one than the bundle was built for, such as ``onnxruntime``; ``device``: such as ``cuda:1``.
-    UserError CX504: no such backend or device; FindingError CX711: the bundle is not what its manifest says;
-    UnsupportedError CX503 and CX505: the backend is not installed or has no device.
+    ``backend``: another one than the bundle was built for, such as ``onnxruntime``; ``device``: such as ``cuda:1``;
+    ``require_signature``: a public key (PEM) whose owner must have signed the bundle.
+    UserError CX504: no such backend or device; FindingError CX711: the bundle is not what its manifest says; CX721 to
+    CX723: it is not signed with that key; UnsupportedError CX503 and CX505: the backend is not installed or has no
+    device.
     """
-    from cosmos_export.bundle import open_bundle
+    from cosmos_export import bundle as bundles
     from cosmos_export.runtime.model import Model as LoadedModel
 
-    files = open_bundle(taken("open", "bundle", bundle, Path))
+    files = bundles.open_bundle(taken("open", "bundle", bundle, Path))
+    key = taken("open", "require_signature", require_signature, Path | None)
+    if key is not None:
+        bundles.require_signature(files, key)
     model = LoadedModel(
         files,
         backend=taken("open", "backend", backend, str | None),

@@ -127,7 +127,15 @@ DOCUMENTS: Mapping[str, Document] = {
         "bundle verify",
         {
             "bundle": "path: as given", "ok": "flag: whether every check passed",
+            "signed_with": "text|null: sha256 of the public key of --key, whose signature holds",
             "checks": "list: path, status (pass, fail, skip) and detail",
+        },
+    ),
+    "bundle-sign": Document(
+        "bundle sign",
+        {
+            "bundle": "path: as given", "bundle_id": "text: sha256 of the manifest that was signed",
+            "signed_with": "text: sha256 of the public key",
         },
     ),
     "bundle-show": Document(

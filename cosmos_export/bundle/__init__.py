@@ -39,6 +39,7 @@ from cosmos_export.bundle.manifest import (
     open_verdicts,
     parse_manifest,
 )
+from cosmos_export.bundle.signature import Signed, require_signature, sign
 from cosmos_export.bundle.verify import (
     Check,
     Status,
@@ -47,6 +48,7 @@ from cosmos_export.bundle.verify import (
     read_files,
     read_manifest,
     verify_bundle,
+    verify_files,
 )
 from cosmos_export.bundle.writer import BundleWriter
 
@@ -77,6 +79,7 @@ __all__ = [
     "RequestRecord",
     "SamplingRecord",
     "SegmentRecord",
+    "Signed",
     "SoundRecord",
     "Status",
     "StreamRecord",
@@ -93,5 +96,8 @@ __all__ = [
     "read_bundle",
     "read_files",
     "read_manifest",
+    "require_signature",
+    "sign",
     "verify_bundle",
+    "verify_files",
 ]

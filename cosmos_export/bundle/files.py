@@ -23,6 +23,10 @@ from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.machine.process import path_of_descriptor
 
+SIGNATURE_NAME = "manifest.sig"
+"""The one file of a bundle that its manifest does not list, since it covers the manifest."""
+MAX_SIGNATURE_BYTES = 32 << 20
+"""A signature lists the files that the manifest lists, which has at most half of this."""
 MAX_DOCUMENT_BYTES = 256 << 20
 """The largest file that `BundleFiles.read` takes into memory."""
 _CHUNK_BYTES = 4 * 1024 * 1024
@@ -86,6 +90,28 @@ class BundleFiles:
         if hashlib.sha256(data).hexdigest() != record.sha256:
             raise self._changed(name, "is not the file the manifest lists")
         return data
+
+    @property
+    def has_signature(self) -> bool:
+        """Whether there is something under the name of the signature."""
+        try:
+            os.stat(SIGNATURE_NAME, dir_fd=self.descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def read_signature(self) -> bytes | None:
+        """The signature as it is, unchecked; None where there is none. FindingError CX711: it is no plain file."""
+        if not self.has_signature:
+            return None
+        try:
+            with opened(self.descriptor, SIGNATURE_NAME) as descriptor, open(descriptor, "rb", closefd=False) as file:
+                problem = signature_problem(os.fstat(descriptor))
+                if problem:
+                    raise self._changed(SIGNATURE_NAME, problem)
+                return file.read(MAX_SIGNATURE_BYTES)
+        except OSError as error:
+            raise self._changed(SIGNATURE_NAME, reason(error)) from error
 
     def location(self, name: str, role: str) -> Path:
         """A path of the file ``name`` for libraries that open paths: through the open directory where the system has
@@ -153,6 +179,13 @@ def kind_problem(status: os.stat_result) -> str:
     if status.st_nlink != 1:
         return f"{status.st_nlink} hard links; a file of a bundle has one name (copy the bundle with `cp -r`)"
     return ""
+
+
+def signature_problem(status: os.stat_result) -> str:
+    """Why an entry cannot be the signature of a bundle; empty if it can."""
+    if status.st_size > MAX_SIGNATURE_BYTES:
+        return f"larger than the {MAX_SIGNATURE_BYTES:,} bytes a signature may have"
+    return kind_problem(status)
 
 
 def reason(error: OSError) -> str:

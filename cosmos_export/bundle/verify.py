@@ -14,7 +14,17 @@ from enum import Enum
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from cosmos_export.bundle.files import OPEN_DIRECTORY, BundleFiles, hash_file, kind_problem, open_bundle, opened, reason
+from cosmos_export.bundle.files import (
+    OPEN_DIRECTORY,
+    SIGNATURE_NAME,
+    BundleFiles,
+    hash_file,
+    kind_problem,
+    open_bundle,
+    opened,
+    reason,
+    signature_problem,
+)
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_PATH_DEPTH, FileRecord, Manifest
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, shown
@@ -134,6 +144,9 @@ def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], lis
         elif name in directories:
             if not stat.S_ISDIR(status.st_mode):
                 extra.append(Check(name, Status.FAIL, kind_problem(status) or "a file, expected a directory"))
+        elif name == SIGNATURE_NAME:
+            if problem := signature_problem(status):
+                extra.append(Check(name, Status.FAIL, problem))
         elif name != MANIFEST_NAME:
             extra.append(Check(name, Status.FAIL, "not listed in the manifest"))
     for name in listed:

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -437,13 +438,31 @@ class BundleWriter:
 
 def replace_manifest(root: Path, manifest: Manifest) -> None:
     """``manifest`` in place of the one of the bundle at ``root``, in one step; its files are there already."""
-    data = _checked(manifest)
-    partial = _sibling(root / MANIFEST_NAME, "partial")
     with _file_system_errors(root):
-        partial.write_bytes(data)
         directories.sync_tree(root)
-        partial.replace(root / MANIFEST_NAME)
+    replace_file(root, MANIFEST_NAME, _checked(manifest))
+
+
+def replace_file(root: Path, name: str, data: bytes) -> None:
+    """``data`` as the file ``name`` of the directory ``root``, in one step; whatever is there stays where it fails."""
+    partial = _sibling(root / name, "partial")
+    with _file_system_errors(root):
+        try:
+            partial.write_bytes(data)
+            directories.sync(partial)
+            partial.replace(root / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         directories.sync_directory(root)
+
+
+def remove_partials(root: Path, name: str) -> None:
+    """Remove what a killed `replace_file` of this user left of ``name`` in ``root``."""
+    for path in root.glob(f".{name}.partial-*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            path.unlink()
 
 
 def _checked(manifest: Manifest) -> bytes:

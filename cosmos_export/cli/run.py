@@ -70,6 +70,10 @@ def register(app: Verbs) -> None:
             Path | None,
             typer.Option(metavar="FILE", help="limits.toml of the robot: actions pass, are clipped or rejected."),
         ] = None,
+        require_signature: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Public key (PEM): a bundle that it did not sign is refused."),
+        ] = None,
         force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
         as_json: Json = False,
     ) -> None:
@@ -81,13 +85,17 @@ def register(app: Verbs) -> None:
         import logging
         import time
 
-        from cosmos_export.bundle import open_bundle, open_verdicts
+        from cosmos_export import bundle as bundles
+        from cosmos_export.bundle import open_verdicts
         from cosmos_export.cli import console
         from cosmos_export.runtime.model import Model
         from cosmos_export.runtime.results import plan_outputs
 
         started = time.perf_counter()
-        model = Model(open_bundle(bundle), backend=backend, device=device, resident=False)
+        files = bundles.open_bundle(bundle)
+        if require_signature is not None:
+            bundles.require_signature(files, require_signature)
+        model = Model(files, backend=backend, device=device, resident=False)
         manifest = model.manifest
         prepared = model.prepare(asked)
         outputs = plan_outputs(output or [], prepared, manifest, latents=save_latents, frames=save_frames, force=force)

@@ -51,6 +51,9 @@ def register(app: Verbs) -> None:
         seed: Annotated[int, typer.Option(help="Of the first request; each has the next.")] = 0,
         backend: Annotated[str | None, typer.Option(help="What runs the engines. Default: the bundle's.")] = None,
         device: Annotated[str | None, typer.Option(help="Where. Default: the backend's first.")] = None,
+        require_signature: Annotated[
+            Path | None, typer.Option(help="Public key (PEM): a bundle that it did not sign is not served.")
+        ] = None,
         as_json: Json = False,
     ) -> None:
         """Serve a policy to robots. The bundle is verified and a golden request made before the port opens.
@@ -66,8 +69,9 @@ def register(app: Verbs) -> None:
         from contextlib import nullcontext
 
         import cosmos_export
+        from cosmos_export import bundle as bundles
         from cosmos_export.audit import AuditTrail
-        from cosmos_export.bundle import open_bundle, open_verdicts
+        from cosmos_export.bundle import open_verdicts
         from cosmos_export.cli import console, verbs
         from cosmos_export.diagnostics import UserError
         from cosmos_export.runtime.limits import read_limits
@@ -91,7 +95,9 @@ def register(app: Verbs) -> None:
         )
         settings = server.check(options)
         allowed = None if limits is None else read_limits(limits)
-        files = open_bundle(bundle)
+        files = bundles.open_bundle(bundle)
+        if require_signature is not None:
+            bundles.require_signature(files, require_signature)
         verdicts = open_verdicts(files.manifest)
         with (
             Model(files, backend=backend, device=device) as model,

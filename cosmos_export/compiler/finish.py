@@ -29,10 +29,10 @@ from cosmos_export.bundle import (
     open_bundle,
     read_files,
 )
-from cosmos_export.bundle.files import hash_file
-from cosmos_export.bundle.manifest import GraphName, Name
+from cosmos_export.bundle.files import SIGNATURE_NAME, hash_file
+from cosmos_export.bundle.manifest import MANIFEST_NAME, GraphName, Name
 from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object
-from cosmos_export.bundle.writer import replace_manifest
+from cosmos_export.bundle.writer import remove_partials, replace_manifest
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, FindingError, ToolError, UserError, shown
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.printable import printable
@@ -130,6 +130,8 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
         _remove_leftovers(files)  # or the bundle would not verify
         raise
     replace_manifest(root, complete)
+    if files.has_signature:  # it is of the bundle that waited
+        (root / SIGNATURE_NAME).unlink()
     return complete
 
 
@@ -253,7 +255,8 @@ def _remove_leftovers(files: BundleFiles) -> None:
     """Engines that an interrupted run of this user wrote, whole or in part: the manifest does not list them, so nothing
     would run them. What belongs to somebody else stays, and the bundle does not verify."""
     root, listed = files.path, {file.path for file in files.manifest.files}
-    for pattern in ("engines/*.engine", "engines/.*.partial", ".manifest.json.partial-*"):
+    remove_partials(root, MANIFEST_NAME)
+    for pattern in ("engines/*.engine", "engines/.*.partial"):
         for path in root.glob(pattern):
             status = path.lstat()
             own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
@@ -267,7 +270,9 @@ def main(arguments: Sequence[str]) -> int:
         _say("usage: python -m cosmos_export.compiler.finish BUNDLE")
         return 2
     try:
-        manifest = finish(Path(arguments[0]))
+        root = Path(arguments[0])
+        signed = (root / SIGNATURE_NAME).exists()
+        manifest = finish(root)
     except CosmosExportError as error:
         return _failed(error)
     except OSError as error:  # of the bundle's directory: it may be read-only, or full
@@ -276,6 +281,11 @@ def main(arguments: Sequence[str]) -> int:
         _say("interrupted: the bundle is as it was; run it again to build its engines")
         return int(ExitCode.INTERRUPTED)
     _say(f"finished {arguments[0]}: {len(manifest.engines)} engines")
+    if signed:
+        _say(
+            f"its signature was of the bundle without engines and is removed; sign it again with a key of this device: "
+            f"cosmos-export bundle sign {arguments[0]} --key PRIVATE.pem"
+        )
     return 0
 
 

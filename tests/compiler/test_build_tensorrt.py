@@ -12,6 +12,7 @@ import pytest
 
 import cosmos_export.compiler.finish as finishing
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
+from cosmos_export.bundle.files import SIGNATURE_NAME
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.keys import plugin_nodes
 from cosmos_export.diagnostics import CosmosExportError, ToolError
@@ -101,14 +102,17 @@ def test_finishing_completes_the_manifest(waiting: Path, omni: Path, monkeypatch
     monkeypatch.setattr(trt_common, "require_module", lambda flavor: None)
     monkeypatch.setattr(tensorrt, "require_gpu", lambda target: None)
     monkeypatch.setattr(tensorrt, "build_engine", stand_in)
+    (root / SIGNATURE_NAME).write_bytes(b"of the bundle that waits")
     with pytest.raises(ToolError):
         finishing.finish(root)
-    assert (root / "manifest.json").read_bytes() == before and verify_bundle(root).ok
+    assert (
+        (root / SIGNATURE_NAME).exists() and (root / "manifest.json").read_bytes() == before and verify_bundle(root).ok
+    )
     # What a run leaves that nobody could end: the next one begins with taking it away.
     for name in ("engines/reasoner.engine", "engines/.reasoner.engine.ab.partial", ".manifest.json.partial-1"):
         (root / name).write_bytes(b"half")
     manifest: Manifest = finishing.finish(root)
-    assert verify_bundle(root).ok and read_bundle(root) == manifest
+    assert verify_bundle(root).ok and read_bundle(root) == manifest and not (root / SIGNATURE_NAME).exists()
     assert {e.graph for e in manifest.engines} == GRAPHS
     assert all(check.passed for check in manifest.plan_checks) and "tensorrt_rtx" in manifest.tools
     assert all(not one["cache"].is_relative_to(root) for one in asked)
