@@ -38,6 +38,7 @@ PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 PASSPHRASE = "COSMOS_EXPORT_KEY_PASSPHRASE"
 """Environment variable with the passphrase of a private key that has one."""
 _MAX_KEY_BYTES = 64 * user_files.KIB
+_KINDS: Mapping[type, str] = {dict: "an object", list: "a list", str: "a string"}
 _CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}
 """Curve → hash of its signatures, as Sigstore pairs them."""
 
@@ -198,8 +199,7 @@ def _is_digest(text: str) -> bool:
 def _member(value: Mapping[str, Any], where: str, name: str, kind: type) -> Any:
     found = value.get(name)
     if not isinstance(found, kind):
-        what = {dict: "an object", list: "a list", str: "a string"}[kind]
-        raise StrictError(f"{where}.{name}".lstrip("."), f"is not {what}")
+        raise StrictError(f"{where}.{name}".lstrip("."), f"is not {_KINDS[kind]}")
     return found
 
 
