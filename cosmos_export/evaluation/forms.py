@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,11 @@ class _Comparison:
         leaf = not (a in self.engine.producer or b in self.run.producer)
         return leaf and a == b and a not in self.engine.constants
 
+    @cached_property
+    def _dims(self) -> dict[str, int]:
+        """A size of each dim of the graph, no two alike: a size that is computed wrongly is another number."""
+        return {name: _SMALLEST + 2 * i for i, name in enumerate(sorted(_dim_names(self.graph)))}
+
     # -- written differently ------------------------------------------------------------------------------------------
 
     def _written_differently(self, owner: str, ours: Sequence[str], theirs: Sequence[str]) -> None:
@@ -263,7 +269,7 @@ class _Comparison:
             return
         try:
             found, expected = (
-                _evaluated(self.graph, node, form, value)
+                _evaluated(self.graph, node, form, value, self._dims)
                 for form, value in ((self.engine, ours[0]), (self.run, theirs[0]))
             )
         except _REFUSED as error:
@@ -307,14 +313,12 @@ def _walk(form: _Form, value: str, owner: str) -> Iterator[str]:
 # -- one operation by ONNX's reference evaluator ----------------------------------------------------------------------
 
 
-def _evaluated(graph: Graph, node: Node, form: _Form, value: str) -> np.ndarray:
+def _evaluated(graph: Graph, node: Node, form: _Form, value: str, dims: Mapping[str, int]) -> np.ndarray:
     """Operation ``node`` of ``form`` in float32 on seeded operands; ValueError where an operand has no such form."""
     from onnx.reference import ReferenceEvaluator
 
     read = [*node.all_input_nodes, *_through_views(node)]
     operands = {weight_name(n) if is_weight(n) else n.name: n for n in read}
-    # No two dims alike, so that a size that is computed wrongly is another number.
-    dims = {name: _SMALLEST + 2 * i for i, name in enumerate(sorted(_dim_names(graph)))}
     feeds: dict[str, np.ndarray] = {}
     constants: dict[str, np.ndarray] = {}
     nodes: list[NodeProto] = []
@@ -354,8 +358,8 @@ def _through_views(node: Node) -> Iterator[Node]:
 
 
 def _dim_names(graph: Graph) -> set[str]:
-    shapes = [spec_of(n).shape for n in graph.nodes if "spec" in n.meta]
-    return {str(s) for shape in shapes for size in shape if not isinstance(size, int) for s in size.free_symbols}
+    sizes = {size for n in graph.nodes if "spec" in n.meta for size in spec_of(n).shape if not isinstance(size, int)}
+    return {s.name for size in sizes for s in size.free_symbols}
 
 
 def _random(node: Node, dims: Mapping[str, int]) -> np.ndarray:

@@ -62,14 +62,20 @@ def simplify(value: Size) -> Size:
     return value if isinstance(value, int) and not isinstance(value, bool) else _simplify(expression(value))
 
 
+@lru_cache(maxsize=65536)
+def size_text(size: Size) -> str:
+    """``str(size)``, which takes sympy long for an expression."""
+    return str(size)
+
+
 def simplify_shape(shape: Iterable[Size]) -> Shape:
     return tuple(simplify(s) for s in shape)
 
 
 def equal(a: Size, b: Size) -> bool:
     """Provably equal for every value of the dims."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
+    if a == b or (isinstance(a, int) and isinstance(b, int)):
+        return bool(a == b)
     return simplify(expression(a) - expression(b)) == 0
 
 
@@ -90,13 +96,24 @@ def evaluate(value: Size, binding: Mapping[str, int]) -> int:
     """The integer that ``value`` has under the bound dims and composite sizes. ValueError where it has none."""
     if isinstance(value, int):
         return value
-    known = {
-        part: sympy.Integer(binding[str(part)]) for part in value.atoms(sympy.Symbol, FloorDiv) if str(part) in binding
-    }
-    result = value.xreplace(known)
-    if not result.is_Integer:
+    known = tuple((part, binding[name]) for part, name in _named_parts(value) if name in binding)
+    result = _replaced(value, known)
+    if result is None:
         raise ValueError(f"{value} is not an integer under {dict(binding)}")
-    return int(result)
+    return result
+
+
+@lru_cache(maxsize=65536)
+def _named_parts(value: sympy.Expr) -> tuple[tuple[sympy.Expr, str], ...]:
+    """The dims and composite sizes in ``value``, with the names that bindings have for them."""
+    return tuple((part, str(part)) for part in value.atoms(sympy.Symbol, FloorDiv))
+
+
+@lru_cache(maxsize=65536)
+def _replaced(value: sympy.Expr, known: tuple[tuple[sympy.Expr, int], ...]) -> int | None:
+    """``value`` with numbers in the place of parts of it; None where that is no integer."""
+    result = value.xreplace({part: sympy.Integer(number) for part, number in known})
+    return int(result) if result.is_Integer else None
 
 
 def bind(shapes: Iterable[tuple[str, Shape, tuple[int, ...]]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -95,13 +96,16 @@ def infer(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Specs:
     if known is None:
         raise ops.SpecError(f"`{target}` is not in the dialect")
     try:
-        operands = inspect.signature(known.rule).bind(
+        operands = _signature(known.rule).bind(
             *map_operands(tuple(args), specs_of), **map_operands(dict(kwargs), specs_of)
         )
     except TypeError as error:
         raise ops.SpecError(f"operands of `{target}`: {error}") from error
     found: Specs = known.rule(*operands.args, **operands.kwargs)
     return found
+
+
+_signature = cache(inspect.signature)
 
 
 def row_operands(node: Node) -> list[Node]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from cosmos_export.ir.dims import Shape, simplify_shape
+from cosmos_export.ir.dims import Shape, simplify_shape, size_text
 from cosmos_export.ir.formats import Format
 
 INT4: torch.dtype = vars(torch)["int4"]  # a type without tensors, which torch's stubs do not name
@@ -42,7 +42,7 @@ class TensorSpec:
         return len(self.shape)
 
     def __str__(self) -> str:
-        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(map(str, self.shape))}]"
+        return f"{DTYPE_NAMES.get(self.dtype, str(self.dtype))}[{', '.join(map(size_text, self.shape))}]"
 
 
 class Rate(IntEnum):

@@ -194,7 +194,8 @@ def broadcast(shapes: Sequence[Shape]) -> Shape:
             index = axis - rank + len(shape)
             if index < 0 or equal(shape[index], 1):
                 continue
-            require(equal(size, 1) or equal(size, shape[index]), f"sizes {size} and {shape[index]} do not broadcast")
+            if not equal(size, 1) and not equal(size, shape[index]):
+                raise SpecError(f"sizes {size} and {shape[index]} do not broadcast")
             size = shape[index]
         result.append(size)
     return tuple(result)

@@ -8,7 +8,7 @@ import sympy
 import torch
 
 from cosmos_export.ir.dims import Size, equal, expression, product, simplify
-from cosmos_export.ir.ops.declare import Trait, aten, axis_of, operation, require
+from cosmos_export.ir.ops.declare import SpecError, Trait, aten, axis_of, operation, require
 from cosmos_export.ir.spec import TensorSpec
 
 
@@ -28,7 +28,8 @@ def view(x: TensorSpec, shape: Sequence[Size]) -> TensorSpec:
         at = sizes.index(-1)
         rest = product(s for i, s in enumerate(sizes) if i != at)
         sizes[at] = simplify(sympy.cancel(expression(product(x.shape)) / rest))
-    require(equal(product(sizes), product(x.shape)), f"view of {x} as {list(shape)}")
+    if not equal(product(sizes), product(x.shape)):
+        raise SpecError(f"view of {x} as {list(shape)}")
     return TensorSpec(x.dtype, tuple(sizes))
 
 
@@ -37,7 +38,8 @@ def expand(x: TensorSpec, sizes: Sequence[Size]) -> TensorSpec:
     offset = len(sizes) - x.rank
     result = tuple(x.shape[i - offset] if size == -1 else size for i, size in enumerate(sizes))
     for i, size in enumerate(x.shape):
-        require(equal(size, 1) or equal(size, result[i + offset]), f"expand of {x} to {list(sizes)}")
+        if not equal(size, 1) and not equal(size, result[i + offset]):
+            raise SpecError(f"expand of {x} to {list(sizes)}")
     return TensorSpec(x.dtype, result)
 
 
