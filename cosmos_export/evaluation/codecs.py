@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.evaluation.parity import RUNTIME_LIMIT, Measured
 from cosmos_export.evaluation.reference import relative_error
 from cosmos_export.ir.program import Program
@@ -43,24 +44,17 @@ def codec_parity(name: str, program: Program, component: Path, folder: Path, suf
 
 def _run(program: Program, example: _Example, folder: Path, suffix: str) -> torch.Tensor:
     """The first graph on the first chunk, the last one on each further with what the call before it carried over."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
     results: list[torch.Tensor] = []
-    state: Mapping[str, np.ndarray] = {}
+    state: Mapping[str, Value] = {}
     chunks = list(example.chunks)
     for name in program.graphs:
-        session = onnxruntime.InferenceSession(str(folder / f"{name}{suffix}"), options, ["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
+        model = OnnxModel(folder / f"{name}{suffix}")
         mine, chunks = (chunks[:1], chunks[1:]) if not results else (chunks, [])
         for chunk in mine:
             carried = {edge.input: state[edge.output] for edge in program.edges} if results else {}
-            values = session.run(names, {example.input: np.ascontiguousarray(chunk.numpy()), **carried})
-            state = dict(zip(names, values, strict=True))
+            state = model({example.input: np.ascontiguousarray(chunk.numpy()), **carried})
             results.append(torch.from_numpy(state[example.output]))
-        del session
+        del model
     return torch.cat(results, dim=2) if len(results) > 1 else results[0]
 
 

@@ -28,6 +28,8 @@ class OnnxModel:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Builders of engines run beside it: a thread that waits for work gives its core away.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model: str | bytes = str(path)
         if shown:
             model = _with_results(path, shown)
