@@ -6,16 +6,32 @@ Paths may be given as text, one value in place of a list of one, and None is alw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import operator
 import os
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    SupportsFloat,
+    SupportsIndex,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cosmos_export.diagnostics import UserError
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 _NO_VALUE = object()
 _WORDS: Mapping[object, str] = {
     str: "text", int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None",
@@ -29,7 +45,7 @@ def made(options: type[Options], where: str, given: Mapping[str, object]) -> Opt
     """
     hints = get_type_hints(options)
     values = {name: taken(where, name, value, hints[name]) for name, value in given.items() if value is not None}
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+    for field in dataclasses.fields(options):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in values:
             raise UserError("CX005", f"`{where}` needs `{field.name}`", f"it takes {words(hints[field.name])}")
@@ -88,18 +104,18 @@ def _converted(value: object, kind: Any) -> Any:
 
 def _number(value: object, kind: type) -> Any:
     """Also NumPy's numbers of the same meaning; a whole number is a number, and not the reverse."""
-    if isinstance(value, str | bytes):
-        return _NO_VALUE
-    try:
-        return value.__index__() if kind is int else float(value)  # type: ignore[attr-defined, arg-type]
-    except (AttributeError, TypeError, ValueError, OverflowError):
-        return _NO_VALUE
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if kind is int and isinstance(value, SupportsIndex):
+            return operator.index(value)
+        if kind is float and isinstance(value, SupportsFloat | SupportsIndex):
+            return float(value)
+    return _NO_VALUE
 
 
 def _list(value: object, items: tuple[Any, ...]) -> Any:
     if items[-1] is Ellipsis:
-        several = isinstance(value, Iterable) and not isinstance(value, str | os.PathLike)
-        found = tuple(_converted(one, items[0]) for one in (value if several else [value]))  # type: ignore[attr-defined]
+        several = value if isinstance(value, Iterable) and not isinstance(value, str | os.PathLike) else [value]
+        found = tuple(_converted(one, items[0]) for one in several)
     else:
         if not isinstance(value, list | tuple) or len(value) != len(items):
             return _NO_VALUE

@@ -10,8 +10,8 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,12 +32,16 @@ class Cli:
         argument: bool = False,
         shown_default: str | None = None,
         hidden: bool = False,
+        scale: int | None = None,
+        manifest: str | None = None,
     ) -> None:
         """``flags``: other spellings than ``--field-name``. ``names``: the registry that has its values
         (`cosmos_export.cli.choices`), for help and completion. ``group``: heading of the help. ``argument``: it is
         positional. ``shown_default``: what help says in place of the field's default. ``hidden``: the
-        command line decides it by other options."""
-        self.hidden = hidden
+        command line decides it by other options. ``scale``: how many units of the field are one on the command line.
+        ``manifest``: the field of a bundle's manifest that has it; ``options`` is the entry of its own name there, and
+        None an option that changes nothing in the bundle."""
+        self.hidden, self.scale, self.manifest = hidden, scale, manifest
         self.flags, self.metavar, self.names, self.reads = flags, metavar, names, reads
         self.group, self.argument, self.shown_default = group, argument, shown_default
 
@@ -65,6 +69,11 @@ class Option:
         kinds = [self.kind, *get_args(self.kind)]
         return next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
 
+    @property
+    def record(self) -> type | None:
+        """The record whose options these are, where the field is no option itself."""
+        return self.kind if isinstance(self.kind, type) and is_dataclass(self.kind) else None
+
 
 @cache
 def described(record: type) -> tuple[Option, ...]:
@@ -79,6 +88,15 @@ def described(record: type) -> tuple[Option, ...]:
         kind, cli = get_args(hint)[:2] if annotated else (hint, Cli())
         found.append(Option(one.name, kind, one.default, own.get(one.name) or shared.get(one.name, ""), cli))
     return tuple(found)
+
+
+def flat(record: type) -> Iterator[Option]:
+    """The options of ``record`` that the command line has, with those of the records in it."""
+    for option in described(record):
+        if option.record is not None:
+            yield from flat(option.record)
+        elif not option.cli.hidden:
+            yield option
 
 
 @cache

@@ -49,57 +49,75 @@ class Overrides:
 class BuildOptions:
     """A build request as the user gives it. ``output`` is None with ``until``: dumps only."""
 
-    checkpoint: Annotated[Path, Cli(argument=True, metavar="CHECKPOINT")]
+    checkpoint: Annotated[Path, Cli(argument=True, metavar="CHECKPOINT", manifest="inputs")]
     """Checkpoint directory in the published layout."""
     output: Annotated[Path | None, Cli("--output", "-o", group=_OUTPUT, metavar="DIR")] = None
     """Bundle directory to create."""
-    target: Annotated[str, Cli(group=_MODEL, names="targets", metavar="TARGET")] = "cpu"
+    target: Annotated[str, Cli(group=_MODEL, names="targets", metavar="TARGET", manifest="target")] = "cpu"
     """GPU to build for, or cpu."""
-    backend: Annotated[str | None, Cli(group=_MODEL, names="backends", metavar="BACKEND")] = None
+    backend: Annotated[str | None, Cli(group=_MODEL, names="backends", metavar="BACKEND", manifest="target")] = None
     """Backend of the target, one of those that `targets` shows for it. Default: its first."""
     profiles: Annotated[
-        tuple[str, ...], Cli("--profile", group=_MODEL, reads="repeated", metavar="PROFILE", shown_default="480p-121f")
+        tuple[str, ...],
+        Cli(
+            "--profile",
+            group=_MODEL,
+            reads="repeated",
+            metavar="PROFILE",
+            shown_default="480p-121f",
+            manifest="profiles",
+        ),
     ] = ("480p-121f",)
     """Sizes that the bundle accepts: a name such as 480p-121f, 720p-189f+sound or policy-droid, and dim=min:opt:max
     items after commas. Repeat it for several."""
     modalities: Annotated[
-        tuple[str, ...] | None, Cli(group=_MODEL, reads="commas", names="modalities", metavar="NAMES")
+        tuple[str, ...] | None,
+        Cli(group=_MODEL, reads="commas", names="modalities", metavar="NAMES", manifest="options"),
     ] = None
     """Modalities, with commas between them: vision, sound, action. Default: all that the checkpoint generates."""
-    outputs: Annotated[tuple[str, ...] | None, Cli(group=_MODEL, reads="commas", metavar="NAMES")] = None
+    outputs: Annotated[
+        tuple[str, ...] | None, Cli(group=_MODEL, reads="commas", metavar="NAMES", manifest="options")
+    ] = None
     """Velocities to compute, such as action_velocity for inverse dynamics. Default: all of the modalities."""
     components: Annotated[
-        tuple[str, ...] | None, Cli(group=_MODEL, reads="commas", names="components", metavar="NAMES")
+        tuple[str, ...] | None,
+        Cli(group=_MODEL, reads="commas", names="components", metavar="NAMES", manifest="options"),
     ] = None
     """Components besides the transformer: vae-decoder, vae-encoder, sound-decoder, tokenizer; or all, or none.
     Default: all that the checkpoint has and the modalities use."""
-    mode: Annotated[str, Cli(group=_SAMPLING, names="modes", metavar="MODE")] = "t2v"
+    mode: Annotated[str, Cli(group=_SAMPLING, names="modes", metavar="MODE", manifest="options")] = "t2v"
     """Mode whose defaults the schedule has."""
-    steps: Annotated[int | None, Cli(group=_SAMPLING, metavar="N")] = None
-    grid: Annotated[Grid | None, Cli("--schedule", group=_SAMPLING)] = None
-    shift: Annotated[float | None, Cli(group=_SAMPLING, metavar="X")] = None
-    guidance: Annotated[float | None, Cli(group=_SAMPLING, metavar="X")] = None
-    guidance_interval: Annotated[tuple[float, float] | None, Cli(group=_SAMPLING, reads="pair", metavar="LOW:HIGH")] = (
-        None
-    )
-    loop: Annotated[LoopMode, Cli(group=_SAMPLING)] = "host"
+    steps: Annotated[int | None, Cli(group=_SAMPLING, metavar="N", manifest="options.schedule.steps")] = None
+    grid: Annotated[Grid | None, Cli("--schedule", group=_SAMPLING, manifest="options.schedule.grid")] = None
+    shift: Annotated[float | None, Cli(group=_SAMPLING, metavar="X", manifest="options.schedule.shift")] = None
+    guidance: Annotated[float | None, Cli(group=_SAMPLING, metavar="X", manifest="options.schedule.guidance")] = None
+    guidance_interval: Annotated[
+        tuple[float, float] | None,
+        Cli(group=_SAMPLING, reads="pair", metavar="LOW:HIGH", manifest="options.schedule.guidance_interval"),
+    ] = None
+    loop: Annotated[LoopMode, Cli(group=_SAMPLING, manifest="options")] = "host"
     """host: one call per step; device: guidance, sampler and all steps run inside engines, one engine for each segment
     of the schedule."""
-    recipe: Annotated[str | None, Cli(group=_PRECISION, names="recipes", metavar="RECIPE")] = None
+    recipe: Annotated[str | None, Cli(group=_PRECISION, names="recipes", metavar="RECIPE", manifest="recipe")] = None
     """What each product computes in: FILE.toml, auto (the fastest that fits, by prediction), or a name. Default: as the
     checkpoint is."""
-    overrides: Annotated[tuple[str, ...], Cli("--set", group=_PRECISION, reads="repeated", metavar="PLACE=SCHEME")] = ()
+    overrides: Annotated[
+        tuple[str, ...],
+        Cli("--set", group=_PRECISION, reads="repeated", metavar="PLACE=SCHEME", manifest="precision.overrides"),
+    ] = ()
     """Change of the recipe's rules, such as gen.mlp.down=fp8. Repeat it for several."""
-    calibration: Annotated[Path | None, Cli(group=_PRECISION, metavar="DIR")] = None
+    calibration: Annotated[Path | None, Cli(group=_PRECISION, metavar="DIR", manifest="precision.calibration")] = None
     """Scale table of `calibrate`, for recipes that quantize activations."""
-    kernels: Annotated[tuple[str, ...], Cli(group=_PRECISION, reads="commas", names="kernels", metavar="NAMES")] = ()
+    kernels: Annotated[
+        tuple[str, ...], Cli(group=_PRECISION, reads="commas", names="kernels", metavar="NAMES", manifest="options")
+    ] = ()
     """This project's kernels that TensorRT runs as plugins, with commas between them; for --backend tensorrt."""
-    weights: Annotated[WeightsMode, Cli(group=_MODEL)] = "embedded"
+    weights: Annotated[WeightsMode, Cli(group=_MODEL, manifest="options")] = "embedded"
     """embedded: in the engines; external: large weights are inputs of the engines, and the bundle has one copy."""
-    quality: Annotated[QualityMode, Cli(group=_PRECISION)] = "enforce"
+    quality: Annotated[QualityMode, Cli(group=_PRECISION, manifest="evaluation")] = "enforce"
     """What a loss of whole steps beyond its limit (gate G2) does: enforce ends the build without a bundle, report only
     records it."""
-    parity: Annotated[ParityMode, Cli(group=_DEBUG)] = "auto"
+    parity: Annotated[ParityMode, Cli(group=_DEBUG, manifest="options")] = "auto"
     """When every stage is compared with diffusers: auto does so if the models fit in memory."""
     until: Annotated[str | None, Cli(group=_DEBUG, names="passes", metavar="PASS")] = None
     """Stop after this pass. No bundle is written."""
@@ -109,10 +127,10 @@ class BuildOptions:
     """Replace what exists under the name of the output."""
     resume: Annotated[bool, Cli(group=_OUTPUT)] = False
     """Go on from what an interrupted build of the same output has finished."""
-    memory_budget: Annotated[str | None, Cli(group=_MACHINE, metavar="SIZE")] = None
+    memory_budget: Annotated[str | None, Cli(group=_MACHINE, metavar="SIZE", manifest="chains")] = None
     """Memory that the build may take, such as 16GiB. An engine that needs more is split into several. Default: what
     this machine has free, less a margin."""
-    ignore_adapters: Annotated[bool, Cli(group=_MODEL)] = False
+    ignore_adapters: Annotated[bool, Cli(group=_MODEL, manifest="options.ignored_adapters")] = False
     """Take the weights without the adapters beside them."""
     cache: Annotated[
         Path | None, Cli(group=_MACHINE, metavar="DIR", shown_default="$COSMOS_EXPORT_CACHE, or ~/.cache/cosmos-export")
@@ -120,6 +138,15 @@ class BuildOptions:
     """Directory that records engines of other bundles, so that equal ones are reused, and captured graphs."""
     graphs: Annotated[Path | None, Cli(hidden=True)] = None
     """Directory of captured graphs, which may be the same. Default: every graph is captured."""
+
+
+@dataclass(frozen=True)
+class BuildCommand:
+    """`build` on the command line, which has a cache unless it is told not to."""
+
+    options: BuildOptions
+    no_cache: Annotated[bool, Cli(group=_MACHINE)] = False
+    """Capture every graph, build every engine, and record none."""
 
 
 @dataclass(frozen=True)
@@ -291,3 +318,28 @@ class GenerateOptions:
     """Cut given actions off at the bounds of the statistics. Models are trained without."""
     noise: Annotated[Path | InMemory[Any] | None, Cli(group=_SAMPLING, metavar="FILE")] = None
     """Initial noise in place of the seed's: .safetensors with vision, sound, action."""
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """`run` on the command line: a request, the bundle that it goes to and the files that it makes."""
+
+    request: GenerateOptions
+    bundle: Annotated[Path, Cli(argument=True, metavar="BUNDLE")]
+    """Bundle to run."""
+    outputs: Annotated[tuple[Path, ...], Cli("--output", "-o", group=_OUTPUT, reads="repeated", metavar="FILE")] = ()
+    """File to write, by its name: .mp4, .png, .wav, .json or .safetensors (actions). Repeat it for several."""
+    save_latents: Annotated[Path | None, Cli(group=_OUTPUT, metavar="FILE")] = None
+    """Write what was sampled: .safetensors."""
+    save_frames: Annotated[Path | None, Cli(group=_OUTPUT, metavar="FILE")] = None
+    """Write frames in [0, 1]: .npy [frames, height, width, 3]."""
+    backend: Annotated[str | None, Cli(group=_MACHINE, names="backends", metavar="BACKEND")] = None
+    """What runs the engines. Default: the bundle's own."""
+    device: Annotated[str | None, Cli(group=_MACHINE, metavar="DEVICE")] = None
+    """cpu, cuda or cuda:N. Default: the backend's first."""
+    limits: Annotated[Path | None, Cli(group=_ROBOT, metavar="FILE")] = None
+    """limits.toml of the robot: actions pass, are clipped or rejected."""
+    require_signature: Annotated[Path | None, Cli(group=_MACHINE, metavar="FILE")] = None
+    """Public key (PEM): a bundle that it did not sign is refused."""
+    force: Annotated[bool, Cli(group=_OUTPUT)] = False
+    """Replace existing outputs."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cosmos_export.bench.clock import CardWatch
-from cosmos_export.bench.measure import FEWEST_RUNS, REASONER, check_runs
+from cosmos_export.bench.measure import REASONER, check_runs
 from cosmos_export.bench.result import MeasuredPart, Measurement, machine
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import DEFAULT_MODE, MODES, Mode, Schedule
 from cosmos_export.sampling.modes import IMAGE_MODE
+from cosmos_export.verb_options import FEWEST_RUNS
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import Manifest, ProfileRecord
@@ -40,15 +41,13 @@ _ROBOT = "droid_lerobot"
 
 @dataclass(frozen=True)
 class BundleRequest:
-    """What `bench BUNDLE` is asked for."""
+    """A measurement of ``bundle``. The other fields are explained in `BenchOptions`."""
 
     bundle: Path
     workload: str | None = None
-    """One of `KINDS`, or `REASONER`; None: what the bundle was built for."""
+    """One of `KINDS`, or `REASONER`."""
     profile: str | None = None
-    """One of the bundle's profiles, at its optimum; None: the first."""
     prompt_tokens: tuple[int, int] | None = None
-    """Tokens of the prompt and the negative prompt; None: those of the profile's optimum."""
     backend: str | None = None
     device: str | None = None
     runs: int = FEWEST_RUNS

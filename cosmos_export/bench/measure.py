@@ -19,6 +19,7 @@ from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule, resolve_schedule
 from cosmos_export.targets import load_target
+from cosmos_export.verb_options import FEWEST_RUNS
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 TARGET = "h100"
 """The target whose schemes a recipe of a geometry may use: those of the inductor backend, on whatever card it runs."""
-FEWEST_RUNS = 5
 REASONER = "reasoner"
 """The workload of one prompt alone: the official caption of a video."""
 _DROID = Overrides(grid="flow", steps=4, shift=5.0, guidance=3.0)
@@ -37,29 +37,25 @@ _DROID = Overrides(grid="flow", steps=4, shift=5.0, guidance=3.0)
 
 @dataclass(frozen=True)
 class GeometryRequest:
-    """What `bench --geometry` is asked for."""
+    """A measurement of the published size ``size``. What `BenchOptions` has too is explained there."""
 
     size: str
     workload: str
     recipe: str = DEFAULT
-    """A recipe of builds."""
     device: str = "cuda"
     runs: int = FEWEST_RUNS
     warm_up: int = 1
     overrides: Overrides = field(default_factory=Overrides)
+    """Changes of the schedule."""
     graphs: Path | None = None
-    """Graphs that were captured elsewhere; None: captured here."""
     attention: str | None = None
-    """Implementation of attention, where it is not in FP8; None: the library's."""
     places: tuple[str, ...] = ()
-    """``PLACE=SCHEME``: changes to the recipe, as `build --set` takes them."""
     kernels: frozenset[str] = frozenset()
-    """This project's kernels that compute in the generator; none: the compiler's code."""
     only: frozenset[str] = frozenset()
     """Components to measure; none: all that the request has."""
     compiled: bool = True
+    """False: one operation runs after another."""
     baselines: bool = False
-    """Also diffusers' own transformer, eager and with its repeated blocks compiled, in the same run."""
     dry_run: bool = False
 
 

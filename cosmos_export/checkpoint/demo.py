@@ -7,7 +7,7 @@ a checkpoint of any size is written in little memory, and the directory appears 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +21,10 @@ from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_json
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.family import Family
 from cosmos_export.progress import Progress, Silent
+from cosmos_export.verb_options import DemoOptions
 
 VARIANTS = tuple(family.value for family in Family)
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-DEFAULT_SHARD_SIZE = 5_000_000_000
 TINY = {
     "num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "intermediate_size": 96, "vocab_size": 512, "latent_channel": 4,
@@ -35,87 +35,59 @@ _SPARE_BYTES = 4 << 20
 """Room for configurations and the tokenizer."""
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """Sizes; None means the default of the preset (tiny, or the published width named by ``true_width``)."""
+def demo_geometry(options: DemoOptions) -> Geometry:
+    """The transformer that ``options`` describe. UserError CX132 for one that cannot be."""
+    variant = _variant(options)
+    if variant not in VARIANTS:
+        _refuse(f"variant {variant!r} is not one of {', '.join(VARIANTS)}")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        _refuse(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}")
+    if options.like is not None and options.true_width is not None:
+        _refuse("like and true width are both given; like has the widths too")
+    for what, size in (("true width", options.true_width), ("like", options.like)):
+        if size is not None and size not in PUBLISHED:
+            _refuse(f"{what} {size!r} is not one of {', '.join(PUBLISHED)}")
+    if options.shard_size <= 0:
+        _refuse(f"shard size {options.shard_size} is not positive")
+    base = _preset(options, variant)
+    if base.family != variant:
+        _refuse(f"the width of {options.like or options.true_width} belongs to variant {base.family}, not {variant}")
+    chosen = {
+        "num_hidden_layers": options.layers, "hidden_size": options.hidden, "num_attention_heads": options.heads,
+        "num_key_value_heads": options.kv_heads, "head_dim": options.head_dim,
+        "intermediate_size": options.intermediate, "vocab_size": options.vocab,
+        "latent_channel": options.latent_channels, "action_dim": options.action_dim,
+        "num_embodiment_domains": options.domains, "sound_dim": options.sound_dim,
+    }  # fmt: skip
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if options.sound_dim is not None and not base.sound_gen:
+        _refuse(f"variant {variant} has no sound")
+    vocab = changes.get("vocab_size", base.vocab_size)
+    if vocab < components.MIN_VOCAB:
+        _refuse(f"a vocabulary of {vocab} cannot hold the tokenizer's {components.MIN_VOCAB} tokens")
+    try:
+        return _derived(base, changes)
+    except UserError as error:
+        _refuse(error.message.removeprefix("transformer/config.json: "))
 
-    variant: str | None = None
-    """A family; None: that of the published size that is named, or `Family.OMNI`."""
-    true_width: str | None = None
-    """A published size whose widths the transformer has, with two layers."""
-    like: str | None = None
-    """A published size that every component has; with ``layers`` fewer of them."""
-    sparse: bool = False
-    """All weights except the first page of each tensor are zero and a hole in their file, which takes neither room nor
-    time to write."""
-    seed: int = 0
-    dtype: str | None = None
-    """None: bfloat16, as published, with ``like``; float32 otherwise."""
-    layers: int | None = None
-    hidden: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    intermediate: int | None = None
-    vocab: int | None = None
-    latent_channels: int | None = None
-    action_dim: int | None = None
-    domains: int | None = None
-    sound_dim: int | None = None
-    shard_size: int = DEFAULT_SHARD_SIZE
 
-    def geometry(self) -> Geometry:
-        """The transformer these options describe, or CX132."""
-        if self._variant not in VARIANTS:
-            _refuse(f"variant {self._variant!r} is not one of {', '.join(VARIANTS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            _refuse(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.like is not None and self.true_width is not None:
-            _refuse("like and true width are both given; like has the widths too")
-        for what, size in (("true width", self.true_width), ("like", self.like)):
-            if size is not None and size not in PUBLISHED:
-                _refuse(f"{what} {size!r} is not one of {', '.join(PUBLISHED)}")
-        if self.shard_size <= 0:
-            _refuse(f"shard size {self.shard_size} is not positive")
-        base = self._preset()
-        if base.family != self._variant:
-            _refuse(
-                f"the width of {self.like or self.true_width} belongs to variant {base.family}, not {self._variant}"
-            )
-        chosen = {
-            "num_hidden_layers": self.layers, "hidden_size": self.hidden, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim, "intermediate_size": self.intermediate,
-            "vocab_size": self.vocab, "latent_channel": self.latent_channels, "action_dim": self.action_dim,
-            "num_embodiment_domains": self.domains, "sound_dim": self.sound_dim,
-        }  # fmt: skip
-        changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-        if self.sound_dim is not None and not base.sound_gen:
-            _refuse(f"variant {self._variant} has no sound")
-        vocab = changes.get("vocab_size", base.vocab_size)
-        if vocab < components.MIN_VOCAB:
-            _refuse(f"a vocabulary of {vocab} cannot hold the tokenizer's {components.MIN_VOCAB} tokens")
-        try:
-            return _derived(base, changes)
-        except UserError as error:
-            _refuse(error.message.removeprefix("transformer/config.json: "))
+def _stored(options: DemoOptions) -> str:
+    """The type of the weights, as the files name it."""
+    return DTYPES[options.dtype or ("float32" if options.like is None else "bfloat16")]
 
-    @property
-    def stored(self) -> str:
-        """The type of the weights, as the files name it."""
-        return DTYPES[self.dtype or ("float32" if self.like is None else "bfloat16")]
 
-    @property
-    def _variant(self) -> str:
-        size = PUBLISHED.get(self.like or self.true_width or "")
-        return self.variant or (Family.OMNI if size is None else size.family)
+def _variant(options: DemoOptions) -> str:
+    size = PUBLISHED.get(options.like or options.true_width or "")
+    return options.variant or (Family.OMNI if size is None else size.family)
 
-    def _preset(self) -> Geometry:
-        if self.like is not None:
-            return PUBLISHED[self.like]
-        if self.true_width is not None:
-            return replace(PUBLISHED[self.true_width], num_hidden_layers=_TRUE_WIDTH_LAYERS)
-        family = PUBLISHED[Family(self._variant).facts.preset]
-        return _derived(family, TINY | ({"sound_dim": _TINY_SOUND} if family.sound_gen else {}))
+
+def _preset(options: DemoOptions, variant: str) -> Geometry:
+    if options.like is not None:
+        return PUBLISHED[options.like]
+    if options.true_width is not None:
+        return replace(PUBLISHED[options.true_width], num_hidden_layers=_TRUE_WIDTH_LAYERS)
+    family = PUBLISHED[Family(variant).facts.preset]
+    return _derived(family, TINY | ({"sound_dim": _TINY_SOUND} if family.sound_gen else {}))
 
 
 def _derived(base: Geometry, changes: dict[str, Any]) -> Geometry:
@@ -134,12 +106,18 @@ def _derived(base: Geometry, changes: dict[str, Any]) -> Geometry:
 def write_demo_checkpoint(
     output: Path, variant: str | None = None, *, force: bool = False, progress: Progress | None = None, **options: Any
 ) -> Path:
-    """Writes the checkpoint directory ``output`` and returns it. ``options`` are the fields of ``DemoOptions``.
+    """Write the checkpoint directory ``output`` and return it. ``options`` are the other fields of `DemoOptions`; the
+    errors are those of `write_demo`."""
+    return write_demo(DemoOptions(output, variant, force=force, **options), progress)
 
-    CX130: ``output`` exists; CX131: no room; CX132: an option; CX802: torch or diffusers is not installed.
+
+def write_demo(options: DemoOptions, progress: Progress | None = None) -> Path:
+    """Write the checkpoint directory ``options.output`` and return it.
+
+    CX130: it exists; CX131: no room; CX132: an option; CX802: torch or diffusers is not installed.
     """
-    chosen = DemoOptions(variant=variant, **options)
-    geometry, dtype, true_size = chosen.geometry(), chosen.stored, chosen.like is not None
+    geometry, dtype, true_size = demo_geometry(options), _stored(options), options.like is not None
+    output, force = options.output, options.force
     _check_output(output, force)
     _require_libraries()
     expected = expected_tensors(geometry)
@@ -155,11 +133,11 @@ def write_demo_checkpoint(
         *([components.sound_tokenizer(geometry, dtype, true_size)] if geometry.sound_gen else []),
         vision,
     ]
-    size = 0 if chosen.sparse else sum(spec.size_bytes for part in parts for spec in part.tensors)
+    size = 0 if options.sparse else sum(spec.size_bytes for part in parts for spec in part.tensors)
     hint = "--sparse, fewer --layers, --dtype bfloat16, or another disk"
     require_space(output, size + _SPARE_BYTES, "CX131", "the checkpoint", hint)
     with new_directory(output, force) as folder:
-        weight_maps = {part.folder: _write_component(folder, part, geometry, chosen, progress) for part in parts}
+        weight_maps = {part.folder: _write_component(folder, part, geometry, options, progress) for part in parts}
         write_json(folder / "model_index.json", components.model_index(geometry))
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config(geometry))

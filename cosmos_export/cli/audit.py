@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from cosmos_export.cli import verbs
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import AuditVerifyOptions
 
 
 def register(app: Verbs) -> None:
@@ -22,19 +20,13 @@ def register(app: Verbs) -> None:
     def audit(context: typer.Context) -> None:
         verbs.require_verb(context)
 
-    @group.command(
+    @group.verb(
         "verify",
+        AuditVerifyOptions,
         "cosmos-export audit verify robot.jsonl",
         "cosmos-export audit verify robot.jsonl --anchor 5d41402a --json",
     )
-    def verify(
-        file: Annotated[Path, typer.Argument(metavar="FILE", help="The audit trail.", show_default=False)],
-        anchor: Annotated[
-            str | None,
-            typer.Option(help="SHA-256 of a line that the trail must have, as an earlier `verify` printed it."),
-        ] = None,
-        as_json: Json = False,
-    ) -> None:
+    def verify(options: AuditVerifyOptions, as_json: bool) -> None:
         """Check that every line of an audit trail follows from the line before it; exit code 1 where one does not.
 
         Lines that are missing at the end are found with --anchor alone. docs/serve.md says what the lines hold.
@@ -42,7 +34,8 @@ def register(app: Verbs) -> None:
         from cosmos_export.audit import verify_trail
         from cosmos_export.cli import console
 
-        found = verify_trail(file, anchor)
+        file = options.file
+        found = verify_trail(file, options.anchor)
         if as_json:
             console.emit_json("audit-verify", {"file": str(file), **dataclasses.asdict(found)})
         else:

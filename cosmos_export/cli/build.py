@@ -6,15 +6,12 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json, takes
 from cosmos_export.cli.tables import Column, Table, numbers
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.options import BuildOptions
+from cosmos_export.options import BuildCommand
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,19 +25,13 @@ if TYPE_CHECKING:
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "build",
+        BuildCommand,
         "cosmos-export build Cosmos3-Nano -o nano.bundle --target rtx-pro-6000 --profile 480p-121f",
         "cosmos-export build Cosmos3-Nano -o fp8.bundle --target l40s --recipe fp8 --calibration scales/",
     )
-    @takes(BuildOptions, no_cache="Machine and files")
-    def build(
-        options: BuildOptions,
-        no_cache: Annotated[
-            bool, typer.Option("--no-cache", help="Capture every graph, build every engine, and record none.")
-        ] = False,
-        as_json: Json = False,
-    ) -> None:
+    def build(asked: BuildCommand, as_json: bool) -> None:
         """Compile a checkpoint into a bundle: capture, passes, engines, checks.
 
         The bundle appears under its name when all of it is right.
@@ -50,10 +41,11 @@ def register(app: Verbs) -> None:
         from cosmos_export.compiler.document import build as run
         from cosmos_export.compiler.document import build_document
 
+        options, cached = asked.options, not asked.no_cache
         options = replace(
             options,
-            cache=None if no_cache else options.cache or default_folder(),
-            graphs=None if no_cache else options.cache or default_graphs_folder(),
+            cache=options.cache or default_folder() if cached else None,
+            graphs=options.cache or default_graphs_folder() if cached else None,
         )
         output = options.output
 

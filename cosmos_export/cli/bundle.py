@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cosmos_export import units
 from cosmos_export.cli import verbs
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import facts
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import BundleOptions, BundleSignOptions, BundleVerifyOptions
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, Manifest, ProfileRecord, Signed, VerifyReport
@@ -27,18 +26,13 @@ def register(app: Verbs) -> None:
     def bundle(context: typer.Context) -> None:
         verbs.require_verb(context)
 
-    @group.command(
+    @group.verb(
         "verify",
+        BundleVerifyOptions,
         "cosmos-export bundle verify nano.bundle",
         "cosmos-export bundle verify nano.bundle --json",
     )
-    def verify(
-        directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
-        key: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Public key (PEM) whose owner must have signed the bundle.")
-        ] = None,
-        as_json: Json = False,
-    ) -> None:
+    def verify(options: BundleVerifyOptions, as_json: bool) -> None:
         """Check every file of a bundle against its manifest: PASS, FAIL or SKIP for each, exit code 1 on any mismatch.
 
         It says that the bundle is complete and unchanged since its build. Who built it, only a signature says: with
@@ -50,11 +44,11 @@ def register(app: Verbs) -> None:
         from cosmos_export.runtime.contents import with_contents
 
         signed = None
-        if key is None:
-            report = bundles.verify_bundle(directory, console.progress())
+        if options.key is None:
+            report = bundles.verify_bundle(options.directory, console.progress())
         else:
-            files = bundles.open_bundle(directory)
-            signed = bundles.require_signature(files, key)
+            files = bundles.open_bundle(options.directory)
+            signed = bundles.require_signature(files, options.key)
             report = bundles.verify_files(files, console.progress())
         report = with_contents(report)
         if as_json:
@@ -66,17 +60,13 @@ def register(app: Verbs) -> None:
         if not report.ok:
             raise typer.Exit(int(ExitCode.FINDING))
 
-    @group.command(
+    @group.verb(
         "sign",
+        BundleSignOptions,
         "cosmos-export bundle sign nano.bundle --key private.pem",
         "cosmos-export bundle sign nano.bundle --key private.pem --force",
     )
-    def sign(
-        directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
-        key: Annotated[Path, typer.Option(metavar="FILE", help="Private key (PEM): ECDSA on P-256, P-384 or P-521.")],
-        force: Annotated[bool, typer.Option("--force", help="Replace a signature that is there.")] = False,
-        as_json: Json = False,
-    ) -> None:
+    def sign(options: BundleSignOptions, as_json: bool) -> None:
         """Sign a bundle: `manifest.sig` in it, in the format of OpenSSF Model Signing, which `model_signing` reads.
 
         Every file is verified first. A key with a passphrase takes it from $COSMOS_EXPORT_KEY_PASSPHRASE. Readers ask
@@ -88,28 +78,27 @@ def register(app: Verbs) -> None:
         from cosmos_export.bundle.signature import PASSPHRASE
         from cosmos_export.cli import console
 
+        directory = options.directory
         files = bundles.read_files(directory, console.progress())
         passphrase = os.environ.get(PASSPHRASE)
-        signed = bundles.sign(files, key, None if passphrase is None else passphrase.encode(), force)
+        signed = bundles.sign(files, options.key, None if passphrase is None else passphrase.encode(), options.force)
         if as_json:
             ids = {"bundle_id": f"sha256:{signed.bundle_id}", "signed_with": f"sha256:{signed.key}"}
             console.emit_json("bundle-sign", {"bundle": str(directory), **ids})
         console.verdict(f"{directory} is signed with the key {signed.key[:16]}", True)
 
-    @group.command(
+    @group.verb(
         "show",
+        BundleOptions,
         "cosmos-export bundle show nano.bundle",
         "cosmos-export bundle show nano.bundle --json",
     )
-    def show(
-        directory: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle.", show_default=False)],
-        as_json: Json = False,
-    ) -> None:
+    def show(options: BundleOptions, as_json: bool) -> None:
         """What a bundle was built from and for, the requests it takes, and what was measured. Reads its manifest."""
         from cosmos_export.bundle import open_bundle
         from cosmos_export.cli import console
 
-        files = open_bundle(directory)
+        files = open_bundle(options.directory)
         if as_json:
             console.emit_json("bundle-show", _data(files))
         else:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cosmos_export import units
 from cosmos_export.cli import verbs
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import Table, numbers
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import CacheOptions, CachePruneOptions, CacheWhyOptions
 
 if TYPE_CHECKING:
     from cosmos_export.compiler.cache import Cache, Entry
-
-_Folder = Annotated[
-    Path | None, typer.Option("--cache", help="Its directory; default: $COSMOS_EXPORT_CACHE or ~/.cache.")
-]
 
 
 def register(app: Verbs) -> None:
@@ -30,16 +26,17 @@ def register(app: Verbs) -> None:
     def cache(context: typer.Context) -> None:
         verbs.require_verb(context)
 
-    @group.command(
+    @group.verb(
         "ls",
+        CacheOptions,
         "cosmos-export cache ls",
         "cosmos-export cache ls --cache /data/engines --json",
     )
-    def ls(folder: _Folder = None, as_json: Json = False) -> None:
+    def ls(options: CacheOptions, as_json: bool) -> None:
         """List the engines and graphs that are recorded, and whether each is still where it was."""
         from cosmos_export.cli import console
 
-        entries = _entries(folder)
+        entries = _entries(options.cache)
         if as_json:
             console.emit_json("cache-ls", {"entries": [_document(entry) for entry in entries]})
         elif entries:
@@ -53,24 +50,20 @@ def register(app: Verbs) -> None:
             True,
         )
 
-    @group.command(
+    @group.verb(
         "why",
+        CacheWhyOptions,
         "cosmos-export cache why 3f2a",
         "cosmos-export cache why 3f2a 9b01",
     )
-    def why(
-        first: Annotated[str, typer.Argument(help="Beginning of a key, as `ls` shows it.")],
-        second: Annotated[str | None, typer.Argument(help="Another; default: the nearest of the same name.")] = None,
-        folder: _Folder = None,
-        as_json: Json = False,
-    ) -> None:
+    def why(options: CacheWhyOptions, as_json: bool) -> None:
         """Show why two engines or captures are not the same: what they were made from, and where that differs."""
         from cosmos_export.cli import console
         from cosmos_export.compiler.cache import differences, nearest
         from cosmos_export.diagnostics import UserError
 
-        entries = _entries(folder)
-        one = _entry(first, entries)
+        entries, second = _entries(options.cache), options.second
+        one = _entry(options.first, entries)
         others = [entry for entry in entries if entry.key != one.key]
         other = _entry(second, entries) if second is not None else nearest(one.name, one.components, others)
         if other is None:
@@ -82,20 +75,17 @@ def register(app: Verbs) -> None:
             console.show(_comparison(one, other))
         console.verdict(f"{', '.join(differing) or 'nothing'} differ", True)
 
-    @group.command(
+    @group.verb(
         "prune",
+        CachePruneOptions,
         "cosmos-export cache prune",
         "cosmos-export cache prune --all",
     )
-    def prune(
-        everything: Annotated[bool, typer.Option("--all", help="Forget all of them, and remove the graphs.")] = False,
-        folder: _Folder = None,
-        as_json: Json = False,
-    ) -> None:
+    def prune(options: CachePruneOptions, as_json: bool) -> None:
         """Forget engines and graphs whose file is gone or has another size. Bundles are not touched."""
         from cosmos_export.cli import console
 
-        gone = [entry for one in _caches(folder) for entry in one.prune(everything)]
+        gone = [entry for one in _caches(options.cache) for entry in one.prune(options.everything)]
         if as_json:
             console.emit_json("cache-prune", {"forgotten": [_document(entry) for entry in gone]})
         console.verdict(f"{len(gone)} entries forgotten", True)

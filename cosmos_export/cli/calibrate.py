@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cosmos_export.cli.options import Json, takes
 from cosmos_export.cli.tables import Table, numbers
 from cosmos_export.cli.verbs import Verbs
 from cosmos_export.options import CalibrateOptions
@@ -16,13 +15,13 @@ if TYPE_CHECKING:
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "calibrate",
+        CalibrateOptions,
         "cosmos-export calibrate Cosmos3-Nano --data prompts.txt --data clips/ -o scales/",
         "cosmos-export calibrate Cosmos3-Nano --data robot-data/,embodiment=droid_lerobot --samples 256 -o scales/",
     )
-    @takes(CalibrateOptions)
-    def calibrate(options: CalibrateOptions, as_json: Json = False) -> None:
+    def calibrate(options: CalibrateOptions, as_json: bool) -> None:
         """Find the ranges of all activations, with one decoder layer in memory at a time.
 
         After an interruption the same command goes on where it stopped.

@@ -57,6 +57,12 @@ def _kernels() -> tuple[str, ...]:
     return tuple(PLUGINS)
 
 
+def _own_kernels() -> tuple[str, ...]:
+    from cosmos_export.kernels.description import KERNELS
+
+    return tuple(KERNELS)
+
+
 def _sizes() -> tuple[str, ...]:
     from cosmos_export.checkpoint.published import PUBLISHED
 
@@ -101,6 +107,7 @@ _REGISTRIES: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "modalities": lambda: ("vision", "sound", "action"),
     "components": _components,
     "kernels": _kernels,
+    "own-kernels": _own_kernels,
     "sizes": _sizes,
     "passes": _passes,
     "observers": lambda: ("absmax", "percentile", "mse"),

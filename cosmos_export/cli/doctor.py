@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import DoctorOptions
 
 
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "doctor",
+        DoctorOptions,
         "cosmos-export doctor",
         "cosmos-export doctor --target rtx-pro-6000 --folder /data",
     )
-    def doctor(
-        target: Annotated[str | None, typer.Option(help="Check for this one; default: for the GPUs there are.")] = None,
-        folder: Annotated[Path, typer.Option(help="Where bundles go: its disk is looked at.")] = Path(),
-        as_json: Json = False,
-    ) -> None:
+    def doctor(options: DoctorOptions, as_json: bool) -> None:
         """Look at driver, GPUs, packages, memory, disk and environment; exit 1 where something stands in the way."""
         from cosmos_export.cli import console
         from cosmos_export.diagnostics import ExitCode, UserError
         from cosmos_export.doctor import CheckState, examine, facts
         from cosmos_export.targets import load_target
 
-        chosen = load_target(target) if target is not None else None
+        folder = options.folder
+        chosen = load_target(options.target) if options.target is not None else None
         if not folder.is_dir():
             raise UserError("CX810", f"{folder} is not a directory", "name one that exists")
         findings = list(examine(facts(folder), chosen))

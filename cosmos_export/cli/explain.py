@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from functools import cache
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import ExplainOptions
 
 DATA = "errors.json"
 """Beside this module: made from the code, with the causes of `causes.toml` (`UPDATE_ERRORS=1 pytest
@@ -20,19 +18,17 @@ tests/test_errors.py`)."""
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "explain",
+        ExplainOptions,
         "cosmos-export explain CX607",
         "cosmos-export explain 607 --json",
     )
-    def explain(
-        code: Annotated[str, typer.Argument(help="Code of an error, such as CX607.", metavar="CODE")],
-        as_json: Json = False,
-    ) -> None:
+    def explain(options: ExplainOptions, as_json: bool) -> None:
         """Explain an error code: cause, what its messages say, and the way out."""
         from cosmos_export.cli import console
 
-        found = explanation(code)
+        found = explanation(options.code)
         if as_json:
             console.emit_json("explain", found)
         else:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import Table, facts, numbers
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import InspectOptions
 
 if TYPE_CHECKING:
     from cosmos_export.checkpoint.describe import Summary
@@ -21,21 +18,19 @@ _SHOWN = 10
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "inspect",
+        InspectOptions,
         "cosmos-export inspect Cosmos3-Nano",
         "cosmos-export inspect Cosmos3-Nano --json",
     )
-    def inspect(
-        path: Annotated[Path, typer.Argument(help="A checkpoint directory, as downloaded.", metavar="CHECKPOINT")],
-        as_json: Json = False,
-    ) -> None:
+    def inspect(options: InspectOptions, as_json: bool) -> None:
         """Check a checkpoint and show its towers, sizes, modalities and sampler. Reads headers only."""
         from cosmos_export.checkpoint import open_checkpoint
         from cosmos_export.checkpoint.describe import describe
         from cosmos_export.cli import console
 
-        summary = describe(open_checkpoint(path))
+        summary = describe(open_checkpoint(options.checkpoint))
         if as_json:
             console.emit_json("inspect", summary.to_json())
         else:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json, takes
 from cosmos_export.cli.tables import Table, numbers
 from cosmos_export.cli.verbs import Verbs
 from cosmos_export.options import PlanOptions
@@ -20,13 +19,13 @@ if TYPE_CHECKING:
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "plan",
+        PlanOptions,
         "cosmos-export plan Cosmos3-Nano --target rtx-pro-6000,l40s --workload t2v-480p-189f",
         "cosmos-export plan --like super --target h200 --recipe fp8 --workload t2i-720p --workload i2v-720p-121f",
     )
-    @takes(PlanOptions)
-    def plan(options: PlanOptions, as_json: Json = False) -> None:
+    def plan(options: PlanOptions, as_json: bool) -> None:
         """Predict what a build and its bundle cost, before there is either: sizes, memory, disk, time, and what fits.
 
         Nothing is built and nothing is run. The exit code is 1 where nothing fits.

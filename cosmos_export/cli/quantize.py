@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json, takes
 from cosmos_export.cli.verbs import Verbs
 from cosmos_export.options import QuantizeRequest
 
@@ -11,13 +10,13 @@ from cosmos_export.options import QuantizeRequest
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "quantize",
+        QuantizeRequest,
         "cosmos-export quantize Cosmos3-Nano --calibration scales/ -o nano-fp8/",
         "cosmos-export quantize Cosmos3-Nano --calibration scales/ --format int4 --towers generator -o nano-int4/",
     )
-    @takes(QuantizeRequest)
-    def quantize(request: QuantizeRequest, as_json: Json = False) -> None:
+    def quantize(request: QuantizeRequest, as_json: bool) -> None:
         """Write a quantized checkpoint in the published ModelOpt layout, with one linear in memory at a time."""
         from cosmos_export.cli import console
         from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint

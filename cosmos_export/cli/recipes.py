@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cosmos_export import units
 from cosmos_export.cli import verbs
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import Column, Table, facts, numbers
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.options import WORKLOAD
+from cosmos_export.verb_options import RecipesChooseOptions, RecipesLsOptions, RecipesShowOptions
 
 if TYPE_CHECKING:
     from cosmos_export.plan import Tried
@@ -29,52 +27,40 @@ def register(app: Verbs) -> None:
     def recipes(context: typer.Context) -> None:
         verbs.require_verb(context)
 
-    @group.command(
+    @group.verb(
         "ls",
+        RecipesLsOptions,
         "cosmos-export recipes ls",
         "cosmos-export recipes ls --target l40s",
     )
-    def ls(
-        target: Annotated[str | None, typer.Option(help="Only those that run on this target.")] = None,
-        as_json: Json = False,
-    ) -> None:
+    def ls(options: RecipesLsOptions, as_json: bool) -> None:
         """List the recipes."""
         from cosmos_export.cli import console
         from cosmos_export.precision.recipe import load_recipe, recipe_names
         from cosmos_export.targets import load_target
 
         chosen = [load_recipe(name) for name in recipe_names()]
-        if target is not None:
-            chosen = [recipe for recipe in chosen if not _refusals(recipe, load_target(target).name)]
+        if options.target is not None:
+            chosen = [recipe for recipe in chosen if not _refusals(recipe, load_target(options.target).name)]
         if as_json:
             console.emit_json("recipes-ls", {"recipes": [_document(recipe) for recipe in chosen]})
         else:
             console.show(_table(chosen))
 
-    @group.command(
+    @group.verb(
         "choose",
+        RecipesChooseOptions,
         "cosmos-export recipes choose --like nano --target l40s",
         "cosmos-export recipes choose Cosmos3-Nano --target h100 --workload policy-droid",
     )
-    def choose(
-        checkpoint: Annotated[Path | None, typer.Argument(help="Checkpoint directory.", show_default=False)] = None,
-        like: Annotated[
-            str | None, typer.Option(metavar="nano|super|edge", help="Published size in place of a checkpoint.")
-        ] = None,
-        target: Annotated[str, typer.Option(metavar="TARGET", help="Target to build for.")] = "rtx-pro-6000",
-        workload: Annotated[
-            list[str] | None,
-            typer.Option(metavar="MODE-SIZE", help=f"Requests, as in `plan`. Repeat it. Default: {WORKLOAD}."),
-        ] = None,
-        as_json: Json = False,
-    ) -> None:
+    def choose(options: RecipesChooseOptions, as_json: bool) -> None:
         """Choose the recipe for a model, a target and workloads: the fastest by prediction that fits.
 
         Times are predictions where the target's efficiency is measured, else multiples of the fastest.
         """
         from cosmos_export.cli import console
 
-        found, tried = _choose(checkpoint, like, target, workload or [WORKLOAD])
+        found, tried = _choose(options)
         if as_json:
             rows = [
                 {"recipe": one.recipe.name, "refusal": one.refusal, "weights_bytes": one.weights_bytes, "fit": one.fit,
@@ -85,34 +71,32 @@ def register(app: Verbs) -> None:
         else:
             console.show(_tried(found, tried))
 
-    @group.command(
+    @group.verb(
         "show",
+        RecipesShowOptions,
         "cosmos-export recipes show fp8",
         "cosmos-export recipes show int4 --json",
     )
-    def show(
-        name: Annotated[str, typer.Argument(help="A recipe of `recipes ls`.")],
-        as_json: Json = False,
-    ) -> None:
+    def show(options: RecipesShowOptions, as_json: bool) -> None:
         """Show one recipe: its rules, where it runs, and where not and why."""
         from cosmos_export.cli import console
         from cosmos_export.precision.recipe import load_recipe
 
-        recipe = load_recipe(name)
+        recipe = load_recipe(options.name)
         if as_json:
             console.emit_json("recipes-show", {"recipe": _document(recipe)})
         else:
             console.show(*_details(recipe, console.out().width))
 
 
-def _choose(checkpoint: Path | None, like: str | None, target: str, workload: list[str]) -> tuple[Recipe, list[Tried]]:
+def _choose(options: RecipesChooseOptions) -> tuple[Recipe, list[Tried]]:
     from cosmos_export.compiler.plan_checkpoint import subject_of
     from cosmos_export.plan import choose, offered_bytes, parse_workload
     from cosmos_export.sampling import Overrides, resolve_schedule
     from cosmos_export.targets import load_target
 
-    subject, chosen = subject_of(checkpoint, like)[0], load_target(target)
-    workloads = [parse_workload(text) for text in workload]
+    subject, chosen = subject_of(options.checkpoint, options.like)[0], load_target(options.target)
+    workloads = [parse_workload(text) for text in options.workloads]
     schedules = [resolve_schedule(subject.sampling, w.mode, Overrides()) for w in workloads]
     return choose(subject, chosen, workloads, schedules, offered_bytes(chosen))
 

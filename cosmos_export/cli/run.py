@@ -5,78 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json, takes
 from cosmos_export.cli.tables import Table, numbers
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.options import GenerateOptions
+from cosmos_export.options import RunCommand
 
 if TYPE_CHECKING:
     from cosmos_export.runtime.frontend import Prepared
     from cosmos_export.runtime.limits import Limits, Review
     from cosmos_export.runtime.results import Written
 
-_OUTPUT, _MACHINE = "Output", "Machine and files"
-_OUTPUTS = dict.fromkeys(("output", "save_latents", "save_frames"), _OUTPUT)
-
 
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "run",
+        RunCommand,
         'cosmos-export run nano.bundle -p "A robot folds a towel." -o towel.mp4',
         'cosmos-export run nano.bundle -p "The robot waves." --image robot.jpg --frames 121 --seed 7 -o wave.mp4',
     )
-    @takes(
-        GenerateOptions,
-        bundle="Arguments",
-        device=_MACHINE,
-        backend=_MACHINE,
-        force=_OUTPUT,
-        limits="Robots",
-        **_OUTPUTS,
-    )
-    def run(
-        asked: GenerateOptions,
-        bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Bundle to run.", show_default=False)],
-        output: Annotated[
-            list[Path] | None,
-            typer.Option(
-                "--output",
-                "-o",
-                metavar="FILE",
-                help="File to write, by its name: .mp4, .png, .wav, .json or .safetensors (actions). Repeat it for "
-                "several.",
-            ),
-        ] = None,
-        save_latents: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Write what was sampled: .safetensors.")
-        ] = None,
-        save_frames: Annotated[
-            Path | None, typer.Option(metavar="FILE", help="Write frames in [0, 1]: .npy [frames, height, width, 3].")
-        ] = None,
-        backend: Annotated[
-            str | None, typer.Option(metavar="BACKEND", help="What runs the engines. Default: the bundle's own.")
-        ] = None,
-        device: Annotated[
-            str | None, typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:N. Default: the backend's first.")
-        ] = None,
-        limits: Annotated[
-            Path | None,
-            typer.Option(metavar="FILE", help="limits.toml of the robot: actions pass, are clipped or rejected."),
-        ] = None,
-        require_signature: Annotated[
-            Path | None,
-            typer.Option(metavar="FILE", help="Public key (PEM): a bundle that it did not sign is refused."),
-        ] = None,
-        force: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
-        as_json: Json = False,
-    ) -> None:
+    def run(options: RunCommand, as_json: bool) -> None:
         """Generate an image, a video, sound or actions. What the bundle cannot do is refused before anything is loaded.
 
         Every output says in its metadata that it is AI-generated, and by which bundle. docs/run.md has an example for
@@ -92,14 +43,17 @@ def register(app: Verbs) -> None:
         from cosmos_export.runtime.results import plan_outputs
 
         started = time.perf_counter()
-        files = bundles.open_bundle(bundle)
-        if require_signature is not None:
-            bundles.require_signature(files, require_signature)
-        model = Model(files, backend=backend, device=device, resident=False)
+        files = bundles.open_bundle(options.bundle)
+        if options.require_signature is not None:
+            bundles.require_signature(files, options.require_signature)
+        model = Model(files, backend=options.backend, device=options.device, resident=False)
         manifest = model.manifest
-        prepared = model.prepare(asked)
-        outputs = plan_outputs(output or [], prepared, manifest, latents=save_latents, frames=save_frames, force=force)
-        allowed = None if limits is None else _limits(limits, prepared)
+        prepared = model.prepare(options.request)
+        outputs = plan_outputs(
+            options.outputs, prepared, manifest, latents=options.save_latents, frames=options.save_frames,
+            force=options.force,
+        )  # fmt: skip
+        allowed = None if options.limits is None else _limits(options.limits, prepared)
         for note in prepared.notes:
             console.log(note, logging.WARNING)
         console.log_open(open_verdicts(manifest))
@@ -117,7 +71,7 @@ def register(app: Verbs) -> None:
             timings.setdefault(stage, seconds)
         timings["total"] = time.perf_counter() - started
         if as_json:
-            document = _document(bundle, model.bundle_id, prepared, written, timings)
+            document = _document(options.bundle, model.bundle_id, prepared, written, timings)
             console.emit_json("run", {**document, "verdicts": dataclasses.asdict(open_verdicts(manifest))})
         else:
             _print(written.files, timings)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from cosmos_export import units
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.tables import Column, Table, facts, numbers
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import TargetsOptions
 
 if TYPE_CHECKING:
     from cosmos_export.targets import Target
@@ -18,19 +16,18 @@ if TYPE_CHECKING:
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "targets",
+        TargetsOptions,
         "cosmos-export targets",
         "cosmos-export targets h100",
     )
-    def targets(
-        name: Annotated[str | None, typer.Argument(help="Show this target only, with its traps and sources.")] = None,
-        as_json: Json = False,
-    ) -> None:
+    def targets(options: TargetsOptions, as_json: bool) -> None:
         """List the targets: compute capability, memory, bandwidth, peak rates, precisions, backend."""
         from cosmos_export.cli import console
         from cosmos_export.targets import load_target, target_names
 
+        name = options.name
         chosen = [load_target(one) for one in ([name] if name else target_names())]
         if as_json:
             console.emit_json("targets", {"targets": [_document(target) for target in chosen]})

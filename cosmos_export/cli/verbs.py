@@ -1,12 +1,12 @@
 """Options and errors of all verbs: `--quiet`, `--verbose`, `--no-progress`, and how an error ends the process.
 
-A verb is a plain function registered on a `Verbs`; it raises `CosmosExportError` and knows nothing of exit codes.
+A verb is a plain function of its options, registered on a `Verbs`; it raises `CosmosExportError` and knows nothing of
+exit codes.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import inspect
 import re
 import signal
@@ -19,17 +19,21 @@ import typer
 import typer.core
 
 from cosmos_export import files
-from cosmos_export.cli import choices, console
+from cosmos_export.cli import choices, console, options
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError, UserError
+from cosmos_export.option_fields import flat
 from cosmos_export.printable import printable
 
-Verb = TypeVar("Verb", bound=Callable[..., Any])
+Options = TypeVar("Options")
+Verb = Callable[[Options, bool], None]
+"""What a verb is: a function of its options and of whether it prints JSON."""
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print debug lines, and tracebacks of errors.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="Print no bars and no progress lines.")]
-SHARED: dict[str, Any] = {"quiet": Quiet, "verbose": Verbose, "no_progress": NoProgress}
-"""Options of every verb, and of the program before the verb."""
+SHARED: dict[str, Any] = {"as_json": Json, "quiet": Quiet, "verbose": Verbose, "no_progress": NoProgress}
+"""Options of every verb. All but the first are options of the program before the verb, too."""
 WIDTH = 120
 """Columns of help at most; a narrower terminal decides otherwise."""
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": WIDTH}
@@ -39,6 +43,8 @@ _REPORT = "this is a bug: please report it with the output of the same command u
 class _Command(typer.core.TyperCommand):
     """A command whose help has its options under headings, and examples at the end."""
 
+    record: ClassVar[type]
+    """The options of the verb."""
     groups: ClassVar[Mapping[str, str]] = {}
     """Parameter → heading."""
     names: ClassVar[Mapping[str, str]] = {}
@@ -54,15 +60,19 @@ class _Command(typer.core.TyperCommand):
             if record is None:
                 continue
             name = parameter.name or ""
-            group = "Common options" if name in (*SHARED, "help") else self.groups.get(name, "Options")
-            group = "Arguments" if parameter.param_type_name == "argument" else group
-            group = "Output" if name == "as_json" else group
             argument = parameter.param_type_name == "argument"
-            sections[group].append((_names(record[0], name, argument), _listing(record[1], self.names.get(name))))
+            group = "Common options" if name in (*SHARED, "help") else self.groups.get(name, "Options")
+            group = "Arguments" if argument else "Output" if name == "as_json" else group
+            text = _listing(record[1], self.names.get(name))
+            sections[group].append((_names(record[0], name, argument), _whole(text)))
         for title, records in sections.items():
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _hyphens(formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         super().format_epilog(ctx, formatter)
@@ -70,6 +80,18 @@ class _Command(typer.core.TyperCommand):
             with formatter.section("Examples"):
                 for example in self.examples:
                     formatter.write(_command_lines(example, formatter.current_indent, formatter.width))
+
+
+_HYPHEN = "\u2011"
+"""A hyphen that no line ends at: names such as rtx-pro-6000 stay on one line."""
+
+
+def _whole(text: str) -> str:
+    return text.replace("-", _HYPHEN)
+
+
+def _hyphens(formatter: Any) -> None:
+    formatter.buffer[:] = [part.replace(_HYPHEN, "-") for part in formatter.buffer]
 
 
 def _command_lines(command: str, indent: int, width: int) -> str:
@@ -89,13 +111,17 @@ class Group(typer.core.TyperGroup):
     headings: ClassVar[Mapping[str, str]] = {}
     """Command → heading."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        _hyphens(formatter)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {title: [] for title in self.headings.values()}
         for name in self.list_commands(ctx):
             command = self.get_command(ctx, name)
             if command is not None and not command.hidden:
                 sentence = (command.help or "").split("\n\n")[0].replace("\n", " ")
-                sections.setdefault(self.headings.get(name, "Commands"), []).append((name, sentence))
+                sections.setdefault(self.headings.get(name, "Commands"), []).append((name, _whole(sentence)))
         for title, rows in sections.items():
             with formatter.section(title):
                 formatter.write_dl(rows)
@@ -106,7 +132,7 @@ def group(name: str, text: str) -> Verbs:
     return Verbs(name=name, help=text, cls=Group, invoke_without_command=True, rich_markup_mode=None)
 
 
-_LISTED = ("targets", "backends", "recipes", "modes", "formats")
+_LISTED = ("targets", "backends", "recipes", "modes", "formats", "own-kernels")
 """Registries whose names help shows. The others are long, or in the text: asking them would import what is heavy."""
 
 
@@ -114,7 +140,7 @@ def _listing(text: str, registry: str | None) -> str:
     """``text`` of an option, with the names of its ``registry`` where help shows those."""
     if registry not in _LISTED or registry is None:
         return text
-    sentence = re.split(r" Default: |  \[default", text, maxsplit=1)[0]
+    sentence = re.split(r" Default: |  \[", text, maxsplit=1)[0]
     return f"{sentence.rstrip('.')}: {', '.join(choices.names(registry))}.{text[len(sentence) :]}"
 
 
@@ -129,15 +155,23 @@ def _names(flags: str, parameter: str, argument: bool) -> str:
 
 
 class Verbs(typer.Typer):
-    """A `typer.Typer` whose commands take the shared options and turn errors into messages and exit codes."""
+    """A `typer.Typer` whose verbs take a record of options and the shared options, and whose errors are messages and
+    exit codes."""
 
-    def command(self, name: str | None = None, *examples: str, **settings: Any) -> Callable[[Verb], Verb]:
-        """Register a verb; ``examples`` are command lines that its help shows."""
+    def verb(self, name: str, record: type[Options], *examples: str) -> Callable[[Verb[Options]], Verb[Options]]:
+        """Register a verb that takes ``record`` and whether it prints JSON; ``examples`` are command lines that its
+        help shows."""
+        given = list(flat(record))
+        about = {
+            "record": record,
+            "groups": {option.name: option.cli.group for option in given},
+            "names": {option.name: option.cli.names for option in given if option.cli.names is not None},
+            "examples": examples,
+        }
+        kind = type("Command", (_Command,), about)
 
-        def decorate(verb: Verb) -> Verb:
-            about = {"groups": getattr(verb, "groups", {}), "names": getattr(verb, "names", {}), "examples": examples}
-            kind = type("Command", (_Command,), about)
-            super(Verbs, self).command(name, cls=kind, **settings)(_guarded(verb))
+        def decorate(verb: Verb[Options]) -> Verb[Options]:
+            self.command(name, cls=kind)(_Called(verb, record))
             return verb
 
         return decorate
@@ -265,20 +299,27 @@ def _require_writable(given: Any) -> None:
         raise UserError("CX004", f"{str(given)[:300]} cannot be written: {why}", "choose another name")
 
 
-def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """``verb`` with the shared options in its signature, and no exception but typer's own getting out."""
-    signature = inspect.signature(verb, eval_str=True)
-    takes_json = "as_json" in signature.parameters
+class _Called:
+    """A verb as typer calls it, with an argument per option. No exception but typer's own gets out."""
 
-    @functools.wraps(verb)
-    def run(*args: Any, quiet: bool, verbose: bool, no_progress: bool, **options: Any) -> None:
+    def __init__(self, verb: Callable[[Any, bool], None], record: type) -> None:
+        self._verb, self._record = verb, record
+        self.__name__, self.__doc__ = verb.__name__, verb.__doc__
+        # Typer reads both; the types of the parameters are in the signature.
+        self.__annotations__: dict[str, Any] = {}
+        shared = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+            for name, annotation in SHARED.items()
+        ]
+        self.__signature__ = inspect.Signature([*map(options.parameter, flat(record)), *shared])
+
+    def __call__(self, *, quiet: bool, verbose: bool, no_progress: bool, as_json: bool, **values: Any) -> None:
         before = console.given_before()
         console.configure(quiet or before.quiet, verbose or before.verbose, no_progress or before.no_progress)
-        as_json = takes_json and bool(options["as_json"])
         try:
             for name in OUTPUTS:
-                _require_writable(options.get(name))
-            verb(*args, **options)
+                _require_writable(values.get(name))
+            self._verb(options.made(self._record, values), as_json)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.TyperException):
             raise
@@ -292,17 +333,6 @@ def _guarded(verb: Callable[..., Any]) -> Callable[..., Any]:
             fail_unexpected(error, as_json)
         finally:
             console.close()
-
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in SHARED.items()
-    ]
-    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *shared]
-    )
-    # Typer reads both; with the annotations resolved here it need not know where the verb was written.
-    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}  # type: ignore[attr-defined]
-    return run
 
 
 def _interrupted(error: BaseException, as_json: bool) -> NoReturn:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cosmos_export.cli.options import Json
 from cosmos_export.cli.verbs import Verbs
+from cosmos_export.verb_options import NoOptions
 
 OPTIONAL = (
     "torch",
@@ -24,14 +24,13 @@ OPTIONAL = (
 def register(app: Verbs) -> None:
     """Add the verb to ``app``."""
 
-    @app.command(
+    @app.verb(
         "version",
+        NoOptions,
         "cosmos-export version",
         "cosmos-export version --json",
     )
-    def version(
-        as_json: Json = False,
-    ) -> None:
+    def version(_: NoOptions, as_json: bool) -> None:
         """Print the versions of cosmos-export, Python and the optional packages."""
         from cosmos_export.cli import console, tables
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module, metadata
 from itertools import pairwise
+from typing import Any
 
 from cosmos_export.bundle import (
     DimRecord,
@@ -30,6 +31,7 @@ from cosmos_export.compiler.coverage import coverage_verdicts, table_coverage
 from cosmos_export.compiler.cuts import chains
 from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.forms import Forms, Pieces
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.compiler.losses import loss_values, loss_verdicts, precision_record
 from cosmos_export.compiler.planned import planned
@@ -38,6 +40,8 @@ from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
 from cosmos_export.machine.system import python_version
+from cosmos_export.option_fields import described
+from cosmos_export.options import BuildOptions
 from cosmos_export.release import VERSION
 
 _TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxruntime")
@@ -107,14 +111,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
         ),
         tools=_tools(result),
         options={
-            "modalities": job.modalities,
-            "outputs": job.outputs,
-            "components": job.components,
-            "parity": job.options.parity,
-            "mode": job.options.mode,
-            "loop": job.options.loop,
-            "weights": job.options.weights,
-            "kernels": job.options.kernels,
+            **_recorded(job),
             **{f"schedule.{name}": value for name, value in asdict(job.schedule).items()},
             "passes": tuple(program.history),
             **_ignored_adapters(checkpoint),
@@ -131,6 +128,13 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
             planned=planned(job, result.engines, result.costs.peak_anonymous_bytes),
         ),
     )
+
+
+def _recorded(job: Job) -> dict[str, Any]:
+    """The options of the build that say ``options`` for their place in the manifest: as the job resolved them, or else
+    as they were given."""
+    names = [option.name for option in described(BuildOptions) if option.cli.manifest == "options"]
+    return {name: getattr(job if hasattr(job, name) else job.options, name) for name in names}
 
 
 def _ignored_adapters(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:

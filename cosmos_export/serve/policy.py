@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.runtime.views import Views, compose
 from cosmos_export.sampling import Overrides
 from cosmos_export.serve.observation import Observation, array_digest
+from cosmos_export.verb_options import PolicyOptions
 
 GOLDEN_SEED = 0
 
@@ -67,20 +67,6 @@ class Policy(Protocol):
     def act(self, observation: Observation, seed: int) -> Chunk:
         """Actions for ``observation``. UserError, UnsupportedError: it cannot be a request of this bundle;
         FindingError: results are not finite. Called by one thread at a time."""
-
-
-@dataclass(frozen=True)
-class PolicyOptions:
-    """The options that every request has."""
-
-    embodiment: str | None = None
-    """None: the checkpoint's own."""
-    viewpoint: str | None = None
-    """None: the embodiment's."""
-    action_stats: Path | None = None
-    action_normalization: str | None = None
-    action_width: int | None = None
-    steps: int | None = None
 
 
 class BundlePolicy:

@@ -7,9 +7,8 @@ import contextlib
 import ipaddress
 import signal
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import zmq
 
@@ -23,31 +22,12 @@ from cosmos_export.serve.gr00t import GrootServer
 from cosmos_export.serve.metrics import Metrics
 from cosmos_export.serve.openpi import Settings
 from cosmos_export.serve.policy import Policy, golden
+from cosmos_export.verb_options import Protocol, ServeOptions
 
-Protocol = Literal["openpi", "gr00t"]
-PORTS: dict[str, int] = {"openpi": 8000, "gr00t": 5555}
+PORTS: dict[Protocol, int] = {"openpi": 8000, "gr00t": 5555}
 """Ports that clients of each protocol try by default."""
 LEAST_TOKEN = 16
 _MAX_TOKEN_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class ServeOptions:
-    """How a policy is served."""
-
-    protocol: Protocol = "openpi"
-    host: str = "127.0.0.1"
-    port: int | None = None
-    """None: the protocol's own; 0: any that is free."""
-    token: str | None = None
-    """Token of clients. Every address but this machine's own needs one."""
-    metrics_port: int | None = None
-    """Port of this machine alone where `/metrics` is; openpi has it at its own port, too."""
-    max_message_bytes: int = 16 * files.MIB
-    max_connections: int = 8
-    deadline_s: float | None = None
-    """Longest wait of an observation; a chunk that is later than this is marked as stale."""
-    seed: int = 0
 
 
 def read_token(path: Path) -> str:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import numpy as np
 import pytest
 
 from cosmos_export.checkpoint import Checkpoint, demo, open_checkpoint
-from cosmos_export.checkpoint.demo import DemoOptions, write_demo_checkpoint
+from cosmos_export.checkpoint.demo import demo_geometry, write_demo_checkpoint
 from cosmos_export.checkpoint.published import EDGE, NANO, SUPER
 from cosmos_export.checkpoint.random_weights import produce
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, split_shards
 from cosmos_export.diagnostics import UserError
+from cosmos_export.verb_options import DemoOptions
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -235,9 +237,9 @@ def test_shards_keep_order_and_size() -> None:
 
 @pytest.mark.parametrize(("name", "published"), [("nano", NANO), ("super", SUPER), ("edge", EDGE)])
 def test_true_width(name: str, published: Any) -> None:
-    options = DemoOptions(variant=published.family, true_width=name, layers=published.num_hidden_layers)
-    assert options.geometry() == published
-    assert DemoOptions(variant=published.family, true_width=name).geometry().num_hidden_layers == 2
+    options = DemoOptions(Path("unused"), published.family, true_width=name)
+    assert demo_geometry(replace(options, layers=published.num_hidden_layers)) == published
+    assert demo_geometry(options).num_hidden_layers == 2
 
 
 def test_true_width_of_a_few_rows(tmp_path: Path) -> None:

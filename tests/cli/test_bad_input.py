@@ -18,6 +18,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from cosmos_export.cli import app, console, verbs
+from cosmos_export.verb_options import NoOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "checkpoint"))
@@ -126,7 +127,8 @@ def test_every_path_that_a_verb_writes_is_looked_at() -> None:
     """An option that names a new output belongs in `verbs.OUTPUTS`."""
     reads = {
         "actions", "action_stats", "bundle", "cache", "calibration", "checkpoint", "data", "directory", "folder",
-        "graphs", "image", "noise", "path", "statistics", "video", "token_file", "limits", "audit", "file",
+        "graphs", "image", "noise", "video", "token_file", "limits", "audit", "file", "key",
+        "require_signature",
     }  # fmt: skip
     named = {
         name
@@ -134,7 +136,7 @@ def test_every_path_that_a_verb_writes_is_looked_at() -> None:
         for name, parameter in inspect.signature(command.callback).parameters.items()
         if "Path" in str(parameter.annotation)
     }
-    of_run = {"save_latents", "save_frames"}
+    of_run = {"outputs", "save_latents", "save_frames"}
     assert {*verbs.OUTPUTS, *of_run} <= named
     assert named - {*verbs.OUTPUTS, *of_run} <= reads
 
@@ -164,8 +166,8 @@ def _chained() -> BaseException:
 def test_a_lack_of_memory_is_no_bug(error: BaseException) -> None:
     application = verbs.Verbs()
 
-    @application.command()
-    def verb() -> None:
+    @application.verb("act", NoOptions)
+    def act(options: NoOptions, as_json: bool) -> None:
         raise error
 
     result = CliRunner().invoke(application, [])
@@ -189,8 +191,8 @@ def test_a_process_with_little_memory_says_so(tmp_path: Path) -> None:
 def test_other_errors_are_still_bugs() -> None:
     application = verbs.Verbs()
 
-    @application.command()
-    def verb() -> None:
+    @application.verb("act", NoOptions)
+    def act(options: NoOptions, as_json: bool) -> None:
         raise KeyError("x")
 
     result = CliRunner().invoke(application, [])

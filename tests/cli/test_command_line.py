@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 import typer
@@ -19,6 +19,7 @@ import typer
 import cosmos_export.cli as cli
 from cosmos_export.cli import console, verbs
 from cosmos_export.diagnostics import ExitCode, FindingError, InternalError, ToolError, UnsupportedError, UserError
+from cosmos_export.verb_options import NoOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "diffusers", "transformers", "numpy")
@@ -40,8 +41,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         @app.callback()
         def root() -> None: ...
 
-        @app.command("act")
-        def act(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+        @app.verb("act", NoOptions)
+        def act(_: NoOptions, as_json: bool) -> None:
             body()
 
         monkeypatch.setattr(cli, "app", app)
@@ -239,12 +240,13 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     code = """
 import sys
 from cosmos_export.cli import verbs
+from cosmos_export.verb_options import NoOptions
 import cosmos_export.cli as cli
 app = verbs.Verbs()
 @app.callback()
 def root(): ...
-@app.command("act")
-def act():
+@app.verb("act", NoOptions)
+def act(options, as_json):
     for i in range(100_000):
         print(i)
 cli.app = app
@@ -265,12 +267,13 @@ def test_sigint_of_the_process() -> None:
     code = """
 import sys, time
 from cosmos_export.cli import verbs
+from cosmos_export.verb_options import NoOptions
 import cosmos_export.cli as cli
 app = verbs.Verbs()
 @app.callback()
 def root(): ...
-@app.command("act")
-def act():
+@app.verb("act", NoOptions)
+def act(options, as_json):
     print("ready", flush=True)
     time.sleep(60)
 cli.app = app

@@ -17,66 +17,91 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cosmos_export import cli, documents, options
+from cosmos_export import cli, documents, options, verb_options
+from cosmos_export.bundle import Manifest
 from cosmos_export.calibration.algorithms import ALGORITHMS
 from cosmos_export.calibration.formats import FORMATS
 from cosmos_export.calibration.observers import Method
 from cosmos_export.cli import choices
+from cosmos_export.cli.verbs import SHARED
 from cosmos_export.compiler.selection import COMPONENTS
 from cosmos_export.diagnostics import InternalError
-from cosmos_export.option_fields import Option, described
+from cosmos_export.option_fields import Option, described, flat
 from cosmos_export.plan import parse_workload
 from cosmos_export.runtime.canvas import ACTION_BINS
 from cosmos_export.runtime.embodiments import METHODS
 from cosmos_export.runtime.prompts import VIEWPOINTS
-from cosmos_export.sampling import DEFAULT_MODE
+from cosmos_export.sampling import DEFAULT_MODE, Schedule
 from cosmos_export.sampling.schedule import GRIDS
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORDS = {
-    "build": (options.BuildOptions, "cosmos_export.compile"),
-    "plan": (options.PlanOptions, "cosmos_export.plan"),
-    "calibrate": (options.CalibrateOptions, "cosmos_export.calibrate"),
-    "quantize": (options.QuantizeRequest, "cosmos_export.quantize"),
-    "run": (options.GenerateOptions, "Model.generate"),
+FUNCTIONS = {
+    "build": "cosmos_export.compile",
+    "plan": "cosmos_export.plan",
+    "calibrate": "cosmos_export.calibrate",
+    "quantize": "cosmos_export.quantize",
+    "run": "Model.generate",
 }
 
 
-def flat(record: type) -> list[Option]:
-    found = []
-    for option in described(record):
-        if dataclasses.is_dataclass(option.kind):
-            found += flat(option.kind)  # type: ignore[arg-type]
-        elif not option.cli.hidden:
-            found.append(option)
+def verbs_of(group: Any, path: str = "") -> dict[str, Any]:
+    """Verb → its command."""
+    found: dict[str, Any] = {}
+    for name, command in group.commands.items():
+        inner = verbs_of(command, f"{path}{name} ") if hasattr(command, "commands") else {f"{path}{name}": command}
+        found |= inner
     return found
+
+
+COMMANDS = verbs_of(typer.main.get_command(cli.app))
 
 
 def reference() -> str:
     lines = [
         "# Options",
         "",
-        "Every option of the verbs that make something, and the argument of the Python function that is the same.",
-        "An option is one field of a record in `cosmos_export/options.py`, with its docstring; this page is made from",
-        "them (`UPDATE_DOCS=1 pytest tests/cli/test_reference.py`).",
+        "Every option of every verb, and the argument of the Python function that is the same. An option is one field",
+        "of a record in `cosmos_export/options.py` or `cosmos_export/verb_options.py`, with its docstring. This page,",
+        "help and completion of the command line, and the entries of a bundle's manifest are made from these fields",
+        "(`UPDATE_DOCS=1 pytest tests/cli/test_reference.py`). All verbs also take `--json`, `--quiet`, `--verbose`",
+        "and `--no-progress`.",
     ]
-    for verb, (record, function) in RECORDS.items():
-        lines += [
-            "",
-            f"## {verb}",
-            "",
-            f"Python: `{function}`",
-            "",
-            "| option | argument | default | |",
-            "|---|---|---|---|",
-        ]
-        for option in flat(record):
-            flags = option.cli.metavar if option.cli.argument else ", ".join(option.flags)
-            values = f" {' or '.join(option.choices)}" if option.choices else ""
-            lines.append(
-                f"| `{flags}`{values} | `{option.name}` | {shown(option)} | {option.text.replace('|', chr(92) + '|')} |"
-            )
+    for verb, command in COMMANDS.items():
+        given = list(flat(command.record))
+        lines += ["", f"## {verb}", ""]
+        if not given:
+            lines.append("No options of its own.")
+            continue
+        function = FUNCTIONS.get(verb)
+        columns = {"option": written, "argument": argument, "default": shown, "manifest": kept, "": explained}
+        if function is not None:
+            lines += [f"Python: `{function}`", ""]
+        else:
+            del columns["argument"]
+        if verb != "build":
+            del columns["manifest"]
+        lines += [f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|" + "---|" * len(columns)]
+        lines += [f"| {' | '.join(cell(option) for cell in columns.values())} |" for option in given]
     return "\n".join(lines) + "\n"
+
+
+def written(option: Option) -> str:
+    flags = option.cli.metavar if option.cli.argument else ", ".join(option.flags)
+    values = f" {' or '.join(option.choices)}" if option.choices else ""
+    return f"`{flags}`{values}".replace("|", "\\|")
+
+
+def argument(option: Option) -> str:
+    return f"`{option.name}`"
+
+
+def kept(option: Option) -> str:
+    where = option.cli.manifest
+    return "" if where is None else f"`{where}.{option.name}`" if where == "options" else f"`{where}`"
+
+
+def explained(option: Option) -> str:
+    return option.text.replace("|", "\\|")
 
 
 def shown(option: Option) -> str:
@@ -84,7 +109,9 @@ def shown(option: Option) -> str:
         return "required"
     if option.default is None or option.default == ():
         return ""
-    value = option.default
+    if option.cli.shown_default is not None and not isinstance(option.default, tuple):
+        return option.cli.shown_default
+    value = option.default if option.cli.scale is None else option.default // option.cli.scale
     return f"`{','.join(value) if isinstance(value, tuple) else value}`"
 
 
@@ -122,13 +149,24 @@ def test_pages_are_those_of_the_declarations(name: str) -> None:
     assert (ROOT / name).read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("verb", RECORDS)
-def test_every_option_has_a_docstring_and_is_an_option_of_the_verb(verb: str) -> None:
-    command: Any = typer.main.get_command(cli.app).commands[verb]  # type: ignore[attr-defined]
-    names = {parameter.name for parameter in command.params}
-    for option in flat(RECORDS[verb][0]):
-        assert option.text, option.name
-        assert option.name in names
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_option_is_a_field_with_a_docstring(verb: str) -> None:
+    options_of = list(flat(COMMANDS[verb].record))
+    assert [option.name for option in options_of if not option.text] == []
+    names = [parameter.name for parameter in COMMANDS[verb].params]
+    assert [name for name in names if name not in (*SHARED, "help")] == [option.name for option in options_of]
+
+
+def test_every_option_of_a_build_that_changes_the_bundle_is_in_its_manifest() -> None:
+    """What is not in it names nothing but files and the way of working."""
+    absent = {option.name for option in described(options.BuildOptions) if option.cli.manifest is None}
+    assert absent == {"output", "until", "dump", "force", "resume", "cache", "graphs"}
+    parts = {field.name for field in dataclasses.fields(Manifest)}
+    for option in described(options.BuildOptions):
+        assert (option.cli.manifest or "options").partition(".")[0] in parts, option.name
+    schedule = {f"options.schedule.{field.name}" for field in dataclasses.fields(Schedule)}
+    named = {option.cli.manifest or "" for option in described(options.BuildOptions)}
+    assert {one for one in named if one.startswith("options.schedule.")} <= schedule
 
 
 def test_values_that_are_declared_elsewhere() -> None:
@@ -147,6 +185,7 @@ def test_names_in_texts_are_those_of_their_registries() -> None:
         (options.GenerateOptions, "action_normalization"): METHODS,
         (options.GenerateOptions, "tier"): [str(tier) for tier in ACTION_BINS],
         (options.BuildOptions, "components"): COMPONENTS,
+        (verb_options.PolicyOptions, "action_normalization"): METHODS,
     }
     for (record, field), names in listed.items():
         (option,) = (option for option in described(record) if option.name == field)
@@ -155,9 +194,9 @@ def test_names_in_texts_are_those_of_their_registries() -> None:
         assert words == set(names) - {"none"}, field
 
 
-@pytest.mark.parametrize("record", [record for record, _ in RECORDS.values()])
-def test_defaults_are_names_of_their_registries(record: type) -> None:
-    for option in flat(record):
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_defaults_are_names_of_their_registries(verb: str) -> None:
+    for option in flat(COMMANDS[verb].record):
         if option.cli.names is not None and option.default not in (None, dataclasses.MISSING):
             given = option.default if isinstance(option.default, tuple) else (option.default,)
             assert set(given) <= set(choices.names(option.cli.names)), option.name

@@ -88,12 +88,13 @@ def test_a_character_that_the_encoding_lacks(tmp_path: Path, bundles: Path, enco
 ACT = """
 import os, sys, time
 from cosmos_export.cli import console, verbs
+from cosmos_export.verb_options import NoOptions
 import cosmos_export.cli as cli
 app = verbs.Verbs()
 @app.callback()
 def root(): ...
-@app.command("act")
-def act():
+@app.verb("act", NoOptions)
+def act(options, as_json):
     console.set_resume_command("cosmos-export build x --resume")
     try:
         print("ready", flush=True)

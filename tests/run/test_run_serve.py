@@ -31,7 +31,8 @@ from cosmos_export.runtime.generate_options import GenerateOptions  # noqa: E402
 from cosmos_export.runtime.model import Model  # noqa: E402
 from cosmos_export.sampling import Overrides  # noqa: E402
 from cosmos_export.serve.observation import Observation  # noqa: E402
-from cosmos_export.serve.policy import BundlePolicy, PolicyOptions, golden  # noqa: E402
+from cosmos_export.serve.policy import BundlePolicy, golden  # noqa: E402
+from cosmos_export.verb_options import PolicyOptions  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("run-parity")
 

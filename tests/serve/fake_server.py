@@ -8,11 +8,11 @@ from pathlib import Path
 from serve_samples import LIMITS, FakePolicy
 
 from cosmos_export.audit import AuditTrail
-from cosmos_export.serve.server import ServeOptions, serve
+from cosmos_export.serve.server import serve
+from cosmos_export.verb_options import ServeOptions
 
 if __name__ == "__main__":
-    protocol, port = sys.argv[1:3]
+    options = ServeOptions("openpi" if sys.argv[1] == "openpi" else "gr00t", port=int(sys.argv[2]))
     trail = AuditTrail(Path(sys.argv[3])) if len(sys.argv) > 3 else None
-    options = ServeOptions(protocol=protocol, port=int(port))  # type: ignore[arg-type]
     number = serve(FakePolicy(), options, LIMITS, trail=trail, ready=lambda opened: print(opened, flush=True))
     print(f"ended by {number}", flush=True)

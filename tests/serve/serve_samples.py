@@ -23,7 +23,8 @@ from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
 from cosmos_export.serve.observation import Observation
 from cosmos_export.serve.policy import Chunk
-from cosmos_export.serve.server import ServeOptions, check, opened
+from cosmos_export.serve.server import check, opened
+from cosmos_export.verb_options import ServeOptions
 
 DROID = policy_embodiment("droid_lerobot")
 LIMITS = Limits(

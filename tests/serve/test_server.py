@@ -22,7 +22,8 @@ from cosmos_export.serve import server
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
 from cosmos_export.serve.policy import golden
-from cosmos_export.serve.server import ServeOptions, check, read_token
+from cosmos_export.serve.server import check, read_token
+from cosmos_export.verb_options import ServeOptions
 
 TOKEN = "0123456789abcdef"
 
@@ -138,7 +139,7 @@ def test_importing_the_package_needs_no_library() -> None:
         ([], "CX644"),
         (["--no-limits", "--limits", "x.toml"], "CX644"),
         (["--no-limits", "--host", "0.0.0.0"], "CX644"),
-        (["--no-limits", "--protocol", "pickle"], "CX644"),
+        (["--no-limits", "--protocol", "pickle"], "CX100"),
         (["--limits", "missing.toml"], "CX630"),
         (["--no-limits", "--token-file", "missing"], "CX644"),
         (["--no-limits"], "CX7"),
