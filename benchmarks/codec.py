@@ -2,7 +2,7 @@
 
     python benchmarks/codec.py [--profile 720p-189f+sound] [--target rtx-pro-6000] [-o FILE.json]
 
-The video codecs work through a clip one latent frame a call, with their caches as inputs and outputs, so what a call
+The video codecs work through a clip one latent frame per call, with their caches as inputs and outputs, so what a call
 takes does not grow with the clip. "exact" decodes latents of true width and a few rows chunk by chunk and compares with
 one call of diffusers' decoder, bit for bit, in fp32.
 """
@@ -72,7 +72,7 @@ def measure(name: str, program: Program, arguments: argparse.Namespace, work: Pa
 
 @torch.no_grad()
 def chunks_are_exact(program: Program, component: Path) -> bool:
-    """Three latent frames of 4 × 5, one a call, against one call of diffusers' decoder; the prefix too."""
+    """Three latent frames of 4 × 5, one per call, against one call of diffusers' decoder; the prefix too."""
     import diffusers
 
     vae = diffusers.AutoencoderKLWan.from_pretrained(component, torch_dtype=torch.float32, local_files_only=True).eval()

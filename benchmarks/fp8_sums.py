@@ -1,4 +1,4 @@
-"""What a running sum of FP8 products loses on Hopper, emulated: why attention adds its blocks of keys in fp32.
+"""Loss of a running sum of FP8 products on Hopper, emulated: why attention adds its blocks of keys in fp32.
 
     python benchmarks/fp8_sums.py [-o FILE.json]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/geometry.py -o build/geometry [--sizes nano] [--tiny]
 
-Two folders a size: ``SIZE-vision`` (guided and plain steps) and ``SIZE-action`` (guided steps of a policy). A few
+Two folders per size: ``SIZE-vision`` (guided and plain steps) and ``SIZE-action`` (guided steps of a policy). A few
 megabytes, and no weight in them: `bench --geometry SIZE --graphs FOLDER` fills in random ones.
 """
 
@@ -17,7 +17,8 @@ from cosmos_export.bench.measure import GeometryRequest, geometry_schedule
 from cosmos_export.plan import published_subject
 
 WORKLOADS = {"vision": "t2i-720p", "action": "policy-droid"}
-"""What a folder is captured for: images have a guidance interval, so both kinds of steps; shapes are symbolic."""
+"""Workloads that a folder is captured for: images have a guidance interval, so both kinds of steps; shapes are
+symbolic."""
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
-"""What the GPU benchmarks share: timing with device events, ceilings measured on the card, and what machine it was."""
+"""Functions that the GPU benchmarks share: timing with device events, ceilings measured on the card, and what machine
+it was."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ def ceilings(device: torch.device, dry_run: bool) -> dict[str, float]:
 
 
 def _copy_rate(elements: int, device: torch.device, runs: int) -> float:
-    """Bytes a second of a copy, read and written ones counted."""
+    """Bytes per second of a copy; those read and those written count."""
     source = torch.empty(elements, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_s(lambda: target.copy_(source), device, runs=runs)

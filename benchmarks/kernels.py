@@ -82,7 +82,7 @@ class Case:
 
 
 _OURS = "triton"
-"""What the names of candidates that are ours begin with; a tile of them follows after a space."""
+"""Beginning of the names of this project's candidates; their tile follows after a space."""
 _LAST = 512
 """Rows that are compared: at the end, where an offset that does not fit its type is wrong."""
 _QUERIES = 256

@@ -36,7 +36,7 @@ PROFILE = "frames=1:2:48,height=3:6:24,width=3:8:24,und_len=1:512:4096,sound_len
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the commands read."""
+    """Inputs of the commands."""
 
     checkpoint: Path
     prompts: Path
@@ -132,7 +132,7 @@ def kept(output: Path) -> int:
 
 
 def left_over(output: Path) -> list[str]:
-    """What is beside ``output`` and its report."""
+    """Entries beside ``output`` and its report."""
     return sorted(path.name for path in output.parent.iterdir() if path.name.removesuffix(".build.json") != output.name)
 
 

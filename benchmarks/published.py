@@ -70,7 +70,7 @@ def cells() -> Iterator[Cell]:
 
 
 def habits(cell: Cell) -> Habits:
-    """What the engine of ``cell`` does besides, and leaves out."""
+    """Work that the engine of ``cell`` does besides a prediction's, and work that it leaves out."""
     data = document()
     share = data["step_cache"][cell.step_cache]["computed_steps"]
     return Habits(**data["engines"][cell.engine]["habits"], computed_steps=share)
@@ -119,7 +119,7 @@ def compare() -> list[tuple[Cell, Latency | None]]:
 
 
 def error(cell: Cell, predicted: Latency) -> float:
-    """Relative, of the prediction."""
+    """Relative error of the prediction."""
     return predicted.total_s / cell.seconds - 1
 
 

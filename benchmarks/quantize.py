@@ -1,4 +1,4 @@
-"""Calibration and quantization of a few layers of a published width, with random weights: memory and time a layer.
+"""Calibration and quantization of a few layers of a published width, with random weights: memory and time per layer.
 
     python benchmarks/quantize.py [--size nano] [--layers 4,8] [--passes 8] [--formats fp8,int4] [-o FILE.json]
 

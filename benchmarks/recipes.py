@@ -1,4 +1,4 @@
-"""What the engines of every recipe contain, at true width: types of the products, narrow weights, fused attention.
+"""Contents of the engines of every recipe, at true width: types of the products, narrow weights, fused attention.
 
     python benchmarks/recipes.py [--sizes edge,nano] [--layers 2] [--targets rtx-pro-6000,l40s,dgx-spark]
                                  [--recipes fp8,…] [--work DIR] [-o benchmarks/results/recipes.json]
@@ -47,7 +47,7 @@ NARROW = 0.99
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the plans of a recipe's engines are to hold: the types of the products in layers, and of attention."""
+    """Required contents of the plans of a recipe's engines: the types of the products in layers, and of attention."""
 
     reasoner: frozenset[str]
     generator: frozenset[str]
@@ -67,7 +67,7 @@ WANTED = {
 
 
 def problems(recipe: str, engines: list[dict[str, Any]]) -> Iterator[str]:
-    """What is not as wanted in the ``engines`` of a build, as `described`."""
+    """Differences of the ``engines`` of a build, as `described`, from what is wanted."""
     wanted = WANTED[recipe]
     for engine in (engine for engine in engines if engine["attention"]):
         name, kinds = engine["graph"], frozenset(engine["gemms"]) - {"bf16"}
@@ -142,7 +142,7 @@ def row(size: str, checkpoint: Path, scales: Path, target: str, recipe: str, wor
 
 
 def described(engine: Engine) -> dict[str, Any]:
-    """What is in one engine."""
+    """Contents of one engine."""
     graphs = engine.graphs
     return {
         "graph": engine.graph,

@@ -30,7 +30,7 @@ from cosmos_export.runtime.views import compose  # noqa: E402
 from cosmos_export.serve import wire  # noqa: E402
 
 P50_MS, P99_MS = 3.0, 10.0
-"""What the server's own time may be."""
+"""Limit of the server's own time."""
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Algorithm:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For plans and lineage."""
+        """Description for plans and lineage."""
         found: dict[str, Any] = {"name": self.name}
         if self.name == "modelopt-svdquant":
             found["rank"] = self.rank or DEFAULT_RANK

@@ -33,7 +33,7 @@ class Item:
     image: Path | None = None
     clip: ClipPart | None = None
     actions: Actions | None = None
-    """In the units of the model."""
+    """Actions in the model's units."""
     embodiment: str | None = None
     latents: Path | None = None
     fps: float | None = None

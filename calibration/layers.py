@@ -20,7 +20,7 @@ from cosmos_export.checkpoint import Checkpoint, TensorEntry
 Rotary = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """cos and sin of the prompt's rows, cos and sin of the generated rows."""
 _EMBEDDING = "embed_tokens"
-"""As large as a layer, and a prompt touches few rows of it."""
+"""Name of the vocabulary's table, which is as large as a layer and of which a prompt reads few rows."""
 _NOT_READ = (f"{_EMBEDDING}.", "lm_head.", "norm.", "norm_moe_gen.", "proj_out.", "audio_proj_out.", "action_proj_out.")
 
 
@@ -119,7 +119,7 @@ class _EnteredError(Exception):
 
 
 def _enter(und_seq: torch.Tensor, gen_seq: torch.Tensor, rotary_emb: Rotary) -> Any:
-    """In the place of the stack of layers."""
+    """Stands in for the stack of layers."""
     raise _EnteredError(Hidden(und_seq, gen_seq, rotary_emb))
 
 

@@ -73,7 +73,7 @@ def search_pre_scales(
 def choose_schemes(
     layer: nn.Module, readers: Mapping[str, Sequence[str]], rows: Rows, _: Rows, *, bits: float
 ) -> SearchResult:
-    """A scheme for each linear with ``bits`` an average weight, by ``auto_quantize``.
+    """A scheme for each linear at ``bits`` per weight on average, by ``auto_quantize``.
 
     ModelOpt weighs a format by the squared change of each output times the squared gradient of a loss. A layer by
     itself has no loss: it is given the sum of every output along random signs, over the output's norm, so that relative

@@ -56,7 +56,7 @@ class Observer:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As the lineage has it."""
+        """Description for the lineage."""
         used = {"method": self.method, "margin": self.margin}
         return used | ({"percentile": self.percentile} if self.method == "percentile" else {})
 
@@ -85,7 +85,7 @@ class Observation:
         return math.isfinite(self.amax)
 
     def merged(self, other: Observation) -> Observation:
-        """Both together."""
+        """Sum of two observations."""
         if self.counts is None or other.counts is None:
             return Observation(max(self.amax, other.amax))
         return Observation(max(self.amax, other.amax), self.counts + other.counts)

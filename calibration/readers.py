@@ -34,7 +34,7 @@ def reader(path: Path) -> Callable[[Path, Options], SourceContent]:
 
 
 def _read_text(path: Path, options: Options) -> SourceContent:
-    """One prompt a line."""
+    """Items of a text file, one prompt per line."""
     lines = _decoded(path).splitlines()
     items = [
         Item(f"{path.name}:{number}", text_prompt(line.strip())) for number, line in enumerate(lines, 1) if line.strip()
@@ -43,7 +43,7 @@ def _read_text(path: Path, options: Options) -> SourceContent:
 
 
 def _read_lines(path: Path, options: Options) -> SourceContent:
-    """One object a line."""
+    """Items of a `.jsonl` file, one object per line."""
     items = []
     for number, line in enumerate(_decoded(path).splitlines(), 1):
         if line.strip():

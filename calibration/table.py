@@ -63,7 +63,8 @@ class ScaleTable:
     lineage: Mapping[str, Any] = field(default_factory=dict)
     """Data, settings and coverage, as ``lineage.json`` has them."""
     low_rank: Mapping[str, tuple[PreScale, PreScale]] = field(default_factory=dict)
-    """By linear: ``down`` [rank, K] and ``up`` [N, rank]; up · down of the scaled weight stays in 16 bit (SVDQuant)."""
+    """Parts of low rank by linear: ``down`` [rank, K] and ``up`` [N, rank]; up · down of the scaled weight stays in 16
+    bit (SVDQuant)."""
     recipe: str = ""
     """The text of ``recipe.toml``, of a search that chose schemes; it is for `build --recipe`, and not read back."""
     scales_sha256: str = field(default="", compare=False)

@@ -46,7 +46,7 @@ _IGNORED = (
     "embed_tokens", "lm_head", "proj_in", "proj_out", "time_embedder*", "audio_proj_in", "audio_proj_out",
     "action_proj_in", "action_proj_out", "model.visual*", "visual*",
 )  # fmt: skip
-"""As the published revision lists them; nobody quantizes these."""
+"""Modules that are never quantized, as the published revision lists them."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ def quantization_config(
 
 
 def _rounding(options: QuantizeOptions) -> dict[str, str]:
-    """Which rounding was chosen, where there is a choice."""
+    """The rounding that was chosen, where there is a choice."""
     return {"fp8_rounding": options.rounding} if len(layout_of(options.kind).roundings) > 1 else {}
 
 

@@ -103,7 +103,7 @@ def _converted(value: object, kind: Any) -> Any:
 
 
 def _number(value: object, kind: type) -> Any:
-    """Also NumPy's numbers of the same meaning; a whole number is a number, and not the reverse."""
+    """``value`` as the number type ``kind``, NumPy's numbers included; every whole number is a number."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if kind is int and isinstance(value, SupportsIndex):
             return operator.index(value)

@@ -246,7 +246,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _available_bytes() -> int | None:
-    """As a build asks for it; None where the system does not say."""
+    """Free memory as a build asks for it; None where the system does not say."""
     with suppress(OSError):
         return available_bytes()
     return None

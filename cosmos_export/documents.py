@@ -24,7 +24,7 @@ _SCHEMAS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Document:
-    """What one command prints."""
+    """The document that one command prints."""
 
     command: str
     fields: Mapping[str, str]

@@ -29,7 +29,7 @@ class FamilyFacts:
     mlp_activations: int
     """Values of the MLP's width that a row holds at the widest point: gate, up and their product, or up alone."""
     stream_width: float
-    """Values of the model's width that a row holds besides at that point. Measured on engines of true size."""
+    """Further values, of the model's width, that a row holds at that point. Measured on engines of true size."""
     max_position: int
     """Rotary positions that the published models were trained for."""
     native_grid: bool
@@ -49,7 +49,7 @@ class FamilyFacts:
 
 
 class Family(StrEnum):
-    """Which backbone both towers of a checkpoint have."""
+    """The backbone of both towers of a checkpoint."""
 
     OMNI = "omni"
     """Qwen3-VL: Nano, Super and their variants."""

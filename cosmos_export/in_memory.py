@@ -14,7 +14,7 @@ class InMemory(Generic[Value]):
 
     value: Value
     name: str
-    """Such as ``the actions passed``."""
+    """Name of the value in messages, such as ``the actions passed``."""
 
     def __str__(self) -> str:
         return self.name

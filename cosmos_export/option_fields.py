@@ -1,7 +1,7 @@
 """An option is one field of a record with one docstring. The API, the command line, its help and the reference page
 are made from these.
 
-A field without a docstring means what it means in the first record of the same module that has one. How an option is
+A field without a docstring has that of the first record of the same module that has one for its name. How an option is
 written on the command line, if not as ``--field-name``, is in its type (`Cli`).
 """
 

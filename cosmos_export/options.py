@@ -1,4 +1,5 @@
-"""What a user can ask for: one record per verb. Imports nothing heavy, since help is made from it.
+"""Options of the verbs, and of the functions of the Python API: one record per verb. Imports nothing heavy, since help
+is made from it.
 
 Paths are those of files and directories; None is the default that the docstring states.
 """
@@ -21,7 +22,7 @@ LatentSource = Literal["auto", "rollout", "noise"]
 Keep = Literal["first", "last"]
 
 WORKLOAD = "t2v-480p-189f"
-"""What is planned and measured unless another request is named."""
+"""The request that is planned and measured unless another one is named."""
 
 _SAMPLING, _PRECISION, _MODEL, _DEBUG = "Sampling", "Precision", "What is built", "Looking inside"
 _MACHINE, _OUTPUT = "Machine and files", "Output"
@@ -29,7 +30,7 @@ _MACHINE, _OUTPUT = "Machine and files", "Output"
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a request changes of its schedule. None: as the checkpoint, the mode or the bundle has it."""
+    """Changes of the schedule of a request. None: as the checkpoint, the mode or the bundle has it."""
 
     grid: Annotated[Grid | None, Cli("--schedule", group=_SAMPLING)] = None
     """Grid of sigmas. Default: the checkpoint's own."""
@@ -99,8 +100,8 @@ class BuildOptions:
     """host: one call per step; device: guidance, sampler and all steps run inside engines, one engine for each segment
     of the schedule."""
     recipe: Annotated[str | None, Cli(group=_PRECISION, names="recipes", metavar="RECIPE", manifest="recipe")] = None
-    """What each product computes in: FILE.toml, auto (the fastest that fits, by prediction), or a name. Default: as the
-    checkpoint is."""
+    """Number formats of the products: FILE.toml, auto (the fastest that fits, by prediction), or a name. Default: as
+    the checkpoint is."""
     overrides: Annotated[
         tuple[str, ...],
         Cli("--set", group=_PRECISION, reads="repeated", metavar="PLACE=SCHEME", manifest="precision.overrides"),
@@ -115,7 +116,7 @@ class BuildOptions:
     weights: Annotated[WeightsMode, Cli(group=_MODEL, manifest="options")] = "embedded"
     """embedded: in the engines; external: large weights are inputs of the engines, and the bundle has one copy."""
     quality: Annotated[QualityMode, Cli(group=_PRECISION, manifest="evaluation")] = "enforce"
-    """What a loss of whole steps beyond its limit (gate G2) does: enforce ends the build without a bundle, report only
+    """Effect of a loss of whole steps beyond its limit (gate G2): enforce ends the build without a bundle, report only
     records it."""
     parity: Annotated[ParityMode, Cli(group=_DEBUG, manifest="options")] = "auto"
     """When every stage is compared with diffusers: auto does so if the models fit in memory."""
@@ -334,7 +335,7 @@ class RunCommand:
     save_frames: Annotated[Path | None, Cli(group=_OUTPUT, metavar="FILE")] = None
     """Write frames in [0, 1]: .npy [frames, height, width, 3]."""
     backend: Annotated[str | None, Cli(group=_MACHINE, names="backends", metavar="BACKEND")] = None
-    """What runs the engines. Default: the bundle's own."""
+    """Backend that runs the engines. Default: the bundle's own."""
     device: Annotated[str | None, Cli(group=_MACHINE, metavar="DEVICE")] = None
     """cpu, cuda or cuda:N. Default: the backend's first."""
     limits: Annotated[Path | None, Cli(group=_ROBOT, metavar="FILE")] = None

@@ -1,8 +1,8 @@
-"""Which release of the compiler this is, and where it is installed."""
+"""The release of the compiler, and where it is installed."""
 
 from pathlib import Path
 
 VERSION = "0.1.0"
-"""As in pyproject.toml; bundles, scale tables and quantized checkpoints name it."""
+"""Version in pyproject.toml; bundles, scale tables and quantized checkpoints name it."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that a new interpreter imports this package from."""

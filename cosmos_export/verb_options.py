@@ -1,4 +1,4 @@
-"""What can be asked of the verbs that the Python API has no function for: one record per verb, as in
+"""Options of the verbs that the Python API has no function for: one record per verb, as in
 `cosmos_export.options`. Imports nothing heavy, since help is made from it.
 """
 
@@ -38,7 +38,7 @@ class NoOptions:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What `doctor` looks at."""
+    """The machine as `doctor` looks at it."""
 
     target: Annotated[str | None, Cli(names="targets", metavar="TARGET")] = None
     """Target to check for. Default: the GPUs of this machine."""
@@ -48,7 +48,7 @@ class DoctorOptions:
 
 @dataclass(frozen=True)
 class TargetsOptions:
-    """What `targets` lists."""
+    """The targets that `targets` shows."""
 
     name: Annotated[str | None, Cli(argument=True, names="targets", metavar="TARGET")] = None
     """Show this target only, with its traps and sources."""
@@ -56,7 +56,7 @@ class TargetsOptions:
 
 @dataclass(frozen=True)
 class RecipesLsOptions:
-    """What `recipes ls` lists."""
+    """The recipes that `recipes ls` lists."""
 
     target: Annotated[str | None, Cli(names="targets", metavar="TARGET")] = None
     """List only recipes that run on this target."""
@@ -64,7 +64,8 @@ class RecipesLsOptions:
 
 @dataclass(frozen=True)
 class RecipesChooseOptions:
-    """What `recipes choose` chooses for: ``checkpoint`` or the published size ``like``."""
+    """The model, target and requests that `recipes choose` chooses for: ``checkpoint`` or the published size
+    ``like``."""
 
     checkpoint: Annotated[Path | None, Cli(argument=True, metavar="CHECKPOINT")] = None
     """Checkpoint directory. Only headers are read."""
@@ -80,7 +81,7 @@ class RecipesChooseOptions:
 
 @dataclass(frozen=True)
 class RecipesShowOptions:
-    """What `recipes show` shows."""
+    """The recipe that `recipes show` shows."""
 
     name: Annotated[str, Cli(argument=True, names="recipes", metavar="RECIPE")]
     """A recipe of `recipes ls`, or FILE.toml."""
@@ -88,7 +89,7 @@ class RecipesShowOptions:
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What `inspect` reads."""
+    """The checkpoint that `inspect` reads."""
 
     checkpoint: Annotated[Path, Cli(argument=True, metavar="CHECKPOINT")]
     """A checkpoint directory, as downloaded."""
@@ -197,7 +198,7 @@ class CacheWhyOptions:
 
 @dataclass(frozen=True)
 class CachePruneOptions:
-    """What `cache prune` forgets."""
+    """The entries that `cache prune` forgets."""
 
     everything: Annotated[bool, Cli("--all")] = False
     """Forget all entries, and remove the graphs."""
@@ -228,7 +229,7 @@ class BenchOptions:
     prompt_tokens: Annotated[tuple[int, int] | None, Cli(group=_BUNDLE, reads="pair", metavar="N[:NEGATIVE]")] = None
     """Tokens of the prompt and of the negative prompt. Default: those of the profile's optimum."""
     backend: Annotated[str | None, Cli(group=_BUNDLE, names="backends", metavar="BACKEND")] = None
-    """What runs the engines. Default: the backend that the bundle was built for."""
+    """Backend that runs the engines. Default: the one that the bundle was built for."""
     geometry: Annotated[str | None, Cli(group=_GEOMETRY, names="sizes", metavar=_SIZE)] = None
     """Measure random weights of the true size. No checkpoint is needed."""
     workload: Annotated[
@@ -295,7 +296,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What all requests of a service have in common."""
+    """Options that all requests of a service have in common."""
 
     embodiment: Annotated[str | None, Cli(group=_ROBOT, names="embodiments", metavar="NAME")] = None
     """Robot that the actions are for. Default: the checkpoint's own."""
@@ -330,7 +331,7 @@ class ServeCommand:
     audit: Annotated[Path | None, Cli(group=_OUTPUT, metavar="FILE")] = None
     """Audit trail to go on with, or to begin."""
     backend: Annotated[str | None, Cli(group=_MACHINE, names="backends", metavar="BACKEND")] = None
-    """What runs the engines. Default: the bundle's own."""
+    """Backend that runs the engines. Default: the bundle's own."""
     device: Annotated[str | None, Cli(group=_MACHINE, metavar="DEVICE")] = None
     """cpu, cuda or cuda:N. Default: the backend's first."""
     require_signature: Annotated[Path | None, Cli(group=_MACHINE, metavar="FILE")] = None
@@ -342,7 +343,7 @@ class ServeCommand:
 
 @dataclass(frozen=True)
 class ExplainOptions:
-    """What `explain` explains."""
+    """The code that `explain` explains."""
 
     code: Annotated[str, Cli(argument=True, metavar="CODE")]
     """Code of an error, such as CX607."""

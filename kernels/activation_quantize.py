@@ -4,7 +4,7 @@
 
 Contract
     x        [N, width], and ``up`` of the same shape, type and strides for the gated form: the halves of the merged
-             projection as they lie, one beside the other or element by element in turns; bf16, fp16 or fp32
+             projection in place, one beside the other or element by element in turns; bf16, fp16 or fp32
     scale    float32 of one element: static. None: one scale per row, its largest magnitude / 448
     result   y E4M3 [N, width], and the scale: as given, or float32 [N]
 Each step rounds to the input's type, as `cosmos_export::swiglu` and ``relu(x)²`` do. With one scale per row the row is

@@ -164,4 +164,4 @@ CANDIDATES: Mapping[str, list[Candidate]] = {
     ],
     "gemm_w4a16": [Candidate("triton", gemm_w4a16.gemm_w4a16), Candidate("dequantize", dequantized)],
 }
-"""Kernel → every way to compute it, ours first."""
+"""Kernel → every way to compute it, this project's first."""

@@ -27,12 +27,13 @@ KERNELS: Mapping[str, str] = {
     SAMPLER_STEP: "guidance and UniPC's corrector and predictor in one pass over the latents",
     W4A16: "products with INT4 weights that are dequantized in registers",
 }
-"""What may take the place of a compiler's own code, besides attention."""
+"""Kernels, besides attention, that may take the place of a compiler's own code."""
 PLUGINS: Mapping[str, str] = {
-    JOINT_ATTENTION: "attention over the prompt's K/V where they lie, in FP8 over any number of keys",
+    JOINT_ATTENTION: "attention over the prompt's K/V in place, in FP8 over any number of keys",
     **{name: text for name, text in KERNELS.items() if name != W4A16},
 }
-"""What ``build --kernels`` offers for TensorRT, which has a kernel of its own for products with INT4 weights."""
+"""Kernels that ``build --kernels`` offers for TensorRT, which has a kernel of its own for products with INT4
+weights."""
 
 NAMESPACE = "cosmos_export"
 """Domain of the nodes in a model, and namespace of the plugins in TensorRT's registry."""

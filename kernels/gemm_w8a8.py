@@ -128,7 +128,7 @@ def reference(
 
 
 def variants(capability: int) -> list[Variant]:
-    """The forms compiled ahead of time: static scales (the published layout), and a scale a row and an output."""
+    """The forms compiled ahead of time: static scales (the published layout), and a scale per row and per output."""
     tile = tile_of(TILES, capability)
     block_m, block_n, block_k = tile.sizes
     signature = {

@@ -254,7 +254,7 @@ _STRIDES = [
 def _variant(kind: str, tile: Tile, group: int) -> Variant:
     narrow = kind == "fp8e4nv"
     pointers = dict.fromkeys(("query", "key", "value", "prefix_key", "prefix_value"), f"*{kind}")
-    # A stride of one is a constant, so that loads are seen to be contiguous; FP8 values lie transposed.
+    # A stride of one is a constant, so that loads are seen to be contiguous; FP8 values are stored transposed.
     unit = (
         "stride_qd",
         "stride_kd",

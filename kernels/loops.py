@@ -17,11 +17,12 @@ from pathlib import Path
 SCHEDULERS = 4
 """Schedulers of a multiprocessor; a warp belongs to one of them."""
 _EXPONENTIAL_CLOCKS = 8
-"""That an exponential of a warp keeps the unit of its scheduler."""
+"""Clocks for which an exponential of a warp occupies the unit of its scheduler."""
 _GROUP_WARPS = 4
 """Warps that issue one asynchronous product together."""
 _FLOPS_A_CLOCK = {"HGMMA": 4096, "QGMMA": 8192}
-"""Dense, of a Hopper multiprocessor: 989 and 1979 TFLOP/s on 132 of them at 1.83 GHz (NVIDIA H100 data sheet)."""
+"""Dense operations per clock of a Hopper multiprocessor: 989 and 1979 TFLOP/s on 132 of them at 1.83 GHz (NVIDIA H100
+data sheet)."""
 _LABEL = re.compile(r"\.(L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.a-z]*)(.*)")
 _JUMP = re.compile(r"`\(\.(L_x_\d+)\)")

@@ -123,7 +123,7 @@ def reference(
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 of ``x`` with one scale a row, and the scales."""
+    """E4M3 of ``x`` with one scale per row, and the scales."""
     scales = x.to(torch.float32).abs().amax(-1).clamp_min(SMALLEST_AMAX) / FP8_MAX
     return quantize(x, scales[:, None]), scales
 

@@ -158,7 +158,7 @@ def _size(operand: int, axis: int = 0) -> Size:
 def joint_attention(
     capability: int, *, kind: str, heads: int, kv_heads: int, size: int, scale: float, narrow: bool
 ) -> Plugin:
-    """``joint_attention`` of bf16 or fp16 rows; ``narrow``: of E4M3 with a scale a head, the values transposed as
+    """``joint_attention`` of bf16 or fp16 rows; ``narrow``: of E4M3 with a scale per head, the values transposed as
     [kv_heads, size, rows], where rows are a multiple of 16, and a result in ``kind``."""
     tile = tile_of(FP8_TILES if narrow else TILES, capability)
     constants = {
@@ -199,7 +199,7 @@ def activation_quantize(
     capability: int, *, kind: str, width: int, stride: int, step: int, offset: int, up_offset: int, gated: bool
 ) -> Plugin:
     """E4M3 of SiLU·up, both in columns of rows of ``stride`` elements, or of relu²; the second input is the rows again
-    where both lie in one tensor."""
+    where both are in one tensor."""
     (block,) = ACTIVATION_TILE.sizes
     constants = {
         "OFFSET": offset, "UP_OFFSET": up_offset, "WIDTH": width, "STRIDE": stride, "STEP": step, "GATED": gated,
@@ -313,7 +313,7 @@ def compile_plugins(forms: Sequence[Form], capability: int, folder: Path) -> lis
     request = json.dumps([[form.kernel, form.settings] for form in forms])
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-P", "-m", "cosmos_export.kernels.plugins", str(capability), str(folder)]
-    # Lines of source code are no business of a bundle's reader, nor is where that lies.
+    # A bundle's reader needs neither the lines of the source code nor its place.
     environment |= {"TRITON_DISABLE_LINE_INFO": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if done.returncode:

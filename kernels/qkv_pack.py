@@ -5,7 +5,7 @@
 each optionally quantized with one scale per head, the value optionally transposed to [kv_heads, d, N].
 
 Contract
-    query        [N, heads · d], a view with a contiguous last axis: the merged projection's slice, as it lies
+    query        [N, heads · d], a view with a contiguous last axis: the merged projection's slice, in place
     key, value   [N, kv_heads · d], the same
     weights      [d] each, of the input's type (Qwen: the normalized value is rounded to it, then multiplied) or float32
                  (Nemotron: multiplied wide, rounded once); None: no norm

@@ -36,7 +36,7 @@ class Precision:
     layer: int
     schemes: tuple[str, ...]
     prefix: str = UNQUANTIZED
-    """For the generator's attention: the type in which keys and values of the prompt come."""
+    """Type in which the generator's attention gets keys and values of the prompt."""
 
     @property
     def site(self) -> str:

@@ -38,7 +38,7 @@ class BatchGuidance(Pass):
                                               attention of each branch over its own prompt
 
     What does not follow from a prompt (the embedding of the latents, the first layer's query, key and value) is
-    computed once. From the first attention on the rows of both branches lie in one value of twice as many rows, so
+    computed once. From the first attention on the rows of both branches are in one value of twice as many rows, so
     every weight is read once; attention takes the rows of a branch, with the keys of that branch, so prompts of
     different lengths need no padding and no mask. Outputs of the negative branch carry the prefix ``negative_``.
     Numerical effect: none but for a GEMM's order of summation at another number of rows (≤ 1e-6 in fp32).

@@ -19,7 +19,7 @@ _FIRST_PREFIX = 3
 
 
 class QuantizePrefix(Pass):
-    """What the generator keeps of a prompt takes half the memory, where `assign_precision` says so.
+    """Halve the memory of what the generator keeps of a prompt, where `assign_precision` says so.
 
         reasoner:   k                            →  q(k, s)                      an output in E4M3
         generator:  attention(…, k)              →  attention(…, dq(k₈, s))

@@ -23,7 +23,7 @@ MASKS: Mapping[str, Mapping[int, str]] = {
     "vision": {2: "vision_mask"},
     "action": {0: "action_mask", 1: "action_columns"},
 }
-"""For each latent: axis → the 0/1 input along it. Action columns beyond the embodiment's width are 0."""
+"""Axis → the 0/1 input along it, for each latent. Action columns beyond the embodiment's width are 0."""
 
 _UNIPC_STATE = ("sample", "last", "m0", "m1")
 _BY = "sampler"

@@ -122,7 +122,7 @@ def package_of(name: str, path: Path) -> str:
 def parts_imported(name: str) -> set[str]:
     path = MODULES[name]
     own = {one for one in imports(path, package_of(name, path)) if one.split(".")[0] == "cosmos_export"}
-    # `from cosmos_export.ir import graph` names a module of ours; `from cosmos_export import __version__` does not.
+    # `from cosmos_export.ir import graph` names a module; `from cosmos_export import __version__` names none.
     return {part_of(one) for one in own} & set(LEVELS)
 
 

@@ -54,7 +54,7 @@ SOURCES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".md")
 ]
-PRIVATE = re.compile(r'"""Of |\b(?:is|are) none of\b| of ours\b')
+PRIVATE = re.compile(r'"""(?:Of|That|Whose|What) |\b(?:is|are) none of\b| of ours\b')
 """Turns of phrase that readers had to translate."""
 
 

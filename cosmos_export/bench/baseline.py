@@ -46,7 +46,7 @@ class BaselineRequest:
     runs: int
     warm_up: int
     compiler: str = "inductor"
-    """What compiles the repeated blocks; ``eager`` in a dry run: they are traced, and run as they are."""
+    """Compiler of the repeated blocks; ``eager`` in a dry run, where they are traced and run uncompiled."""
 
 
 def require_diffusers() -> None:

@@ -102,7 +102,7 @@ class CardWatch:
 
 
 def _reader(index: int) -> tuple[Read, str]:
-    """What reads GPU ``index`` of this process, and by what."""
+    """The reader of GPU ``index`` of this process, and the name of its source."""
     import importlib
 
     try:

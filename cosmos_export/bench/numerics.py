@@ -1,7 +1,7 @@
 """A few layers of a published width end to end on one device, beside diffusers' own transformer there.
 
-Weights are random and seen as fp32 by both. The oracle is diffusers' transformer in fp32; ours in bf16 may be no
-further from it than diffusers' own bf16 is, apart from rounding noise. In FP8 diffusers' weights are what the bytes
+Weights are random and seen as fp32 by both. The oracle is diffusers' transformer in fp32; this project in bf16 may be
+no further from it than diffusers' own bf16 is, apart from rounding noise. In FP8 diffusers' weights are what the bytes
 and scales stand for, as it reads an FP8 checkpoint: weight-only FP8 is judged as bf16 is, and W8A8 against what its own
 arithmetic gives in the interpreter.
 """
@@ -45,13 +45,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Checked:
-    """One precision: how far ours is from the oracle, in units of what it may be measured by."""
+    """One precision: the distance of this project's result from the oracle, over the distance that is allowed."""
 
     recipe: str
     ours: float
     """Relative L2 to diffusers in fp32."""
     measure: float
-    """The same of diffusers in bf16; for W8A8 of that and of the recipe in the interpreter, together."""
+    """Relative L2 of diffusers in bf16 to the same; for W8A8 together with that of the recipe in the interpreter."""
     limit: float
     """Largest ratio of the two."""
 
@@ -124,7 +124,7 @@ def quantize_linears(plain: Program, scheme: str, inputs: Tensors, weights: Weig
 
 
 def widened(program: Program, stored: Mapping[str, torch.Tensor]) -> Tensors:
-    """By name, what the FP8 bytes and scales of quantized weights stand for."""
+    """Values by weight name that FP8 bytes and scales stand for."""
     found: Tensors = {}
     for graph in program.graphs.values():
         for node in graph.weights.values():

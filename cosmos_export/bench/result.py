@@ -56,7 +56,7 @@ class Baseline:
 
     name: str
     recipe: str
-    """What it computes in: beside a measurement in another precision it says so."""
+    """Its precision, which is stated beside a measurement in another one."""
     components: tuple[MeasuredPart, ...]
     forwards: int
     covers: str
@@ -243,7 +243,7 @@ def incomparable(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[st
 
 
 def regressions(ratios: Sequence[Ratio], allowed: float) -> list[Ratio]:
-    """Those of the request and the forward that are slower by more than the share ``allowed``."""
+    """Ratios of the request and of the forward that are slower by more than the share ``allowed``."""
     return [r for r in ratios if r.name in ("request", "forward") and r.ratio > 1 + allowed]
 
 
@@ -258,7 +258,7 @@ def require_output(path: Path, force: bool) -> None:
 
 
 def write(document: Mapping[str, Any], path: Path) -> None:
-    """Whole or not at all."""
+    """Write ``document`` to ``path``, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)

@@ -72,7 +72,7 @@ class ModelRecord:
     """The model the bundle was built from."""
 
     id: Name
-    """As published, or the name of the checkpoint directory."""
+    """Name as published, or that of the checkpoint directory."""
     variant: Name
     revision: Name | None
     """The commit of the published repository where it is known."""
@@ -91,7 +91,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """What the engines were built for."""
+    """The target that the engines were built for."""
 
     name: Name
     backend: Name
@@ -173,7 +173,7 @@ class LoopRecord:
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """A codec that works through a clip one latent frame a call: `first` on the first, `next` on each further one.
+    """A codec that works through a clip one latent frame per call: `first` on the first, `next` on each further one.
 
     `carried` maps the inputs of `next` to the outputs, of either graph, that they come from.
     """
@@ -190,11 +190,11 @@ class VideoRecord:
 
     channels: Width
     spatial: Width
-    """Pixels a latent row or column."""
+    """Pixels per latent row or column."""
     temporal: Width
-    """Frames a latent frame, but for the first, which is one."""
+    """Frames per latent frame; the first latent frame is one frame."""
     patch: Width
-    """Latent rows or columns a token."""
+    """Latent rows or columns per token."""
     base_fps: float
     fps_modulation: bool
     """Whether temporal positions follow the frame rate."""
@@ -208,7 +208,7 @@ class SoundRecord:
     latent_fps: float
     sampling_rate: Width
     hop: Width
-    """Samples a latent."""
+    """Samples per latent."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class SamplingRecord:
-    """What the checkpoint says of its sampling: `cosmos_export.sampling.CheckpointSampling`."""
+    """The checkpoint's own settings of sampling: `cosmos_export.sampling.CheckpointSampling`."""
 
     scheduler: Mapping[str, Scalar | tuple[Scalar, ...]]
     native: bool
@@ -248,7 +248,8 @@ class SamplingRecord:
 
 @dataclass(frozen=True)
 class PolicyRecord:
-    """What a policy checkpoint says of its actions; null where it does not say, and its embodiment decides."""
+    """The actions of a policy checkpoint, as it describes them; null where it does not say, and its embodiment
+    decides."""
 
     domain: Name | None
     width: Annotated[int, AtLeast(1)] | None
@@ -262,7 +263,7 @@ class PolicyRecord:
 
 @dataclass(frozen=True)
 class RequestRecord:
-    """What a request needs to know of the model besides its graphs."""
+    """Facts of the model that a request needs besides its graphs."""
 
     video: VideoRecord
     sound: SoundRecord | None
@@ -325,7 +326,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class EngineCheck:
-    """What the engine really contains against what was planned."""
+    """The contents of an engine, compared with what was planned."""
 
     engine: Name
     check: Name
@@ -370,7 +371,7 @@ class CalibrationRecord:
 
 @dataclass(frozen=True)
 class PrecisionRecord:
-    """What the products of the towers compute in."""
+    """The number formats in which the products of the towers compute."""
 
     recipe: Name
     overrides: tuple[Name, ...]
@@ -380,7 +381,7 @@ class PrecisionRecord:
     """How weights were rounded: `exact` is once, from float32; `as stored`: the checkpoint has them in FP8."""
     calibration: CalibrationRecord | None
     report: BundlePath
-    """What each linear and each step loses."""
+    """The report of what each linear and each step loses."""
 
 
 @dataclass(frozen=True)
@@ -423,15 +424,15 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Open:
-    """What a bundle's build leaves open, each a line of text."""
+    """Findings that a bundle's build leaves open, each a line of text."""
 
     failed: tuple[str, ...]
-    """What it found wrong; the bundle was written all the same."""
+    """Checks that failed; the bundle was written all the same."""
     not_measured: tuple[str, ...]
 
     @property
     def line(self) -> str:
-        """Both, for a reader; empty where there is nothing to say."""
+        """Both in one line for a reader; empty where there are no findings."""
         said = {"this bundle failed checks of its build": self.failed, "not measured": self.not_measured}
         return "; ".join(f"{what}: {'; '.join(lines)}" for what, lines in said.items() if lines)
 
@@ -507,7 +508,7 @@ class _PathOnly:
 
 
 def problems(manifest: Manifest) -> Iterator[StrictError]:
-    """What does not hold within ``manifest``, although each field by itself is well formed."""
+    """Rules that do not hold within ``manifest``, although each field by itself is well formed."""
     yield from _path_problems(manifest)
     yield from _file_problems(manifest)
     yield from _engine_problems(manifest)
@@ -703,7 +704,7 @@ def _same(source: Tensor, target: Tensor) -> bool:
 _DIM = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _DIMS = re.compile(r"[A-Za-z0-9_ +*/()\-]+")
 _NEGATIVE = "negative_"
-"""What the name of a size of the negative prompt begins with."""
+"""Beginning of the names of sizes of the negative prompt."""
 
 
 def _dim_problems(manifest: Manifest) -> Iterator[StrictError]:
@@ -746,7 +747,7 @@ _MAX_SIZE = 2**31 - 1
 
 
 def _request_problems(manifest: Manifest) -> Iterator[StrictError]:
-    """What requests are told of the model is what its loop takes."""
+    """The facts of the model that requests use fit the inputs of its loop."""
     request, graphs = manifest.request, manifest.graphs
     names = [manifest.loop.body, *(s.graph for s in manifest.loop.segments)] if manifest.loop is not None else []
     taken = {t.name: t for name in names if name in graphs for t in graphs[name].inputs}

@@ -40,7 +40,7 @@ class Status(Enum):
     PASS = "pass"
     FAIL = "fail"
     SKIPPED = "skipped"
-    """Not reached, since an earlier stage failed."""
+    """The check was not reached, because an earlier stage failed."""
 
 
 @dataclass(frozen=True)

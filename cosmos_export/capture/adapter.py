@@ -81,7 +81,7 @@ def _unpack_sound(
 def _pack_action(
     self: Any, tokens_action: list[torch.Tensor], token_shapes_action: Any, domain_ids_action: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as they are with the item's one embodiment; stock: one id, and so one whole matrix, a row."""
+    """Rows as they are with the item's one embodiment; stock: one id per row, and so one whole matrix per row."""
     return tokens_action[0], domain_ids_action[0]
 
 
@@ -103,7 +103,7 @@ def _domain_linear(self: Any, x: torch.Tensor, domain_id: torch.Tensor) -> torch
 class JointStep(nn.Module):
     """One denoising step of both towers as a function of tensors.
 
-    Inputs (S prompt tokens, T latent frames, h × w latent grid, G = ⌈h/2⌉ × ⌈w/2⌉ patches a frame):
+    Inputs (S prompt tokens, T latent frames, h × w latent grid, G = ⌈h/2⌉ × ⌈w/2⌉ patches per frame):
 
     ``input_ids`` int64 [S] · ``vision_latent`` [1, C, T, h, w] · ``vision_mask`` [T], 1 on noisy frames ·
     ``frame_positions`` [T], ``row_positions`` [⌈h/2⌉], ``column_positions`` [⌈w/2⌉] float32, rotary coordinates of the

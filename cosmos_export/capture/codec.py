@@ -39,7 +39,7 @@ _Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def capture_vae_decoder(config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Program:
-    """Latents to pixels, one latent frame a call.
+    """Latents to pixels, one latent frame per call.
 
     ``vae_decoder_first``: ``latent`` float32 [1, C, 1, height, width], normalised as the sampler leaves it → ``pixels``
     float32 [1, 3, 1, 16·height, 16·width] in [−1, 1], and the caches. ``vae_decoder_next``: the next ``latent`` and the
@@ -51,7 +51,7 @@ def capture_vae_decoder(config: Mapping[str, Any], sources: Mapping[str, WeightS
 
 
 def capture_vae_encoder(config: Mapping[str, Any], sources: Mapping[str, WeightSource]) -> Program:
-    """Pixels to normalised latents, one latent frame a call; the mode of the distribution, never a sample.
+    """Pixels to normalised latents, one latent frame per call; the mode of the distribution, never a sample.
 
     ``vae_encoder_first``: ``pixels`` float32 [1, 3, 1, 16·height, 16·width] in [−1, 1] → ``latent`` float32
     [1, C, 1, height, width] and the caches: all that an image or a policy needs. ``vae_encoder_next``: the next four
@@ -113,7 +113,7 @@ class _Stream(nn.Module):
     input_frames: tuple[int, int]
     """Frames that the first and every further call take."""
     input_scale: int
-    """Rows of the input a latent row."""
+    """Rows of the input per latent row."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -255,7 +255,7 @@ def _remove_weight_norm(model: nn.Module) -> list[str]:
 def _bindings(
     model: nn.Module, sources: Mapping[str, WeightSource], folder: str, normalised: Iterable[str] = ()
 ) -> dict[str, WeightBinding]:
-    """Where every parameter of ``model`` lies. All compute in one type, that of the most parameters on disk.
+    """The place of every parameter of ``model`` on disk. All compute in one type, that of the most parameters on disk.
 
     Normalised weights are made in fp32: the product of magnitude and direction is rounded once, where it is used.
     """

@@ -25,7 +25,7 @@ from cosmos_export.ir.spec import DTYPE_NAMES, Rate, Transform, WeightBinding, W
 SCHEMA: Literal[1] = 1
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _WEIGHTS = "weights"
-"""What stands in a document for the file of the weights, which are bound when it is read."""
+"""Name that a document has in place of the file of the weights, which are bound when it is read."""
 _Name = Annotated[str, strict.Pattern(r"[A-Za-z_]\w{0,255}", "a name")]
 _Text = Annotated[str, strict.Pattern(r"[ -~]{0,400}", "a line of plain text")]
 _Count = Annotated[int, strict.AtLeast(0)]
@@ -41,7 +41,7 @@ class _Weight:
 @dataclass(frozen=True)
 class _GraphRecord:
     graph: Any
-    """As `graph_document` writes it."""
+    """The graph as `graph_document` writes it."""
     order: tuple[_Name, ...]
     """Inputs, weights and constants in the order of their declaration."""
     weights: Mapping[_Name, _Weight]

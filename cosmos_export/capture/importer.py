@@ -1,4 +1,4 @@
-"""From an exported program to the IR: named dims for the exporter's symbols, one spelling for each operation.
+"""Import of an exported program into the IR: named dims in place of the exporter's symbols, one spelling per operation.
 
 What the model writes in place becomes a new value of everything that shares the memory. The exporter can take such
 writes apart itself (`run_decompositions`), but traces the whole program again for it.
@@ -100,7 +100,7 @@ class Importer:
         return self._expressions[expr]
 
     def _argument(self, value: Any) -> Any:
-        """Operand in the IR: values as nodes, sizes as expressions."""
+        """``value`` in the IR: values as nodes, sizes as expressions."""
         if isinstance(value, fx.Node):
             meta = value.meta.get("val")
             if isinstance(meta, (torch.SymInt, int)):
@@ -122,7 +122,7 @@ class Importer:
             self._operation(node)
 
     def _inline(self, node: fx.Node) -> None:
-        """A block for which the model turns automatic types off. There are none here anyway."""
+        """A block for which the model turns automatic types off, inlined: no graph has automatic types."""
         _, _, enabled, _, body, *operands = cast("tuple[Any, ...]", node.args)
         if enabled:
             raise InternalError("CX202", f"`{node.name}` chooses types by itself (autocast)")
@@ -181,7 +181,7 @@ class Importer:
                 raise InternalError("CX202", f"`{node.name}` of module `{module}`: {error}") from error
 
     def _write(self, node: fx.Node, call: Call) -> None:
-        """What ``node`` wrote in place is the new value of what it wrote into, as far as that can be told."""
+        """Record what ``node`` wrote in place as the new value of what it wrote into, as far as that is known."""
         whole: Node | None = None  # what the view was; nothing yet for `node`, which is all that it wrote into
         for view, owner in self._memory.write(node):
             old, new = self._values[owner], self._values[view]
@@ -198,15 +198,15 @@ class Importer:
 
 
 class _Memory:
-    """Which values of an exported program share memory, and which of them a write has made stale."""
+    """Record of the values of an exported program that share memory, and of those that a write has made stale."""
 
     def __init__(self) -> None:
         self._owner: dict[fx.Node, fx.Node] = {}
         self._stale: dict[fx.Node, str] = {}
-        """And by what."""
+        """The operation that made each of them stale."""
 
     def share(self, view: fx.Node, owner: fx.Node) -> None:
-        """``view`` may be a part of the memory of ``owner``, or all of it."""
+        """Note that ``view`` may share memory with ``owner``."""
         self._owner[view] = owner
 
     def write(self, node: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
@@ -252,7 +252,7 @@ def _out_of_place(target: Any) -> Any:
 
 
 def _shares_memory(target: Any) -> bool:
-    """Whether a result of an operation may lie in the memory of its first operand."""
+    """Whether a result of an operation may share the memory of its first operand."""
     if target in _RETURN_THEIR_OPERAND:
         return True
     return isinstance(target, torch._ops.OpOverload) and any(r.alias_info for r in target._schema.returns)
@@ -267,7 +267,7 @@ def _copies(node: fx.Node) -> bool:
 
 
 _RETURN_THEIR_OPERAND = {aten.dropout.default, aten.type_as.default}
-"""Operations that may, and whose schemas do not say so."""
+"""Operations that may do so although their schemas do not say it."""
 
 
 # Each takes (call, spec of the result, *operands) and returns the value.

@@ -131,7 +131,7 @@ def capture(
 ) -> Program:
     """The joint denoising step of the model that ``config`` describes.
 
-    ``sources`` says where each parameter lies and in which type; no weight is read. ``modalities`` defaults to all the
+    ``sources`` gives the place and the type of each parameter; no weight is read. ``modalities`` defaults to all the
     model has; it must contain ``vision``. Raises UserError (CX210) for a modality that the checkpoint lacks.
     """
     available = available_modalities(config)

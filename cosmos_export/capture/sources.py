@@ -1,4 +1,4 @@
-"""Where the parameters of a checkpoint lie, in the words of the IR."""
+"""Places of the parameters of a checkpoint on disk, as weight sources of the IR."""
 
 from __future__ import annotations
 

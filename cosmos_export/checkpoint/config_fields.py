@@ -16,7 +16,7 @@ from cosmos_export.diagnostics import UserError, shown
 
 _RESTORE = "compare the file with the one in the published repository"
 REQUIRED: Any = object()
-"""In place of a default: the key must be there."""
+"""Marks a field without a default: its key must be there."""
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ _REASONERS: Mapping[str, Callable[[Geometry, str, Mapping[str, Any]], tuple[dict
     "qwen3_vl": _qwen_reasoner,
     "cosmos3_edge": _nemotron_reasoner,
 }
-"""By the prefix of the reasoner's ``model_type``."""
+"""Facts by the prefix of the reasoner's ``model_type``."""
 
 
 def _diffusers_component(folder: str, model_class: Any, arguments: dict[str, Any], dtype: str) -> DemoComponent:

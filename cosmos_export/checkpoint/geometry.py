@@ -91,7 +91,7 @@ class Geometry:
 
     @property
     def family(self) -> Family:
-        """Which backbone both towers have."""
+        """The backbone of both towers."""
         return family_of(self.hidden_act)
 
     @property

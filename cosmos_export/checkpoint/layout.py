@@ -1,4 +1,4 @@
-"""Which tensors a geometry must have, under diffusers' names, and how other spellings map to them.
+"""The tensors that a geometry must have, under diffusers' names, and how other spellings map to them.
 
 The naming trap: ``to_*`` and ``norm_q/k`` belong to the reasoner, ``add_*``, ``to_add_out`` and ``norm_added_*`` to the
 generator, the reverse of what the names mean elsewhere in diffusers.
@@ -16,7 +16,7 @@ from cosmos_export.checkpoint.safetensors_header import element_count
 
 
 class Tower(StrEnum):
-    """Which tower computes with a tensor."""
+    """The tower that computes with a tensor."""
 
     REASONER = "reasoner"
     GENERATOR = "generator"
@@ -61,7 +61,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32")
 """Types of tensors on disk; a tower linear may also be ``QUANTIZED_DTYPE``."""
 QUANTIZED_DTYPE = "F8_E4M3"
 SCALES = ("weight_scale", "input_scale")
-"""Beside each quantized weight: one F32 number each."""
+"""Endings of the names of scales beside a quantized weight; each is one F32 number."""
 
 
 def expected_tensors(geometry: Geometry) -> dict[str, ExpectedTensor]:

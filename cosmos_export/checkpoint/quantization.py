@@ -20,7 +20,7 @@ class StepPolicy:
     reasoner: str
     """``a16``: always 16-bit activations; ``native``: as quantized."""
     overlap: str
-    """What a step is that counts as first and as last."""
+    """Meaning of a step that counts as first or as last."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class QuantizedLinear:
 
 
 def quantized_linears(checkpoint: Checkpoint) -> dict[str, QuantizedLinear]:
-    """By name, in the order of the model; empty for a checkpoint that is not quantized. Reads the scales only.
+    """Scales by name, in the order of the model; empty for a checkpoint that is not quantized. Reads the scales only.
 
     CX124: a scale is not a finite number above 0.
     """

@@ -68,7 +68,7 @@ class Checkpoint:
     quantization: Quantization | None
     distilled_sigmas: tuple[float, ...] | None
     policy: Mapping[str, Any] | None
-    """As checkpoint.json has it; `read_policy` says what it means."""
+    """The policy as checkpoint.json has it; `read_policy` says what it means."""
     max_position: int
     """Positions that the reasoner is trained for."""
     input_files: tuple[Path, ...]

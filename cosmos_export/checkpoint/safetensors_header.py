@@ -35,7 +35,8 @@ _DOWNLOAD_AGAIN = "the file is damaged: download it again and compare its checks
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies. ``offset`` is absolute in ``file``; nothing is read until ``array`` is called."""
+    """The place of one tensor in its file. ``offset`` is absolute in ``file``; nothing is read until ``array`` is
+    called."""
 
     name: str
     file: Path

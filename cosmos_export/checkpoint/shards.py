@@ -51,7 +51,7 @@ def _read_indexed(folder: Path, index: Path) -> tuple[Header, ...]:
             raise UserError(
                 "CX117",
                 f"{index} sends {shown(name)} to {shown(file)}, which is not the name of a file beside it",
-                "a shard must lie in the same folder as its index",
+                "a shard must be in the folder of its index",
             )
     for file in sorted(set(weight_map.values())):
         path = folder / file

@@ -1,4 +1,4 @@
-"""Which published model a checkpoint is: by its repository name where the contents bear it out, else by contents."""
+"""The published model that a checkpoint is: by its repository name where the contents bear it out, else by contents."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ def register(app: Verbs) -> None:
         "cosmos-export bundle show nano.bundle --json",
     )
     def show(options: BundleOptions, as_json: bool) -> None:
-        """What a bundle was built from and for, the requests it takes, and what was measured. Reads its manifest."""
+        """Show what a bundle was built from and for, the requests it takes, and what was measured. Reads its
+        manifest."""
         from cosmos_export.bundle import open_bundle
         from cosmos_export.cli import console
 

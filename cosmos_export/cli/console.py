@@ -174,7 +174,7 @@ def progress() -> Progress:
 
 
 def set_resume_command(command: str | None) -> None:
-    """From here on an interrupted run can be continued with ``command``; None: it cannot."""
+    """Let an interrupted run be continued with ``command`` from here on; None: it cannot be."""
     _state.resume_command = command
 
 

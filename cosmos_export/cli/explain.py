@@ -11,7 +11,7 @@ from cosmos_export.cli.verbs import Verbs
 from cosmos_export.verb_options import ExplainOptions
 
 DATA = "errors.json"
-"""Beside this module: made from the code, with the causes of `causes.toml` (`UPDATE_ERRORS=1 pytest
+"""File beside this module, made from the code, with the causes of `causes.toml` (`UPDATE_ERRORS=1 pytest
 tests/test_errors.py`)."""
 
 

@@ -26,7 +26,7 @@ from cosmos_export.printable import printable
 
 Options = TypeVar("Options")
 Verb = Callable[[Options, bool], None]
-"""What a verb is: a function of its options and of whether it prints JSON."""
+"""A verb: a function of its options and of whether it prints JSON."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")]
@@ -178,7 +178,7 @@ class Verbs(typer.Typer):
 
 
 def require_verb(context: typer.Context) -> None:
-    """In the callback of a group: without a verb, show what there is and end as wrong usage."""
+    """Show the help and end as wrong usage where a group is called without a verb."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(int(ExitCode.USAGE))

@@ -52,11 +52,11 @@ class Engine:
     wanted: WantedEngine
     report: EngineReport
     found: EngineSummary | None
-    """Its contents; None where they cannot be read from it."""
+    """Contents of the engine; None where they cannot be read."""
     checks: tuple[EngineCheck, ...]
     profiles: tuple[str, ...]
     weights: tuple[WeightInput, ...] = ()
-    """Weights that it takes as inputs."""
+    """Weights that the engine takes as inputs."""
 
     @property
     def graph(self) -> str:
@@ -64,12 +64,13 @@ class Engine:
 
     @property
     def attention(self) -> int:
-        """Attentions of the graph: as many fused kernels are due in each profile; a multiple if a loop is unrolled."""
+        """Attentions of the graph. Each profile must have as many fused kernels, or a multiple where a loop is
+        unrolled."""
         return self.wanted.attention
 
     @property
     def check(self) -> EngineCheck:
-        """The check that failed; of those that passed the first."""
+        """The check that failed, or the first one where all passed."""
         return next((check for check in self.checks if not check.passed), self.checks[0])
 
     @property

@@ -90,7 +90,8 @@ def _memory(limits: Limits) -> str:
 
 
 def serve(module: str, cpu_s: int, memory_bytes: int) -> None:
-    """In the process: take the request from stdin, run ``answer`` of ``module`` within limits, and say how it went."""
+    """Entry of the process: take the request from stdin, run ``answer`` of ``module`` within limits, and say how it
+    went."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no message
     for which, most in (

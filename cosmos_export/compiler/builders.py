@@ -37,7 +37,7 @@ class Builders:
         self._submitted: list[Future[Any]] = []
         self._pool = ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="builder")
         self.progress: Progress = Locked(progress)
-        """For everything that reports while builders run."""
+        """Progress for everything that reports while builders run."""
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +65,7 @@ class Builders:
                 raise error
 
     def wait(self) -> None:
-        """Until all work is done, or until some has failed: that is raised then, whatever else still runs."""
+        """Wait until all work is done or some has failed. A failure is raised at once, whatever else still runs."""
         wait(self._submitted, return_when=FIRST_EXCEPTION)
         self.require_none_failed()
 

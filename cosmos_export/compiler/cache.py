@@ -41,7 +41,7 @@ _Place = Annotated[str, strict.Pattern(r"/[^\x00-\x1f\x7f]{1,4095}", "the path o
 VARIABLE = "COSMOS_EXPORT_CACHE"
 """Environment variable with the directory of the cache; ``off`` for none."""
 GRAPHS_VARIABLE = "COSMOS_EXPORT_GRAPHS"
-"""The same for captured graphs alone, which other machines can use too; by default they are with the engines."""
+"""Environment variable with the directory of captured graphs, which other machines can use too. Default: the cache."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def key_of(components: Mapping[str, str]) -> str:
 
 
 def default_folder() -> Path | None:
-    """Where the cache is unless said: ``$COSMOS_EXPORT_CACHE``, else below the user's cache directory."""
+    """Default directory of the cache: ``$COSMOS_EXPORT_CACHE``, else below the user's cache directory."""
     given = os.environ.get(VARIABLE, "")
     if given:
         return None if given == "off" else Path(given)
@@ -85,7 +85,7 @@ def default_folder() -> Path | None:
 
 
 def default_graphs_folder() -> Path | None:
-    """Where captured graphs are unless said: ``$COSMOS_EXPORT_GRAPHS``, else with the engines."""
+    """Default directory of captured graphs: ``$COSMOS_EXPORT_GRAPHS``, else with the engines."""
     given = os.environ.get(GRAPHS_VARIABLE, "")
     if given:
         return None if given == "off" else Path(given)
@@ -145,7 +145,7 @@ class Cache:
             _write(folder, entry.key, folder / f"{entry.key}.json", text)
 
     def entries(self) -> list[Entry]:
-        """All, the newest first. What cannot be read is none."""
+        """All entries, the newest first. Files that cannot be read are left out."""
         if self.folder is None or not os.access(self.folder, os.R_OK | os.X_OK) or not self.folder.is_dir():
             return []
         found = [entry for path in self._files(_FILE) if (entry := _read(path)) is not None]

@@ -95,7 +95,7 @@ def write_tokenizer(checkpoint: Checkpoint, writer: BundleWriter) -> PromptRecor
 def codec_engines(
     codec: Codec, settings: EngineSettings, writer: BundleWriter
 ) -> dict[str, Callable[[Progress], Engine]]:
-    """What builds the engine of each graph of ``codec``, for every profile that has something for it to do."""
+    """Graph → the function that builds its engine, of ``codec``, for every profile that has something for it to do."""
     own = replace(settings, profiles=tuple(codec_profiles(codec.name, settings.profiles)))
 
     def build(name: str, graph: Graph, progress: Progress) -> Engine:

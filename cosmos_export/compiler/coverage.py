@@ -1,4 +1,4 @@
-"""What a build runs and its scale table never saw."""
+"""Parts of a build's work that its scale table never saw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _METRIC = "what the build runs and the table never saw"
 
 @dataclass(frozen=True)
 class TableCoverage:
-    """What a build runs and its scale table never saw."""
+    """Parts of a build's work that its scale table never saw."""
 
     missing: tuple[str, ...] | None
     """Modalities that requests may have, the mode that is built for, and quarters of its schedule and branches of
@@ -30,7 +30,7 @@ class TableCoverage:
 
 
 def table_coverage(job: Job) -> TableCoverage:
-    """What the scale table of ``job`` never saw."""
+    """The parts of the work of ``job`` that its scale table never saw."""
     lineage = {} if job.scales is None else job.scales.lineage
     seen = lineage.get("coverage")
     if not isinstance(seen, Mapping):
@@ -76,13 +76,13 @@ def require_coverage(coverage: TableCoverage) -> None:
 
 
 def coverage_note(coverage: TableCoverage) -> str:
-    """The same for a reader of the result; empty where the table saw everything."""
+    """A note on it for a reader of the result; empty where the table saw everything."""
     missing = coverage.missing
     return f"the scale table never saw {'; '.join(missing)}: ranges there are a guess" if missing else ""
 
 
 def coverage_verdicts(coverage: TableCoverage) -> tuple[Verdict, ...]:
-    """The same as a manifest has it."""
+    """Verdicts on it for the manifest."""
     if not coverage.table:
         return ()
     if coverage.missing is None:

@@ -57,7 +57,7 @@ class EngineRequest:
     graph: GraphName
     profiles: tuple[Name, ...]
     shapes: tuple[Mapping[str, ShapeRange], ...]
-    """For each profile, input → smallest, optimal and largest shape."""
+    """Input → smallest, optimal and largest shape, for each profile."""
     decomposable_attention: bool
     attention: Count
     """Attentions in the graph."""

@@ -29,8 +29,8 @@ _FP32_BYTES = 4
 
 
 def first_layers(checkpoint: Checkpoint, folder: Path, weight_bytes: int, memory_bytes: int) -> Checkpoint | None:
-    """As many first layers of both towers as have ``weight_bytes``, one at least, and the first rows of the embedding,
-    by reference into the files of ``checkpoint``. Only the configuration is written, into ``folder``.
+    """The first layers of both towers, as many as have ``weight_bytes`` and at least one, and the first rows of the
+    embedding, by reference into the files of ``checkpoint``. Only the configuration is written, into ``folder``.
 
     None where not even one layer is within ``memory_bytes`` as fp32.
     """

@@ -23,9 +23,9 @@ class Forms:
     """A program whose sites compute as a recipe says."""
 
     program: Program
-    """As most steps compute; the plain program itself where nothing is quantized."""
+    """The program as most steps compute it; the plain program where nothing is quantized."""
     variants: Mapping[str, Program] = field(default_factory=dict)
-    """For a host's loop: the program with another body, by that body's name."""
+    """The program with another body, by that body's name, for a loop on the host."""
     bodies: tuple[str, ...] = ()
     """The body of every step, where there are several."""
     closed: Mapping[str, Program] = field(default_factory=dict)

@@ -31,7 +31,7 @@ class Job:
     precision: Assignment
     scales: ScaleTable | None
     memory_budget: int | None = None
-    """In bytes; None where no engine is built here."""
+    """Memory budget in bytes; None where no engine is built here."""
     scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
     """The files of ``scales`` as they were when it was read."""
     part_of: int | None = None

@@ -59,7 +59,7 @@ class Alike:
 
     count: int
     measured: tuple[int, ...]
-    """Those whose velocity was measured, by their index in the schedule."""
+    """Steps whose velocity was measured, by their index in the schedule."""
     first: int
 
 
@@ -125,7 +125,7 @@ class Losses:
 
 
 def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weights, *, unsampled: str = "") -> Losses:
-    """Both gates on one request. ``plain`` is labelled and not quantized; ``passes`` say how it would be.
+    """Measure both gates on one request. ``plain`` is labelled and not quantized; ``passes`` say how it would be.
 
     The latents of each step come from the unquantized model's own sampling. Where that is ``unsampled``, for that
     reason, there is the first step of every way in which steps compute, on noise in place of its latents. A model of

@@ -23,7 +23,7 @@ class StageCost:
 
     seconds: float = 0.0
     read_bytes: int = 0
-    """From the disk; what the page cache holds is not read again."""
+    """Bytes read from the disk; what the page cache holds is not read again."""
     written_bytes: int = 0
     peak_anonymous_bytes: int = 0
     """Peak of this process and its builders together; 0 where the system does not tell."""
@@ -86,7 +86,7 @@ class Meter:
             cost.written_bytes += written
 
     def add(self, name: str, seconds: float) -> None:
-        """Time that was measured elsewhere."""
+        """Add time that was measured elsewhere to a stage."""
         self._stages.setdefault(name, StageCost()).seconds += seconds
 
     def _sample(self) -> None:
@@ -110,7 +110,7 @@ class Stages:
         self, meter: Meter, progress: Progress, nothing_failed: Callable[[], None] = lambda: None
     ) -> None:  # fmt: skip
         self.progress = progress
-        """For everything that a stage reports by itself."""
+        """Progress for everything that a stage reports by itself."""
         self._meter = meter
         self._nothing_failed = nothing_failed
 

@@ -92,7 +92,8 @@ def write_graph_models(
     *,
     external: bool,
 ) -> str:
-    """Graph ``stem``, or what it was cut into, with its weights; returns the suffix of the models that run on a CPU.
+    """Write graph ``stem``, or what it was cut into, with its weights; returns the suffix of the models that run on a
+    CPU.
 
     Bodies of the loop that differ in precision, and the pieces of a graph, read one file of weights.
     """

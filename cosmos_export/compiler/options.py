@@ -276,7 +276,8 @@ def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def available_modalities(asked: Sequence[str] | None, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is ``asked`` of what the checkpoint generates, in its order; None: all of it. CX210 for anything else."""
+    """The modalities among ``asked`` that the checkpoint generates, in its order; None: all of them. CX210 for anything
+    else."""
     available = all_modalities(checkpoint)
     if asked is None:
         return available
@@ -302,7 +303,8 @@ def _outputs(asked: Sequence[str] | None, modalities: Sequence[str]) -> tuple[st
 
 
 def _require_rows(profile: Profile, outputs: Sequence[str]) -> None:
-    """An engine that computes nothing at a profile's minimum cannot be built; of the vision there is always a row."""
+    """CX411 for a profile whose minimum has nothing to compute, for which no engine can be built. Vision always has a
+    row."""
     lengths = [f"{name.removesuffix('_velocity')}_len" for name in outputs]
     if "vision_len" not in lengths and not any(profile.dims[dim].min for dim in lengths):
         raise UserError(

@@ -85,7 +85,7 @@ def compile_chat_template(checkpoint: Checkpoint) -> ChatTemplate:
 
 
 def answer(request: Mapping[str, Any], begin: Callable[[str], None]) -> list[Sequence[Any]]:
-    """In the process with limits: the three parts of the `ChatTemplate`."""
+    """The three parts of the `ChatTemplate`, found in the process with limits."""
     begin("tokenizer")
     folder = Path(request["folder"])
     own = _own_tokenizer(folder / TOKENIZER_FILE)

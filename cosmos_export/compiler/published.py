@@ -87,7 +87,7 @@ class Lowered:
     forms: Forms
     pieces: Pieces
     onnx: Path
-    """Their folder."""
+    """Folder of the models."""
     suffix: str
     quantized: bool
 

@@ -63,7 +63,7 @@ class BundleContents:
     inputs: tuple[InputFile, ...]
     """Files of the checkpoint."""
     created: str
-    """When, in UTC."""
+    """Time of the build, in UTC."""
 
 
 def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
@@ -160,7 +160,7 @@ def _loop_contracts(closed: Mapping[str, Program]) -> dict[str, GraphContract]:
 
 
 def _loop_edges(closed: Mapping[str, Program]) -> list[EdgeRecord]:
-    """Into every segment: from the graphs before the loop, and what the segment before it hands on."""
+    """Edges into every segment, from the graphs before the loop and from the segment before it."""
     edges = [
         EdgeRecord(e.source, e.output, name, e.input, e.instance or None)
         for name, one in closed.items()

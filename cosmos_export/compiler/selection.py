@@ -60,7 +60,7 @@ def codec_tensors_bytes(checkpoint: Checkpoint, name: str) -> int:
 
 
 def tokenizer_bytes(checkpoint: Checkpoint, components: Sequence[str]) -> int:
-    """What the tokenizer, if it is among ``components``, has in a bundle."""
+    """Bytes of the tokenizer in a bundle; 0 where it is not among ``components``."""
     if TOKENIZER not in components:
         return 0
     return (checkpoint.components["text_tokenizer"] / TOKENIZER_FILE).stat().st_size

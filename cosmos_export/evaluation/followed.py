@@ -35,17 +35,17 @@ class Counts:
 
     values: int = 0
     moved: int = 0
-    """With another code than the reference has from the same codes before it."""
+    """Values with another code than the reference has from the same codes before it."""
     steps: int = 0
-    """By how many codes at most (E4M3)."""
+    """Largest difference in codes (E4M3)."""
     wrong: int = 0
-    """With a code that the runtime's own value does not have: next to no boundary within `DIVISION`."""
+    """Values whose code does not follow from the runtime's own value, which is near no boundary (within `DIVISION`)."""
     apart: float = 0.0
     """Largest distance between what enters a rounding here and there, relative L2."""
 
     @property
     def error(self) -> float:
-        """How far the runtime is from what it should compute, but for its results."""
+        """How far the runtime is from what it should compute, apart from its results."""
         return inf if self.wrong else self.apart
 
 

@@ -69,7 +69,7 @@ def load_form(path: Path) -> onnx.ModelProto:
 
 @dataclass(frozen=True)
 class _Weight:
-    """Where a weight lies. Its type follows from the operations around it."""
+    """The place of a weight. Its type follows from the operations around it."""
 
     file: str
     offset: int

@@ -40,7 +40,7 @@ class OnnxModel:
         self.outputs = [o.name for o in self._session.get_outputs()]
 
     def __call__(self, known: Mapping[str, Value]) -> dict[str, Value]:
-        """Its outputs by name; ``known`` may hold more than it takes."""
+        """Outputs of the model by name; ``known`` may hold more than its inputs."""
         feed = {name: self._bound(known[name]) for name in self.inputs}
         values = self._session.run_with_ort_values(self.outputs, feed)
         return {name: _unbound(value) for name, value in zip(self.outputs, values, strict=True)}

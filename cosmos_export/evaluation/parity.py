@@ -44,7 +44,7 @@ REPORT = "this is a bug of the compiler: please report it with `build --until PA
 LATENT_LIMIT = 0.02
 """1 − cosine of final latents of a quantized loop to those of the unquantized model."""
 PRECISION_LIMIT = 1.5
-"""In the model's precision: times the published implementation's own distance from fp32."""
+"""Limit in the model's precision: a multiple of the published implementation's own distance from fp32."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Measured:
     subject: str = "transformer"
     """The component that was measured."""
     details: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers of it, by what they are."""
+    """Further numbers of the measurement, by what they are."""
 
     @property
     def passed(self) -> bool:
@@ -69,7 +69,7 @@ class Measured:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All numbers of it that are finite, each by what it is."""
+        """All finite numbers of the measurement, each by what it is."""
         found = {self.stage: self.value, **{f"{self.stage}: {name}": value for name, value in self.details.items()}}
         return {name: value for name, value in found.items() if isfinite(value)}
 
@@ -375,7 +375,7 @@ def _files(
 
 
 def _tensors(values: Mapping[str, Value]) -> dict[str, torch.Tensor]:
-    """Those of a type that numpy has."""
+    """Values of the types that numpy has."""
     return {name: torch.from_numpy(value) for name, value in values.items() if isinstance(value, np.ndarray)}
 
 

@@ -110,7 +110,7 @@ def noisy_modalities(inputs: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 def _noisy(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """Broadcastable truth of the rows that are generated."""
+    """True where rows are generated, broadcastable to the latent."""
     if name == "sound":
         return torch.tensor(True)
     mask = inputs[f"{name}_mask"] != 0

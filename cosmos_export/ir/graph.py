@@ -28,7 +28,8 @@ from cosmos_export.ir.spec import TensorSpec, WeightBinding
 if TYPE_CHECKING:
 
     class Node:
-        """What passes use of ``fx.Node``. The type of an operand follows from the operation; no checker sees it."""
+        """The part of ``fx.Node`` that passes use. The type of an operand follows from the operation; no checker sees
+        it."""
 
         name: str
         op: str
@@ -82,7 +83,7 @@ Specs: TypeAlias = TensorSpec | tuple[TensorSpec, ...]
 
 
 def specs_of(node: Node) -> Specs:
-    """What `infer` gives for ``node``."""
+    """The result of `infer` for ``node``."""
     specs: Specs = node.meta["spec"]
     return specs
 
@@ -164,8 +165,8 @@ class Graph:
         return dict(self._output.args[0])
 
     def naming(self) -> tuple[list[str], dict[str, int]]:
-        """What the names of further values follow from besides the values that are there: names that erased ones had,
-        and the last number given to each beginning of a name."""
+        """The state that names of further values follow from, besides the values that are there: names that erased ones
+        had, and the last number given to each beginning of a name."""
         names = self.fx._graph_namespace
         return sorted(names._used_names - self.names()), dict(sorted(names._base_count.items()))
 
@@ -227,7 +228,7 @@ class Graph:
         self._output.args = (dict(outputs),)
 
     def replace(self, old: Node, new: Node) -> None:
-        """Readers of ``old`` read ``new``; ``old`` goes with the next ``eliminate_dead_code``."""
+        """Let readers of ``old`` read ``new``; the next ``eliminate_dead_code`` removes ``old``."""
         old.replace_all_uses_with(new)
 
     def eliminate_dead_code(self) -> list[Node]:

@@ -69,7 +69,7 @@ class Through:
 
 
 def match(pattern: Pattern, value: Any, bound: Bound | None = None) -> dict[str, Any] | None:
-    """What the names of ``pattern`` stand for where ``value`` is computed as it says; None where it is not.
+    """The values that the names of ``pattern`` stand for where ``value`` is computed as it says; None where it is not.
 
     ``bound``: names that are known already.
     """
@@ -78,7 +78,7 @@ def match(pattern: Pattern, value: Any, bound: Bound | None = None) -> dict[str,
 
 
 def behind(value: Any, targets: Collection[Any]) -> Any:
-    """What ``value`` shows by way of ``targets``, operations that show their first operand."""
+    """The value that ``value`` shows by way of ``targets``, operations that show their first operand."""
     while is_op(value, *targets):
         value = value.args[0]
     return value

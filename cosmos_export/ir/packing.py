@@ -1,6 +1,6 @@
 """Low-precision forms of a weight: the arithmetic, in float32, on rows.
 
-FP8 (OCP OFP8, E4M3): one scale a tensor, max|w| / 448. INT4: symmetric, one scale a group of columns, max|w| / 7.
+FP8 (OCP OFP8, E4M3): one scale per tensor, max|w| / 448. INT4: symmetric, one scale per group of columns, max|w| / 7.
 NVFP4: E2M1 values, a scale in E4M3 for each block of 16 columns, and one in float32 for the tensor, max|w| / (6 · 448).
 These are the scales of the published FP8 checkpoints and of ModelOpt. Values are rounded once, to nearest, ties to
 even; ModelOpt's FP8 rounds twice (through BF16), and differs from this in 2 to 4 % of the bytes.
@@ -17,10 +17,11 @@ NVFP4_BLOCK = 16
 SMALLEST_BLOCK_SCALE = 2.0**-9
 """The smallest positive number of E4M3."""
 ROUNDING = "exact"
-"""What a manifest says of how values were rounded: quotients in float32, rounded once."""
+"""Name in a manifest of the way in which values were rounded: quotients in float32, rounded once."""
 
 AS_STORED = "as stored"
-"""The same of weights that the checkpoint has in FP8: their bytes are kept; in other forms they are rounded again."""
+"""Name of that of weights which the checkpoint has in FP8: their bytes are kept; in other forms they are rounded
+again."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0 … 7; the fourth bit is the sign."""
@@ -32,14 +33,14 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
 
 
 def largest(x: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude in ``x``, without a copy of it."""
+    """The largest magnitude in ``x``, found without a copy."""
     low, high = x.aminmax()
     return torch.maximum(-low, high)
 
 
 def fp8_scale(amax: torch.Tensor) -> torch.Tensor:
-    """float32. Divided in float64, so that 448 · s in float64 gives back the scale s; of float32 the quotient is the
-    same."""
+    """The float32 scale, divided in float64 so that 448 · s in float64 gives back s; float32 gives the same
+    quotient."""
     return _positive((amax.to(torch.float64) / E4M3_MAX).to(torch.float32))
 
 
@@ -100,7 +101,7 @@ _E2M1_BITS = (127 << 1) - 2
 
 
 def nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """Two 4-bit codes a byte along the last axis, the first in the low half."""
+    """Two 4-bit codes per byte along the last axis, the first in the low half."""
     low, high = groups_of(codes.to(torch.uint8) & 15, 2).unbind(-1)
     both: torch.Tensor = low | high << 4
     return both

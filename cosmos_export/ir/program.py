@@ -14,7 +14,7 @@ from cosmos_export.ir.spec import Rate
 class Edge:
     """``output`` of graph ``source`` is ``input`` of graph ``target``.
 
-    ``instance`` names the run of ``source`` that is meant where it runs more than once a request (the reasoner on the
+    ``instance`` names the run of ``source`` that is meant where it runs more than once per request (the reasoner on the
     negative prompt); its caller's inputs then carry ``{instance}_`` before their names.
     """
 
@@ -27,7 +27,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Loop:
-    """The denoising loop: ``body`` runs once a step.
+    """The denoising loop: ``body`` runs once per step.
 
     ``carried`` maps an input of the body to the output that its next value follows from: through a sampler on the host,
     or, once `fuse_denoise_loop` has put the sampler into the body, the output itself. The loop is closed then: it runs

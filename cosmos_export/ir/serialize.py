@@ -49,7 +49,7 @@ Place = Callable[[WeightBinding], tuple[int, int]]
 
 
 def graph_document(graph: Graph, weights_file: str, place: Place) -> dict[str, Any]:
-    """``graph`` as plain data; its weights lie in ``weights_file``, beside the document."""
+    """``graph`` as plain data; its weights are in ``weights_file``, beside the document."""
     placeholders: dict[str, list[dict[str, Any]]] = {"inputs": [], "weights": [], "constants": []}
     operations = []
     for node in graph.nodes:
@@ -98,7 +98,7 @@ _WEIGHT = _VALUE | {"key": str, "offset": int, "size_bytes": int}
 _CONSTANT = _VALUE | {"values": list}
 _OPERATION = {"name": str, "op": str, "args": list}
 _MADE_BY_INFERENCE = (ValueError, IndexError, TypeError, ZeroDivisionError, RuntimeError, AttributeError)
-"""What a rule of `ops` raises for operands of ranks, sizes and types that its operation does not take."""
+"""Errors that a rule of `ops` raises for operands of ranks, sizes and types that its operation does not take."""
 
 
 def _fields(record: Any, kinds: Mapping[str, type], optional: Mapping[str, type] | None = None) -> Mapping[str, Any]:

@@ -162,7 +162,8 @@ def _tree(plain: _Plain) -> _Tree:
 
 
 def _joined(kind: str, parts: list[_Tree]) -> tuple[Callable[[], sympy.Expr], int, int]:
-    """What makes a node of ``parts``, and its terms and factors; nothing is computed before these are checked."""
+    """The function that makes a node of ``parts``, with its terms and factors; nothing is computed before these are
+    checked."""
 
     def make() -> sympy.Expr:
         return _KINDS[kind](*(part.expression for part in parts))

@@ -1,4 +1,4 @@
-"""What is known of a value before it exists: its type, shape, binding time and where a weight lies on disk."""
+"""Facts known of a value before it exists: its type, shape and binding time, and the place of a weight on disk."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Transform(Enum):
 
     IDENTITY = "identity"
     CONCATENATE = "concatenate"
-    """Along axis 0."""
+    """Sources are joined along axis 0."""
     INTERLEAVE = "interleave"
     """Rows of the sources alternate along axis 0: a0, b0, a1, b1 …"""
     WEIGHT_NORM = "weight_norm"
@@ -122,7 +122,7 @@ class WeightSource:
 
 @dataclass(frozen=True)
 class LowRank:
-    """What of a weight is not packed but multiplied by itself (SVDQuant): ``up · down``."""
+    """The part of a weight that is not packed but multiplied separately (SVDQuant): ``up · down``."""
 
     down: WeightSource
     """[rank, K], of all sources of the weight."""
@@ -137,13 +137,13 @@ class Packing:
     format: Format
     part: Part
     dtype: torch.dtype
-    """What the weight is dequantized to."""
+    """The type that the weight is dequantized to."""
     group: int = 0
     """Columns with one scale, where there are groups."""
     divisor: WeightSource | None = None
     """[K]: what the columns are divided by before they are packed; the input is multiplied by it (AWQ)."""
     low_rank: LowRank | None = None
-    """What is taken from the weight, once it is divided."""
+    """The part that is subtracted from the weight once it is divided."""
 
     @property
     def stored(self) -> torch.dtype:
@@ -158,7 +158,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class WeightBinding:
-    """What a weight placeholder stands for: tensors on disk and a transform. It never holds data."""
+    """The value of a weight placeholder: tensors on disk and a transform. It never holds data."""
 
     sources: tuple[WeightSource, ...]
     transform: Transform

@@ -1,4 +1,4 @@
-"""What must hold of every program between two passes. A breach is a bug of the pass that ran last."""
+"""Laws that every program keeps between two passes. A breach is a bug of the pass that ran last."""
 
 from __future__ import annotations
 

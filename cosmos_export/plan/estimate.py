@@ -58,7 +58,7 @@ class Fit:
     target: str
     workload: str
     memory_bytes: int | None
-    """What the target offers a request; None for the CPU."""
+    """Memory in bytes that the target offers a request; None for the CPU."""
     resident_bytes: int
     phased_bytes: int
     verdict: str
@@ -85,7 +85,7 @@ class Load:
     """One step, with the guidance branches an average step has."""
     generator: OperationCount
     device: DeviceMemory
-    """On the first target that runs the recipe; `Fit` has each target's."""
+    """Memory on the first target that runs the recipe; `Fit` has each target's."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Estimate:
     loads: tuple[Load, ...]
     fits: tuple[Fit, ...]
     builds: Mapping[str, Host]
-    """By target."""
+    """Cost of the build, by target."""
 
     def __repr__(self) -> str:
         fitting = sum(fit.verdict.startswith("fits") for fit in self.fits)
@@ -163,7 +163,7 @@ def estimate(subject: Subject, request: PlanRequest, limits: ModelLimits | None 
 
 
 def offered_bytes(target: Target) -> int | None:
-    """What ``target`` offers a request; None for the CPU."""
+    """Memory in bytes that ``target`` offers a request; None for the CPU."""
     if target.memory_bytes is None:
         return None
     return int(target.memory_bytes * (UNIFIED_SHARE if target.unified_memory else MEMORY_SHARE))
@@ -218,7 +218,7 @@ class _Planner:
         return components(self.subject, workloads, self.precision(workloads[0], target, recipe), branches, budget)
 
     def device(self, workload: Workload, target: Target, recipe: Recipe | None = None) -> DeviceMemory:
-        """With engines made for ``workload`` alone."""
+        """The estimate with engines made for ``workload`` alone."""
         guided = any(self.schedules[workload.name].guided)
         share = self.precision(workload, target, recipe).cache_share
         copies = weight_copies(target, self.engines(workload, target, recipe))

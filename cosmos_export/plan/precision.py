@@ -58,7 +58,7 @@ class PlannedPrecision:
     steps: tuple[tuple[Mix, int], ...]
     """The generator's mixes, each with the number of steps that have it, in the order they first appear."""
     of_step: tuple[int, ...]
-    """For each step, the index in ``steps`` of what it has."""
+    """Index in ``steps`` of what each step has."""
     alone: tuple[int, ...]
     """Steps that multiply narrow weights by wide activations: in a loop that TensorRT-RTX builds, each is an engine."""
 

@@ -70,7 +70,7 @@ class PlannedEngine:
     weight_bytes: int
     engine_bytes: int
     activation_bytes: int
-    """At the profile's maximum."""
+    """Bytes at the profile's maximum."""
     scheme: str
     builder_weights: int
     """Anonymous memory that the builder takes for the weights of the engine, or of its largest part."""
@@ -275,22 +275,22 @@ class DeviceMemory:
     activations_bytes: int
     """Activations of the engine that needs the most. Engines run one after the other and share this memory."""
     phases: Mapping[str, int]
-    """With only that phase's engines on the device: ``prefill``, ``denoise`` (of bodies that take turns one),
+    """Bytes with only one phase's engines on the device: ``prefill``, ``denoise`` (of bodies that take turns one),
     ``decode``."""
 
     @property
     def resident_bytes(self) -> int:
-        """With every engine on the device."""
+        """Bytes with every engine on the device."""
         return self.weights_bytes + self.cache_bytes + self.latent_bytes + self.activations_bytes
 
     @property
     def phased_bytes(self) -> int:
-        """With engines loaded for their phase and dropped after it."""
+        """Bytes with engines loaded for their phase and dropped after it."""
         return max(self.phases.values())
 
 
 def weight_copies(target: Target, engines: int) -> int:
-    """How many times the generator's weights lie on the device, of which so many ``engines`` have them: each engine of
+    """How many copies of the generator's weights the device has, where ``engines`` engines use them: each engine of
     a builder holds its own, and graphs in PyTorch read the same tensors."""
     return 1 if backend_of(target).shares_weights else engines
 
@@ -350,7 +350,7 @@ class Host:
     disk_bytes: int
     """Size of the bundle: models with their weights, and engines."""
     seconds: tuple[float, float]
-    """From a fast disk and idle cores to a slow disk and shared ones."""
+    """Range of seconds, from a fast disk and idle cores to a slow disk and shared ones."""
 
 
 ENGINE_BYTES_PER_S = (50e6, 400e6)
@@ -364,7 +364,7 @@ measuring of a quantized model, of which no more than so much is looked at."""
 
 
 def typical(rates: tuple[float, float]) -> float:
-    """Between the slow and the fast one, as far from either."""
+    """The geometric mean of the slow and the fast rate."""
     return float((rates[0] * rates[1]) ** 0.5)
 
 

@@ -42,7 +42,7 @@ class Subject:
     """Bytes of the checkpoint's weight files."""
 
     def graphs(self) -> Mapping[str, Sequence[ExpectedTensor]]:
-        """Which graph computes with which tensors. Those that generation never reads are in none."""
+        """Tensors by the graph that computes with them. Tensors that generation never reads are left out."""
         return graph_tensors(self.geometry)
 
 

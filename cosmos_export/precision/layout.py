@@ -1,4 +1,4 @@
-"""How a scheme's weights lie in a quantized checkpoint, in the published ModelOpt layout."""
+"""The tensors of a scheme's weights in a quantized checkpoint, in the published ModelOpt layout."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Scheme:
     """A number format, and how products compute in it."""
 
     name: str
-    """As recipes, targets and manifests call it."""
+    """Name in recipes, targets and manifests."""
     weights: str
     """The weights in words, for the documentation."""
     activations: str

@@ -115,7 +115,7 @@ ACTION_BINS: Mapping[int, tuple[tuple[int, int], ...]] = {
 
 @dataclass(frozen=True)
 class ActionCanvas:
-    """Where the frames of an action lie: ``content`` in the top left of ``height`` × ``width``, in pixels."""
+    """The canvas of an action: ``content`` in the top left of ``height`` × ``width``, in pixels."""
 
     height: int
     width: int

@@ -287,7 +287,7 @@ class ActionScale:
     method: str
     offset: NDArray[np.float64]
     scale: NDArray[np.float64]
-    """Both [width]."""
+    """The two statistics, [width] each."""
 
     @property
     def bounded(self) -> bool:

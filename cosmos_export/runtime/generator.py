@@ -225,7 +225,7 @@ class Generator:
         before: Mapping[tuple[str, str], Mapping[str, Value]],
         progress: Progress,
     ) -> dict[str, Array]:
-        """One call of the body a step and branch; guidance and sampler here, in float32."""
+        """The loop on the host: one call of the body per step and branch, with guidance and sampler in float32."""
         plan, body = request.schedule, self._loop.body
         bodies = self._loop.bodies or (body,) * plan.steps
         rows = self._step_rows(request)

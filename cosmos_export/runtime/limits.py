@@ -38,7 +38,7 @@ class Column:
     name: str
     low: float
     high: float
-    """In the units of the limits."""
+    """Values in the units of the limits."""
     step_per_s: float | None = None
     """Largest change per second, from one row to the next."""
     jump: float | None = None
@@ -114,7 +114,7 @@ class Review:
 
     @property
     def document(self) -> dict[str, Any]:
-        """As it is written into results, replies and the audit trail."""
+        """The review as results, replies and the audit trail have it."""
         return {
             "verdict": self.verdict,
             "limits": self.limits,

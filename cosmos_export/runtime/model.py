@@ -30,7 +30,7 @@ class Step:
     """Where a request is: step ``number`` of ``of`` is done. A loop on the device reports at the end of a segment."""
 
     number: int
-    """From 1."""
+    """Number of the step, from 1."""
     of: int
     timestep: float
     """Timestep of this step, in [0, 1000]."""

@@ -206,7 +206,7 @@ class Scene:
 def request_texts(
     prompt: Prompt, negative: Prompt, scene: Scene, *, action: str | None = None, metadata: bool | None = None
 ) -> tuple[str, str]:
-    """Both texts of a request for ``scene`` as the tokenizer gets them.
+    """The prompt and the negative prompt of a request for ``scene`` as the tokenizer gets them.
 
     ``action``: the viewpoint of an action, whose prompt becomes a caption; None: no action. ``metadata``: whether
     sentences on duration and resolution follow; None: unless the prompt is a caption.

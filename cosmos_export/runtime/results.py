@@ -94,7 +94,7 @@ def plan_outputs(
     frames: Path | None = None,
     force: bool = False,
 ) -> Outputs:
-    """Which result goes into which of ``paths``, by the ends of their names.
+    """The result that goes into each of ``paths``, by the end of its name.
 
     UserError CX662 for a name without meaning, a result that the request does not have, a file that is there (without
     ``force``) or a directory that is not; UnsupportedError CX605 where the bundle cannot decode.

@@ -83,7 +83,7 @@ class Mode:
 
     name: str
     title: str
-    """In words, and the name of its case in evidence and reports."""
+    """Name of its case in evidence and reports, in words."""
     settings: Settings
     sample: Sample
     sources: tuple[str, ...] = ()

@@ -77,13 +77,13 @@ class Schedule:
             _inconsistent(f"sampler {self.sampler} on grid {self.grid}")
 
     def text(self, mode: str) -> str:
-        """In words, of requests of ``mode``."""
+        """Description of the schedule for requests of ``mode``."""
         shift = "" if self.shift is None else f", shift {self.shift:g}"
         return f"{mode}: {self.sampler} on {self.grid}, {self.steps} steps{shift}, guidance {self.guidance:g}"
 
     @property
     def guided(self) -> tuple[bool, ...]:
-        """For each step: whether it needs the unconditional branch."""
+        """Whether each step needs the unconditional branch."""
         low, high = self.guidance_interval or (-math.inf, math.inf)
         return tuple(self.guidance != 1 and low <= t <= high for t in self.timesteps)
 
@@ -162,7 +162,7 @@ _REQUIRED: Mapping[str, Mapping[str, _Setting]] = {
         "shift_terminal": _Setting(None),
     },
 }
-"""By scheduler class. A checkpoint that differs would be sampled wrongly, so it is refused."""
+"""Sampler by scheduler class. A checkpoint that differs would be sampled wrongly, so it is refused."""
 
 
 def resolve_schedule(checkpoint: CheckpointSampling, mode: str, overrides: Overrides | None = None) -> Schedule:

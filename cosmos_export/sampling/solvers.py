@@ -121,7 +121,7 @@ class SolverState:
 
     @classmethod
     def start(cls, sample: Array) -> SolverState:
-        """Before the first step: nothing but the sample is read."""
+        """State before the first step: only its sample is read."""
         zero = np.zeros_like(sample)
         return cls(sample, zero, zero, zero)
 

@@ -29,7 +29,7 @@ class Observation:
 
     prompt: str
     pictures: Mapping[str, Picture]
-    """By their names in `Views`."""
+    """Pictures by their names in `Views`."""
     state: NDArray[np.float64] | None = None
     """[columns]: where the robot is, as it says so itself; None where it was not said."""
 

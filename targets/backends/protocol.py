@@ -79,7 +79,7 @@ class EngineOrder:
     """How one engine is built from its model."""
 
     profiles: Sequence[Mapping[str, ShapeRange]]
-    """For each profile, input → smallest, optimal and largest shape."""
+    """Input → smallest, optimal and largest shape, for each profile."""
     decomposable_attention: bool = False
     """Attention without a fused kernel may become matrix products over stored scores; otherwise its build fails."""
     timing_cache: Path | None = None
@@ -103,7 +103,7 @@ class Engines(Protocol):
         """UnsupportedError CX405 where this machine cannot build for ``target``."""
 
     def key(self) -> Mapping[str, str]:
-        """What decides the bytes of an engine besides its model, target, profiles and settings."""
+        """Facts that decide the bytes of an engine besides its model, target, profiles and settings."""
 
     def build(
         self, model: Path, output: Path, order: EngineOrder, target: Target, progress: Progress | None = None
@@ -114,8 +114,8 @@ class Engines(Protocol):
         """Contents of the engine at ``path``, read from the file; None where its format is not known."""
 
     def checks(self, wanted: WantedEngine, report: EngineReport, found: EngineSummary | None) -> list[EngineCheck]:
-        """What of ``wanted`` can be told of the engine, from its builder's report and from what was ``found`` in it;
-        one check at least."""
+        """The part of ``wanted`` that can be compared with the engine, from its builder's report and from what was
+        ``found`` in it; one check at least."""
 
     def problem(self, file: BinaryIO, path: str, manifest: Manifest) -> str | None:
         """Why the engine ``path``, which ``file`` reads from its beginning, is not one of ``manifest``; None: nothing
@@ -134,7 +134,7 @@ class Backend(Protocol):
 
     name: str
     title: str
-    """As its makers write it."""
+    """Name as its makers write it."""
     devices: tuple[str, ...]
     """Kinds of devices that it runs on, its default first: ``cuda``, ``cpu``."""
     requirements: tuple[Requirement, ...]
@@ -168,7 +168,7 @@ class Backend(Protocol):
             yield UnsupportedError(
                 "CX452",
                 f"`--weights external` is about engines, and target `{target.name}` has none with {self.name}",
-                "leave it out: the weights lie in the bundle once as it is",
+                "leave it out: the bundle has the weights once without it",
             )
         if asked.kernels and not self.takes_kernels:
             yield UnsupportedError(

@@ -331,7 +331,7 @@ def _text(graph: fx.Graph) -> str:
 
 
 def _narrow_product(node: Node, kernels: Collection[str]) -> tuple[Callable[..., Any], list[Any]] | None:
-    """What computes ``node`` on operands as they are stored, and these, where it is a linear that something does."""
+    """The function that computes the linear ``node`` on operands as they are stored, with these operands; or None."""
     if not is_op(node, aten.linear.default):
         return None
     x, weight, *bias = node.args

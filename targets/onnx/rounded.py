@@ -10,9 +10,9 @@ from cosmos_export.ir.graph import Node, is_op
 
 
 def rounded_values(node: Node, model: onnx.ModelProto) -> list[tuple[str, str]]:
-    """What ``node``, which rounds activations, rounds and to what, as values of a ``model`` that runs on
-    a CPU: of attention in FP8 query, keys, values and softmax. Empty where the model does not have it, or with a zero
-    that is not zero: ONNX Runtime passes over that, and others need not."""
+    """The values before and after the rounding of ``node``, which rounds activations, as values of a ``model`` that
+    runs on a CPU: of attention in FP8 query, keys, values and softmax. Empty where the model does not have it, or with
+    a zero that is not zero: ONNX Runtime passes over that, and others need not."""
     made = [n for n in model.graph.node if n.name.rpartition("_")[0] == node.name]
     if is_op(node, ops.REQUANTIZE_BLOCKS):
         return [(made[0].input[0], made[-1].output[0])] if made else []

@@ -42,7 +42,7 @@ _NUMPY: dict[torch.dtype, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a binding's value lies in the weight file."""
+    """The place of a binding's value in the weight file."""
 
     offset: int
     size_bytes: int

@@ -123,8 +123,8 @@ def require_module(flavor: TrtFlavor) -> None:
 
 
 def builder_key(module: str) -> Mapping[str, str]:
-    """What decides the bytes of an engine besides what it is built from: the builder ``module``, and the program that
-    drives it, since another one may set it up differently."""
+    """Facts that decide the bytes of an engine besides what it is built from: the builder ``module``, and the program
+    that drives it, since another one may set it up differently."""
     return {"builder": f"{module} {_version(module)}", "worker": _worker_digest()}
 
 

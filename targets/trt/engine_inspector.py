@@ -69,7 +69,8 @@ class Gemm:
     operands: tuple[str, ...]
     """Types of its operands with more than one element, a fused residual included."""
     type: str
-    """What it computes in: ``bf16``, ``fp8``, ``nvfp4`` …; ``fp8-weight``: narrow weight, wide activations."""
+    """Type in which the layer computes: ``bf16``, ``fp8``, ``nvfp4`` …; ``fp8-weight``: narrow weight, wide
+    activations."""
     scores: bool
     """It reads or writes a matrix whose last dimension is dynamic: a piece of attention that did not fuse."""
 

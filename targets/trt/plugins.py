@@ -1,7 +1,7 @@
 """This project's kernels as ahead-of-time plugins of TensorRT: how a builder is told of those in a bundle.
 
 TensorRT puts their machine code into the engine; a runtime needs neither this module nor Triton. `tensorrt.plugin`
-(11.4) asks for functions with one annotated parameter a tensor, so that these are made to look like that.
+(11.4) asks for functions with one annotated parameter per tensor, so that these are made to look like that.
 """
 
 from __future__ import annotations

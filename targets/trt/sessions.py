@@ -57,7 +57,7 @@ class Weights:
         self._known: WeakValueDictionary[tuple[str, int], DeviceMemory] = WeakValueDictionary()
 
     def of(self, record: EngineRecord) -> dict[str, DeviceMemory]:
-        """By the name of the input. Read from the page cache, a weight at a time."""
+        """Weights by the name of the input, read from the page cache one at a time."""
         found = {}
         for weight in record.weights:
             memory = self._known.get((weight.path, weight.offset))

@@ -233,7 +233,7 @@ def _write_whole(path: Path, data: bytes) -> None:
 
 
 def _layers(trt: Any, logger: Any, path: Path) -> list[Any]:
-    """What the engine inspector says of each layer of the engine at ``path``; empty where it does not load."""
+    """The engine inspector's record of each layer of the engine at ``path``; empty where it does not load."""
     runtime = trt.Runtime(logger)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         engine = runtime.deserialize_cuda_engine(data)

@@ -83,7 +83,8 @@ def test_a_geometry_is_measured(graphs: Path, recipe: str) -> None:
 
 
 def test_baselines_stand_in_the_same_run(graphs: Path, app: typer.Typer) -> None:
-    """diffusers' own model and scheduler on the same request; ratios of ours over theirs, and what is not there."""
+    """diffusers' own model and scheduler on the same request; ratios of this project's time over theirs, and what is
+    not there."""
     found = measure_geometry(asked(graphs, recipe="fp8", baselines=True, runs=2), Silent())
     eager, regional = found.baselines
     guided = sum(geometry_schedule(asked(graphs))[1].guided)
@@ -340,7 +341,7 @@ def test_the_verb_writes_what_it_shows(graphs: Path, app: typer.Typer, tmp_path:
 
 
 def test_what_fails_a_run_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong result of ours, a kernel of ours that does not run; no library, and no tile that does not fit."""
+    """A wrong result of this project, a kernel of it that does not run; no library, and no tile that does not fit."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     spec = importlib.util.spec_from_file_location("benchmark_of_kernels", ROOT / "benchmarks/kernels.py")
     assert spec is not None and spec.loader is not None

@@ -32,7 +32,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _CONTEXT = multiprocessing.get_context("fork")
 _PLENTY = 1 << 30
 SHARES = (0.0, 0.05, 0.2, 0.5, 0.999)
-"""Of what a bundle takes, for which there is space."""
+"""Shares of the bundle's size for which there is space."""
 
 
 def enter_namespaces() -> None:

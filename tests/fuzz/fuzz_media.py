@@ -71,7 +71,7 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def mutate_boxes(random: Random, data: bytes) -> tuple[bytes, str]:
-    """Of a clip: bits, the boxes of an MP4, or a number in their headers."""
+    """Change a clip: bits, the boxes of an MP4, or a number in their headers."""
     if not data:
         return mutate_bytes(random, data)
     if random.random() < 0.5 or data[4:8] != b"ftyp":

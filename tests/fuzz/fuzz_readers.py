@@ -80,7 +80,7 @@ class Reader:
     resealed: bool = False
     """Whether the manifest is made to fit the changed files, as somebody who can write both would do."""
     share: float = 1.0
-    """Of the cases of other readers: less where one takes long."""
+    """Share of the cases of other readers that it gets: less where one takes long."""
     slow: bool = False
     """Left out of the short run, as its files take long to make."""
 

@@ -12,7 +12,7 @@ OUTSIDE = "outside"
 """Name of folders beside and above a tree that no reader of a bundle may touch."""
 
 MAX_BYTES = 1 << 25
-"""Of what is repeated: mutations of mutations would grow without end."""
+"""Largest size of what is repeated: mutations of mutations would grow without end."""
 
 PATHS = (
     f"../{OUTSIDE}/secret", f"../../{OUTSIDE}/secret", f"../../../{OUTSIDE}/secret", f"../{OUTSIDE}/secret.json",

@@ -224,7 +224,7 @@ def test_the_time_embedder_computes_in_fp32() -> None:
 
 
 def test_another_release_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter's own error is no bug of ours there; with the releases that capture is made for it is."""
+    """The exporter's own error is no bug of this project there; with the releases that capture is made for it is."""
 
     class Branch(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

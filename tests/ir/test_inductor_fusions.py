@@ -1,4 +1,5 @@
-"""Kernels of ours in compiled graphs: found by dataflow, switched one by one, and the graph computes what it did."""
+"""This project's kernels in compiled graphs: found by dataflow, switched one by one, and the graph computes what it
+did."""
 
 from __future__ import annotations
 

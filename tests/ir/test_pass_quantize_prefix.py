@@ -42,7 +42,7 @@ def asked(*layers: int, core: str = "bf16") -> Callable[[str, str, int], tuple[s
 
 
 def ranges_of(model: Tiny) -> Ranges:
-    """Of attention, wide enough for anything that comes out of a norm here."""
+    """Ranges of attention, wide enough for anything that comes out of a norm here."""
     layers = model.config["num_hidden_layers"]
     return Ranges(attention={(layer, operand): 12.0 + layer for layer in range(layers) for operand in "qkv"})
 

@@ -78,7 +78,7 @@ def test_counts_follow_from_the_model(compiled: Any) -> None:
 
 
 def test_the_generators_tables_do_not_depend_on_the_prompt(compiled: Any) -> None:
-    """Of all graphs only the reasoner sees `und_len` in what it computes."""
+    """Only the reasoner sees `und_len` in what it computes."""
     for name, graph in compiled.final.graphs.items():
         lines = [line for line in print_graph(graph).splitlines() if re.search(r"\bund_len\b", line)]
         assert name == "reasoner" or all("= input" in line for line in lines), lines

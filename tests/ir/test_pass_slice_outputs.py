@@ -180,7 +180,7 @@ def test_graphs_that_only_fed_dropped_outputs_go(compiled: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "norm"])
 def test_a_value_whose_rows_are_its_columns_stays(kind: str) -> None:
-    """Of one axis, every number follows from all: the pass ends, and changes nothing."""
+    """Every number along the one axis follows from all: the pass ends, and changes nothing."""
     s = Sketch()
     x = s.input("x", (8,))
     value = (

@@ -1,4 +1,5 @@
-"""Models with kernels of ours as nodes compute what they did: by ONNX's own reference, each node by its kernel."""
+"""Models with this project's kernels as nodes compute what they did: by ONNX's own reference, each node by its
+kernel."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def at_once(operation: Any, *operands: Any) -> Any:
 
 @pytest.mark.parametrize("scheme", WEIGHTS, ids=named)
 def test_a_linear_loses_what_is_stated(scheme: Scheme) -> None:
-    """Of Gaussian weights and inputs; the gate allows 1.3 times that."""
+    """Gaussian weights and inputs; the gate allows 1.3 times the stated loss."""
     torch.manual_seed(0)
     x, w, format = torch.randn(256, 1024), torch.randn(512, 1024), scheme.weight
     assert format is not None

@@ -111,7 +111,7 @@ def _fp8(value: np.ndarray) -> Any:
 
 
 class Engine:
-    """Of one graph, with the profiles of its bundle."""
+    """The engine of one graph, with the profiles of its bundle."""
 
     def __init__(self, cuda: FakeCuda, model: Path, profiles: Sequence[Mapping[str, Any]]) -> None:
         import onnxruntime

@@ -37,7 +37,7 @@ class SpecError(ValueError):
 
 
 class Trait(Enum):
-    """What may be assumed of an operation. Each is a law that tests/ir/test_operations.py checks on samples."""
+    """Facts that may be assumed of an operation. Each is a law that tests/ir/test_operations.py checks on samples."""
 
     ELEMENTWISE = "each element of the result follows from the elements of the operands at its place"
     COMMUTATIVE = "the order of the two operands does not matter"
@@ -61,7 +61,7 @@ class Operation:
     """An operation of the dialect."""
 
     target: Any
-    """What nodes call."""
+    """The function that nodes call."""
     rule: Rule
     reference: Callable[..., Any]
     """The result on tensors, as the interpreter computes it."""

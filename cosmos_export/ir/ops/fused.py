@@ -1,4 +1,4 @@
-"""What this project's kernels compute in one pass, and `ITEM`, which takes one of several results.
+"""Operations that this project's kernels compute in one pass, and `ITEM`, which takes one of several results.
 
 Each reference is the operations that the kernel stands for, in their order; passes/fuse_*.py put one in their place.
 """

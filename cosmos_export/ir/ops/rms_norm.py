@@ -12,7 +12,7 @@ from cosmos_export.ir.spec import TensorSpec
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """``cast(x / sqrt(mean(x², -1) + eps), weight.dtype) * weight`` statistics in fp32, result in weight's type."""
+    """``cast(x / sqrt(mean(x², -1) + eps), weight.dtype) * weight``, with statistics in fp32."""
     wide = x.to(torch.float32)
     normal = x * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return normal.to(weight.dtype) * weight
