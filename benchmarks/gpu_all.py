@@ -50,7 +50,7 @@ from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.plan import parse_workload, published_subject
 from cosmos_export.progress import Silent
 from cosmos_export.targets.inductor.executable import Executable
-from cosmos_export.targets.inductor.specialise import Settings
+from cosmos_export.targets.inductor.specialise import CompileSettings
 
 WORKLOADS = [
     ("t2v-480p-189f", "vision", 90), ("policy-droid", "action", 25), ("t2i-720p", "vision", 50),
@@ -84,7 +84,7 @@ def graph_check(folder: Path, device: torch.device, *, attention: str, compiled:
     weights = random_weights(graph, cpu)
     by_key = {node.meta["weight"].keys[0]: weights[name] for name, node in graph.weights.items()}
     on_device = {name: t.to(device) for name, t in weights.items()}
-    settings = Settings(attention=attention, compiled=compiled, open_dims=PROMPT_DIMS)
+    settings = CompileSettings(attention=attention, compiled=compiled, open_dims=PROMPT_DIMS)
     executable, worst = Executable(graph, on_device, device, settings), 0.0
     dims = dims_of(parse_workload("t2v-480p-189f"), tiny=True)
     for more in (0, 9):  # the second prompts are longer, by the same code

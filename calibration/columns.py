@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"(\d+)\D*$")
 
 
 @dataclass(frozen=True)
-class Column:
+class DataColumn:
     """A column of the tables, and which of its elements are taken in which order; None: all of them."""
 
     name: str
@@ -51,7 +51,7 @@ class Column:
 class Columns:
     """The columns of an action, in order."""
 
-    columns: tuple[Column, ...]
+    columns: tuple[DataColumn, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -79,7 +79,7 @@ def choose_columns(
     if whole is not None:
         called = names.get(whole)
         elements = _by_elements(root, called, robot) if robot.parts else None
-        found = _with_note((Column(whole, elements),), several, whole)
+        found = _with_note((DataColumn(whole, elements),), several, whole)
         rest = [] if elements is None or called is None else [n for i, n in enumerate(called) if i not in elements]
         note = (f"elements of {whole} that are not read: {', '.join(rest)}",) if rest else ()
         return Columns(found.columns, (*found.notes, *note))
@@ -97,7 +97,7 @@ def choose_columns(
             f"several columns of actions, and nothing says their order in `{robot.name}`: {', '.join(several)}",
             f"say it: actions={','.join(name.removeprefix(f'{_ACTION}.') for name in several[:2])}…",
         )
-    return Columns((Column(several[0]),))
+    return Columns((DataColumn(several[0]),))
 
 
 def parts_in_words(robot: Embodiment) -> str:
@@ -105,7 +105,7 @@ def parts_in_words(robot: Embodiment) -> str:
     return ", then ".join(f"{width} of {name}" for name, width in robot.parts)
 
 
-def _with_note(columns: Sequence[Column], several: Sequence[str], whole: str | None) -> Columns:
+def _with_note(columns: Sequence[DataColumn], several: Sequence[str], whole: str | None) -> Columns:
     """``columns``, and a note on other columns of actions, which are not read."""
     used = {column.name for column in columns}
     rest = [name for name in (*([whole] if whole else []), *several) if name not in used]
@@ -113,14 +113,14 @@ def _with_note(columns: Sequence[Column], several: Sequence[str], whole: str | N
     return Columns(tuple(columns), (note,) if rest else ())
 
 
-def _asked(root: Path, name: str, present: Sequence[str], names: Mapping[str, Sequence[str] | None]) -> Column:
+def _asked(root: Path, name: str, present: Sequence[str], names: Mapping[str, Sequence[str] | None]) -> DataColumn:
     """The column ``name``, ``action.`` before it or not, or the element of `action` that info.json calls so."""
     for column in (name, f"{_ACTION}.{name}"):
         if column in present:
-            return Column(column)
+            return DataColumn(column)
     elements = names.get(_ACTION) or ()
     if _ACTION in present and elements.count(name) == 1:
-        return Column(_ACTION, (list(elements).index(name),))
+        return DataColumn(_ACTION, (list(elements).index(name),))
     known = [column for column in present if column.startswith(_ACTION)]
     return _refuse(
         root,
@@ -130,10 +130,10 @@ def _asked(root: Path, name: str, present: Sequence[str], names: Mapping[str, Se
     )
 
 
-def _by_parts(robot: Embodiment, several: Sequence[str]) -> tuple[Column, ...] | None:
+def _by_parts(robot: Embodiment, several: Sequence[str]) -> tuple[DataColumn, ...] | None:
     """A column for each part of an action; None where one is missing."""
     found = [(_named(name, several), (name, width)) for name, width in robot.parts]
-    columns = tuple(Column(column, part=part) for column, part in found if column is not None)
+    columns = tuple(DataColumn(column, part=part) for column, part in found if column is not None)
     return columns if len(columns) == len(found) else None
 
 

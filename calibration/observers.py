@@ -62,7 +62,7 @@ class Observer:
 
 
 @dataclass
-class Observation:
+class ObservedRange:
     """One tensor over some samples: the largest magnitude, and where wanted how often each magnitude came."""
 
     amax: float = 0.0
@@ -70,7 +70,7 @@ class Observation:
     """int64 [`MAGNITUDES`]."""
 
     @classmethod
-    def of(cls, values: torch.Tensor, *, count: bool) -> Observation:
+    def of(cls, values: torch.Tensor, *, count: bool) -> ObservedRange:
         """An observation of all of ``values``. It is not finite where they are not: check `finite`."""
         magnitudes = values.detach().abs()
         amax = float(magnitudes.max()) if magnitudes.numel() else 0.0
@@ -84,11 +84,11 @@ class Observation:
         """Whether neither NaN nor infinity was seen. (`max` of a tensor with NaN is NaN.)"""
         return math.isfinite(self.amax)
 
-    def merged(self, other: Observation) -> Observation:
+    def merged(self, other: ObservedRange) -> ObservedRange:
         """Sum of two observations."""
         if self.counts is None or other.counts is None:
-            return Observation(max(self.amax, other.amax))
-        return Observation(max(self.amax, other.amax), self.counts + other.counts)
+            return ObservedRange(max(self.amax, other.amax))
+        return ObservedRange(max(self.amax, other.amax), self.counts + other.counts)
 
 
 def magnitudes() -> torch.Tensor:
@@ -96,17 +96,17 @@ def magnitudes() -> torch.Tensor:
     return torch.arange(_FINITE, dtype=torch.int16).view(torch.bfloat16).float()
 
 
-def choose_range(observer: Observer, seen: Observation) -> float:
+def choose_range(observer: Observer, seen: ObservedRange) -> float:
     """The range, a float32 number, that ``observer`` takes of ``seen``; 0 where nothing but zeros came."""
     value = _RANGES[observer.method](observer, seen)
     return float(torch.tensor(value, dtype=torch.float32) * torch.tensor(observer.margin, dtype=torch.float32))
 
 
-def _absmax(observer: Observer, seen: Observation) -> float:
+def _absmax(observer: Observer, seen: ObservedRange) -> float:
     return seen.amax
 
 
-def _percentile(observer: Observer, seen: Observation) -> float:
+def _percentile(observer: Observer, seen: ObservedRange) -> float:
     assert seen.counts is not None
     total = int(seen.counts.sum())
     # Exactly how many values may be above it, in whole numbers: a share of a float would not be.
@@ -116,7 +116,7 @@ def _percentile(observer: Observer, seen: Observation) -> float:
     return min(float(magnitudes()[index]), seen.amax)
 
 
-def _mse(observer: Observer, seen: Observation) -> float:
+def _mse(observer: Observer, seen: ObservedRange) -> float:
     assert seen.counts is not None
     values, counts = magnitudes(), seen.counts[:_FINITE].double()
     present = counts > 0

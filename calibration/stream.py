@@ -21,7 +21,7 @@ from torch import nn
 
 from cosmos_export import directories
 from cosmos_export.calibration.layers import Hidden, LayerSource
-from cosmos_export.calibration.observers import Observation, Observer, choose_range
+from cosmos_export.calibration.observers import ObservedRange, Observer, choose_range
 from cosmos_export.calibration.search import Array, Search, SearchResult
 from cosmos_export.calibration.watch import Seen, Watched
 from cosmos_export.checkpoint.safetensors_header import read_header
@@ -112,7 +112,7 @@ class Workspace:
             counts = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("counts:")}
             rows = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("rows:")}
             sums = {n.partition(":")[2]: file.get_tensor(n) for n in names if n.startswith("sums:")}
-        ranges = {name: Observation(float.fromhex(value), counts.get(name)) for name, value in amax.items()}
+        ranges = {name: ObservedRange(float.fromhex(value), counts.get(name)) for name, value in amax.items()}
         return Seen(ranges, readers, rows, sums)
 
     def _write(self, sample: int, hidden: Hidden, passed: int, seen: Seen) -> None:
@@ -219,7 +219,7 @@ def _require_finite(seen: Seen, layer: int, sample: str) -> None:
 def _found(
     module: nn.Module, workspace: Workspace, samples: int, observer: Observer, search: Search | None
 ) -> tuple[dict[str, float], SearchResult]:
-    merged: dict[str, Observation] = {}
+    merged: dict[str, ObservedRange] = {}
     readers: Mapping[str, Sequence[str]] = {}
     rows: dict[str, list[torch.Tensor]] = {}
     sums: dict[str, torch.Tensor] = {}

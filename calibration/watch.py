@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from cosmos_export.calibration.observers import Observation
+from cosmos_export.calibration.observers import ObservedRange
 from cosmos_export.checkpoint import Tower
 
 _ATTENTION = "diffusers.models.transformers.transformer_cosmos3.dispatch_attention_fn"
@@ -21,7 +21,7 @@ _ATTENTION = "diffusers.models.transformers.transformer_cosmos3.dispatch_attenti
 class Seen:
     """Observations of one layer by what the table calls them, without the layer's name, and rows kept for a search."""
 
-    ranges: dict[str, Observation] = field(default_factory=dict)
+    ranges: dict[str, ObservedRange] = field(default_factory=dict)
     """``self_attn.to_q.input_amax``, ``attention.generator.q_amax`` …"""
     readers: dict[str, list[str]] = field(default_factory=dict)
     """Linears that read one tensor, under the first of them; only where rows are kept."""
@@ -42,14 +42,14 @@ class Watched:
     def on(self, layer: nn.Module) -> Iterator[Seen]:
         """Fills the result while ``layer`` runs within the block."""
         seen = Seen()
-        cache: dict[int, tuple[torch.Tensor, Observation, str]] = {}
+        cache: dict[int, tuple[torch.Tensor, ObservedRange, str]] = {}
 
         def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             def before(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
                 values = arguments[0]
                 # Once for a tensor that several linears read. The cache keeps it alive, so that its id stays its own.
                 if id(values) not in cache:
-                    cache[id(values)] = (values, Observation.of(values, count=self.count), name)
+                    cache[id(values)] = (values, ObservedRange.of(values, count=self.count), name)
                     if self.rows:
                         seen.rows[name] = _spread(values, self.rows)
                         sums = values.detach().double().abs().sum(0)
@@ -63,7 +63,7 @@ class Watched:
         def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
             tower = Tower.REASONER if options.get("is_causal") else Tower.GENERATOR
             for operand, values in (("q", q), ("k", k), ("v", v)):
-                seen.ranges[f"attention.{tower}.{operand}_amax"] = Observation.of(values, count=self.count)
+                seen.ranges[f"attention.{tower}.{operand}_amax"] = ObservedRange.of(values, count=self.count)
             return published(q, k, v, **options)
 
         from diffusers.models.transformers import transformer_cosmos3

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from cosmos_export.plan import Estimate
     from cosmos_export.precision.recipe import Recipe
     from cosmos_export.precision.scheme import Scheme
-    from cosmos_export.runtime.model import Generation, Step
-    from cosmos_export.runtime.model import Model as LoadedModel
+    from cosmos_export.runtime.model import Generation, LoadedModel, Step
     from cosmos_export.sampling.modes import Mode
     from cosmos_export.targets import Target
 
@@ -238,8 +237,13 @@ def open(
     CX723: it is not signed with that key; UnsupportedError CX503 and CX505: the backend is not installed or has no
     device.
     """
+<<<<<<< HEAD
     from cosmos_export import bundle as bundles
     from cosmos_export.runtime.model import Model as LoadedModel
+=======
+    from cosmos_export.bundle import open_bundle
+    from cosmos_export.runtime.model import LoadedModel
+>>>>>>> 537fc7a (Give different things different names)
 
     files = bundles.open_bundle(taken("open", "bundle", bundle, Path))
     key = taken("open", "require_signature", require_signature, Path | None)

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kind:
+class NamedWorkload:
     """A named workload: what a request of it has, at the sizes of a profile."""
 
     mode: Mode
     sound: bool = False
 
 
-KINDS: Mapping[str, Kind] = {
-    **{mode.name: Kind(mode) for mode in MODES.values()},
-    "av": Kind(MODES[DEFAULT_MODE], sound=True),
+KINDS: Mapping[str, NamedWorkload] = {
+    **{mode.name: NamedWorkload(mode) for mode in MODES.values()},
+    "av": NamedWorkload(MODES[DEFAULT_MODE], sound=True),
 }
 """Every mode, and `DEFAULT_MODE` with sound. Besides these `REASONER`: one prompt through the reasoner."""
 _ROBOT = "droid_lerobot"
@@ -255,4 +255,4 @@ def _card_of(device: str) -> str | None:
     return next((gpu.name for gpu in gpus() if gpu.index == _index(device)), None)
 
 
-__all__ = ["KINDS", "BundleRequest", "Kind", "measure_bundle"]
+__all__ = ["KINDS", "BundleRequest", "NamedWorkload", "measure_bundle"]

@@ -254,9 +254,9 @@ class _Graph:
         from cosmos_export.kernels.description import W4A16
         from cosmos_export.passes.pipeline import fuse_kernels
         from cosmos_export.targets.inductor.executable import Executable
-        from cosmos_export.targets.inductor.specialise import Settings
+        from cosmos_export.targets.inductor.specialise import CompileSettings
 
-        settings = Settings(
+        settings = CompileSettings(
             attention=request.attention or "sdpa", compiled=request.compiled, kernels=kernels & {W4A16},
             open_dims=geometries.PROMPT_DIMS,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from cosmos_export.ir.spec import Part, WeightSource
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.precision.sites import LINEARS
 from cosmos_export.targets.inductor.executable import Executable
-from cosmos_export.targets.inductor.specialise import Settings
+from cosmos_export.targets.inductor.specialise import CompileSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -160,7 +160,7 @@ def run_compiled(
     program: Program, inputs: Tensors, weights: Weights, device: torch.device, *, compiled: bool
 ) -> Tensors:
     """Every graph of ``program`` by the inductor backend, one feeding the next; the body's results on the host."""
-    settings = Settings(compiled=compiled, open_dims=PROMPT_DIMS)
+    settings = CompileSettings(compiled=compiled, open_dims=PROMPT_DIMS)
     results: dict[str, Tensors] = {}
     for name, graph in program.graphs.items():
         values = {n: weights(node.meta["weight"]).to(device) for n, node in graph.weights.items()}

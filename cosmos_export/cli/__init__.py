@@ -76,7 +76,7 @@ def _root(
     verbose: verbs.Verbose = False,
     no_progress: verbs.NoProgress = False,
 ) -> None:
-    console.set_before(console.Settings(quiet, verbose, no_progress))
+    console.set_before(console.SharedOptions(quiet, verbose, no_progress))
     if show_version:
         typer.echo(f"cosmos-export {cosmos_export.__version__}")
         raise typer.Exit()

@@ -68,7 +68,7 @@ def configure(quiet: bool = False, verbose: bool = False, no_progress: bool = Fa
 
 
 @dataclass(frozen=True)
-class Settings:
+class SharedOptions:
     """The shared options where they stand before the verb."""
 
     quiet: bool = False
@@ -76,16 +76,16 @@ class Settings:
     no_progress: bool = False
 
 
-_before = Settings()
+_before = SharedOptions()
 
 
-def set_before(settings: Settings) -> None:
+def set_before(settings: SharedOptions) -> None:
     """The options before the verb of this command; they add to those after it."""
     global _before
     _before = settings
 
 
-def given_before() -> Settings:
+def given_before() -> SharedOptions:
     return _before
 
 

@@ -36,7 +36,7 @@ def register(app: Verbs) -> None:
         from cosmos_export.cli import console, verbs
         from cosmos_export.diagnostics import UserError
         from cosmos_export.runtime.limits import read_limits
-        from cosmos_export.runtime.model import Model
+        from cosmos_export.runtime.model import LoadedModel
         from cosmos_export.serve import server
         from cosmos_export.serve.policy import BundlePolicy
 
@@ -52,7 +52,7 @@ def register(app: Verbs) -> None:
             bundles.require_signature(files, asked.require_signature)
         verdicts = open_verdicts(files.manifest)
         with (
-            Model(files, backend=asked.backend, device=asked.device) as model,
+            LoadedModel(files, backend=asked.backend, device=asked.device) as model,
             AuditTrail(asked.audit) if asked.audit is not None else nullcontext() as trail,
         ):
             policy = BundlePolicy(model, asked.policy)

@@ -28,7 +28,7 @@ _ERRORS: Mapping[str, type[CosmosExportError]] = {kind.__name__: kind for kind i
 
 
 @dataclass(frozen=True)
-class Limits:
+class ProcessLimits:
     """Limits of the process. ``wait_s`` bounds one that sleeps."""
 
     cpu_s: int
@@ -44,7 +44,7 @@ class LimitError(Exception):
         self.phase = phase
 
 
-def run_bounded(module: str, request: Mapping[str, Any], limits: Limits) -> Any:
+def run_bounded(module: str, request: Mapping[str, Any], limits: ProcessLimits) -> Any:
     """Result of ``answer(request, begin)`` of ``module`` (JSON both ways), from a process within ``limits``.
 
     ``begin`` is called with the name of each phase of the work. A UserError or UnsupportedError of ``answer`` is raised
@@ -85,7 +85,7 @@ def run_bounded(module: str, request: Mapping[str, Any], limits: Limits) -> Any:
     raise RuntimeError(f"{module} failed:\n{done.stderr.decode(errors='replace')[-4000:]}")
 
 
-def _memory(limits: Limits) -> str:
+def _memory(limits: ProcessLimits) -> str:
     return f"takes more than {limits.memory_bytes >> 20:,} MiB of memory"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from cosmos_export.bundle import BundleWriter, Verdict, WeightInput
 from cosmos_export.compiler.components import Codec
-from cosmos_export.compiler.models import Model
+from cosmos_export.compiler.models import LoweredModel
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.evaluation.forms import FormsComparison, compare_forms, load_form
 from cosmos_export.evaluation.parity import REPORT
@@ -16,7 +16,9 @@ _NAMED = 3
 """Differences that a message names."""
 
 
-def engine_form_verdicts(models: Iterable[Model], codecs: Iterable[Codec], writer: BundleWriter) -> Iterator[Verdict]:
+def engine_form_verdicts(
+    models: Iterable[LoweredModel], codecs: Iterable[Codec], writer: BundleWriter
+) -> Iterator[Verdict]:
     """Every model that an engine is built from against its form that runs on a CPU; CX620 where they differ."""
     for name, graph, weights in _lowered(models, codecs):
         engine, run = (writer.staged(f"onnx/{name}{suffix}") for suffix in (".onnx", ".cpu.onnx"))
@@ -25,7 +27,7 @@ def engine_form_verdicts(models: Iterable[Model], codecs: Iterable[Codec], write
 
 
 def _lowered(
-    models: Iterable[Model], codecs: Iterable[Codec]
+    models: Iterable[LoweredModel], codecs: Iterable[Codec]
 ) -> Iterator[tuple[str, Graph, tuple[WeightInput, ...]]]:  # fmt: skip
     for model in models:
         yield model.name, model.graph, model.weights

@@ -12,7 +12,7 @@ from cosmos_export.compiler.components import Codec, codec_profiles
 from cosmos_export.compiler.engines import ATTENTIONS, profile_dims
 from cosmos_export.compiler.finish import REQUESTS, REQUESTS_ROLE, SCRIPT, EngineRequest, requests_text, script_text
 from cosmos_export.compiler.keys import plugin_nodes
-from cosmos_export.compiler.models import Model
+from cosmos_export.compiler.models import LoweredModel
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.spec import TensorSpec
@@ -23,7 +23,7 @@ from cosmos_export.targets.profiles import Profile, input_shapes
 
 
 def engine_requests(
-    models: Iterable[Model], codecs: Iterable[Codec], profiles: Sequence[Profile], dtype: torch.dtype
+    models: Iterable[LoweredModel], codecs: Iterable[Codec], profiles: Sequence[Profile], dtype: torch.dtype
 ) -> Iterator[EngineRequest]:
     """A request for every engine of ``models`` and ``codecs``. ``dtype`` is that of the whole model."""
     fused = dtype != torch.float32

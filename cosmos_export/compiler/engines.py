@@ -12,7 +12,7 @@ from cosmos_export.compiler.allocator import return_freed_memory
 from cosmos_export.compiler.artifacts import Engine, EngineSettings, build_engine
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.components import Codec, codec_engines
-from cosmos_export.compiler.models import Model
+from cosmos_export.compiler.models import LoweredModel
 from cosmos_export.compiler.precision import layer_weights, planned_types
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.ir import ops
@@ -56,7 +56,7 @@ class EngineBuilds:
             work = codec_engines(codec, self._settings, self._writer)
             self._of_codecs += [self._builders.submit(one, self._memory(graph)) for graph, one in work.items()]
 
-    def submit(self, models: Iterable[Model], dtype: torch.dtype) -> None:
+    def submit(self, models: Iterable[LoweredModel], dtype: torch.dtype) -> None:
         """Build the engines of ``models``, which are written, unless that has been asked for before.
 
         From the first one on, what will be measured beside them is held back from their share of the memory. ``dtype``
@@ -79,18 +79,18 @@ class EngineBuilds:
         self._builders.wait()
         return [build.result() for build in (*self._of_models, *self._of_codecs)]
 
-    def _work(self, model: Model, dtype: torch.dtype) -> Callable[[Progress], Engine]:
+    def _work(self, model: LoweredModel, dtype: torch.dtype) -> Callable[[Progress], Engine]:
         return lambda progress: _build_engine(model, dtype, self._settings, self._writer, progress)
 
 
 def _build_engine(
-    model: Model, dtype: torch.dtype, settings: EngineSettings, writer: BundleWriter, progress: Progress
+    model: LoweredModel, dtype: torch.dtype, settings: EngineSettings, writer: BundleWriter, progress: Progress
 ) -> Engine:
     wanted = _wanted(model, dtype, settings)
     return build_engine(wanted, profile_dims(model.inputs), settings, writer, progress, model.weights)
 
 
-def _wanted(model: Model, dtype: torch.dtype, settings: EngineSettings) -> WantedEngine:
+def _wanted(model: LoweredModel, dtype: torch.dtype, settings: EngineSettings) -> WantedEngine:
     """Planned contents of the engine of ``model``."""
     attention = model.graph.calls(*ATTENTIONS)
     return WantedEngine(

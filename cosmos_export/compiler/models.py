@@ -24,7 +24,7 @@ from cosmos_export.targets.onnx.plugins import Plugins
 
 
 @dataclass(frozen=True)
-class Model:
+class LoweredModel:
     """One model of the transformer, and what an engine that is built from it takes."""
 
     name: str
@@ -40,7 +40,7 @@ class Model:
     """False for the table of the schedule, which is computed at build time, and for the body of a closed loop."""
 
 
-def models_of(forms: Forms, pieces: Pieces, *, external: bool) -> tuple[Model, ...]:
+def models_of(forms: Forms, pieces: Pieces, *, external: bool) -> tuple[LoweredModel, ...]:
     """Every model of the transformer: graph by graph with their other forms and pieces, then the closed loops.
 
     ``external``: engines take their large weights as inputs.
@@ -48,24 +48,24 @@ def models_of(forms: Forms, pieces: Pieces, *, external: bool) -> tuple[Model, .
     return (*_graph_models(forms, pieces, external), *_loop_models(forms, external))
 
 
-def _graph_models(forms: Forms, pieces: Pieces, external: bool) -> Iterator[Model]:
+def _graph_models(forms: Forms, pieces: Pieces, external: bool) -> Iterator[LoweredModel]:
     for stem in forms.program.graphs:
         has_engine = stem != SCHEDULE and not (forms.closed and stem == forms.program.loop.body)
         for form in sharing(stem, forms):
             for graph in pieces[form]:
                 inputs = {i: spec_of(node) for i, node in graph.inputs.items()}
                 name = graph.name if len(pieces[form]) > 1 else form
-                yield Model(
+                yield LoweredModel(
                     name, graph, stem, inputs, _external_inputs(graph, stem, forms, external), has_engine=has_engine
                 )
 
 
-def _loop_models(forms: Forms, external: bool) -> Iterator[Model]:
+def _loop_models(forms: Forms, external: bool) -> Iterator[LoweredModel]:
     stem = forms.program.loop.body
     for name, closed in forms.closed.items():
         body = closed.graphs[closed.loop.body]
         weights = _external_inputs(body, stem, forms, external)
-        yield Model(name, body, stem, loop_inputs(closed, LOOP_TABLES), weights, in_loop=True)
+        yield LoweredModel(name, body, stem, loop_inputs(closed, LOOP_TABLES), weights, in_loop=True)
 
 
 def sharing(stem: str, forms: Forms) -> dict[str, Graph]:
@@ -83,7 +83,7 @@ def _external_inputs(graph: Graph, stem: str, forms: Forms, external: bool) -> t
 
 def write_graph_models(
     stem: str,
-    models: Iterable[Model],
+    models: Iterable[LoweredModel],
     forms: Forms,
     backend: Backend,
     writer: BundleWriter,

@@ -14,7 +14,7 @@ from typing import Any
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.config_fields import AnyOf, Fields, Flag, Nullable, Number, Only, Record, Text, checked
 from cosmos_export.checkpoint.strict_json import read_object, require_file
-from cosmos_export.compiler.bounded import LimitError, Limits, run_bounded
+from cosmos_export.compiler.bounded import LimitError, ProcessLimits, run_bounded
 from cosmos_export.compiler.selection import TOKENIZER_FILE
 from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.runtime.tokenize import load_tokenizer
@@ -25,7 +25,7 @@ _USER, _SYSTEM = "sentinel-of-the-user", "sentinel-of-the-system"
 _LONG = 5000
 """Words of a text longer than any limit a tokenizer file may set."""
 
-_LIMITS = Limits(cpu_s=8, memory_bytes=1 << 30)
+_LIMITS = ProcessLimits(cpu_s=8, memory_bytes=1 << 30)
 """A tokenizer with 151,000 tokens and merges and a published template take 3 s and 0.3 GiB."""
 _TOKEN = Nullable(None, AnyOf(None, (Text("", 1024), Record({}, {}))))
 _SETTINGS: Fields = {

@@ -32,7 +32,7 @@ _BREACHES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnLimits:
     """Limits of one column of an action; None is no limit."""
 
     name: str
@@ -53,7 +53,7 @@ class Limits:
 
     units: Units
     """Units of the actions: ``raw``, those of the data, or ``model``, without statistics."""
-    columns: tuple[Column, ...]
+    columns: tuple[ColumnLimits, ...]
     workspace: tuple[tuple[str, float, float], ...] = ()
     """Columns that are a position, each with the bounds of the box that it stays in. Nothing is clipped to it."""
     max_age_s: float | None = None
@@ -288,7 +288,7 @@ def read_limits(path: Path) -> Limits:
     return Limits(top["units"], columns, box, age, top.get("robot", ""), digest)
 
 
-def _read_column(path: Path, index: int, entry: Any) -> Column:
+def _read_column(path: Path, index: int, entry: Any) -> ColumnLimits:
     where = f"column {index}"
     found = _fields(path, where, entry, _COLUMN, ("name", "low", "high"))
     where = f"column {index} (`{shown(found['name'])}`)"
@@ -297,7 +297,7 @@ def _read_column(path: Path, index: int, entry: Any) -> Column:
     for name in ("max_step_per_s", "max_jump"):
         if found.get(name, 1.0) <= 0:
             _refuse(path, f"{where}: `{name}` is {found[name]:g}", "it is above 0; leave it out for no limit")
-    return Column(
+    return ColumnLimits(
         found["name"], found["low"], found["high"], found.get("max_step_per_s"), found.get("max_jump"),
         found.get("clip", False),
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Step:
     """Timestep of this step, in [0, 1000]."""
 
 
-class Model:
+class LoadedModel:
     """A bundle that requests run on. `load` verifies every byte of it before any backend is given one."""
 
     def __init__(
@@ -68,7 +68,7 @@ class Model:
         target = self.manifest.target
         return f"Model({str(self.path)!r}, {self.manifest.model.id}, {self.manifest.recipe}, {target.name}, {state})"
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> LoadedModel:
         return self
 
     def __exit__(
@@ -125,7 +125,7 @@ class Model:
 class Generation:
     """The results of a request. Frames and sound are decoded when they are first asked for, while the model is open."""
 
-    def __init__(self, model: Model, prepared: Prepared, result: Result) -> None:
+    def __init__(self, model: LoadedModel, prepared: Prepared, result: Result) -> None:
         self._model, self._result = model, result
         self.prepared = prepared
         """The request, its profile and its notes."""

@@ -15,7 +15,7 @@ from cosmos_export.runtime.embodiments import Actions
 from cosmos_export.runtime.limits import Limits, Review, review
 from cosmos_export.serve.metrics import Metrics
 from cosmos_export.serve.observation import Observation, array_digest
-from cosmos_export.serve.policy import Policy
+from cosmos_export.serve.policy import ServedPolicy
 
 MAX_SEED = 2**31
 
@@ -42,7 +42,7 @@ class Desk:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: ServedPolicy,
         *,
         limits: Limits | None,
         metrics: Metrics,

@@ -19,7 +19,7 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.serve import replies, wire
 from cosmos_export.serve.desk import Answer, Desk
 from cosmos_export.serve.observation import from_groot
-from cosmos_export.serve.openpi import Settings
+from cosmos_export.serve.openpi import ListenSettings
 
 ENDPOINTS = ("ping", "get_action", "reset", "get_modality_config")
 _LANGUAGE = "annotation.human.task_description"
@@ -28,7 +28,7 @@ _LANGUAGE = "annotation.human.task_description"
 class GrootServer:
     """The socket and what waits at it."""
 
-    def __init__(self, desk: Desk, settings: Settings) -> None:
+    def __init__(self, desk: Desk, settings: ListenSettings) -> None:
         """Open the port. ZMQError where that fails."""
         self._desk, self._settings = desk, settings
         self._tasks: set[asyncio.Task[None]] = set()

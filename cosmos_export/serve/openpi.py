@@ -29,7 +29,7 @@ HANDSHAKE_S = 10.0
 
 
 @dataclass(frozen=True)
-class Settings:
+class ListenSettings:
     """Where a server listens, and what it allows."""
 
     host: str
@@ -39,7 +39,7 @@ class Settings:
     max_connections: int = 8
 
 
-async def start(desk: Desk, settings: Settings) -> Server:
+async def start(desk: Desk, settings: ListenSettings) -> Server:
     """Open the port. OSError where that fails."""
     talk = _Talk(desk, settings)
     return await serve(
@@ -88,7 +88,7 @@ class _Inbox:
 
 
 class _Talk:
-    def __init__(self, desk: Desk, settings: Settings) -> None:
+    def __init__(self, desk: Desk, settings: ListenSettings) -> None:
         self._desk, self._settings = desk, settings
         self._open = 0
         self._metadata = wire.pack(replies.metadata(desk))

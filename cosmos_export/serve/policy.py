@@ -15,7 +15,7 @@ from cosmos_export.runtime.embodiments import Actions, Embodiment, embodiment
 from cosmos_export.runtime.frontend import Prepared
 from cosmos_export.runtime.generate_options import request_record
 from cosmos_export.runtime.limits import Units
-from cosmos_export.runtime.model import Model
+from cosmos_export.runtime.model import LoadedModel
 from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.runtime.views import Views, compose
 from cosmos_export.sampling import Overrides
@@ -36,7 +36,7 @@ class Chunk:
     model_s: float
 
 
-class Policy(Protocol):
+class ServedPolicy(Protocol):
     """The interface of a policy that a server serves."""
 
     @property
@@ -72,7 +72,7 @@ class Policy(Protocol):
 class BundlePolicy:
     """The policy in a bundle."""
 
-    def __init__(self, model: Model, options: PolicyOptions) -> None:
+    def __init__(self, model: LoadedModel, options: PolicyOptions) -> None:
         """UserError CX610: the bundle is no policy, and no embodiment is given."""
         self._model, self._options = model, options
         self._record = request_record(model.manifest)
@@ -120,7 +120,7 @@ class BundlePolicy:
         raise UserError("CX607", "no profile of this bundle takes actions", "build it with a profile that does")
 
     def act(self, observation: Observation, seed: int) -> Chunk:
-        """Actions for ``observation``; see `Policy.act`."""
+        """Actions for ``observation``; see `ServedPolicy.act`."""
         started = time.perf_counter()
         prepared = self._prepared(observation, seed)
         made = time.perf_counter()
@@ -158,7 +158,7 @@ class BundlePolicy:
         )
 
 
-def golden(policy: Policy) -> str:
+def golden(policy: ServedPolicy) -> str:
     """Make the same request twice, and return the digest of its actions.
 
     FindingError CX645: the results differ, or they are not finite. It also loads everything, so that the first robot

@@ -20,8 +20,8 @@ from cosmos_export.serve import openpi
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.gr00t import GrootServer
 from cosmos_export.serve.metrics import Metrics
-from cosmos_export.serve.openpi import Settings
-from cosmos_export.serve.policy import Policy, golden
+from cosmos_export.serve.openpi import ListenSettings
+from cosmos_export.serve.policy import ServedPolicy, golden
 from cosmos_export.verb_options import Protocol, ServeOptions
 
 PORTS: dict[Protocol, int] = {"openpi": 8000, "gr00t": 5555}
@@ -44,7 +44,7 @@ def read_token(path: Path) -> str:
     return token
 
 
-def check(options: ServeOptions) -> Settings:
+def check(options: ServeOptions) -> ListenSettings:
     """Where and how to listen. UserError CX644: options that do not go together."""
     if options.protocol not in get_args(Protocol):
         raise UserError("CX644", f"protocol {options.protocol!r}; known: {', '.join(get_args(Protocol))}")
@@ -68,11 +68,11 @@ def check(options: ServeOptions) -> Settings:
         raise UserError("CX644", f"messages of {options.max_message_bytes:,} bytes; allowed: 1 KiB to 1 GiB")
     if not 1 <= options.max_connections <= 1000:
         raise UserError("CX644", f"{options.max_connections} connections; allowed: 1 to 1000")
-    return Settings(host, port, options.token, options.max_message_bytes, options.max_connections)
+    return ListenSettings(host, port, options.token, options.max_message_bytes, options.max_connections)
 
 
 def serve(
-    policy: Policy,
+    policy: ServedPolicy,
     options: ServeOptions,
     limits: Limits | None,
     *,
@@ -103,7 +103,7 @@ def serve(
 async def _run(
     desk: Desk,
     options: ServeOptions,
-    settings: Settings,
+    settings: ListenSettings,
     trail: AuditTrail | None,
     ready: Callable[[int], object],
 ) -> int:
@@ -126,7 +126,7 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def opened(desk: Desk, options: ServeOptions, settings: Settings) -> AsyncIterator[int]:
+async def opened(desk: Desk, options: ServeOptions, settings: ListenSettings) -> AsyncIterator[int]:
     """The port, open while the block runs. ToolError CX648: it cannot be opened."""
     protocol = _openpi if options.protocol == "openpi" else _gr00t
     with desk.metrics.served(options.metrics_port):
@@ -135,7 +135,7 @@ async def opened(desk: Desk, options: ServeOptions, settings: Settings) -> Async
 
 
 @contextlib.asynccontextmanager
-async def _openpi(desk: Desk, settings: Settings) -> AsyncIterator[int]:
+async def _openpi(desk: Desk, settings: ListenSettings) -> AsyncIterator[int]:
     try:
         server = await openpi.start(desk, settings)
     except OSError as error:
@@ -148,7 +148,7 @@ async def _openpi(desk: Desk, settings: Settings) -> AsyncIterator[int]:
 
 
 @contextlib.asynccontextmanager
-async def _gr00t(desk: Desk, settings: Settings) -> AsyncIterator[int]:
+async def _gr00t(desk: Desk, settings: ListenSettings) -> AsyncIterator[int]:
     try:
         server = GrootServer(desk, settings)
     except zmq.ZMQError as error:
@@ -162,7 +162,7 @@ async def _gr00t(desk: Desk, settings: Settings) -> AsyncIterator[int]:
         server.close()
 
 
-def _closed(settings: Settings, reason: str) -> ToolError:
+def _closed(settings: ListenSettings, reason: str) -> ToolError:
     return ToolError(
         "CX648", f"port {settings.port} of {settings.host} cannot be opened: {reason}", "--port with another one"
     )

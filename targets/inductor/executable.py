@@ -17,7 +17,7 @@ import torch
 
 from cosmos_export.ir.dims import bind
 from cosmos_export.ir.graph import Graph, spec_of
-from cosmos_export.targets.inductor.specialise import Chunk, Settings, specialise
+from cosmos_export.targets.inductor.specialise import CompiledPart, CompileSettings, specialise
 
 _WARM_UP = 2
 _CAPTURES = 2
@@ -36,11 +36,11 @@ class Executable:
         graph: Graph,
         weights: Mapping[str, torch.Tensor],
         device: torch.device,
-        settings: Settings | None = None,
+        settings: CompileSettings | None = None,
     ) -> None:
         self.graph = graph
         self.device = device
-        self.settings = settings or Settings()
+        self.settings = settings or CompileSettings()
         self._fixed = {name: weights[name] for name in graph.weights}
         self._fixed |= {name: node.meta["constant"].to(device) for name, node in graph.constants.items()}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -162,7 +162,7 @@ class Executable:
 
         return plain
 
-    def _code(self, chunk: Chunk) -> Callable[..., Any]:
+    def _code(self, chunk: CompiledPart) -> Callable[..., Any]:
         if not self.settings.compiled or not chunk.compiled:
             return chunk.module
         if chunk.key not in self._compiled:
@@ -175,7 +175,7 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, torch.OutOfMemoryError) or _out_of_memory(error.__context__))
 
 
-def _compile(chunk: Chunk) -> Callable[..., Any]:
+def _compile(chunk: CompiledPart) -> Callable[..., Any]:
     compiled = torch.compile(chunk.module, dynamic=False, fullgraph=True)
     if not chunk.open:
         return compiled

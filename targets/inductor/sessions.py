@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from cosmos_export.ir.graph import Graph
     from cosmos_export.targets.inductor.executable import Executable
-    from cosmos_export.targets.inductor.specialise import Settings
+    from cosmos_export.targets.inductor.specialise import CompileSettings
 
 NAME = "inductor"
 _DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -226,7 +226,7 @@ class TorchExecutor:
     They are compiled for the sizes of a request and any length of its prompts: a new prompt compiles nothing.
     """
 
-    def __init__(self, files: BundleFiles, device: torch.device, settings: Settings | None = None) -> None:
+    def __init__(self, files: BundleFiles, device: torch.device, settings: CompileSettings | None = None) -> None:
         self._files, self._device, self._settings = files, device, settings
         self._weights: dict[tuple[Path, int], torch.Tensor] = {}
 
@@ -241,7 +241,7 @@ class TorchExecutor:
     def open(self, graph: str) -> TorchSession | LoopSession:
         from cosmos_export.ir.serialize import read_graph
         from cosmos_export.targets.inductor.executable import Executable
-        from cosmos_export.targets.inductor.specialise import Settings
+        from cosmos_export.targets.inductor.specialise import CompileSettings
 
         try:
             document = parse_object(self._files.read(f"graphs/{graph}.json", "graph"))
@@ -255,7 +255,7 @@ class TorchExecutor:
             weights = {name: self._weight(node.meta["weight"]) for name, node in own.weights.items()}
         except (UserError, OSError, ValueError) as error:  # of memmap, too, where a file is too short
             raise ToolError("CX502", f"graph `{graph}` of {self._files.path} cannot be loaded: {error}") from error
-        settings = replace(self._settings or Settings(), open_dims=prompt_dims(graph, own, self._files.manifest))
+        settings = replace(self._settings or CompileSettings(), open_dims=prompt_dims(graph, own, self._files.manifest))
         executable = Executable(own, weights, self._device, settings)
         if loop is None:
             return TorchSession(graph, executable)

@@ -28,7 +28,7 @@ GROUP = 128
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompileSettings:
     """How graphs are compiled and run."""
 
     attention: str = "sdpa"
@@ -46,7 +46,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Chunk:
+class CompiledPart:
     """A run of operations that is one function of its operands."""
 
     module: fx.GraphModule
@@ -64,7 +64,7 @@ class Chunk:
 class Specialised:
     """A graph as functions that run one after another."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[CompiledPart, ...]
     outputs: Mapping[str, str]
     """Output of the graph → the value that it is."""
 
@@ -90,7 +90,7 @@ _DEVICE = object()
 def specialise(
     graph: Graph,
     sizes: Mapping[str, tuple[int, ...]],
-    settings: Settings | None = None,
+    settings: CompileSettings | None = None,
     device: torch.device | None = None,
 ) -> Specialised:
     """``graph`` for inputs of ``sizes``, cut before and after every attention: it is a kernel of its own anyway.
@@ -99,7 +99,7 @@ def specialise(
     Chunks are right for every value of ``settings.open_dims``; those between the attentions of a generator depend on
     its prompt only where they quantize its keys and values. ValueError where sizes contradict each other or the graph.
     """
-    settings = settings or Settings()
+    settings = settings or CompileSettings()
     if settings.kernels - {W4A16}:
         raise ValueError(f"kernels {', '.join(sorted(settings.kernels))}: passes put all but {W4A16} into a graph")
     binding = bind((name, spec_of(node).shape, sizes[name]) for name, node in graph.inputs.items())
@@ -147,7 +147,9 @@ class _Lowering:
     """The operations of a graph as calls: products on operands as they are stored, FP8 attention as its quantizations,
     which fuse with what is before them, and its kernel."""
 
-    def __init__(self, graph: Graph, closed: Mapping[str, int], settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, graph: Graph, closed: Mapping[str, int], settings: CompileSettings, device: torch.device
+    ) -> None:
         self.graph, self.settings = graph, settings
         self._closed = closed
         self._own_fp8 = device.type == "cuda" or settings.attention != "sdpa"
@@ -238,7 +240,7 @@ def _chunk(
     results: list[_Call],
     lowering: _Lowering,
     code: Mapping[Any, Callable[..., Any]],
-) -> Chunk:
+) -> CompiledPart:
     result = fx.Graph()
     device = result.placeholder("device")
     made: dict[_Operand, fx.Node] = {}
@@ -309,7 +311,7 @@ def _chunk(
         if not isinstance(size, int)
     )
     names = tuple(value.name for value in operands), tuple(value.name for value in results)
-    return Chunk(module, tuple(key), *names, varying, compiled=not part[0].attends)
+    return CompiledPart(module, tuple(key), *names, varying, compiled=not part[0].attends)
 
 
 def extent(x: torch.Tensor, axis: int, factor: int) -> int:

@@ -14,7 +14,7 @@ _ALL = 2**64 - 1
 _ALIGNMENT = 256
 
 
-class DeviceMemory:
+class DeviceBuffer:
     """Bytes on a device, given back when nothing refers to them."""
 
     def __init__(self, device: Device, size_bytes: int) -> None:
@@ -81,7 +81,7 @@ class Device:
 class DeviceValue:
     """A tensor on a device."""
 
-    def __init__(self, device: Device, memory: DeviceMemory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, device: Device, memory: DeviceBuffer, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self._device = device
         self.memory = memory
         self._shape = shape

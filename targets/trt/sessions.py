@@ -21,7 +21,7 @@ from cosmos_export.bundle import BundleFiles, EngineRecord
 from cosmos_export.diagnostics import ToolError, UnsupportedError
 from cosmos_export.targets.sessions import Array, Value
 from cosmos_export.targets.trt.common import TrtFlavor
-from cosmos_export.targets.trt.cuda_memory import Device, DeviceMemory, DeviceValue, open_device
+from cosmos_export.targets.trt.cuda_memory import Device, DeviceBuffer, DeviceValue, open_device
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "FLOAT": np.dtype(np.float32),
@@ -40,12 +40,12 @@ class Scratch:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._memory: DeviceMemory | None = None
+        self._memory: DeviceBuffer | None = None
 
-    def at_least(self, size_bytes: int) -> DeviceMemory:
+    def at_least(self, size_bytes: int) -> DeviceBuffer:
         if self._memory is None or self._memory.size_bytes < size_bytes:
             self._memory = None  # given back first: both may not fit
-            self._memory = DeviceMemory(self._device, size_bytes)
+            self._memory = DeviceBuffer(self._device, size_bytes)
         return self._memory
 
 
@@ -54,15 +54,15 @@ class Weights:
 
     def __init__(self, device: Device, files: BundleFiles) -> None:
         self._device, self._files = device, files
-        self._known: WeakValueDictionary[tuple[str, int], DeviceMemory] = WeakValueDictionary()
+        self._known: WeakValueDictionary[tuple[str, int], DeviceBuffer] = WeakValueDictionary()
 
-    def of(self, record: EngineRecord) -> dict[str, DeviceMemory]:
+    def of(self, record: EngineRecord) -> dict[str, DeviceBuffer]:
         """Weights by the name of the input, read from the page cache one at a time."""
         found = {}
         for weight in record.weights:
             memory = self._known.get((weight.path, weight.offset))
             if memory is None:
-                memory = DeviceMemory(self._device, weight.size_bytes)
+                memory = DeviceBuffer(self._device, weight.size_bytes)
                 with self._files.open(weight.path, "weights") as file:
                     data = np.memmap(file, np.uint8, "r", weight.offset, (weight.size_bytes,))
                     self._device.upload(memory.address, data)
@@ -84,7 +84,7 @@ class TrtSession:
         log: deque[str],
         *,
         captured: bool,
-        weights: Mapping[str, DeviceMemory],
+        weights: Mapping[str, DeviceBuffer],
     ) -> None:
         self._graph, self._device, self._scratch, self._log = graph, device, scratch, log
         self._engine = engine
@@ -101,7 +101,7 @@ class TrtSession:
             for profile in range(engine.num_optimization_profiles)
         ]
         self._profile = 0
-        self._own: dict[str, DeviceMemory] = {}
+        self._own: dict[str, DeviceBuffer] = {}
         settings = engine.create_runtime_config()
         settings.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # Full TensorRT leaves capture to its caller; its loop is one call of the engine either way.
@@ -161,7 +161,7 @@ class TrtSession:
     def _output(self, name: str, dtype: np.dtype[Any]) -> DeviceValue:
         shape = tuple(self._context.get_tensor_shape(name))
         size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        memory = self._memory(name, size) if self._captured else DeviceMemory(self._device, size)
+        memory = self._memory(name, size) if self._captured else DeviceBuffer(self._device, size)
         return DeviceValue(self._device, memory, shape, dtype)
 
     def _kept(self, value: DeviceValue) -> DeviceValue:
@@ -169,13 +169,13 @@ class TrtSession:
         if not self._captured:
             return value
         size = int(np.prod(value.shape, dtype=np.int64)) * value.dtype.itemsize
-        memory = DeviceMemory(self._device, size)
+        memory = DeviceBuffer(self._device, size)
         self._device.copy(memory.address, value.memory.address, size)
         return DeviceValue(self._device, memory, value.shape, value.dtype)
 
-    def _memory(self, name: str, size_bytes: int) -> DeviceMemory:
+    def _memory(self, name: str, size_bytes: int) -> DeviceBuffer:
         if name not in self._own or self._own[name].size_bytes < size_bytes:
-            self._own[name] = DeviceMemory(self._device, size_bytes)
+            self._own[name] = DeviceBuffer(self._device, size_bytes)
         return self._own[name]
 
     def _place(self, name: str, address: int) -> None:

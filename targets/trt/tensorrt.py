@@ -30,7 +30,7 @@ FLAVOR = TrtFlavor(
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class BuilderOptions:
     """How an engine is built: the ``[engine]`` table of a target."""
 
     hardware_compatibility: Literal["none", "same-compute-capability", "ampere-plus"] = "none"
@@ -40,7 +40,7 @@ class EngineSettings:
     """Weights may stay on the host and be streamed."""
 
     @classmethod
-    def of(cls, target: Target) -> EngineSettings:
+    def of(cls, target: Target) -> BuilderOptions:
         """Those of ``target``; InternalError CX402 for a key or value that is none."""
         try:
             settings = cls(**dict(target.engine))
@@ -56,7 +56,7 @@ def worker_settings(target: Target, timing_cache: Path | None, plugins: Path | N
     """Settings of the build process besides the network."""
     paths = {"timing_cache": timing_cache, "plugins": plugins}
     settings = {name: str(path.resolve()) if path else None for name, path in paths.items()}
-    return {**asdict(EngineSettings.of(target)), **settings, "inspect": True}
+    return {**asdict(BuilderOptions.of(target)), **settings, "inspect": True}
 
 
 def require_gpu(target: Target) -> None:

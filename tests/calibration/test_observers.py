@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from cosmos_export.calibration.awq import _error, search
-from cosmos_export.calibration.observers import Observation, Observer, choose_range
+from cosmos_export.calibration.observers import ObservedRange, Observer, choose_range
 
 
 def values(seed: int = 0, count: int = 20_000) -> torch.Tensor:
@@ -17,8 +17,8 @@ def values(seed: int = 0, count: int = 20_000) -> torch.Tensor:
     return (torch.randn(count, generator=generator) * 3).bfloat16().reshape(-1, 100)
 
 
-def observed(*tensors: torch.Tensor) -> Observation:
-    first, *others = (Observation.of(tensor, count=True) for tensor in tensors)
+def observed(*tensors: torch.Tensor) -> ObservedRange:
+    first, *others = (ObservedRange.of(tensor, count=True) for tensor in tensors)
     for other in others:
         first = first.merged(other)
     return first
@@ -44,8 +44,8 @@ def test_percentile_is_that_of_the_sorted_values(percent: float) -> None:
 def test_absmax_and_margin_are_in_float32() -> None:
     data = values(5)
     amax = np.float32(float(data.abs().max()))
-    assert choose_range(Observer("absmax", margin=1.0), Observation.of(data, count=False)) == amax
-    assert choose_range(Observer("absmax", margin=1.25), Observation.of(data, count=False)) == amax * np.float32(1.25)
+    assert choose_range(Observer("absmax", margin=1.0), ObservedRange.of(data, count=False)) == amax
+    assert choose_range(Observer("absmax", margin=1.25), ObservedRange.of(data, count=False)) == amax * np.float32(1.25)
 
 
 def test_mse_has_the_least_error_of_all_ranges() -> None:
@@ -66,8 +66,8 @@ def test_what_is_not_finite_is_seen() -> None:
     for bad in (float("nan"), float("inf")):
         data = values(7)
         data[3, 3] = bad
-        assert not Observation.of(data, count=False).finite
-    assert Observation.of(values(7), count=False).finite
+        assert not ObservedRange.of(data, count=False).finite
+    assert ObservedRange.of(values(7), count=False).finite
     assert choose_range(Observer("mse"), observed(torch.zeros(2, 2))) == 0
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cosmos_export.bundle import PromptRecord
 from cosmos_export.checkpoint import open_checkpoint
 from cosmos_export.compiler import prompt
-from cosmos_export.compiler.bounded import Limits
+from cosmos_export.compiler.bounded import ProcessLimits
 from cosmos_export.compiler.prompt import ChatTemplate, compile_chat_template
 from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.runtime.tokenize import PromptTokenizer
@@ -38,7 +38,7 @@ CHATML = """\
 """
 
 
-def proven_here(module: str, asked: Any, limits: Limits) -> Any:
+def proven_here(module: str, asked: Any, limits: ProcessLimits) -> Any:
     return prompt.answer(asked, lambda name: None)
 
 
@@ -171,7 +171,7 @@ def test_a_template_without_bounds_is_stopped(
     folder: Path, name: str, bounded: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompt, "run_bounded", bounded)
-    monkeypatch.setattr(prompt, "_LIMITS", Limits(cpu_s=3, memory_bytes=1 << 29))
+    monkeypatch.setattr(prompt, "_LIMITS", ProcessLimits(cpu_s=3, memory_bytes=1 << 29))
     (folder / "chat_template.jinja").write_text(BOMBS[name])
     said = refusal(folder, "CX227")
     assert ("takes more than 3 s" if name == "loops" else "takes more than 512 MiB of memory") in said

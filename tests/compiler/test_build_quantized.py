@@ -35,7 +35,7 @@ from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor.sessions import TorchExecutor
-from cosmos_export.targets.inductor.specialise import Settings
+from cosmos_export.targets.inductor.specialise import CompileSettings
 
 pytestmark = pytest.mark.xdist_group("quantized")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -277,7 +277,7 @@ def test_through_pytorch(tmp_path: Path, fp8: Path, recipe: str | None) -> None:
     values = {name: manifest.options[f"schedule.{name}"] for name in Schedule.__dataclass_fields__}
     tokens = np.arange(12, dtype=np.int64)
     asked = Request("t2v", tokens, tokens[:5], Schedule(**values), 5, 4, 4, 24.0, seed=3)
-    backend = TorchExecutor(BundleFiles(tmp_path / "x"), torch.device("cpu"), Settings(compiled=False))
+    backend = TorchExecutor(BundleFiles(tmp_path / "x"), torch.device("cpu"), CompileSettings(compiled=False))
     mine = Generator(LoadedBundle(BundleFiles(tmp_path / "x"), backend)).generate(asked).latents["vision"]
     theirs = Generator(load_bundle(tmp_path / "x", backend="onnxruntime")).generate(asked).latents["vision"]
     cosine = float((mine * theirs).sum() / np.linalg.norm(mine) / np.linalg.norm(theirs))

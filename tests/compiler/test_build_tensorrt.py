@@ -25,7 +25,7 @@ from cosmos_export.targets.trt import common as trt_common
 from cosmos_export.targets.trt import tensorrt, tensorrt_rtx
 from cosmos_export.targets.trt.checks import WantedEngine, report_checks
 from cosmos_export.targets.trt.plugins import read_document
-from cosmos_export.targets.trt.tensorrt import EngineSettings, require_gpu, worker_settings
+from cosmos_export.targets.trt.tensorrt import BuilderOptions, require_gpu, worker_settings
 
 pytestmark = [pytest.mark.xdist_group("builds"), pytest.mark.usefixtures("captured_once")]
 
@@ -224,7 +224,7 @@ def test_the_drivers_report_is_read() -> None:
 
 def test_settings_follow_from_the_target(tmp_path: Path) -> None:
     h200 = load_target("h200").on("tensorrt")
-    assert EngineSettings.of(h200).hardware_compatibility == "same-compute-capability"
+    assert BuilderOptions.of(h200).hardware_compatibility == "same-compute-capability"
     assert worker_settings(h200, tmp_path / "cache")["timing_cache"] == str(tmp_path / "cache")
     assert worker_settings(load_target("b200"), None) == {
         "hardware_compatibility": "none", "version_compatible": False, "weight_streaming": False, "timing_cache": None,

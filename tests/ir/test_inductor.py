@@ -25,7 +25,7 @@ from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.batch_guidance import NEGATIVE_LEN
 from cosmos_export.targets.inductor.executable import Captured, Executable, Function, Steps, unrolled
-from cosmos_export.targets.inductor.specialise import Settings, specialise
+from cosmos_export.targets.inductor.specialise import CompileSettings, specialise
 from cosmos_export.targets.onnx.weights import layout
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ _NO_LOOP = Loop("", {})
 
 def executable(graph: Graph, model: Compiled, device: torch.device = CPU, **settings: Any) -> Executable:
     weights = {name: model.weights(node.meta["weight"]).to(device) for name, node in graph.weights.items()}
-    return Executable(graph, weights, device, Settings(**settings))
+    return Executable(graph, weights, device, CompileSettings(**settings))
 
 
 def on(device: torch.device, tensors: Tensors) -> Tensors:
@@ -206,7 +206,7 @@ def test_an_executable_goes_with_its_last_name(compile_tiny: Any, monkeypatch: p
     model = compile_tiny("omni")
     own = model.final.graphs["reasoner"]
     weights = {name: model.weights(node.meta["weight"]).clone() for name, node in own.weights.items()}
-    run = Executable(own, weights, CPU, Settings(compiled=False))
+    run = Executable(own, weights, CPU, CompileSettings(compiled=False))
     for _ in range(3):
         run({"input_ids": torch.arange(7)})
     assert run._captured

@@ -26,7 +26,7 @@ from cosmos_export.kernels.interpret import device_rounding
 from cosmos_export.passes.pipeline import FUSIONS, fuse_kernels
 from cosmos_export.targets.inductor.executable import Executable
 from cosmos_export.targets.inductor.functions import narrow_values, packed_linear, quantize
-from cosmos_export.targets.inductor.specialise import Settings, specialise
+from cosmos_export.targets.inductor.specialise import CompileSettings, specialise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Kernels run on the GPU if there is one, else in Triton's interpreter with the device's rounding."""
@@ -41,7 +41,7 @@ def _rounding() -> Iterator[None]:
 def run(graph: Any, weights: dict[str, torch.Tensor], inputs: dict[str, torch.Tensor], **settings: Any) -> Any:
     """Results on the host, of operations one after another."""
     graph = fuse_kernels(graph, settings.pop("kernels", ()))
-    executable = Executable(graph, on(DEVICE, weights), DEVICE, Settings(compiled=False, **settings))
+    executable = Executable(graph, on(DEVICE, weights), DEVICE, CompileSettings(compiled=False, **settings))
     return on(torch.device("cpu"), executable(on(DEVICE, inputs)))
 
 
@@ -122,7 +122,7 @@ def test_fp8_attention_is_quantized_by_what_is_before_it(tiny: Tiny) -> None:
     graph.eliminate_dead_code()
     chosen: dict[str, Any] = {"attention": "triton", "open_dims": frozenset({"und_len"})}
     inputs = quantized_inputs(graph, tiny)
-    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, Settings(**chosen)).chunks
+    chunks = specialise(graph, {name: tuple(t.shape) for name, t in inputs.items()}, CompileSettings(**chosen)).chunks
     targets = [[n.target for n in chunk.module.graph.nodes if n.op == "call_function"] for chunk in chunks]
     assert all(target == [operators.joint_attention_fp8] for target in targets[1::2])
     assert [chunk.compiled for chunk in chunks] == [n % 2 == 0 for n in range(len(chunks))]
@@ -156,5 +156,5 @@ def test_a_product_of_packed_weights() -> None:
 
 def test_fusions_are_passes_and_no_setting() -> None:
     with pytest.raises(ValueError, match="passes put all but w4a16 into a graph"):
-        specialise(Graph("empty"), {}, Settings(kernels=frozenset({"norm-quantize"})))
-    assert set(Settings().kernels) == set() and set(KERNELS) - {"w4a16"} == FUSIONS
+        specialise(Graph("empty"), {}, CompileSettings(kernels=frozenset({"norm-quantize"})))
+    assert set(CompileSettings().kernels) == set() and set(KERNELS) - {"w4a16"} == FUSIONS

@@ -28,7 +28,7 @@ from cosmos_export.targets.inductor.functions import (
     scaled_linear,
 )
 from cosmos_export.targets.inductor.sessions import load_weight
-from cosmos_export.targets.inductor.specialise import Settings, specialise
+from cosmos_export.targets.inductor.specialise import CompileSettings, specialise
 from cosmos_export.targets.onnx.weights import layout, write_weights
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def test_quantized_graphs_are_the_graphs(tiny: Tiny, tmp_path: Path, scheme: str
     graph = tiny.quantized(scheme).graphs["generator"]
     inputs = inputs_of(graph, tiny)
     again, weights = loaded(graph, tmp_path)
-    found = Executable(again, weights, CPU, Settings(compiled=False))(inputs)
+    found = Executable(again, weights, CPU, CompileSettings(compiled=False))(inputs)
     wanted = run_graph(graph, inputs, tiny.weights)
     exact = run_graph(tiny.program.graphs["generator"], inputs, tiny.weights)
     for name, value in wanted.items():

@@ -22,13 +22,13 @@ from cosmos_export.runtime import Generator, LoadedBundle, load_bundle
 from cosmos_export.runtime.request import Request
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.inductor.sessions import LoopDocument, TorchExecutor, TorchValue, to_torch
-from cosmos_export.targets.inductor.specialise import Settings
+from cosmos_export.targets.inductor.specialise import CompileSettings
 
 pytestmark = pytest.mark.xdist_group("run-inductor")
 
 PROFILE = "und_len=1:64:128,frames=1:3:3,height=3:4:5,width=3:4:6,sound_len=0,action_len=0"
 CPU = torch.device("cpu")
-EAGER = Settings(compiled=False)
+EAGER = CompileSettings(compiled=False)
 """The compiler is tested where graphs are; here it would only take its time."""
 
 
@@ -64,7 +64,7 @@ def same_requests(
     built: Path,
     manifest: Manifest,
     device: torch.device,
-    settings: Settings,
+    settings: CompileSettings,
     asked: list[tuple[int, int]],
     limit: float,
 ) -> None:
@@ -92,7 +92,7 @@ def test_requests_are_those_of_onnx_runtime(built: Path, manifest: Manifest) -> 
 def test_requests_on_the_gpu(built: Path, manifest: Manifest) -> None:
     """Compiled at the first, captured at the second, replayed at the third; and another size in between."""
     asked = [(9, 3), (9, 4), (9, 5), (1, 3), (9, 6)]
-    same_requests(built, manifest, torch.device("cuda"), Settings(), asked, 2e-4)
+    same_requests(built, manifest, torch.device("cuda"), CompileSettings(), asked, 2e-4)
 
 
 def test_graphs_share_their_weights(built: Path, manifest: Manifest) -> None:

@@ -28,7 +28,7 @@ from cosmos_export.diagnostics import CosmosExportError, UnsupportedError  # noq
 from cosmos_export.in_memory import InMemory  # noqa: E402
 from cosmos_export.runtime import frontend  # noqa: E402
 from cosmos_export.runtime.generate_options import GenerateOptions  # noqa: E402
-from cosmos_export.runtime.model import Model  # noqa: E402
+from cosmos_export.runtime.model import LoadedModel  # noqa: E402
 from cosmos_export.sampling import Overrides  # noqa: E402
 from cosmos_export.serve.observation import Observation  # noqa: E402
 from cosmos_export.serve.policy import BundlePolicy, golden  # noqa: E402
@@ -42,16 +42,16 @@ SEEN = serve_samples.picture(4, 80, 112)
 
 @pytest.fixture(scope="module")
 def model(subjects: Subjects) -> Any:
-    with Model(open_bundle(subjects("omni").bundle)) as opened:
+    with LoadedModel(open_bundle(subjects("omni").bundle)) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def policy(model: Model) -> BundlePolicy:
+def policy(model: LoadedModel) -> BundlePolicy:
     return BundlePolicy(model, PolicyOptions(embodiment="umi", steps=2))
 
 
-def test_what_a_robot_gets_is_what_a_request_makes(model: Model, policy: BundlePolicy) -> None:
+def test_what_a_robot_gets_is_what_a_request_makes(model: LoadedModel, policy: BundlePolicy) -> None:
     wanted = model.run(
         model.prepare(
             GenerateOptions(
@@ -76,7 +76,7 @@ def test_the_golden_request_is_reproducible(policy: BundlePolicy) -> None:
     assert len(golden(policy)) == 64
 
 
-def test_a_robot_s_words_are_text(policy: BundlePolicy, model: Model, tmp_path: Path) -> None:
+def test_a_robot_s_words_are_text(policy: BundlePolicy, model: LoadedModel, tmp_path: Path) -> None:
     """Neither a path is opened, nor a control token read."""
     secret = tmp_path / "secret.json"
     secret.write_text('{"caption": "secret"}')
@@ -90,7 +90,7 @@ def test_a_robot_s_words_are_text(policy: BundlePolicy, model: Model, tmp_path: 
     assert counts[0] == counts[1]
 
 
-def test_a_policy_that_needs_the_state_is_refused(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_that_needs_the_state_is_refused(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     record = replace(model.manifest.request, policy=PolicyRecord("umi", None, None, None, True))
     monkeypatch.setattr(type(model), "manifest", property(lambda _: replace(model.files.manifest, request=record)))
     monkeypatch.setattr(
@@ -112,7 +112,7 @@ class _Other:
         return getattr(self._files, name)
 
 
-def test_mirrored_columns(model: Model) -> None:
+def test_mirrored_columns(model: LoadedModel) -> None:
     """The gripper of DROID's policy is one minus the model's."""
     policy = BundlePolicy(model, PolicyOptions(embodiment="umi"))
     assert policy._mirrored == []
@@ -120,7 +120,7 @@ def test_mirrored_columns(model: Model) -> None:
     assert policy._columns(("gripper_position",)) == [7, 8, 9]
 
 
-def test_a_mirrored_column_is_turned_around_once(model: Model) -> None:
+def test_a_mirrored_column_is_turned_around_once(model: LoadedModel) -> None:
     """In each answer, the second as the first; columns beside it are the model's."""
     policy = BundlePolicy(model, PolicyOptions(embodiment="umi", steps=1))
     seen = Observation(TASK, {"image": SEEN})
@@ -131,7 +131,7 @@ def test_a_mirrored_column_is_turned_around_once(model: Model) -> None:
         np.testing.assert_array_equal(policy.act(seen, 5).actions, wanted)
 
 
-def test_no_policy(model: Model) -> None:
+def test_no_policy(model: LoadedModel) -> None:
     with pytest.raises(CosmosExportError) as caught:
         BundlePolicy(model, PolicyOptions())
     assert caught.value.code == "CX610"
@@ -170,7 +170,7 @@ def test_the_command(subjects: Subjects, tmp_path: Path) -> None:
     assert f'bundle":"{reply["bundle"]}' in trail.read_text()
 
 
-def test_a_review_through_the_api(model: Model, tmp_path: Path) -> None:
+def test_a_review_through_the_api(model: LoadedModel, tmp_path: Path) -> None:
     asked = GenerateOptions(
         TASK, mode="policy", image=InMemory(SEEN[None], "it"), embodiment="umi", sampling=Overrides(steps=1)
     )

@@ -17,7 +17,7 @@ import numpy as np
 from cosmos_export.audit import AuditTrail
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime.embodiments import Embodiment, policy_embodiment
-from cosmos_export.runtime.limits import Column, Limits, Units
+from cosmos_export.runtime.limits import ColumnLimits, Limits, Units
 from cosmos_export.runtime.views import Views, compose
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
@@ -30,8 +30,8 @@ DROID = policy_embodiment("droid_lerobot")
 LIMITS = Limits(
     "model",
     (
-        *(Column(f"joint {i}", -3.0, 3.0, step_per_s=30.0, jump=1.0) for i in range(7)),
-        Column("gripper", 0.0, 1.0, clip=True),
+        *(ColumnLimits(f"joint {i}", -3.0, 3.0, step_per_s=30.0, jump=1.0) for i in range(7)),
+        ColumnLimits("gripper", 0.0, 1.0, clip=True),
     ),
     digest="1" * 64,
 )

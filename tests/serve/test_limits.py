@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosmos_export.diagnostics import FindingError, UserError
-from cosmos_export.runtime.limits import Column, Limits, read_limits, review
+from cosmos_export.runtime.limits import ColumnLimits, Limits, read_limits, review
 
 FPS = 10.0
 LIMITS = Limits(
     "raw",
     (
-        Column("shoulder", -1.0, 1.0, step_per_s=2.0, jump=0.1, clip=True),
-        Column("elbow", -2.0, 2.0, step_per_s=5.0),
-        Column("gripper", 0.0, 1.0, clip=True),
+        ColumnLimits("shoulder", -1.0, 1.0, step_per_s=2.0, jump=0.1, clip=True),
+        ColumnLimits("elbow", -2.0, 2.0, step_per_s=5.0),
+        ColumnLimits("gripper", 0.0, 1.0, clip=True),
     ),
     digest="d" * 64,
 )
@@ -162,7 +162,7 @@ def test_what_leaves_keeps_every_limit(rows: list[tuple[float, ...]], state: tup
 
 def test_a_review_takes_no_time() -> None:
     """A chunk of 32 actions of 8 columns; the bound is many times what it takes, for machines that are busy."""
-    columns = tuple(Column(f"joint {i}", -3, 3, step_per_s=2, jump=1, clip=True) for i in range(8))
+    columns = tuple(ColumnLimits(f"joint {i}", -3, 3, step_per_s=2, jump=1, clip=True) for i in range(8))
     limits = Limits("raw", columns)
     actions = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
     review(actions, limits, fps=15, state=np.zeros(8))
@@ -199,7 +199,7 @@ high = [0.5]
 def test_reading(tmp_path: Path) -> None:
     (tmp_path / "limits.toml").write_text(FILE)
     found = read_limits(tmp_path / "limits.toml")
-    assert found.columns == (Column("x", -1.0, 1.0, 2.0, 0.25, True), Column("grip", 0.0, 1.0))
+    assert found.columns == (ColumnLimits("x", -1.0, 1.0, 2.0, 0.25, True), ColumnLimits("grip", 0.0, 1.0))
     assert (found.units, found.max_age_s, found.robot, found.workspace) == ("raw", 1.0, "Arm", (("x", -0.5, 0.5),))
     assert found.needs_state and len(found.digest) == 64
     (tmp_path / "other.toml").write_text(FILE.replace("0.25", "0.26"))

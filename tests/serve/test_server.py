@@ -17,7 +17,7 @@ from serve_samples import DROID, LIMITS, FakePolicy
 from cosmos_export import cli, serve
 from cosmos_export.diagnostics import FindingError, ToolError, UnsupportedError, UserError
 from cosmos_export.runtime.embodiments import EMBODIMENTS
-from cosmos_export.runtime.limits import Column, Limits
+from cosmos_export.runtime.limits import ColumnLimits, Limits
 from cosmos_export.serve import server
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
@@ -110,9 +110,9 @@ def test_limits_of_another_robot() -> None:
     with pytest.raises(UserError, match="in units `raw`"):
         Desk(FakePolicy(), limits=replace(LIMITS, units="raw"), metrics=metrics)
     with pytest.raises(UserError, match="1 columns, and an action has 8"):
-        Desk(FakePolicy(), limits=Limits("model", (Column("x", 0, 1),)), metrics=metrics)
+        Desk(FakePolicy(), limits=Limits("model", (ColumnLimits("x", 0, 1),)), metrics=metrics)
     bridge = EMBODIMENTS["bridge_orig_lerobot"]
-    columns = tuple(Column(f"{i}", -1, 1, jump=1) for i in range(10))
+    columns = tuple(ColumnLimits(f"{i}", -1, 1, jump=1) for i in range(10))
     with pytest.raises(UserError, match="have no state"):
         Desk(FakePolicy(bridge), limits=Limits("model", columns), metrics=metrics)
     assert DROID.width == 8
