@@ -56,9 +56,11 @@ class Table:
         lines = _grid(columns, rows, width)
         if lines is None:
             lines = _blocks(columns, rows, width, self.head)
-        title = [self.title] if self.title else []
-        note = textwrap.wrap(self.note, width, break_long_words=False, break_on_hyphens=False) if self.note else []
-        return "\n".join([*title, *lines, *note])
+        return "\n".join([*_wrapped(self.title, width), *lines, *_wrapped(self.note, width)])
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _grid(columns: list[Column], rows: list[tuple[str, ...]], width: int) -> list[str] | None:
