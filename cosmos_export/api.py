@@ -237,13 +237,8 @@ def open(
     CX723: it is not signed with that key; UnsupportedError CX503 and CX505: the backend is not installed or has no
     device.
     """
-<<<<<<< HEAD
     from cosmos_export import bundle as bundles
-    from cosmos_export.runtime.model import Model as LoadedModel
-=======
-    from cosmos_export.bundle import open_bundle
     from cosmos_export.runtime.model import LoadedModel
->>>>>>> 537fc7a (Give different things different names)
 
     files = bundles.open_bundle(taken("open", "bundle", bundle, Path))
     key = taken("open", "require_signature", require_signature, Path | None)

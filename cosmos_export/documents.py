@@ -196,7 +196,8 @@ DOCUMENTS: Mapping[str, Document] = {
         "explain",
         {
             "code": "text: such as CX607", "status": "list: exit codes", "kind": "text: family of errors",
-            "cause": "text: in words; empty where messages say it all", "cases": "list: message, hint, raised in",
+            "cause": "text: why it is raised", "example": "text: a case of it", "way_out": "text: what to do",
+            "cases": "list: message and hint of each place that raises it",
         },
     ),
     "serve": Document(

@@ -101,11 +101,12 @@ def known() -> dict[str, dict[str, object]]:
         cases[code].add((status, "…", ""))
     causes = tomllib.loads(CAUSES.read_text(encoding="utf-8"))
     assert not set(causes) - set(cases), "causes of codes that nobody raises"
+    assert not set(cases) - set(causes), "each code needs a table with cause, example and way_out in cli/causes.toml"
     return {
         code: {
             "status": sorted({status for status, _, _ in found}),
             "kind": KINDS[code[2]],
-            "cause": causes.get(code, ""),
+            **causes.get(code, {}),
             "cases": [
                 {"message": message, "hint": hint if hint != "…" else ""}
                 for _, message, hint in sorted(found)
@@ -141,3 +142,11 @@ def test_the_page_of_errors_is_that_of_the_code() -> None:
     assert named() == {code for code, *_ in raised()} | set(INDIRECT)
     assert PAGE.read_text(encoding="utf-8") == page()
     assert DATA.read_text(encoding="utf-8") == data()
+
+
+def test_every_code_is_explained_in_whole_sentences() -> None:
+    for code, entry in known().items():
+        texts = {name: str(entry.get(name, "")) for name in ("cause", "example", "way_out")}
+        assert all(len(one.split()) > 1 and one.endswith(".") for one in texts.values()), (code, texts)
+        hints = {case["hint"] for case in entry["cases"]}  # type: ignore[attr-defined]
+        assert texts["way_out"] not in hints, f"{code}: the way out only repeats a hint"

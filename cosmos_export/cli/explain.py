@@ -25,7 +25,7 @@ def register(app: Verbs) -> None:
         "cosmos-export explain 607 --json",
     )
     def explain(options: ExplainOptions, as_json: bool) -> None:
-        """Explain an error code: cause, what its messages say, and the way out."""
+        """Explain an error code: its cause, an example, the way out, and what its messages say."""
         from cosmos_export.cli import console
 
         found = explanation(options.code)
@@ -65,9 +65,11 @@ def text(found: dict[str, Any], width: int) -> str:
 
     status = " or ".join(map(str, found["status"]))
     lines = [f"{found['code']}: {found['kind']} (exit status {status})"]
-    if found["cause"]:
-        lines += ["", *textwrap.wrap(found["cause"], width)]
+    for label, name in (("", "cause"), ("Example: ", "example"), ("Way out: ", "way_out")):
+        lines += ["", *textwrap.wrap(label + found[name], width, break_on_hyphens=False)]
     for case in found["cases"]:
+        if not any(map(str.isalpha, case["message"] + case["hint"])):
+            continue  # the words are those of the case
         lines += ["", *textwrap.wrap(f"says: {case['message']}", width, subsequent_indent="      ")]
         if case["hint"]:
             lines += textwrap.wrap(f"hint: {case['hint']}", width, subsequent_indent="      ")

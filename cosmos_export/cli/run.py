@@ -43,14 +43,10 @@ def register(app: Verbs) -> None:
         from cosmos_export.runtime.results import plan_outputs
 
         started = time.perf_counter()
-<<<<<<< HEAD
         files = bundles.open_bundle(options.bundle)
         if options.require_signature is not None:
             bundles.require_signature(files, options.require_signature)
-        model = Model(files, backend=options.backend, device=options.device, resident=False)
-=======
-        model = LoadedModel(open_bundle(options.bundle), backend=options.backend, device=options.device, resident=False)
->>>>>>> 537fc7a (Give different things different names)
+        model = LoadedModel(files, backend=options.backend, device=options.device, resident=False)
         manifest = model.manifest
         prepared = model.prepare(options.request)
         outputs = plan_outputs(
