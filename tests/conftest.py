@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # What a test needs, and so about how long it takes. A new folder is given its tier here.
 _TIERS = {
     **dict.fromkeys(["tests", "bundle", "checkpoint", "machine", "plan", "sampling"], 0),
-    **dict.fromkeys(["components", "ir", "kernels", "precision", "targets"], 1),
+    **dict.fromkeys(["components", "ir", "kernels", "microworld", "precision", "targets"], 1),
     **dict.fromkeys(["bench", "calibration", "cli", "compiler", "fuzz", "run", "serve"], 2),
 }
 _SLOW_TIER = 3

@@ -1,0 +1,1 @@
+"""The micro world: a small Cosmos 3 checkpoint that learned a world, the scripts that make it, and its checks."""
