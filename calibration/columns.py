@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import Embodiment
 
 _ACTION = "action"
 _NUMBER = re.compile(r"(\d+)\D*$")
@@ -84,7 +84,7 @@ def choose_columns(
         note = (f"elements of {whole} that are not read: {', '.join(rest)}",) if rest else ()
         return Columns(found.columns, (*found.notes, *note))
     if robot.parts:
-        missing = [f"{_ACTION}.{name} ({width})" for name, width in robot.parts if _named(name, several) is None]
+        missing = [f"{_ACTION}.{name} ({width})" for name, width in _widths(robot) if _named(name, several) is None]
         _refuse(
             root,
             f"actions of `{robot.name}` are {parts_in_words(robot)}; there is no {', '.join(missing)}; columns: "
@@ -102,7 +102,12 @@ def choose_columns(
 
 def parts_in_words(robot: Embodiment) -> str:
     """``7 of joint_position, then 1 of gripper_position``"""
-    return ", then ".join(f"{width} of {name}" for name, width in robot.parts)
+    return ", then ".join(f"{width} of {name}" for name, width in _widths(robot))
+
+
+def _widths(robot: Embodiment) -> tuple[tuple[str, int], ...]:
+    """The parts of an action with their columns."""
+    return tuple((part.name, part.columns) for part in robot.parts)
 
 
 def _with_note(columns: Sequence[DataColumn], several: Sequence[str], whole: str | None) -> Columns:
@@ -132,7 +137,7 @@ def _asked(root: Path, name: str, present: Sequence[str], names: Mapping[str, Se
 
 def _by_parts(robot: Embodiment, several: Sequence[str]) -> tuple[DataColumn, ...] | None:
     """A column for each part of an action; None where one is missing."""
-    found = [(_named(name, several), (name, width)) for name, width in robot.parts]
+    found = [(_named(name, several), (name, width)) for name, width in _widths(robot)]
     columns = tuple(DataColumn(column, part=part) for column, part in found if column is not None)
     return columns if len(columns) == len(found) else None
 
@@ -147,7 +152,7 @@ def _by_elements(root: Path, names: Sequence[str] | None, robot: Embodiment) -> 
     if names is None:
         return None
     found: list[int] = []
-    for part, width in robot.parts:
+    for part, width in _widths(robot):
         word = part.partition("_")[0]
         mine = [index for index, name in enumerate(names) if word in re.split(r"[^a-z]+", name.lower())]
         if len(mine) != width:

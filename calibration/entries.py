@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from cosmos_export.calibration.items import IMAGES, ClipPart, Item
 from cosmos_export.calibration.source_options import rate, whole_number
 from cosmos_export.diagnostics import UserError, shown
-from cosmos_export.runtime.embodiments import ActionFile, embodiment, read_actions
+from cosmos_export.embodiments import embodiment
+from cosmos_export.runtime.embodiments import ActionFile, read_actions
 from cosmos_export.runtime.prompts import Prompt, text_prompt
 from cosmos_export.sampling import MODES
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cosmos_export.runtime.embodiments import Actions, Embodiment
+from cosmos_export.bundle.embodiment import Embodiment
+from cosmos_export.runtime.embodiments import Actions
 from cosmos_export.runtime.prompts import Prompt
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

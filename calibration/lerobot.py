@@ -20,18 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from cosmos_export import files
+from cosmos_export.bundle.embodiment import Embodiment, require_width
 from cosmos_export.calibration.columns import Columns, choose_columns
 from cosmos_export.calibration.items import ClipPart, Item, Options, SourceContent
 from cosmos_export.checkpoint.strict_json import parse_object, read_object
 from cosmos_export.diagnostics import UnsupportedError, UserError, shown
-from cosmos_export.runtime.embodiments import (
-    EMBODIMENTS,
-    Actions,
-    ActionScale,
-    Embodiment,
-    embodiment,
-    require_width,
-)
+from cosmos_export.embodiments import EMBODIMENTS, embodiment
+from cosmos_export.runtime.embodiments import Actions, ActionScale
 from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.runtime.prompts import text_prompt
 

@@ -15,17 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import ProfileRecord, RequestRecord
+from cosmos_export.bundle.embodiment import Embodiment, require_width
 from cosmos_export.calibration.items import ClipPart, Item
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
-from cosmos_export.runtime import canvas, read_media
-from cosmos_export.runtime.embodiments import Embodiment, embodiment, require_width
+from cosmos_export.embodiments import embodiment
+from cosmos_export.runtime import read_media
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
 from cosmos_export.runtime.request import ActionPart, Request
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.runtime.tokenize import PromptTokenizer
 from cosmos_export.sampling import DEFAULT_MODE, MODES, CheckpointSampling, Mode, Overrides, resolve_schedule
+from cosmos_export.sampling.action_canvas import ACTION_BINS, ActionCanvas, plan_action_canvas
 from cosmos_export.sampling.modes import IMAGE_MODE, Clue, PromptForm, modes_shown_by
 
 Latents = Literal["encoded", "borrowed", "recorded", "rollout", "noise"]
@@ -65,7 +67,7 @@ class CalibrationRequest:
     latents: Latents
     clip: ClipPart | None = None
     image: Path | None = None
-    canvas: canvas.ActionCanvas | None = None
+    canvas: ActionCanvas | None = None
     file: Path | None = None
     given: NDArray[np.float32] | None = field(default=None, repr=False)
     """Actions [rows, width] in the model's units, where the request itself does not hold them."""
@@ -289,7 +291,7 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
     fps = _rate(item, item.clip, clip.fps, said if said is not None else robot.fps) or robot.fps
     # The most of the tiers that the profile takes: the canvas follows from the picture.
     _, height, width, _ = clip.frames.shape
-    plan = canvas.plan_action_canvas(height, width, _tier(robot.tier, setting), video.spatial)
+    plan = plan_action_canvas(height, width, _tier(robot.tier, setting), video.spatial)
     given = item.actions[:rows]
     latent_frames = rows // video.temporal + 1
     part = ActionPart(rows, robot.domain, columns, given if mode.clean_actions == "all" else None)
@@ -310,8 +312,8 @@ def _tier(own: int, setting: Setting) -> int:
     """The embodiment's tier, or the largest below it whose canvases the profile takes."""
     video, dims = setting.record.video, setting.profile.dims
     reach = min(dims["height"].max, dims["width"].max) * video.spatial
-    fits = [tier for tier, bins in canvas.ACTION_BINS.items() if tier <= own and min(max(b) for b in bins) <= reach]
-    return max(fits, default=min(canvas.ACTION_BINS))
+    fits = [tier for tier, bins in ACTION_BINS.items() if tier <= own and min(max(b) for b in bins) <= reach]
+    return max(fits, default=min(ACTION_BINS))
 
 
 # -- recorded latents -------------------------------------------------------------------------------------------------

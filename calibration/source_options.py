@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from cosmos_export.calibration.items import Options
 from cosmos_export.diagnostics import UserError, shown
-from cosmos_export.runtime.embodiments import embodiment
+from cosmos_export.embodiments import embodiment
 from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.sampling import MODES
 

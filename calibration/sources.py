@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cosmos_export import files
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.items import ClipPart, Item, Options
 from cosmos_export.calibration.readers import reader
 from cosmos_export.calibration.source_options import OPTIONS, parse_source
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import Embodiment
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.runtime.read_media import MAX_FILE_BYTES
 from cosmos_export.stamps import Inputs, unchanged

@@ -19,7 +19,6 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from PIL.Image import Image
 
@@ -134,15 +133,21 @@ def plan(
 ) -> Estimate:
     """Predict sizes, memory, disk and times of a build and its bundle, before there is either. Nothing is run.
 
-    ``checkpoint`` may also be the name of a published size, as ``like`` is: ``nano``, ``super`` or ``edge``, where
-    there is no such directory. The options are the fields of `cosmos_export.options.PlanOptions`.
+    ``checkpoint`` may also be the name of a published size, as ``like`` is, where there is no such directory:
+    ``nano``, ``super``, ``edge``, or a policy such as ``nano-policy-droid``. The options are the fields of
+    `cosmos_export.options.PlanOptions`.
     """
     given = dict(locals())
-    from cosmos_export.checkpoint.published import PUBLISHED
+    from cosmos_export.checkpoint.published import POLICIES, PUBLISHED
     from cosmos_export.compiler.plan_checkpoint import plan_checkpoint
     from cosmos_export.options import PlanOptions
 
-    if isinstance(checkpoint, str) and like is None and checkpoint in PUBLISHED and not Path(checkpoint).exists():
+    if (
+        isinstance(checkpoint, str)
+        and like is None
+        and checkpoint in (*PUBLISHED, *POLICIES)
+        and not Path(checkpoint).exists()
+    ):
         given |= {"checkpoint": None, "like": checkpoint}
     if isinstance(prompt_tokens, int):
         given["prompt_tokens"] = (prompt_tokens, prompt_tokens)
@@ -292,7 +297,8 @@ class Model:
         prompt: str,
         *,
         negative_prompt: str | None = None,
-        image: PathLike | NDArray[Any] | Image | None = None,
+        image: PathLike | NDArray[Any] | Image | Mapping[str, PathLike | NDArray[Any] | Image] | None = None,
+        state: PathLike | Mapping[str, Any] | Sequence[float] | NDArray[Any] | None = None,
         video: PathLike | NDArray[Any] | Sequence[NDArray[Any] | Image] | None = None,
         condition_video_keep: str | None = None,
         num_frames: int | None = None,
@@ -328,8 +334,9 @@ class Model:
 
         Keywords have diffusers' names where diffusers has them; ``frames`` is short for ``num_frames``. The others
         are the fields of `cosmos_export.options.GenerateOptions`. Arrays of pictures are uint8 or
-        float in [0, 1], [height, width, 3] or [frames, height, width, 3]; ``actions`` are [rows, width]. ``on_step``
-        is called after every denoising step; what it raises ends the request.
+        float in [0, 1], [height, width, 3] or [frames, height, width, 3]; ``image`` may be a mapping from cameras to
+        pictures; ``actions`` are [rows, width], and ``state`` is [width] or [rows, width]. ``on_step`` is called after
+        every denoising step; what it raises ends the request.
 
         The errors are those of `cosmos_export.runtime.frontend.prepare`, and FindingError CX665 where results are not
         finite.
@@ -339,6 +346,29 @@ class Model:
             del given[name]
         prepared = self._model.prepare(_generate_options(given))
         return self._model.run(prepared, on_step, progress)
+
+    def act(
+        self,
+        images: PathLike | NDArray[Any] | Image | Mapping[str, PathLike | NDArray[Any] | Image],
+        state: PathLike | Mapping[str, Any] | Sequence[float] | NDArray[Any] | None = None,
+        task: str = "",
+        **options: Any,
+    ) -> Generation:
+        """Actions for what a robot sees: ``actions`` of the result, float32 [rows, width] in the robot's own numbers.
+
+        ``images``: a picture for each camera by its name, or one that is composed already. ``state``: where the robot
+        is, as a mapping from the parts of an action to numbers, or numbers in the order of its columns; without it a
+        policy that is given one refuses (CX619). ``task`` is text, whatever it looks like, and control tokens in it
+        are letters. ``options`` are the other arguments of `generate`, such as ``seed`` and ``embodiment``.
+        """
+        return self.generate(task, **{"mode": _acting(), "literal": True, **options, "image": images, "state": state})
+
+
+def _acting() -> str:
+    """The mode in which a robot's policy acts."""
+    from cosmos_export.sampling.modes import Clue, implied_mode
+
+    return implied_mode([Clue.ROBOT]).name
 
 
 _DIFFUSERS = {
@@ -355,6 +385,7 @@ _DIFFUSERS = {
 def _generate_options(given: dict[str, Any]) -> GenerateOptions:
     from cosmos_export.in_memory import InMemory
     from cosmos_export.options import GenerateOptions
+    from cosmos_export.runtime import passed
 
     count = given.pop("num_frames")
     if count is not None and given["frames"] not in (None, count):
@@ -364,10 +395,15 @@ def _generate_options(given: dict[str, Any]) -> GenerateOptions:
     given["frames"] = given["frames"] if count is None else count
     given = {_DIFFUSERS.get(name, name): value for name, value in given.items()}
     given["sampling"] = _sampling("generate", given)
+    if isinstance(given["image"], Mapping):
+        given["image"] = {str(name): passed.picture(f"`{name}`", one) for name, one in given["image"].items()}
     for name in ("image", "video"):
-        if given[name] is not None and not isinstance(given[name], str | os.PathLike):
-            given[name] = InMemory(_pictures(name, given[name]), f"the {name} passed")
-    for name, converted in (("actions", _rows), ("action_stats", _statistics), ("noise", _noise)):
+        if given[name] is not None and not isinstance(given[name], Mapping):
+            given[name] = passed.picture(f"the {name} passed", given[name], name)
+    for name, converted in (
+        ("actions", passed.rows), ("action_stats", passed.statistics), ("noise", passed.noise),
+        ("state", passed.numbers),
+    ):  # fmt: skip
         if given[name] is not None and not isinstance(given[name], str | os.PathLike):
             given[name] = InMemory(converted(given[name]), f"the {name} passed")
     return made(GenerateOptions, "generate", given)
@@ -379,68 +415,6 @@ def _sampling(where: str, given: dict[str, Any]) -> Any:
 
     names = ("grid", "steps", "shift", "guidance", "guidance_interval")
     return made(Overrides, where, {name: given.pop(name) for name in names})
-
-
-def _pictures(name: str, value: object) -> NDArray[np.uint8]:
-    """uint8 [frames, height, width, 3] of an array, a PIL image or a sequence of them. CX614 for anything else."""
-    import numpy as np
-
-    if isinstance(value, list | tuple) and value:
-        frames = [_pictures(name, one) for one in value]
-        if len({frame.shape[1:] for frame in frames}) > 1:
-            raise UserError("CX614", f"`{name}`: frames of several sizes", "resize them to one size")
-        return np.concatenate(frames)
-    array = np.asarray(value.convert("RGB") if hasattr(value, "convert") else value)
-    if array.ndim == 3:
-        array = array[None]
-    if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
-        raise UserError(
-            "CX614",
-            f"`{name}` is {type(value).__name__} of shape {list(array.shape)}",
-            "pass a path, a PIL image, or an array [height, width, 3] or [frames, height, width, 3]",
-        )
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind != "f" or not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
-        raise UserError(
-            "CX614",
-            f"`{name}` has values of type {array.dtype} that are not in [0, 1]",
-            "pass uint8, or floats in [0, 1]",
-        )
-    return np.round(array * 255).astype(np.uint8)
-
-
-def _rows(value: object) -> NDArray[np.float32]:
-    import numpy as np
-
-    try:
-        return np.asarray(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            "CX611", f"`actions` is {type(value).__name__}: {error}", "pass an array [rows, width]"
-        ) from error
-
-
-def _statistics(value: object) -> Mapping[str, Any]:
-    """Lists in place of arrays, as the file has them."""
-    if not isinstance(value, Mapping):
-        raise UserError(
-            "CX613",
-            f"`action_stats` is {type(value).__name__}",
-            "pass a path, or a mapping such as {'q01': …, 'q99': …}",
-        )
-    return {
-        str(key): one.tolist() if hasattr(one, "tolist") else _statistics(one) if isinstance(one, Mapping) else one
-        for key, one in value.items()
-    }
-
-
-def _noise(value: object) -> Mapping[str, NDArray[Any]]:
-    import numpy as np
-
-    if not isinstance(value, Mapping):
-        raise UserError("CX617", f"`noise` is {type(value).__name__}", "pass a path, or a mapping {'vision': array, …}")
-    return {str(name): np.asarray(array) for name, array in value.items()}
 
 
 # -- what there is ----------------------------------------------------------------------------------------------------

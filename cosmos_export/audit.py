@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 from cosmos_export import files
 from cosmos_export.diagnostics import FindingError, ToolError, UserError
 
-EVENTS = ("verified", "loaded", "golden", "ready", "request", "ended")
+EVENTS = ("built", "verified", "loaded", "golden", "ready", "request", "ended")
 MAX_LINE_BYTES = 64 * files.KIB
 FIRST = "0" * 64
 """Digest that the first line has for the line before it."""

@@ -15,8 +15,9 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-Reading = Literal["value", "commas", "repeated", "pair"]
-"""How the command line reads a list: several with commas in one value, an option that is repeated, or ``A:B``."""
+Reading = Literal["value", "commas", "repeated", "pair", "named"]
+"""How the command line reads a list: several with commas in one value, an option that is repeated, ``A:B``, or an
+option that is given once with a file, or repeated with ``NAME=FILE``."""
 
 
 class Cli:

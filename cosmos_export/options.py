@@ -6,6 +6,7 @@ Paths are those of files and directories; None is the default that the docstring
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,8 @@ ParityMode = Literal["auto", "always", "never"]
 Grid = Literal["karras", "flow", "native"]
 LatentSource = Literal["auto", "rollout", "noise"]
 Keep = Literal["first", "last"]
+Picture = Path | InMemory[Any]
+"""A picture in a file or in memory."""
 
 WORKLOAD = "t2v-480p-189f"
 """The request that is planned and measured unless another one is named."""
@@ -156,8 +159,8 @@ class PlanOptions:
 
     checkpoint: Annotated[Path | None, Cli(argument=True, metavar="CHECKPOINT")] = None
     """Checkpoint directory. Only headers are read."""
-    like: Annotated[str | None, Cli(names="sizes", metavar="nano|super|edge")] = None
-    """Published size in place of a checkpoint."""
+    like: Annotated[str | None, Cli(names="published", metavar="nano|super|edge|…")] = None
+    """Published size in place of a checkpoint, or a policy: nano-policy-droid, edge-policy-droid."""
     targets: Annotated[
         tuple[str, ...],
         Cli("--target", reads="commas", names="targets", metavar="TARGETS", shown_default="rtx-pro-6000"),
@@ -273,10 +276,14 @@ class GenerateOptions:
     """Negative prompt: text or FILE.json. Default: none."""
     mode: Annotated[str | None, Cli(names="modes", metavar="MODE")] = None
     """Mode of the request. Default: the one that the files and the bundle imply."""
-    image: Annotated[Path | InMemory[Any] | None, Cli(group="Start from", metavar="FILE")] = None
-    """Picture that i2v or an action starts with."""
+    image: Annotated[
+        Picture | Mapping[str, Picture] | None, Cli(group="Start from", metavar="[NAME=]FILE", reads="named")
+    ] = None
+    """Picture that i2v or an action starts with. Several cameras of a robot: repeat it, with the name of each."""
     video: Annotated[Path | InMemory[Any] | None, Cli(group="Start from", metavar="FILE")] = None
     """Clip that v2v or an action starts with."""
+    state: Annotated[Path | InMemory[Any] | None, Cli(group="Start from", metavar="FILE")] = None
+    """Where the robot is, for a policy that is given it: numbers in a .json file."""
     actions: Annotated[Path | InMemory[Any] | None, Cli(group="Start from", metavar="FILE")] = None
     """Actions for forward-dynamics: rows in a .json or .safetensors file."""
     frames: Annotated[int | None, Cli(group=_SIZE, metavar="N")] = None
@@ -304,7 +311,8 @@ class GenerateOptions:
     embodiment: Annotated[str | None, Cli(group=_ROBOT, names="embodiments", metavar="NAME")] = None
     """Robot that the actions are for, such as droid_lerobot, umi or av."""
     viewpoint: Annotated[str | None, Cli(group=_ROBOT, names="viewpoints", metavar="VIEW")] = None
-    """Camera: ego_view, third_person_view, wrist_view, concat_view or wrist_over_two_view. Default: ego_view."""
+    """Camera: ego_view, third_person_view, wrist_view, concat_view, wrist_over_two_view or
+    third_person_beside_wrist_view. Default: the embodiment's own."""
     chunk: Annotated[int | None, Cli(group=_ROBOT, metavar="N")] = None
     """Actions in the request. The clip has one frame more. Default: the embodiment's own."""
     tier: Annotated[int | None, Cli(group=_ROBOT, metavar="N")] = None
@@ -342,5 +350,7 @@ class RunCommand:
     """limits.toml of the robot: actions pass, are clipped or rejected."""
     require_signature: Annotated[Path | None, Cli(group=_MACHINE, metavar="FILE")] = None
     """Public key (PEM): a bundle that it did not sign is refused."""
+    audit: Annotated[Path | None, Cli(group=_OUTPUT, metavar="FILE")] = None
+    """Audit trail to go on with, or to begin."""
     force: Annotated[bool, Cli(group=_OUTPUT)] = False
     """Replace existing outputs."""

@@ -111,6 +111,12 @@ class DemoOptions:
     sparse: Annotated[bool, Cli(group=_MADE)] = False
     """Make all weights zero but the first page of each tensor, as holes in the files: any size in seconds and a few MiB
     of disk."""
+    policy: Annotated[str | None, Cli(group=_MADE, metavar="DOMAIN")] = None
+    """Make a policy for this robot, such as droid_lerobot, in checkpoint.json."""
+    use_state: Annotated[bool | None, Cli("--use-state/--no-use-state", group=_MADE)] = None
+    """Whether the policy is given the robot's state. Default: checkpoint.json does not say."""
+    distilled: Annotated[bool, Cli(group=_MADE)] = False
+    """Give it the sampler of a checkpoint that was distilled to four steps."""
     layers: Annotated[int | None, Cli(group=_SIZES, metavar="N")] = None
     """Layers of each tower."""
     hidden: Annotated[int | None, Cli(group=_SIZES, metavar="N")] = None

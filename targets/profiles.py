@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.embodiments import EMBODIMENTS
+from cosmos_export.sampling.action_canvas import plan_action_canvas
 
 DIMS: Mapping[str, str] = MappingProxyType(
     {
@@ -125,12 +127,16 @@ CANVASES: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType(
 )
 _NAMED = re.compile(r"(?P<size>\d+p)(?:-(?P<aspect>\d+:\d+))?(?:-(?P<frames>\d+)f)?(?P<sound>\+sound)?")
 
+_ROBOT = re.compile(r"policy-(?P<robot>[a-z0-9_-]+?)(?:-(?P<width>\d+)x(?P<height>\d+))?")
+_TASK_LEN = DimRange(1, 132, 4096)
+"""The JSON prompt of a one-sentence task has 132 tokens."""
+
 NAMED_PROFILES: Mapping[str, Mapping[str, DimRange]] = MappingProxyType(
     {
         # 540 × 640 pixels of content (the latents are cropped to it), 33 pixel frames, 32 actions, and one more row
-        # when the state is given. The JSON prompt of a one-sentence task has 132 tokens.
+        # when the state is given.
         "policy-droid": {
-            "und_len": DimRange(1, 132, 4096),
+            "und_len": _TASK_LEN,
             "frames": DimRange(9, 9, 9),
             "height": DimRange(33, 33, 33),
             "width": DimRange(40, 40, 40),
@@ -144,8 +150,8 @@ NAMED_PROFILES: Mapping[str, Mapping[str, DimRange]] = MappingProxyType(
 def parse_profile(text: str) -> Profile:
     """A profile from its name, from ``dim=min:opt:max`` items, or from a name followed by such items.
 
-    ``480p``, ``480p-121f``, ``720p-9:16-189f+sound``, ``policy-droid``, ``480p-121f,und_len=1:900:3000``,
-    ``frames=1:24:48,height=30,width=52``.
+    ``480p``, ``480p-121f``, ``720p-9:16-189f+sound``, ``policy-droid``, ``policy-umi-640x480`` (a robot and the size of
+    its picture), ``480p-121f,und_len=1:900:3000``, ``frames=1:24:48,height=30,width=52``.
     """
     head, *rest = (item.strip() for item in text.split(","))
     items: list[str] = [head, *rest]
@@ -173,6 +179,8 @@ def pixel_to_latent_frames(pixel_frames: int) -> int:
 def _named(name: str) -> Mapping[str, DimRange]:
     if name in NAMED_PROFILES:
         return NAMED_PROFILES[name]
+    if robot := _robot(name):
+        return _of_robot(name, robot)
     match = _NAMED.fullmatch(name)
     other = f"or give ranges: frames=1:24:48,height=30,width=52; {_known_dims()}"
     if match is None or match["size"] not in CANVASES or (match["aspect"] or "16:9") not in CANVASES[match["size"]]:
@@ -196,6 +204,34 @@ def _named(name: str) -> Mapping[str, DimRange]:
         "width": DimRange(*(width // 16,) * 3),
         "sound_len": DimRange(*sound),
     }
+
+
+def _of_robot(name: str, match: re.Match[str]) -> Mapping[str, DimRange]:
+    """The profile of a robot by its usual chunk and tier, for pictures of one size; with room for a row of state."""
+    if match["width"] is None:
+        raise UserError("CX410", f"profile `{name}` has no size of the robot's picture", f"for example {name}-640x480")
+    robot = EMBODIMENTS[match["robot"]]
+    canvas = plan_action_canvas(int(match["height"]), int(match["width"]), robot.tier)
+    height, width = (max(pixels // 16, 1) for pixels in (canvas.content_height, canvas.content_width))
+    latents = pixel_to_latent_frames(robot.chunk + 1)
+    return {
+        "und_len": _TASK_LEN,
+        "frames": DimRange(latents, latents, latents),
+        "height": DimRange(height, height, height),
+        "width": DimRange(width, width, width),
+        "sound_len": DimRange(0, 0, 0),
+        "action_len": DimRange(robot.chunk, robot.chunk, robot.chunk + 1),
+    }
+
+
+def _robot(name: str) -> re.Match[str] | None:
+    match = _ROBOT.fullmatch(name)
+    return match if match is not None and match["robot"] in EMBODIMENTS else None
+
+
+def is_named(name: str) -> bool:
+    """Whether ``name`` is a profile of a robot, whose name begins as a workload's does."""
+    return name in NAMED_PROFILES or _robot(name) is not None
 
 
 def _item(text: str, item: str) -> tuple[str, DimRange]:

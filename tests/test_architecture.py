@@ -30,6 +30,7 @@ LEVELS = {
     **dict.fromkeys(["runtime", "plan", "doctor"], 4),
     **dict.fromkeys(["targets", "passes", "capture"], 3),
     "precision": 2,  # a target lists schemes, and a pass asks them what to insert
+    "embodiments": 2,  # rows of the bundle's schema
     **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
     **dict.fromkeys(
         [
@@ -62,11 +63,14 @@ ONLY = {
     "options": {"in_memory", "option_fields"},
     "verb_options": {"files", "option_fields", "options"},
     "ir": {"diagnostics"},
+    "embodiments": {"bundle"},
     "audit": {"diagnostics", "files"},
     "bundle": {"diagnostics", "directories", "files", "machine", "progress", "stamps"},
     "checkpoint": {"diagnostics", "directories", "family", "files", "machine", "progress", "stamps", "verb_options"},
     "sampling": {"diagnostics", "family", "options"},
     "stamps": {"diagnostics"},
+    "runtime": {other for other, level in LEVELS.items() if level < LEVELS["runtime"]} - {"embodiments"},
+    "serve": {other for other, level in LEVELS.items() if level < LEVELS["serve"]} - {"embodiments"},
     "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}

@@ -60,6 +60,7 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
         ("cosmos_export/checkpoint/variants.py", "policy"): "part of the name of a published repository",
         ("calibration/write_quantized.py", "text2image"): "part of the name of a published repository",
         ("cosmos_export/checkpoint/reader.py", "policy"): "a field of checkpoint.json",
+        ("cosmos_export/checkpoint/demo.py", "policy"): "a field of checkpoint.json",
         ("cosmos_export/cli/inspect.py", "policy"): "a title of the table",
         ("cosmos_export/cli/bundle.py", "policy"): "a title of the table",
         ("cosmos_export/documents.py", "policy"): "a field of a document",

@@ -147,7 +147,7 @@ def numbered_requests(
     lacks is refused here."""
     import numpy as np
 
-    from cosmos_export.runtime.embodiments import EMBODIMENTS
+    from cosmos_export.runtime.embodiments import policy_of, robot_of
     from cosmos_export.runtime.generate_options import ENCODER
     from cosmos_export.runtime.request import ActionPart, Request
 
@@ -181,7 +181,7 @@ def numbered_requests(
         pixels = 2 * random.random((1, 3, shown, scale * dims["height"], scale * dims["width"]), np.float32) - 1
     action = None
     if mode.acts:
-        robot = EMBODIMENTS[_ROBOT]
+        robot = policy_of(record) or robot_of(_ROBOT, record)
         rows, width = dims["action_len"], robot.width or 1
         actions = 2 * random.random((rows, width), np.float32) - 1 if mode.clean_actions == "all" else None
         action = ActionPart(rows, robot.domain, width, actions)

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from cosmos_export.bundle import strict
+from cosmos_export.bundle.embodiment import Embodiment, embodiment_problems
 from cosmos_export.bundle.strict import AtLeast, AtMost, Pattern, StrictError
 from cosmos_export.diagnostics import shown
 
@@ -213,10 +214,12 @@ class SoundRecord:
 
 @dataclass(frozen=True)
 class ActionRecord:
-    """Actions of the model: width of a row with its padding, and how many embodiment domains there are."""
+    """Actions of the model: width of a row with its padding, how many embodiment domains there are, and the robots."""
 
     dim: Width
     domains: Width
+    embodiments: tuple[Embodiment, ...] = ()
+    """The robots that the model acts for; of a policy its own alone."""
 
 
 @dataclass(frozen=True)
@@ -344,6 +347,20 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class GoldenRecord:
+    """The actions of a policy's golden request (docs/serve.md), as the build made them with the reference backend."""
+
+    embodiment: Name
+    seed: Annotated[int, AtLeast(0)]
+    actions: tuple[tuple[float, ...], ...]
+    """Rows in the robot's numbers."""
+    limit: float
+    """Largest relative L2 distance with the reference backend."""
+    limit_elsewhere: float
+    """The same with another one."""
+
+
+@dataclass(frozen=True)
 class Volatile:
     """The only fields that may differ between two builds of the same inputs with the same options and tools."""
 
@@ -355,6 +372,8 @@ class Volatile:
     """The value behind each verdict, by stage."""
     planned: Mapping[str, Planned]
     """Bytes: of engines, and of memory that no file backs."""
+    golden: GoldenRecord | None = None
+    """None: no policy, or a model too large to be run by its build."""
 
 
 @dataclass(frozen=True)
@@ -762,6 +781,8 @@ def _request_problems(manifest: Manifest) -> Iterator[StrictError]:
             axis, width = widths[kind]
             if len(tensor.dims) <= axis or tensor.dims[axis] != width:
                 yield StrictError("request", f"{width} channels of {kind}; the loop takes {_form(tensor)}")
+    if request.action is not None:
+        yield from embodiment_problems(request.action.embodiments, request.action.dim, request.action.domains)
     rates = {"video.base_fps": request.video.base_fps}
     if request.sound is not None:
         rates["sound.latent_fps"] = request.sound.latent_fps

@@ -47,6 +47,10 @@ def demo_geometry(options: DemoOptions) -> Geometry:
     for what, size in (("true width", options.true_width), ("like", options.like)):
         if size is not None and size not in PUBLISHED:
             _refuse(f"{what} {size!r} is not one of {', '.join(PUBLISHED)}")
+    if options.use_state is not None and options.policy is None:
+        _refuse("whether a policy is given the robot's state, and no policy")
+    if options.distilled and options.policy is not None:
+        _refuse("a distilled policy, which is not published")
     if options.shard_size <= 0:
         _refuse(f"shard size {options.shard_size} is not positive")
     base = _preset(options, variant)
@@ -140,7 +144,14 @@ def write_demo(options: DemoOptions, progress: Progress | None = None) -> Path:
         weight_maps = {part.folder: _write_component(folder, part, geometry, options, progress) for part in parts}
         write_json(folder / "model_index.json", components.model_index(geometry))
         (folder / "scheduler").mkdir()
-        write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config(geometry))
+        if options.distilled:
+            write_json(folder / "scheduler" / "scheduler_config.json", components.DISTILLED_SCHEDULER)
+            write_json(folder / "modular_model_index.json", components.DISTILLED_INDEX)
+        else:
+            write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config(geometry))
+        if options.policy is not None:
+            said = {} if options.use_state is None else {"use_state": options.use_state}
+            write_json(folder / "checkpoint.json", {"policy": {"domain_name": options.policy, **said}})
         components.write_tokenizer(folder / "text_tokenizer")
         write_json(folder / "config.json", config)
         write_json(folder / "model.safetensors.index.json", _root_index(weight_maps, parts, expected, geometry))

@@ -106,6 +106,26 @@ def scheduler_config(geometry: Geometry) -> dict[str, Any]:
     return _plain_config(UniPCMultistepScheduler(**flow, **geometry.family.facts.scheduler))
 
 
+DISTILLED_SIGMAS = (1.0, 0.9375, 0.8333333333333334, 0.625)
+"""The steps of the published checkpoints of four steps."""
+DISTILLED_SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "stochastic_sampling": True,
+    "shift": 1.0,
+    "num_train_timesteps": 1000,
+    "use_karras_sigmas": False,
+    "use_dynamic_shifting": False,
+    "fixed_step_requires_explicit_sigmas": True,
+    "fixed_step_sampler_config": {"sample_type": "sde", "t_list": list(DISTILLED_SIGMAS)},
+}
+DISTILLED_INDEX: dict[str, Any] = {
+    "_class_name": "Cosmos3DistilledModularPipeline",
+    "is_distilled": True,
+    "distilled_sigmas": list(DISTILLED_SIGMAS),
+}
+"""modular_model_index.json of such a checkpoint."""
+
+
 def model_index(geometry: Geometry) -> dict[str, Any]:
     """The pipeline. The safety checker is off: it is a separate model with its own licence and weights."""
     from diffusers import __version__

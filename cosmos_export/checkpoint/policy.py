@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from cosmos_export.diagnostics import UserError, shown
 
 _LARGEST_CHUNK, _LARGEST_RATE = 100_000, 1000.0
+_LONGEST_HISTORY = 1024
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Policy:
     fps: float | None = None
     state: bool | None = None
     """Whether the robot's state is the first row of its actions."""
+    history: int | None = None
+    """Rows of the state before the actions; the last is where the robot is now."""
     unread: tuple[str, ...] = ()
     """Fields that nothing here reads."""
 
@@ -55,6 +58,8 @@ def read_policy(fields: Mapping[str, Any] | None) -> Policy | None:
     state = _checked(*value("use_state"), bool)
     history_name, history = value("history_length")
     rows = _checked(history_name, history, int)
+    if rows is not None and not 0 <= rows <= _LONGEST_HISTORY:
+        _refuse(f"{history_name} = {rows} is not within 0 … {_LONGEST_HISTORY}")
     if rows is not None and state is not None and (rows > 0) != state:
         _refuse(f"use_state is {str(state).lower()} and {history_name} is {rows}")
     return Policy(
@@ -63,6 +68,7 @@ def read_policy(fields: Mapping[str, Any] | None) -> Policy | None:
         chunk=chunk,
         fps=None if fps is None else float(fps),
         state=state if rows is None else rows > 0,
+        history=rows if rows is not None or state is None else int(state),
         unread=tuple(sorted(set(fields) - read)),
     )
 

@@ -19,6 +19,11 @@ EDGE = Geometry(
 )  # fmt: skip
 PUBLISHED: Mapping[str, Geometry] = {"nano": NANO, "super": SUPER, "edge": EDGE}
 
+POLICIES: Mapping[str, tuple[str, str]] = {
+    "nano-policy-droid": ("nano", "droid_lerobot"), "edge-policy-droid": ("edge", "droid_lerobot"),
+}  # fmt: skip
+"""Published policies: the size, and the domain of the embodiment."""
+
 VAE_WIDTHS: Mapping[str, Any] = {
     "base_dim": 160, "decoder_base_dim": 256, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
 }  # fmt: skip

@@ -181,8 +181,12 @@ def _policy(manifest: Manifest) -> dict[str, str]:
     }  # fmt: skip
     numbers = [f"{value:g} {what}" for what, value in said.items() if value is not None]
     parts = [found.domain or "of no domain", *numbers]
-    if found.state:
-        parts.append("is given the robot's state, which `run` cannot give yet")
+    robots = () if manifest.request.action is None else manifest.request.action.embodiments
+    if len(robots) == 1 and robots[0].history:
+        parts.append(f"is given {robots[0].history} of the robot's state (run --state)")
+    if len(robots) == 1 and robots[0].views.cameras:
+        views = robots[0].views
+        parts.append(f"sees {', '.join(views.short or views.cameras)} in one picture ({views.layout})")
     return {"policy": ", ".join(parts)}
 
 

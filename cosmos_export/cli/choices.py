@@ -69,6 +69,12 @@ def _sizes() -> tuple[str, ...]:
     return tuple(PUBLISHED)
 
 
+def _published() -> tuple[str, ...]:
+    from cosmos_export.checkpoint.published import POLICIES, PUBLISHED
+
+    return (*PUBLISHED, *POLICIES)
+
+
 def _passes() -> tuple[str, ...]:
     from cosmos_export.passes.pipeline import ORDER
 
@@ -88,7 +94,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _embodiments() -> tuple[str, ...]:
-    from cosmos_export.runtime.embodiments import EMBODIMENTS
+    from cosmos_export.embodiments import EMBODIMENTS
 
     return tuple(EMBODIMENTS)
 
@@ -109,6 +115,7 @@ _REGISTRIES: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "kernels": _kernels,
     "own-kernels": _own_kernels,
     "sizes": _sizes,
+    "published": _published,
     "passes": _passes,
     "observers": lambda: ("absmax", "percentile", "mse"),
     "algorithms": _algorithms,

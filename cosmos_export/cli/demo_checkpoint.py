@@ -14,6 +14,7 @@ def register(app: Verbs) -> None:
         DemoOptions,
         "cosmos-export demo-checkpoint -o demo/checkpoint --dtype bfloat16",
         "cosmos-export demo-checkpoint -o nano --like nano --sparse",
+        "cosmos-export demo-checkpoint -o policy --policy droid_lerobot --use-state",
     )
     def demo_checkpoint(options: DemoOptions, as_json: bool) -> None:
         """Write a random checkpoint in the published layout: seconds and a few MiB at the default size."""
@@ -21,7 +22,10 @@ def register(app: Verbs) -> None:
         from cosmos_export.checkpoint.demo import write_demo
         from cosmos_export.checkpoint.describe import describe
         from cosmos_export.cli import console
+        from cosmos_export.embodiments import policy_embodiment
 
+        if options.policy is not None:
+            policy_embodiment(options.policy)  # CX610: there is none
         write_demo(options, console.progress())
         summary = describe(open_checkpoint(options.output))
         if as_json:

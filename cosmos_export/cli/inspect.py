@@ -80,7 +80,7 @@ def _remarks(summary: Summary) -> list[str]:
     if summary.adapters:
         lines.append(f"adapters, not merged and not read: {', '.join(summary.adapters)}; `build` refuses them (CX125)")
     if summary.wants_state:
-        lines.append("this policy is given the robot's state as its first action row; `run` cannot give it yet (CX605)")
+        lines.append("this policy is given the robot's state as its first action row: run --state")
     elif summary.policy is not None and summary.wants_state is None:
         lines.append("checkpoint.json does not say whether this policy is given the robot's state (use_state)")
     if summary.policy_unread:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -61,6 +62,8 @@ def _read(option: Option, value: Any) -> Any:
         return value
     if option.cli.reads == "repeated":
         return tuple(value)
+    if option.cli.reads == "named":
+        return named_files(option.flags[0], value)
     if option.cli.reads == "commas":
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return _PAIRS[option.name](value)
@@ -70,6 +73,8 @@ def _type(option: Option) -> Any:
     """The type that the command line reads."""
     if option.choices:
         return Literal[option.choices]
+    if option.cli.reads == "named":
+        return list[str]
     if option.cli.reads == "repeated":
         return list[Path] if option.kind == tuple[Path, ...] else list[str]
     if option.cli.reads in ("commas", "pair"):
@@ -85,6 +90,24 @@ def interval(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise UserError("CX463", f"guidance interval `{text}` is not LOW:HIGH", "for example 400:1000") from error
     return low, high
+
+
+_NAMED = re.compile(r"([A-Za-z]\w*)=(.+)", re.DOTALL)
+
+
+def named_files(flag: str, values: Sequence[str]) -> Path | dict[str, Path]:
+    """``FILE``, or files by name of ``NAME=FILE`` items; CX604 for both, or for a name or a file that comes twice."""
+    found: dict[str, Path] = {}
+    for value in values:
+        match = None if Path(value).exists() else _NAMED.fullmatch(value)
+        if match is None and len(values) == 1:
+            return Path(value)
+        if match is None:
+            raise UserError("CX604", f"{flag} {value} beside others has no name", f"{flag} NAME=FILE for each")
+        if match[1] in found:
+            raise UserError("CX604", f"{flag} {match[1]}=… is given twice", "each name once")
+        found[match[1]] = Path(match[2])
+    return found
 
 
 def tokens(text: str) -> tuple[int, int]:

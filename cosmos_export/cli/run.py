@@ -35,11 +35,14 @@ def register(app: Verbs) -> None:
         """
         import logging
         import time
+        from contextlib import nullcontext
 
         from cosmos_export import bundle as bundles
+        from cosmos_export.audit import AuditTrail
         from cosmos_export.bundle import open_verdicts
         from cosmos_export.cli import console
         from cosmos_export.runtime.model import LoadedModel
+        from cosmos_export.runtime.recorded import record_opened, recorded, results
         from cosmos_export.runtime.results import plan_outputs
 
         started = time.perf_counter()
@@ -59,11 +62,15 @@ def register(app: Verbs) -> None:
         console.log_open(open_verdicts(manifest))
         console.log(_plan(prepared))
         timings = {"prepare": time.perf_counter() - started}
-        loading = time.perf_counter()
-        model.load(console.progress())
-        timings["verify"] = time.perf_counter() - loading
-        generated = model.run(prepared, progress=console.progress())
-        written = generated.write(outputs, console.progress(), allowed)
+        with nullcontext() if options.audit is None else AuditTrail(options.audit) as trail:
+            loading = time.perf_counter()
+            model.load(console.progress())
+            timings["verify"] = time.perf_counter() - loading
+            record_opened(trail, model)
+            with recorded(trail, prepared.request) as facts:
+                generated = model.run(prepared, progress=console.progress())
+                written = generated.write(outputs, console.progress(), allowed)
+                facts |= results(generated, written)
         if allowed is not None and written.review is not None:
             _say(written.review)
         timings |= generated.timings
@@ -84,9 +91,9 @@ def _limits(path: Path, prepared: Prepared) -> Limits:
     from cosmos_export.runtime.limits import read_limits
 
     found, action = read_limits(path), prepared.request.action
-    if action is None or action.given is not None:
+    if action is None or action.given_rows == action.rows:
         raise UserError("CX604", f"--limits in mode {prepared.request.mode}, which makes no actions", "leave it out")
-    found.require(action.raw_dim, "model" if prepared.scale is None else "raw")
+    found.require(action.raw_dim, prepared.conversion.units)
     return found
 
 
@@ -110,7 +117,10 @@ def _plan(prepared: Prepared) -> str:
     if request.sound:
         parts.append("sound")
     if request.action is not None and prepared.embodiment is not None:
-        parts.append(f"{request.action.rows} actions of {prepared.embodiment.name}{_beyond(prepared)}")
+        state, rows = request.action.given_rows, request.action.rows
+        state = 0 if state == rows else state
+        after = f" after {state} of its state" if state else ""
+        parts.append(f"{rows - state} actions of {prepared.embodiment.name}{after}{_beyond(prepared)}")
     plan = request.schedule
     guided = sum(plan.guided)
     guidance = f"guidance {plan.guidance:g} in {guided}" if guided else "no guidance"

@@ -29,7 +29,6 @@ def register(app: Verbs) -> None:
 
         from contextlib import nullcontext
 
-        import cosmos_export
         from cosmos_export import bundle as bundles
         from cosmos_export.audit import AuditTrail
         from cosmos_export.bundle import open_verdicts
@@ -37,6 +36,7 @@ def register(app: Verbs) -> None:
         from cosmos_export.diagnostics import UserError
         from cosmos_export.runtime.limits import read_limits
         from cosmos_export.runtime.model import LoadedModel
+        from cosmos_export.runtime.recorded import record_opened
         from cosmos_export.serve import server
         from cosmos_export.serve.policy import BundlePolicy
 
@@ -58,12 +58,8 @@ def register(app: Verbs) -> None:
             policy = BundlePolicy(model, asked.policy)
             console.log_open(verdicts)
             policy.require()
-            generator = model.load(console.progress())
-            if trail is not None:
-                facts = {"failed": list(verdicts.failed), "not_measured": list(verdicts.not_measured)}
-                trail.record("verified", bundle=files.bundle_id, **facts)
-                running = generator.bundle.executor
-                trail.record("loaded", backend=running.name, device=running.device, version=cosmos_export.__version__)
+            model.load(console.progress())
+            record_opened(trail, model)
 
             def ready(opened: int) -> None:
                 kind = "without limits" if allowed is None else f"limits {allowed.digest[:12]}"

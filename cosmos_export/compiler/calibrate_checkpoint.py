@@ -20,8 +20,8 @@ from cosmos_export.files import read_bytes, reason
 from cosmos_export.options import CalibrateOptions
 from cosmos_export.plan.subject import sampling_of
 from cosmos_export.progress import Progress
+from cosmos_export.runtime.embodiments import policy_of
 from cosmos_export.runtime.prompts import read_prompt
-from cosmos_export.runtime.scenes import policy_of
 from cosmos_export.stamps import unchanged
 from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
 from cosmos_export.units import size
@@ -103,7 +103,7 @@ def _job(
     modalities = available_modalities(options.modalities, checkpoint)
     prompt = _prompt_record(checkpoint)
     record = request_record(checkpoint, modalities, prompt)
-    policy = policy_of(record) if record.action is not None else None
+    policy = policy_of(record)
     profile = _without_rows(parse_profile(options.profile), modalities)
     check_limits(profile, model_limits(checkpoint, modalities))
     dims = {name: DimRecord(span.min, span.opt, span.max) for name, span in profile.dims.items()}

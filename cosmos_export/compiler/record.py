@@ -12,6 +12,7 @@ from cosmos_export.bundle import (
     DimRecord,
     EdgeRecord,
     EngineRecord,
+    GoldenRecord,
     GraphContract,
     InputFile,
     LoopRecord,
@@ -64,6 +65,7 @@ class BundleContents:
     """Files of the checkpoint."""
     created: str
     """Time of the build, in UTC."""
+    golden: GoldenRecord | None = None
 
 
 def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
@@ -126,6 +128,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
             measured={name: value for m in (*result.parity, *result.quality) for name, value in m.numbers.items()}
             | ({} if result.losses is None else loss_values(result.losses)),
             planned=planned(job, result.engines, result.costs.peak_anonymous_bytes),
+            golden=contents.golden,
         ),
     )
 

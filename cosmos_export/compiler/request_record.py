@@ -18,13 +18,14 @@ from cosmos_export.bundle import (
     SoundRecord,
     VideoRecord,
 )
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.bundle.manifest import Scalar
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.checkpoint.policy import read_policy
+from cosmos_export.checkpoint.policy import Policy, read_policy
 from cosmos_export.compiler.selection import codec_config
 from cosmos_export.diagnostics import UserError, shown
+from cosmos_export.embodiments import embodiments_of, policy_embodiment
 from cosmos_export.plan.subject import sampling_of
-from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment
 
 _PIPELINE_DEFAULTS = {"scale_factor_spatial": 16, "scale_factor_temporal": 4}
 """Sizes that the published pipeline assumes where there is no video autoencoder."""
@@ -37,7 +38,8 @@ def request_record(checkpoint: Checkpoint, modalities: tuple[str, ...], prompt: 
     if "sound" in modalities and geometry.sound_dim is not None:
         sound = _sound(geometry.sound_dim, geometry.sound_latent_fps, codec_config(checkpoint, "sound_tokenizer"))
     if "action" in modalities and geometry.action_dim is not None:
-        action = ActionRecord(geometry.action_dim, geometry.num_embodiment_domains)
+        robots = _robots(checkpoint, geometry.num_embodiment_domains, geometry.action_dim)
+        action = ActionRecord(geometry.action_dim, geometry.num_embodiment_domains, robots)
     video = VideoRecord(
         channels=geometry.latent_channel,
         spatial=vae["scale_factor_spatial"],
@@ -64,6 +66,25 @@ def _policy(checkpoint: Checkpoint, temporal: int) -> PolicyRecord | None:
     return PolicyRecord(found.domain, found.width, found.chunk, found.fps, found.state)
 
 
+def _robots(checkpoint: Checkpoint, domains: int, width: int) -> tuple[Embodiment, ...]:
+    """The robots that the bundle acts for. None of them where the policy's own is not known: requests are refused."""
+    found = read_policy(checkpoint.policy)
+    if found is None or found.domain is None:
+        return embodiments_of(None, domains, width)
+    own = _own(found)
+    return () if own is None else embodiments_of(own, domains, width)
+
+
+def _own(found: Policy) -> Embodiment | None:
+    """The embodiment of a policy; None where it says no domain, or one that is not known."""
+    if found.domain is None:
+        return None
+    try:
+        return policy_embodiment(found.domain, found.width, found.chunk, found.fps, found.history)
+    except UserError:
+        return None
+
+
 def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on parts of the checkpoint that are not in its bundle, or not as a user may think."""
     names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
@@ -86,17 +107,13 @@ def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     found = read_policy(checkpoint.policy)
     if found is None:
         return ()
-    notes = []
-    if found.state:
-        notes.append(
-            "this policy is given the robot's state as the first row of its actions (use_state), and this version "
-            "cannot give one: `run` refuses mode policy (CX605)"
-        )
-    elif found.state is None:
-        notes.append("checkpoint.json does not say whether this policy is given the robot's state: `run` gives none")
+    notes, own = [], _own(found)
+    if found.state is None:
+        does = "gives none" if own is None or not own.history else "wants it, as the published policy (use_state)"
+        notes.append(f"checkpoint.json does not say whether this policy is given the robot's state: `run` {does}")
     if found.domain is None:
         notes.append("checkpoint.json has a policy without domain_name: `run` takes any --embodiment")
-    elif found.domain in EMBODIMENTS or found.domain.startswith("droid"):
+    elif own is not None:
         usual = policy_embodiment(found.domain)
         for what, said, known in (
             ("columns", found.width, usual.width), ("actions in a chunk", found.chunk, usual.chunk),

@@ -7,6 +7,7 @@ is added to the evidence, which outlives a finding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from cosmos_export.compiler.engines import EngineBuilds, require_plans, silent_p
 from cosmos_export.compiler.evidence import TRANSFORMER, BuildResult, Evidence, result_of
 from cosmos_export.compiler.first_layers import compare_first_layers
 from cosmos_export.compiler.forms import make_forms
+from cosmos_export.compiler.golden import golden_record
 from cosmos_export.compiler.graphs import PassWatch, all_passes, plain_program
 from cosmos_export.compiler.input_files import InputHashes
 from cosmos_export.compiler.job import Job
@@ -245,7 +247,8 @@ def _build(
             evidence.parity.extend(found)
             evidence.verdicts.extend(() if found else (not_requested(why),))
             require_requests(evidence.parity)
-        return manifest(result_of(job, evidence), contents)
+            golden = golden_record(job, root) if found else None
+        return manifest(result_of(job, evidence), replace(contents, golden=golden))
 
     with stages("commit", shown=False):
         committed = writer.commit(manifest(result_of(job, evidence), contents), with_requests)

@@ -12,7 +12,7 @@ from cosmos_export.checkpoint.codecs import CODECS, codec_tensors
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, TensorPart, expected_tensors
 from cosmos_export.checkpoint.policy import read_policy
-from cosmos_export.checkpoint.published import PUBLISHED
+from cosmos_export.checkpoint.published import POLICIES, PUBLISHED
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import CheckpointSampling
 
@@ -132,10 +132,12 @@ _FOLDED_PARAMETERS = 472_928_640
 
 
 def published_subject(name: str) -> Subject:
-    """Nano, Super or Edge as published, in bf16, without a checkpoint. UserError CX480 for another name."""
-    if name not in PUBLISHED:
-        raise UserError("CX480", f"there is no published size `{name}`", f"one of {', '.join(PUBLISHED)}")
-    geometry = PUBLISHED[name]
+    """Nano, Super or Edge, or a policy, as published, in bf16, without a checkpoint. UserError CX480 for another
+    name."""
+    if name not in PUBLISHED and name not in POLICIES:
+        raise UserError("CX480", f"there is no published size `{name}`", f"one of {', '.join((*PUBLISHED, *POLICIES))}")
+    size, policy = POLICIES.get(name, (name, None))
+    geometry = PUBLISHED[size]
     codecs = {k: v for k, v in PUBLISHED_CODECS.items() if CODECS[k].modality != "sound" or geometry.sound_gen}
     facts = geometry.family.facts
     scheduler = {
@@ -144,13 +146,15 @@ def published_subject(name: str) -> Subject:
         "prediction_type": "flow_prediction",
         **facts.scheduler,
     }
-    weights = sum(t.elements for t in expected_tensors(geometry).values()) + _ENCODER_PARAMETERS[name]
+    weights = sum(t.elements for t in expected_tensors(geometry).values()) + _ENCODER_PARAMETERS[size]
     weights += _SOUND_ENCODER_PARAMETERS if geometry.sound_gen else 0
     return Subject(
-        name=f"Cosmos3-{name.capitalize()}",
+        name=f"Cosmos3-{'-'.join(map(str.capitalize, name.split('-')))}",
         variant=name,
         geometry=geometry,
-        sampling=CheckpointSampling(scheduler=scheduler, native=facts.native_grid, family=geometry.family),
+        sampling=CheckpointSampling(
+            scheduler=scheduler, native=facts.native_grid, family=geometry.family, policy=policy
+        ),
         codecs=codecs,
         weight_norm={name: _FOLDED_PARAMETERS for name in codecs if name == "sound-decoder"},
         tokenizer_bytes=_TOKENIZER_BYTES,

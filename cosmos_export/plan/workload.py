@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.sampling import MODES
-from cosmos_export.targets.profiles import NAMED_PROFILES, Profile, parse_profile
+from cosmos_export.targets.profiles import Profile, is_named, parse_profile
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def parse_workload(text: str, prompt_tokens: tuple[int, int] | None = None) -> W
             f"workload `{text}` begins with no mode; modes: {', '.join(MODES)}",
             f"did you mean `{near[0]}`?" if near else "for example t2v-480p-189f, t2i-720p, policy-droid",
         )
-    shape = name if name in NAMED_PROFILES else name.removeprefix(mode).removeprefix("-")
+    shape = name if is_named(name.split(",")[0]) else name.removeprefix(mode).removeprefix("-")
     if not shape:
         raise UserError("CX481", f"workload `{text}` has no size", f"for example {mode}-480p")
     if MODES[mode].single and "=" not in shape:

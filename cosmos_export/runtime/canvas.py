@@ -8,14 +8,14 @@ with a filter that widens when it shrinks; in floating point as torch does it, o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.diagnostics import UserError
+from cosmos_export.sampling.action_canvas import ActionCanvas
 from cosmos_export.sampling.modes import Fit
 
 Float = NDArray[np.float32]
@@ -104,48 +104,6 @@ def stretch(clip: Pixels, height: int, width: int) -> Float:
 
 # -- actions ----------------------------------------------------------------------------------------------------------
 
-ACTION_BINS: Mapping[int, tuple[tuple[int, int], ...]] = {
-    256: ((256, 256), (256, 320), (320, 256), (192, 320), (320, 192)),
-    480: ((640, 640), (544, 736), (736, 544), (480, 832), (832, 480)),
-    704: ((960, 960), (832, 1088), (1088, 832), (704, 1280), (1280, 704)),
-    720: ((960, 960), (832, 1104), (1104, 832), (720, 1280), (1280, 720)),
-}
-"""(height, width) of the canvases of each resolution tier, in the order in which the first of equals is taken."""
-
-
-@dataclass(frozen=True)
-class ActionCanvas:
-    """The canvas of an action: ``content`` in the top left of ``height`` × ``width``, in pixels."""
-
-    height: int
-    width: int
-    content_height: int
-    content_width: int
-    rounded: tuple[int, int]
-    """Height and width of the source as it is first brought to multiples of what a latent stands for."""
-
-
-def plan_action_canvas(height: int, width: int, tier: int, spatial: int = 16) -> ActionCanvas:
-    """The canvas for a source of ``height`` × ``width`` pixels; ``spatial`` pixels are one latent.
-
-    CX612: no such tier, or a source that is smaller than a latent.
-    """
-    if tier not in ACTION_BINS:
-        raise UserError("CX612", f"resolution tier {tier}; known: {', '.join(map(str, ACTION_BINS))}")
-    rows, columns = height - height % spatial, width - width % spatial
-    if not rows or not columns:
-        raise UserError("CX612", f"{width} × {height} pixels are too few for an action; at least {spatial} × {spatial}")
-    ratio = rows / columns
-    canvas_height, canvas_width = min(ACTION_BINS[tier], key=lambda size: abs(size[0] / size[1] - ratio))
-    scale = min(canvas_width / columns, canvas_height / rows, 1.0)
-    return ActionCanvas(
-        canvas_height,
-        canvas_width,
-        max(1, int(scale * rows + 0.5)),
-        max(1, int(scale * columns + 0.5)),
-        (rows, columns),
-    )
-
 
 def action_canvas(clip: Pixels, canvas: ActionCanvas) -> Float:
     """``clip`` on ``canvas``: float32 [3, frames, height, width] in [−1, 1], padded at the bottom and on the right."""
@@ -153,8 +111,11 @@ def action_canvas(clip: Pixels, canvas: ActionCanvas) -> Float:
 
 
 def _placed(frame: Pixels, canvas: ActionCanvas) -> Float:
-    frames = _signed(resize(frame, *canvas.rounded)).swapaxes(0, 1)
+    levels = frame.transpose(0, 3, 1, 2).astype(np.float32) if canvas.whole else None
+    frames = _signed(resize(frame, *canvas.rounded)).swapaxes(0, 1) if levels is None else levels
     frames = resample(frames, canvas.content_height, canvas.content_width, CUBIC)
+    if canvas.whole:
+        frames = np.clip(np.round(frames), 0, 255) / np.float32(127.5) - np.float32(1)
     below, beside = canvas.height - canvas.content_height, canvas.width - canvas.content_width
     # A reflection cannot be longer than what it reflects.
     short = below >= canvas.content_height or beside >= canvas.content_width

@@ -1,15 +1,12 @@
-"""Robots and the numbers that describe their actions: embodiments, action files, and the statistics that scale actions.
+"""The robots of a bundle, and the numbers that describe their actions: action files, and statistics that scale actions.
 
-An action of an embodiment has a fixed width; the model's own is wider and the rest is zero. Ids, widths and tiers are
-those of diffusers (``pipeline_cosmos3_omni.py``), ids above 20 those of vLLM-Omni; chunk and rate are TensorRT-LLM's
-(``visual_gen`` defaults).
+An action of an embodiment has a fixed width; the model's own is wider and the rest is zero.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,147 +14,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export import files
+from cosmos_export.bundle import RequestRecord
+from cosmos_export.bundle.embodiment import Embodiment, choose_embodiment
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object
 from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.in_memory import InMemory
-from cosmos_export.runtime.views import Views
 
 Actions = NDArray[np.float32]
 """[rows, width]."""
 
 
-_PLAIN_VIEWS = Views()
+def policy_of(record: RequestRecord) -> Embodiment | None:
+    """The embodiment of the policy that ``record`` is of, None where it is of none. CX610: one that is unknown."""
+    domain = record.sampling.policy
+    if domain is None or record.action is None:
+        return None
+    if len(record.action.embodiments) != 1:
+        raise UserError(
+            "CX610",
+            f"this bundle is of a policy for {shown(domain)}, which its build did not know or its model has not",
+        )
+    return record.action.embodiments[0]
 
 
-@dataclass(frozen=True)
-class Embodiment:
-    """A robot's actions, and the usual form of its clips."""
-
-    name: str
-    domain: int
-    """Index into the model's domain matrices."""
-    width: int | None
-    """Columns of an action; None where the data set decides."""
-    chunk: int = 16
-    """Actions in a request; the clip has one frame more."""
-    fps: float = 10.0
-    rated: bool = False
-    """Trained at this rate alone; otherwise it is what clips usually have."""
-    tier: int = 480
-    """Resolution tier of the canvas (`canvas.ACTION_BINS`)."""
-    parts: tuple[tuple[str, int], ...] = ()
-    """The parts of an action, in order: the name of each part in data sets, and its columns. Empty: one
-    vector, whose order the data set decides."""
-    poses: bool = False
-    """An action is the change of an end effector's pose and a gripper: position (3), rotation as 6 numbers, gripper."""
-    views: Views = _PLAIN_VIEWS
-    """The parts of its observations."""
-
-
-_TABLE = (
-    Embodiment("av", 1, 9, chunk=60),
-    Embodiment("camera_pose", 2, 9, chunk=60, fps=30.0),
-    Embodiment("hand_pose", 3, 57, fps=24.0),
-    Embodiment("pusht", 4, 2, tier=256),
-    Embodiment("libero", 5, None, tier=256),
-    Embodiment("umi", 6, 10, poses=True),
-    Embodiment("bridge_orig_lerobot", 7, 10, fps=5.0, poses=True),
-    Embodiment("droid_lerobot", 8, 10, fps=15.0, poses=True),
-    Embodiment("robomind-franka", 8, 10, poses=True),
-    Embodiment("galbot", 9, 30),
-    Embodiment("robomind-franka-dual", 12, 20),
-    Embodiment("robomind-ur", 13, 10, poses=True),
-    Embodiment("agibotworld", 15, 29),
-    Embodiment("agibot_gear_gripper", 15, 29),
-    Embodiment("agibot_gear_gripper_ext", 15, 29),
-    Embodiment("xdof_yam", 16, None),
-    Embodiment("fractal", 20, 10, fps=5.0, poses=True),
-    Embodiment("drawanything", 21, None),
-    Embodiment("behavior1k", 22, None),
-    Embodiment("maniparena", 23, None),
-)
-EMBODIMENTS: Mapping[str, Embodiment] = {embodiment.name: embodiment for embodiment in _TABLE}
-
-_POLICIES: Mapping[str, Embodiment] = {
-    # Seven joint positions and the gripper, where the base model has an end effector pose; TensorRT-Edge-LLM and
-    # vLLM-Omni: chunk 32 at 15 frames per second.
-    "droid": Embodiment(
-        "droid_lerobot",
-        8,
-        8,
-        chunk=32,
-        fps=15.0,
-        rated=True,
-        parts=(("joint_position", 7), ("gripper_position", 1)),
-        # NVIDIA's server (cosmos-framework, action_policy_server_robolab): names, composition, size, the gripper as
-        # 1 − what the robot says.
-        views=Views(
-            cameras=("wrist_image_left", "exterior_image_1_left", "exterior_image_2_left"),
-            layout="wrist over two",
-            size=(540, 640),
-            viewpoint="wrist_over_two_view",
-            state=(("joint_position", 7), ("gripper_position", 1)),
-            mirrored=("gripper_position",),
-        ),
-    ),
-}
-"""Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
-
-
-def policy_embodiment(
-    domain: str, width: int | None = None, chunk: int | None = None, fps: float | None = None
-) -> Embodiment:
-    """The embodiment of a policy trained for ``domain``, with what its checkpoint says in place of what is usual.
-
-    CX610: no such domain.
-    """
-    usual = _POLICIES.get(domain.split("_")[0]) or _known(domain)
-    found = replace(
-        usual,
-        width=width or usual.width,
-        chunk=chunk or usual.chunk,
-        fps=fps or usual.fps,
-        rated=usual.rated or fps is not None,
-    )
-    # Of another width it is another representation, of which nothing is known.
-    return found if found.width == usual.width else replace(found, parts=(), poses=False, views=_PLAIN_VIEWS)
-
-
-def embodiment(name: str | None, policy: str | Embodiment | None) -> Embodiment:
-    """The embodiment ``name``, or that of a checkpoint that is a ``policy`` (its embodiment, or its domain).
+def robot_of(name: str | None, record: RequestRecord) -> Embodiment:
+    """The robot ``name`` of those that the bundle has, or the one that it is a policy for.
 
     CX610: neither, an unknown one, or another than the policy's.
     """
-    if policy is not None:
-        own = policy_embodiment(policy) if isinstance(policy, str) else policy
-        if name is not None and _known(name).domain != own.domain:
-            raise UserError(
-                "CX610",
-                f"embodiment `{name}`; this checkpoint is a policy for `{own.name}` only",
-                "leave --embodiment out",
-            )
-        return own
-    if name is None:
-        raise UserError("CX610", "an action needs an embodiment", f"--embodiment with one of {', '.join(EMBODIMENTS)}")
-    return _known(name)
-
-
-def require_width(what: str, robot: Embodiment, columns: int, hint: str = "is it the right embodiment=?") -> None:
-    """CX611 where actions called ``what`` have other ``columns`` than those of ``robot``."""
-    if robot.width is not None and columns != robot.width:
-        raise UserError("CX611", f"{what} has {columns} columns; actions of `{robot.name}` have {robot.width}", hint)
-
-
-def _known(name: str) -> Embodiment:
-    if name in EMBODIMENTS:
-        return EMBODIMENTS[name]
-    near = difflib.get_close_matches(name, EMBODIMENTS, n=1)
-    raise UserError(
-        "CX610",
-        f"unknown embodiment {shown(name)}; known: {', '.join(EMBODIMENTS)}",
-        f"did you mean `{near[0]}`?" if near else "",
-    )
+    rows = () if record.action is None else record.action.embodiments
+    return choose_embodiment(name, policy_of(record), {row.name: row for row in rows})
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -175,6 +62,8 @@ class ActionFile:
     values: Actions
     embodiment: str | None = None
     """The embodiment that they are of."""
+    domain: int | None = None
+    """Its domain."""
     units: str | None = None
     """``model``, or ``raw``: those of the data."""
 
@@ -182,7 +71,8 @@ class ActionFile:
         """CX611 where they are of another robot than ``robot``, or in other units than are read. ``scaled``: statistics
         of the data are given, and make them the model's."""
         name = self.embodiment
-        if name is not None and EMBODIMENTS[name].domain != robot.domain:
+        same = name == robot.name if self.domain is None else self.domain == robot.domain
+        if name is not None and not same:
             _refuse(self.path, f"they are of `{name}`, and the request is of `{robot.name}`", f"--embodiment {name}")
         if self.units == "raw" and not scaled:
             hint = "--action-stats with the statistics that made them so"
@@ -216,9 +106,14 @@ def read_actions(path: Path | InMemory[Actions]) -> ActionFile:
     if not np.isfinite(values).all():
         row, column = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
         _refuse(path, f"row {row}, column {column} is {values[row, column]}", "actions are finite numbers in float32")
-    name, units = facts.get("embodiment"), facts.get("units")
-    known = name if isinstance(name, str) and name in EMBODIMENTS else None
-    return ActionFile(path, values, known, units if units in ("model", "raw") else None)
+    name, units, domain = facts.get("embodiment"), facts.get("units"), str(facts.get("domain"))
+    return ActionFile(
+        path,
+        values,
+        name if isinstance(name, str) else None,
+        int(domain) if domain.isdecimal() and len(domain) <= 4 else None,
+        units if units in ("model", "raw") else None,
+    )
 
 
 def _read_tensor(path: Path, tensors: Mapping[str, TensorEntry]) -> Actions:

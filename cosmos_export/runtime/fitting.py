@@ -14,10 +14,11 @@ def fit_profile(
     record: RequestRecord,
     least: Mapping[str, int] | None = None,
     refusal: str = "no profile of this bundle takes",
+    hint: str | None = None,
 ) -> ProfileRecord:
     """The first profile in which every value of ``dims`` is allowed, and that reaches ``least``; or CX607.
 
-    ``refusal`` is how the message begins.
+    ``refusal`` is how the message begins; ``hint``: the way out of a height or width that nobody gave.
     """
     values = {name: [value] if isinstance(value, int) else list(value) for name, value in dims.items()}
     reached = least or {}
@@ -32,7 +33,8 @@ def fit_profile(
             return profile
         misfits.append(f"`{profile.name}` takes " + ", ".join(allowed(n, profile.dims[n], record) for n in wrong))
         concerned |= {name: max(values.get(name, [reached.get(name, 0)])) for name in wrong}
-        hints.append((len(wrong), _hint(wrong[0], concerned[wrong[0]], profile.dims[wrong[0]], silent)))
+        said = _hint(wrong[0], concerned[wrong[0]], profile.dims[wrong[0]], silent)
+        hints.append((len(wrong), hint if hint is not None and wrong[0] in ("height", "width") else said))
     wanted = ", ".join(_said(name, str(_size(name, value, record))) for name, value in concerned.items())
     raise UserError("CX607", f"{refusal} {wanted}: {'; '.join(misfits)}", min(hints)[1])
 
@@ -71,6 +73,8 @@ def _hint(name: str, found: int, span: DimRecord, silent: bool) -> str:
         return "fewer --frames" if span.max else "build a profile with sound, as 480p-121f+sound"
     if name == "action_len" and not found:
         return "this profile is for actions: --mode policy, forward-dynamics or inverse-dynamics"
+    if name == "action_len":
+        return f"build a profile with room for {found} rows of actions, as action_len={found}"
     if name == "und_len":
         return f"shorten the prompt, or build with a longer range, as `480p,und_len=1:512:{2 * span.max}`"
     if name == "frames":

@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import BundleFiles, PromptRecord, RequestRecord
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.in_memory import InMemory
 from cosmos_export.options import GenerateOptions
-from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
+from cosmos_export.runtime.conversion import UNCHANGED, Conversion
+from cosmos_export.runtime.embodiments import Beyond
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.generate_options import (
     mode_of,
@@ -52,8 +54,10 @@ class Prepared:
     """Height and width of the pictures in pixels."""
     sound_len: int
     embodiment: Embodiment | None = None
-    scale: ActionScale | None = None
-    """How actions of the model become those of the data; None where the request brought no statistics."""
+    conversion: Conversion = UNCHANGED
+    """How actions of the model become those of the robot."""
+    state: NDArray[np.float32] | None = None
+    """[width]: where the robot is, in its own numbers; None where the request does not say."""
     beyond: Beyond | None = None
     """Given actions outside their statistics; None where there are not both."""
     notes: tuple[str, ...] = ()
@@ -110,7 +114,8 @@ def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokeniz
         size=size,
         sound_len=stage.dims["sound_len"],
         embodiment=stage.embodiment,
-        scale=stage.scale,
+        conversion=stage.conversion,
+        state=stage.state,
         beyond=stage.beyond,
         notes=(*stage.notes, *said),
     )
@@ -142,7 +147,9 @@ def _tokenized(
     task = stage.mode.prompt is PromptForm.TASK
     if task and prompt.caption and asked.viewpoint is not None:
         raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
-    action = (asked.viewpoint or DEFAULT_VIEWPOINT) if task else None
+    robot = stage.embodiment
+    usual = DEFAULT_VIEWPOINT if robot is None else robot.views.viewpoint or DEFAULT_VIEWPOINT
+    action = (asked.viewpoint or usual) if task else None
     texts = request_texts(prompt, negative, stage.scene, action=action, metadata=asked.metadata)
     with_system = record.prompt.use_system if asked.system is None else asked.system
     system = system_message(stage.scene) if with_system else None

@@ -30,6 +30,7 @@ _INSTEAD = {
     "metadata": "the caption of an action says everything itself",
     "actions": "actions are given in forward dynamics and found in the other modes",
     "action_clamp": "it is about actions that are given",
+    "state": "a policy alone is given the robot's state",
 }
 _NEEDED = {"actions": "a .json or .safetensors file of rows"}
 
@@ -79,6 +80,8 @@ def require_options(asked: GenerateOptions, mode: Mode) -> None:
     for name in given:
         if name not in allowed:
             raise UserError("CX604", f"{_flag(name)} is not for mode {mode}", f"it takes {wanted or 'text only'}")
+    if isinstance(asked.image, Mapping) and not mode.acts:
+        raise UserError("CX604", f"pictures by name in mode {mode}", "cameras have names in the modes of robots")
     if len(given) > 1:
         raise UserError("CX604", f"{' and '.join(map(_flag, given))} are given", "one of them is enough")
     if allowed and not given:
@@ -109,14 +112,6 @@ def require_capabilities(manifest: Manifest, record: RequestRecord, mode: Mode, 
                 f"it does not compute {modality}_velocity",
                 f"build it with --outputs …,{modality}_velocity",
             )
-    if mode.state and record.policy is not None and record.policy.state:
-        _lacks(
-            manifest,
-            what,
-            "its checkpoint is a policy that is given the robot's state as the first row of its actions (use_state), "
-            "and this version cannot give one",
-            "without the state its actions would be wrong: run the checkpoint with NVIDIA's policy server until then",
-        )
     if mode.sources and not has_component(manifest, ENCODER):
         _lacks(manifest, what, "it has no encoder for pictures", "build it with its components")
 

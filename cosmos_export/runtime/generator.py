@@ -61,9 +61,10 @@ class Result:
         return self._generator.decode_sound(self.latents["sound"])
 
     def actions(self) -> Array:
-        """float32 [rows, width] in the model's units."""
-        assert self._request.action is not None
-        return self.latents["action"][:, : self._request.action.raw_dim]
+        """float32 [rows, width] in the model's units, without the rows that were given."""
+        part = self._request.action
+        assert part is not None
+        return self.latents["action"][part.given_rows :, : part.raw_dim]
 
 
 class Generator:

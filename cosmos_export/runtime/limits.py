@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from cosmos_export import files
 from cosmos_export.diagnostics import FindingError, UserError, shown
+from cosmos_export.runtime.conversion import Units
 from cosmos_export.runtime.embodiments import Actions
 
-Units = Literal["raw", "model"]
 Verdict = Literal["pass", "clip", "reject"]
 Floats = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def review(
     limits: Limits | None,
     *,
     fps: float,
-    state: Sequence[float] | Floats | None = None,
+    state: Sequence[float] | NDArray[np.floating[Any]] | None = None,
     age_s: float | None = None,
 ) -> Review:
     """Look at ``actions``, float [rows, columns] with ``fps`` rows per second, before they leave.

@@ -185,7 +185,8 @@ class Generation:
 
     @cached_property
     def actions(self) -> NDArray[np.float32] | None:
-        """float32 [rows, width], in the data's units where statistics were given; None in modes without actions."""
+        """float32 [rows, width] as the robot takes them, in the data's units where statistics were given; None in modes
+        without actions."""
         return actions_of(self._result, self.prepared)
 
     def review(
@@ -193,15 +194,16 @@ class Generation:
     ) -> Review:
         """Hold `actions` to the limits of a robot, which may be the path of a ``limits.toml``, before they leave.
 
-        ``state``: where the robot is, a number per column; ``age_s``: seconds since that was seen. The review has
-        ``verdict``, ``breaches`` and the ``actions`` that may leave. UserError CX630: no limits; CX632: those of other
-        actions, or no actions here. It is no safety function of the robot.
+        ``state``: where the robot is, a number per column (None: as the request said); ``age_s``: seconds since that
+        was seen. The review has ``verdict``, ``breaches`` and the ``actions`` that may leave. UserError CX630: no
+        limits; CX632: those of other actions, or no actions here. It is no safety function of the robot.
         """
         found = limits if isinstance(limits, Limits) else read_limits(Path(limits))
         if self.actions is None:
             raise UserError("CX632", f"mode {self.mode} makes no actions", "policy and inverse-dynamics do")
-        found.require(self.actions.shape[1], "model" if self.prepared.scale is None else "raw")
-        return review(self.actions, found, fps=self.fps, state=state, age_s=age_s)
+        found.require(self.actions.shape[1], self.prepared.conversion.units)
+        now = self.prepared.state if state is None else state
+        return review(self.actions, found, fps=self.fps, state=now, age_s=age_s)
 
     def save(
         self,

@@ -36,6 +36,10 @@ VIEWPOINTS: Mapping[str, str] = {
         "wrist-mounted camera. The bottom row contains two horizontally concatenated third-person perspective views of "
         "the scene from opposite sides, with the robot visible."
     ),
+    "third_person_beside_wrist_view": (
+        "This video contains concatenated views from multiple camera perspectives. The left half shows the "
+        "third-person view; the right half shows the wrist-mounted camera."
+    ),
 }
 """Sentence of each camera perspective of an action."""
 DEFAULT_VIEWPOINT = "ego_view"

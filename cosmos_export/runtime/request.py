@@ -23,9 +23,15 @@ class ActionPart:
     raw_dim: int
     """Width of an action of this embodiment; the columns behind it are padding and stay zero."""
     given: Array | None = None
-    """float32 [rows, raw_dim] of forward dynamics, where every row is given; None: the rows are generated."""
+    """float32 [n, raw_dim] of the first n rows, which are given: every row of forward dynamics, or the state of a
+    policy; None: all rows are generated."""
     first_position: int = 1
     """Temporal index of row 0 in frames: 0 where row 0 is the state at the first frame."""
+
+    @property
+    def given_rows(self) -> int:
+        """How many rows are given, from the first on."""
+        return 0 if self.given is None else len(self.given)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def write_results(
     sound = _sound(outputs, generated, prepared, written)
     actions = actions_of(generated, prepared) if outputs.actions else None
     if actions is not None:
-        written.review = review(actions, limits, fps=prepared.request.fps)
+        written.review = review(actions, limits, fps=prepared.request.fps, state=prepared.state)
         actions = written.review.require()
     origin = {"mode": prepared.request.mode, "seed": str(prepared.request.seed)}
     if outputs.latents is not None:
@@ -231,12 +231,12 @@ def _sound(outputs: Outputs, generated: Generated, prepared: Prepared, written: 
 
 
 def actions_of(generated: Generated, prepared: Prepared) -> Array | None:
-    """float32 [rows, width], in the units of the data where there are statistics; None where the mode makes none.
-    FindingError CX663: they are not finite."""
+    """float32 [rows, width], in the numbers of the robot; None where the mode makes none. FindingError CX663: they are
+    not finite."""
     if "action" not in MODES[prepared.request.mode].generated:
         return None
     model = _require_finite(generated.actions(), "actions").astype(np.float32)
-    return model if prepared.scale is None else prepared.scale.to_raw(model)
+    return prepared.conversion.to_robot(model)
 
 
 def _write_actions(path: Path, actions: Array, prepared: Prepared, mark: Mark, reviewed: Review | None) -> None:
@@ -247,8 +247,8 @@ def _write_actions(path: Path, actions: Array, prepared: Prepared, mark: Mark, r
         "embodiment": robot.name,
         "domain": robot.domain,
         "fps": prepared.request.fps,
-        "units": "model" if prepared.scale is None else "raw",
-        "normalization": "none" if prepared.scale is None else prepared.scale.method,
+        "units": prepared.conversion.units,
+        "normalization": "none" if prepared.conversion.scale is None else prepared.conversion.scale.method,
         "seed": prepared.request.seed,
         "limits": "none" if reviewed is None or reviewed.limits is None else reviewed.limits,
     }

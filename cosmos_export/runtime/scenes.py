@@ -13,15 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import Manifest, ProfileRecord, RequestRecord
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.diagnostics import UserError
-from cosmos_export.options import GenerateOptions
+from cosmos_export.options import GenerateOptions, Picture
 from cosmos_export.runtime import canvas, embodiments, read_media
-from cosmos_export.runtime.embodiments import ActionScale, Beyond, Embodiment
+from cosmos_export.runtime.conversion import UNCHANGED, Conversion, read_state
+from cosmos_export.runtime.embodiments import Beyond
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
 from cosmos_export.runtime.step_inputs import sound_latents
+from cosmos_export.runtime.views import bilinear, compose
 from cosmos_export.sampling import DEFAULT_MODE, Mode
+from cosmos_export.sampling.action_canvas import plan_action_canvas
 from cosmos_export.sampling.modes import IMAGE_MODE
 
 
@@ -37,7 +41,8 @@ class Stage:
     pixels: NDArray[np.float32] | None = None
     action: ActionPart | None = None
     embodiment: Embodiment | None = None
-    scale: ActionScale | None = None
+    conversion: Conversion = UNCHANGED
+    state: NDArray[np.float32] | None = None
     beyond: Beyond | None = None
     notes: tuple[str, ...] = ()
 
@@ -81,7 +86,7 @@ def _given_clip(asked: GenerateOptions, mode: Mode, count: int, scene: Scene) ->
     """The first or last ``count`` frames of the request's file on its canvas: float32 [3, count, height, width]."""
     keep = canvas.keeping(mode.fit, scene.height, scene.width)
     if asked.image is not None:
-        picture = read_media.read_picture(asked.image)
+        picture = read_media.read_picture(_one(asked.image))
         clip = replace(picture, frames=keep(picture.frames))
     else:
         assert asked.video is not None
@@ -109,26 +114,15 @@ def _sizes_from(
         return fit_profile(manifest.profiles, known, record, least=least)  # its message speaks of all of them
 
 
-def policy_of(record: RequestRecord) -> Embodiment | None:
-    """The embodiment of the policy that ``record`` is of, None where it is of none. CX610: one that is unknown."""
-    domain, said = record.sampling.policy, record.policy
-    if domain is None:
-        return None
-    return embodiments.policy_embodiment(domain, *(() if said is None else (said.width, said.chunk, said.fps)))
-
-
 def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestRecord, mode: Mode) -> Stage:
     """An embodiment's actions, and the canvas of its picture or clip."""
     assert record.action is not None
-    robot = embodiments.embodiment(asked.embodiment, policy_of(record))
+    robot = embodiments.robot_of(asked.embodiment, record)
     video, fps = record.video, robot.fps if asked.fps is None else float(asked.fps)
-    if robot.domain >= record.action.domains:
-        raise UserError(
-            "CX610", f"embodiment `{robot.name}` is domain {robot.domain}; the model has {record.action.domains}"
-        )
     chunk = _chunk(asked.chunk, robot, manifest.profiles, video.temporal)
+    history = robot.history if mode.state else 0
     latent_frames = chunk // video.temporal + 1
-    lengths = {"frames": latent_frames, "sound_len": 0, "action_len": chunk}
+    lengths = {"frames": latent_frames, "sound_len": 0, "action_len": chunk + history}
     fit_profile(manifest.profiles, lengths, record)  # before so many rows or frames are made
     raw = None
     if asked.actions is not None:
@@ -136,64 +130,129 @@ def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestReco
         file.require(robot, asked.action_stats is not None)
         raw = file.values
     width = _action_width(asked, robot, raw, record.action.dim)
-    scale = None
-    if asked.action_stats is not None:
-        scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
-        if asked.action_clamp and not scale.bounded:
-            raise UserError("CX604", "--action-clamp with a mean and a deviation, which are no bounds", "leave it out")
+    conversion = _conversion(asked, robot, width)
     notes: list[str] = []
-    if mode.state and record.policy is not None and record.policy.state is None:
+    beyond = None
+    state = _state(asked, robot, history, width)
+    given = None if state is None else conversion.to_model(state)
+    if mode.state and not history and record.policy is not None and record.policy.state is None:
         notes.append("the checkpoint does not say whether its policy is given the robot's state (use_state): none is")
-    given = beyond = None
     if raw is not None:
         used = raw[:chunk]
-        if scale is not None:
-            beyond = replace(scale.beyond(used), clamped=asked.action_clamp)
-            notes += _beyond_note(beyond, asked.actions)
-        given = _lasting(used if scale is None else scale.to_model(used, asked.action_clamp), chunk)
+        found = conversion.beyond(used)
+        beyond = None if found is None else replace(found, clamped=asked.action_clamp)
+        notes += () if beyond is None else _beyond_note(beyond, asked.actions)
+        given = _lasting(conversion.to_model(used, asked.action_clamp), chunk)
         if len(raw) != chunk:
             verb = "the last is repeated" if len(raw) < chunk else "the rest is left out"
             notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")
-    source = asked.video if asked.image is None else asked.image
-    assert source is not None
     clean = mode.given_frames(latent_frames)
     count = (clean - 1) * video.temporal + 1
-    clip = _source(asked, count)
+    clip = _seen(asked, robot, count)
     frames = clip.frames
     notes += clip.notes
-    plan = canvas.plan_action_canvas(
-        frames.shape[1], frames.shape[2], robot.tier if asked.tier is None else asked.tier, video.spatial
-    )
+    tier, whole = robot.tier if asked.tier is None else asked.tier, bool(robot.views.size)
+    plan = plan_action_canvas(frames.shape[1], frames.shape[2], tier, video.spatial, whole=whole)
     if count > 1:
         if len(frames) < count:
-            notes.append(f"{source} has {len(frames)} frames for {count}: the last is repeated")
+            notes.append(f"{asked.video} has {len(frames)} frames for {count}: the last is repeated")
         frames = _lasting(frames, count)
-        notes += _rate_note(clip.fps, fps, source)
+        notes += _rate_note(clip.fps, fps, asked.video)
     dims = {
         **lengths,
         "height": max(plan.content_height // video.spatial, 1),
         "width": max(plan.content_width // video.spatial, 1),
     }
-    fit_profile(manifest.profiles, dims, record)
+    fit_profile(manifest.profiles, dims, record, hint=_size_hint(asked, robot))
     return Stage(
         mode,
         Scene(chunk + 1, plan.height, plan.width, fps),
         dims,
         clean_frames=tuple(range(clean)),
         pixels=canvas.action_canvas(frames, plan)[None],
-        action=ActionPart(chunk, robot.domain, width, given),
+        action=ActionPart(chunk + history, robot.domain, width, given, 1 - history),
         embodiment=robot,
-        scale=scale,
+        conversion=conversion,
+        state=None if state is None else state[-1],
         beyond=beyond,
         notes=tuple(notes),
     )
 
 
+def _conversion(asked: GenerateOptions, robot: Embodiment, width: int) -> Conversion:
+    """Between the robot's numbers and the model's, for actions of ``width`` columns."""
+    mirrored = robot.mirrored if width == robot.width else ()
+    if asked.action_stats is None:
+        return Conversion(mirrored)
+    scale = embodiments.read_scale(asked.action_stats, width, asked.action_normalization)
+    if asked.action_clamp and not scale.bounded:
+        raise UserError("CX604", "--action-clamp with a mean and a deviation, which are no bounds", "leave it out")
+    return Conversion(mirrored, scale)
+
+
+def _state(asked: GenerateOptions, robot: Embodiment, history: int, width: int) -> embodiments.Actions | None:
+    """The rows of the state in the robot's numbers, float32 [history, width]; None where a policy is given none."""
+    if not history:
+        if asked.state is not None:
+            raise UserError("CX619", f"a policy for `{robot.name}` that is given no state", "leave --state out")
+        return None
+    if asked.state is None:
+        parts = ", ".join(f"`{part.name}` ({part.columns})" for part in robot.parts)
+        raise UserError(
+            "CX619",
+            f"this policy for `{robot.name}` is given the robot's state, and the request has none: its actions would "
+            "be wrong",
+            f"--state FILE.json with {f'{parts}, or with ' if parts else ''}{width} numbers",
+        )
+    rows = read_state(asked.state, robot, width)
+    if len(rows) < history:
+        raise UserError(
+            "CX619", f"the state in {asked.state}: {len(rows)} rows; this policy is given {history}",
+            "the last row is where the robot is now",
+        )  # fmt: skip
+    return rows[-history:]
+
+
+def _seen(asked: GenerateOptions, robot: Embodiment, count: int) -> read_media.Clip:
+    """The picture that the robot sees, in the size that its views have: several cameras in one, or one that is composed
+    already."""
+    views = robot.views
+    if isinstance(asked.image, Mapping):
+        clips = {name: read_media.read_picture(picture) for name, picture in asked.image.items()}
+        pictures = {name: np.asarray(clip.frames[0]) for name, clip in clips.items()}
+        notes = tuple(note for clip in clips.values() for note in clip.notes)
+        return read_media.Clip(compose(views, pictures)[None], None, notes)
+    clip = _source(asked, count)
+    if not views.size or clip.frames.shape[1:3] == views.size:
+        return clip
+    height, width = views.size
+    found = f"{clip.frames.shape[2]} × {clip.frames.shape[1]}"
+    names = " ".join(f"--image {name}=FILE" for name in views.short or views.cameras)
+    note = (
+        f"{asked.image or asked.video} has {found} pixels and is brought to {width} × {height}, as one picture of all"
+    )
+    frames = np.stack([bilinear(frame, height, width) for frame in clip.frames])
+    return replace(clip, frames=frames, notes=(*clip.notes, f"{note} cameras; {names} puts them together"))
+
+
+def _size_hint(asked: GenerateOptions, robot: Embodiment) -> str:
+    """A way out of a size that follows from a picture, where none was asked for."""
+    if asked.tier is not None:
+        return f"leave --tier out: `{robot.name}` has {robot.tier}"
+    return "the size follows from the picture: give one of the size that the profile is for, or build one for this size"
+
+
 def _source(asked: GenerateOptions, count: int) -> read_media.Clip:
     if asked.image is not None:
-        return read_media.read_picture(asked.image)
+        return read_media.read_picture(_one(asked.image))
     assert asked.video is not None
     return read_media.read_clip(asked.video, count)
+
+
+def _one(image: Picture | Mapping[str, Picture]) -> Picture:
+    """The picture where there is one; several have been refused, or composed, before."""
+    assert not isinstance(image, Mapping)
+    return image
 
 
 def _chunk(asked: int | None, robot: Embodiment, profiles: Sequence[ProfileRecord], temporal: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,11 +69,11 @@ def request_inputs(request: Request, record: RequestRecord, shapes: Sizes) -> di
     if shapes.action is not None:
         rows, dim = shapes.action
         part = request.action
-        given, used, first, domain = (False, dim, 1, 0) if part is None else (
-            part.given is not None, part.raw_dim, part.first_position, part.domain,
+        given, used, first, domain = (0, dim, 1, 0) if part is None else (
+            part.given_rows, part.raw_dim, part.first_position, part.domain,
         )  # fmt: skip
         found |= {
-            "action_mask": np.full(rows, 0.0 if given else 1.0, np.float32),
+            "action_mask": noisy_rows(rows, range(given)),
             "action_columns": (np.arange(dim) < used).astype(np.float32),
             "action_positions": positions.action_positions(rows, rate, base, video.temporal, first),
             "action_domain": np.array([domain], np.int64),
@@ -81,7 +81,7 @@ def request_inputs(request: Request, record: RequestRecord, shapes: Sizes) -> di
     return found
 
 
-def noisy_rows(count: int, clean: tuple[int, ...]) -> Array:
+def noisy_rows(count: int, clean: Sequence[int]) -> Array:
     """float32 [count]: 0 for the rows in ``clean``, 1 for those that are generated."""
     mask = np.ones(count, np.float32)
     mask[list(clean)] = 0.0
@@ -136,5 +136,5 @@ def initial_latents(
     if "action" in samples:
         samples["action"] *= inputs["action_columns"]
         if request.action is not None and request.action.given is not None:
-            samples["action"][:, : request.action.raw_dim] = request.action.given
+            samples["action"][: request.action.given_rows, : request.action.raw_dim] = request.action.given
     return samples

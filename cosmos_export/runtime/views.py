@@ -6,37 +6,17 @@ without a wider filter for shrinking, and values cut, not rounded, to whole leve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export.diagnostics import UserError
+from cosmos_export.bundle.embodiment import Views
+from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.runtime.canvas import fused
 
 Picture = NDArray[np.uint8]
 """[height, width, 3] RGB."""
-
-
-@dataclass(frozen=True)
-class Views:
-    """The parts of a robot's observation, by the names that its data sets have for it."""
-
-    whole: str = "image"
-    """A picture that needs no composition."""
-    cameras: tuple[str, ...] = ()
-    """Cameras that are composed into one picture, in the order in which ``layout`` takes them."""
-    layout: str = ""
-    """How, of `LAYOUTS`."""
-    size: tuple[int, int] | None = None
-    """Height and width that the picture is brought to; None: it stays as it is."""
-    viewpoint: str | None = None
-    """Perspective that the caption speaks of; None: the usual one."""
-    state: tuple[tuple[str, int], ...] = ()
-    """Where the robot is: each part and its numbers, in the order of an action's columns."""
-    mirrored: tuple[str, ...] = ()
-    """Parts that the model has as 1 − the robot's own number."""
 
 
 def bilinear(picture: Picture, height: int, width: int) -> Picture:
@@ -73,7 +53,7 @@ def _between(source: int, size: int) -> tuple[NDArray[np.intp], NDArray[np.intp]
     return first, np.minimum(first + 1, source - 1), np.asarray(centre - first, dtype=np.float32)
 
 
-def _wrist_over_two(wrist: Picture, left: Picture, right: Picture) -> Picture:
+def _wrist_over_two(size: Sequence[int], wrist: Picture, left: Picture, right: Picture) -> Picture:
     """The wrist's picture, and below it two others at half its size side by side."""
     height, width = wrist.shape[0], wrist.shape[1]
     if height % 2 or width % 2:
@@ -82,14 +62,29 @@ def _wrist_over_two(wrist: Picture, left: Picture, right: Picture) -> Picture:
     return np.concatenate([wrist, np.concatenate(below, axis=1)])
 
 
-LAYOUTS: Mapping[str, Callable[..., Picture]] = {"wrist over two": _wrist_over_two}
+def _side_by_side(size: Sequence[int], *pictures: Picture) -> Picture:
+    """All pictures in a row, each with its share of the width of ``size``."""
+    height, width = size
+    return np.concatenate([bilinear(one, height, width // len(pictures)) for one in pictures], axis=1)
+
+
+LAYOUTS: Mapping[str, Callable[..., Picture]] = {
+    "wrist over two": _wrist_over_two,
+    "side by side": _side_by_side,
+}
 
 
 def compose(views: Views, pictures: Mapping[str, Picture]) -> Picture:
     """The one picture that the model is shown, of ``pictures`` by their names in ``views``.
 
-    Every picture that is given is in it. UserError CX640: one is missing or too many, or is no picture.
+    Cameras may go by their short names. Every picture that is given is in it. UserError CX640: one is missing or too
+    many, or is no picture.
     """
+    names = dict(zip(views.short, views.cameras, strict=False))
+    given = [names.get(name, name) for name in pictures]
+    if doubled := next((name for name in given if given.count(name) > 1), None):
+        raise UserError("CX640", f"two pictures of `{doubled}`", _wanted(views))
+    pictures = dict(zip(given, pictures.values(), strict=True))
     known = {views.whole, *views.cameras}
     for name, picture in pictures.items():
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
@@ -108,10 +103,18 @@ def compose(views: Views, pictures: Mapping[str, Picture]) -> Picture:
         missing = [name for name in views.cameras or (views.whole,) if name not in pictures]
         if missing:
             raise UserError("CX640", f"no picture `{'`, `'.join(missing)}`", _wanted(views))
-        composed = LAYOUTS[views.layout](*(pictures[name] for name in views.cameras))
-    return composed if views.size is None else bilinear(composed, *views.size)
+        composed = _layout(views)(views.size, *(pictures[name] for name in views.cameras))
+    return bilinear(composed, *views.size) if views.size else composed
+
+
+def _layout(views: Views) -> Callable[..., Picture]:
+    if views.layout is None or views.layout not in LAYOUTS:
+        raise UserError(
+            "CX640", f"this version does not know the layout {shown(views.layout)}", f"give `{views.whole}`"
+        )
+    return LAYOUTS[views.layout]
 
 
 def _wanted(views: Views) -> str:
-    cameras = f", or {', '.join(f'`{name}`' for name in views.cameras)}" if views.cameras else ""
+    cameras = f", or {', '.join(f'`{name}`' for name in views.short or views.cameras)}" if views.cameras else ""
     return f"give `{views.whole}`{cameras}"

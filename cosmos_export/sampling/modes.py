@@ -211,7 +211,7 @@ MODES: Mapping[str, Mode] = MappingProxyType(
                 ACTIONS,
                 Sample(prompt=20, frames=3, height=5, width=4, actions=8, fps=15.0),
                 sources=("image", "video"),
-                options=_ACTION_OPTIONS,
+                options=(*_ACTION_OPTIONS, "state"),
                 clean_frames=1,
                 clean_actions=0,
                 state=True,

@@ -13,8 +13,9 @@ from cosmos_export.audit import AuditTrail
 from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.runtime.embodiments import Actions
 from cosmos_export.runtime.limits import Limits, Review, review
+from cosmos_export.runtime.recorded import OUTCOMES, array_digest
 from cosmos_export.serve.metrics import Metrics
-from cosmos_export.serve.observation import Observation, array_digest
+from cosmos_export.serve.observation import Observation
 from cosmos_export.serve.policy import ServedPolicy
 
 MAX_SEED = 2**31
@@ -53,7 +54,7 @@ class Desk:
         """UserError CX632: ``limits`` of another robot. ``seed`` is that of the first request; each has the next."""
         if limits is not None:
             limits.require(policy.width, policy.units)
-            if limits.needs_state and sum(count for _, count in policy.views.state) != policy.width:
+            if limits.needs_state and sum(part.columns for part in policy.robot.parts) != policy.width:
                 raise UserError(
                     "CX632", f"limits with `max_jump`, and observations of `{policy.robot.name}` have no state that is "
                     "an action's columns", "leave `max_jump` out",
@@ -96,7 +97,7 @@ class Desk:
         try:
             answer, outcome = self._made(observation, received, started, seed, facts), "pass"
         except CosmosExportError as error:
-            outcome = {"CX631": "reject", "CX643": "late"}.get(error.code, "refused")
+            outcome = OUTCOMES.get(error.code, "refused")
             self._record(inputs, outcome, {**facts, "error": error.code})
             raise
         except BaseException:
@@ -117,12 +118,12 @@ class Desk:
             )  # fmt: skip
         chunk = self.policy.act(observation, seed)
         age = time.perf_counter() - received
-        found = review(chunk.actions, self.limits, fps=self.policy.fps, state=observation.state, age_s=age)
+        found = review(chunk.actions, self.limits, fps=self.policy.fps, state=observation.now, age_s=age)
         facts |= {"review": found.document, "prepare_s": round(chunk.prepare_s, 6), "model_s": round(chunk.model_s, 6)}
         if found.actions is not None and found.unchecked:
             raise UserError(
                 "CX640", f"the limits cannot be looked at ({'; '.join(found.unchecked)})",
-                f"observations with {', '.join(f'`{name}`' for name, _ in self.policy.views.state)}",
+                f"observations with {', '.join(f'`{part.name}`' for part in self.policy.robot.parts)}",
             )  # fmt: skip
         actions = found.require()
         stale = self._deadline_s is not None and age > self._deadline_s

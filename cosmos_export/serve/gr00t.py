@@ -15,6 +15,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
+from cosmos_export.bundle.embodiment import Part
 from cosmos_export.diagnostics import UserError
 from cosmos_export.serve import replies, wire
 from cosmos_export.serve.desk import Answer, Desk
@@ -84,7 +85,7 @@ class GrootServer:
         try:
             endpoint, given = self._request(data)
             if endpoint == "get_action":
-                observation = from_groot(given.get("observation", given), self._desk.policy.views)
+                observation = from_groot(given.get("observation", given), self._desk.policy.robot)
         except UserError:
             self._desk.metrics.messages_refused.inc()
             raise
@@ -118,19 +119,19 @@ class GrootServer:
     def _parts(self, answer: Answer) -> dict[str, Any]:
         """float32 [1, rows, columns] of each part of an action."""
         found, first = {}, 0
-        for name, count in self._desk.policy.robot.parts or (("action", answer.actions.shape[1]),):
-            found[name] = np.ascontiguousarray(answer.actions[None, :, first : first + count])
-            first += count
+        for part in self._desk.policy.robot.parts or (Part("action", answer.actions.shape[1]),):
+            found[part.name] = np.ascontiguousarray(answer.actions[None, :, first : first + part.columns])
+            first += part.columns
         return found
 
     def _modalities(self) -> dict[str, Any]:
         policy = self._desk.policy
-        views = policy.views
-        parts = [name for name, _ in policy.robot.parts] or ["action"]
+        views = policy.robot.views
+        parts = [part.name for part in policy.robot.parts]
         names = {
             "video": [*(views.cameras or (views.whole,))],
-            "state": [name for name, _ in views.state],
-            "action": parts,
+            "state": parts,
+            "action": parts or ["action"],
             "language": [_LANGUAGE],
         }
         spans = {"action": list(range(policy.robot.chunk))}

@@ -1,6 +1,6 @@
 """A robot's observation and instruction, from the messages of both protocols.
 
-Names of cameras and of the state are those of the robot's data sets (`Views`): openpi writes ``observation/NAME``,
+Names of cameras and of the state are those of the robot's data sets (`Embodiment`): openpi writes ``observation/NAME``,
 GR00T has a map for each of ``video``, ``state`` and ``language``. Everything is looked at before it is used.
 """
 
@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.diagnostics import UserError, shown
-from cosmos_export.runtime.views import Picture, Views
+from cosmos_export.runtime.recorded import array_digest
+from cosmos_export.runtime.views import Picture
 
 PREFIX = "observation/"
 MAX_PROMPT_CHARACTERS = 8192
@@ -29,9 +31,14 @@ class Observation:
 
     prompt: str
     pictures: Mapping[str, Picture]
-    """Pictures by their names in `Views`."""
+    """Pictures by their names in the embodiment's views."""
     state: NDArray[np.float64] | None = None
-    """[columns]: where the robot is, as it says so itself; None where it was not said."""
+    """[rows, columns]: where the robot was, as it says so itself, the last row now; None where it was not said."""
+
+    @property
+    def now(self) -> NDArray[np.float64] | None:
+        """[columns]: where the robot is."""
+        return None if self.state is None else np.asarray(self.state[-1])
 
     @property
     def digests(self) -> dict[str, Any]:
@@ -43,41 +50,34 @@ class Observation:
         }
 
 
-def array_digest(array: NDArray[Any]) -> str:
-    """SHA-256 of type, shape and bytes of ``array``, in hexadecimal digits."""
-    digest = hashlib.sha256(f"{array.dtype.str} {list(array.shape)} ".encode())
-    digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def from_openpi(message: object, views: Views) -> Observation:
+def from_openpi(message: object, robot: Embodiment) -> Observation:
     """The observation in a message of openpi. UserError CX640: it is none."""
     found = _map(message, "the observation")
     pictures: dict[str, Any] = {}
     state: dict[str, Any] = {}
     for key, value in found.items():
         name = key.removeprefix(PREFIX)
-        if name in (views.whole, *views.cameras) or _looks_like_a_picture(value):
+        if name in (robot.views.whole, *robot.views.cameras) or _looks_like_a_picture(value):
             pictures[name] = _array(key, value)
-        elif name in dict(views.state):
+        elif name in _parts(robot):
             state[name] = _array(key, value)
-    return Observation(_prompt("prompt", found.get("prompt")), pictures, _state(state, views))
+    return Observation(_prompt("prompt", found.get("prompt")), pictures, _state(state, robot))
 
 
-def from_groot(message: object, views: Views) -> Observation:
+def from_groot(message: object, robot: Embodiment) -> Observation:
     """The observation in a message of GR00T: maps ``video``, ``state`` and ``language``, or keys such as
     ``video.NAME``, each with one batch and the last of the times. UserError CX640: it is none."""
     found = _nested(_map(message, "the observation"))
     pictures = {name: _last(f"video.{name}", value, 3) for name, value in found["video"].items()}
-    states = {name: _last(f"state.{name}", value, 1) for name, value in found["state"].items()}
+    states = {name: _times(f"state.{name}", value, 1) for name, value in found["state"].items()}
     tasks = list(found["language"].items())
     if len(tasks) != 1:
         _refuse(f"{len(tasks)} instructions", "one under `language`, or one key `annotation.…`")
     key, task = tasks[0]
     while isinstance(task, list) and len(task) == 1:
         task = task[0]
-    known = {name: value for name, value in states.items() if name in dict(views.state)}
-    return Observation(_prompt(f"language.{key}", task), pictures, _state(known, views))
+    known = {name: value for name, value in states.items() if name in _parts(robot)}
+    return Observation(_prompt(f"language.{key}", task), pictures, _state(known, robot))
 
 
 def _nested(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -96,6 +96,11 @@ def _nested(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _last(name: str, value: object, dims: int) -> NDArray[Any]:
     """The newest of [batch, times, …] or [times, …]."""
+    return np.asarray(_times(name, value, dims)[-1])
+
+
+def _times(name: str, value: object, dims: int) -> NDArray[Any]:
+    """[times, …] of [batch, times, …] with a batch of one, or of [times, …]."""
     array = _array(name, value)
     if array.ndim == dims + 2:
         if array.shape[0] != 1:
@@ -103,7 +108,7 @@ def _last(name: str, value: object, dims: int) -> NDArray[Any]:
         array = array[0]
     if array.ndim != dims + 1 or not array.shape[0]:
         _refuse(f"`{name}` has shape {list(array.shape)}", "[batch, times, …] with a batch of one")
-    return np.asarray(array[-1])
+    return array
 
 
 def _map(value: object, what: str) -> dict[str, Any]:
@@ -134,23 +139,32 @@ def _prompt(name: str, value: object) -> str:
     return value
 
 
-def _state(parts: Mapping[str, Any], views: Views) -> NDArray[np.float64] | None:
-    """All parts in their order; None where no part is there."""
+def _parts(robot: Embodiment) -> dict[str, int]:
+    """The parts of the robot's state, which has the columns of an action; without names it is one part."""
+    if robot.history and not robot.parts and robot.width is not None:
+        return {"state": robot.width}
+    return {part.name: part.columns for part in robot.parts}
+
+
+def _state(parts: Mapping[str, Any], robot: Embodiment) -> NDArray[np.float64] | None:
+    """[rows, columns]: as many rows as the policy is given, or one, with all parts in their order; None where no part
+    is there."""
     if not parts:
         return None
-    found = []
-    for name, count in views.state:
+    found, rows = [], robot.history or 1
+    for name, count in _parts(robot).items():
         if name not in parts:
-            _refuse(f"a state without `{name}`", f"all of {', '.join(f'`{n}`' for n, _ in views.state)}, or none")
+            _refuse(f"a state without `{name}`", f"all of {', '.join(f'`{one}`' for one in _parts(robot))}, or none")
         array = np.asarray(parts[name])
         if array.dtype.kind not in "iuf":
             _refuse(f"`{name}` has type {array.dtype}", "numbers")
-        if array.ndim == 2 and len(array):  # a history: the last is now
-            array = array[-1]
-        if array.size != count or array.ndim > 1:
-            _refuse(f"`{name}` has shape {list(array.shape)}", f"{count} numbers")
-        found.append(array.reshape(count).astype(np.float64))
-    state = np.concatenate(found)
+        if array.ndim < 2 and array.size == count:
+            array = array.reshape(1, count)
+        if array.ndim != 2 or array.shape[1] != count or len(array) < rows:
+            wanted = f"{count} numbers" if rows == 1 else f"{rows} rows of {count} numbers, the last now"
+            _refuse(f"`{name}` has shape {list(array.shape)}", wanted)
+        found.append(array[-rows:].astype(np.float64))
+    state = np.concatenate(found, axis=1)
     if not np.isfinite(state).all():
         _refuse("a state that is not finite")
     return state

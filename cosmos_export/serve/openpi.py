@@ -147,7 +147,7 @@ class _Talk:
         try:
             if isinstance(message, str):
                 raise UserError("CX641", "the message is a text frame", "msgpack, in a binary frame")
-            observation = from_openpi(wire.unpack(message), self._desk.policy.views)
+            observation = from_openpi(wire.unpack(message), self._desk.policy.robot)
         except UserError:
             self._desk.metrics.messages_refused.inc()
             raise

@@ -16,18 +16,19 @@ _logger = logging.getLogger("cosmos_export")
 def metadata(desk: Desk) -> dict[str, Any]:
     """Description of the policy that a client gets before its first request."""
     policy = desk.policy
-    views = policy.views
+    views, parts = policy.robot.views, [[part.name, part.columns] for part in policy.robot.parts]
     return {
         "server": "cosmos-export",
         "bundle": policy.bundle_id,
         "embodiment": policy.robot.name,
-        "action_parts": [[name, count] for name, count in policy.robot.parts],
+        "action_parts": parts,
         "action_width": policy.width,
         "action_units": policy.units,
         "fps": policy.fps,
         "cameras": [views.whole, *views.cameras],
         "image_resolution": list(views.size) if views.size else None,
-        "state": [[name, count] for name, count in views.state],
+        "state": parts,
+        "state_rows": policy.robot.history,
         "limits": None if desk.limits is None else desk.limits.digest,
     }
 

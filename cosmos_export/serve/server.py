@@ -90,9 +90,9 @@ def serve(
         policy, limits=limits, metrics=metrics, trail=trail, deadline_s=options.deadline_s, seed=options.seed
     )  # fmt: skip
     try:
-        digest = golden(policy)
+        found = golden(policy)
         if trail is not None:
-            trail.record("golden", result=digest)
+            trail.record("golden", result=found.digest, distance=found.distance)
         return asyncio.run(_run(desk, options, settings, trail, ready))
     finally:
         desk.close()

@@ -14,7 +14,7 @@ import pytest
 
 from cosmos_export.calibration.sources import Source, read_source
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import policy_embodiment
+from cosmos_export.embodiments import policy_embodiment
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "lerobot_droid"
 POLICY = policy_embodiment("droid_lerobot", chunk=16)

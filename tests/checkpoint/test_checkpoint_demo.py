@@ -20,7 +20,10 @@ from cosmos_export.checkpoint.demo import demo_geometry, write_demo_checkpoint
 from cosmos_export.checkpoint.published import EDGE, NANO, SUPER
 from cosmos_export.checkpoint.random_weights import produce
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, split_shards
+from cosmos_export.compiler.request_record import request_record
 from cosmos_export.diagnostics import UserError
+from cosmos_export.embodiments import policy_embodiment
+from cosmos_export.runtime.embodiments import policy_of
 from cosmos_export.verb_options import DemoOptions
 
 torch = pytest.importorskip("torch")
@@ -393,3 +396,19 @@ def test_true_size_with_few_layers_keeps_every_width(tmp_path: Path) -> None:
 def test_what_a_true_size_cannot_be(options: dict[str, str], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         write_demo_checkpoint(tmp_path / "none", **options)
+
+
+def test_a_policy_and_a_distilled_one(tmp_path: Path) -> None:
+    """What they say of themselves is what the published ones say."""
+    policy = open_checkpoint(write_demo_checkpoint(tmp_path / "a", policy="droid_lerobot", use_state=True))
+    assert policy.policy == {"domain_name": "droid_lerobot", "use_state": True}
+    robot = policy_of(request_record(policy, ("vision", "action"), None))
+    assert robot == policy_embodiment("droid_lerobot") and robot.history == 1
+    silent = open_checkpoint(write_demo_checkpoint(tmp_path / "b", policy="umi"))
+    assert silent.policy == {"domain_name": "umi"}
+    distilled = open_checkpoint(write_demo_checkpoint(tmp_path / "c", distilled=True))
+    assert distilled.distilled_sigmas == (1.0, 0.9375, 0.8333333333333334, 0.625)
+    for options in ({"use_state": True}, {"distilled": True, "policy": "umi"}):
+        with pytest.raises(UserError) as caught:
+            write_demo_checkpoint(tmp_path / "d", **options)
+        assert caught.value.code == "CX132"

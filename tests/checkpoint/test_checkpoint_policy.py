@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_checkpoint import write_checkpoint, write_json
+from fake_checkpoint import TINY, write_checkpoint, write_json
 from typer.testing import CliRunner
 
 from cosmos_export.bundle import PolicyRecord
@@ -15,13 +16,13 @@ from cosmos_export.checkpoint.policy import Policy, read_policy
 from cosmos_export.cli import app
 from cosmos_export.compiler.request_record import policy_notes, request_record
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.scenes import policy_of
+from cosmos_export.runtime.embodiments import policy_of
 
 ALL = ("vision", "action")
 
 
 def checkpoint(root: Path, **policy: Any) -> Checkpoint:
-    write_checkpoint(root)
+    write_checkpoint(root, replace(TINY, num_embodiment_domains=9))
     write_json(root / "checkpoint.json", {"policy": policy})
     return open_checkpoint(root)
 
@@ -32,10 +33,13 @@ def test_fields_are_read_under_their_names() -> None:
         "domain_name": "droid_lerobot", "action_dim": 8, "action_chunk_size": 32, "conditioning_fps": 15,
         "use_state": True, "history_length": 1, "action_space": "joint_pos", "norm_stats": {"q01": []},
     }  # fmt: skip
-    expected = Policy("droid_lerobot", 8, 32, 15.0, True, ("action_space", "norm_stats"))
+    expected = Policy("droid_lerobot", 8, 32, 15.0, True, 1, ("action_space", "norm_stats"))
     assert read_policy(served) == expected
-    assert read_policy({"domain_name": "umi", "raw_action_dim": 7, "history_length": 1}) == Policy("umi", 7, state=True)
-    assert read_policy({"domain_name": "umi", "use_state": False, "chunk": None}) == Policy("umi", state=False)
+    said = {"domain_name": "umi", "raw_action_dim": 7, "history_length": 1}
+    assert read_policy(said) == Policy("umi", 7, state=True, history=1)
+    assert read_policy({"domain_name": "umi", "use_state": False, "chunk": None}) == Policy(
+        "umi", state=False, history=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,11 +70,14 @@ def test_a_bundle_knows_its_policy(tmp_path: Path) -> None:
     robot = policy_of(record)
     assert robot is not None and (robot.name, robot.width, robot.chunk, robot.fps) == ("droid_lerobot", 7, 16, 10.0)
     notes = " ".join(policy_notes(found))
-    assert "robot's state" in notes and "7 columns; policies for droid_lerobot usually have 8" in notes
+    assert robot.history == 1 and "7 columns; policies for droid_lerobot usually have 8" in notes
     plain = checkpoint(tmp_path / "b", domain_name="droid_lerobot")
     robot = policy_of(request_record(plain, ALL, None))
-    assert robot is not None and (robot.width, robot.chunk, robot.fps) == (8, 32, 15.0)
-    assert "does not say whether" in " ".join(policy_notes(plain))
+    assert robot is not None and (robot.width, robot.chunk, robot.fps, robot.history) == (8, 32, 15.0, 1)
+    assert "does not say whether" in " ".join(policy_notes(plain)) and "wants it" in " ".join(policy_notes(plain))
+    assert policy_of(
+        request_record(checkpoint(tmp_path / "f", domain_name="droid_lerobot", history_length=3), ALL, None)
+    ) == replace(robot, history=3)
     (unread,) = policy_notes(checkpoint(tmp_path / "c", domain_name="droid_lerobot", use_state=False, norm_stats={}))
     assert unread == "fields of the policy in checkpoint.json that are not read: 'norm_stats'"
     assert request_record(open_checkpoint(write_checkpoint(tmp_path / "d")), ALL, None).policy is None

@@ -28,10 +28,10 @@ from cosmos_export.compiler.selection import COMPONENTS
 from cosmos_export.diagnostics import InternalError
 from cosmos_export.option_fields import Option, described, flat
 from cosmos_export.plan import parse_workload
-from cosmos_export.runtime.canvas import ACTION_BINS
 from cosmos_export.runtime.embodiments import METHODS
 from cosmos_export.runtime.prompts import VIEWPOINTS
 from cosmos_export.sampling import DEFAULT_MODE, Schedule
+from cosmos_export.sampling.action_canvas import ACTION_BINS
 from cosmos_export.sampling.schedule import GRIDS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cosmos_export.bundle import Manifest, read_bundle
+from cosmos_export.checkpoint import demo_components
 from cosmos_export.compiler.cache import default_graphs_folder
 from cosmos_export.options import BuildOptions
 
@@ -116,16 +117,17 @@ def copy_checkpoint(source: Path, target: Path) -> Path:
 def distilled(source: Path, target: Path) -> Path:
     """``source`` with the sampler files of a published 4-step checkpoint, at ``target``."""
     copy_checkpoint(source, target)
-    sigmas = [1.0, 0.9375, 0.8333333333333334, 0.625]
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "stochastic_sampling": True, "shift": 1.0,
-        "num_train_timesteps": 1000, "use_karras_sigmas": False, "use_dynamic_shifting": False,
-        "fixed_step_requires_explicit_sigmas": True,
-        "fixed_step_sampler_config": {"sample_type": "sde", "t_list": sigmas},
-    }  # fmt: skip
+    scheduler, modular = demo_components.DISTILLED_SCHEDULER, demo_components.DISTILLED_INDEX
     (target / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler), encoding="utf-8")
-    modular = {"_class_name": "Cosmos3DistilledModularPipeline", "is_distilled": True, "distilled_sigmas": sigmas}
     (target / "modular_model_index.json").write_text(json.dumps(modular), encoding="utf-8")
+    return target
+
+
+def policy(source: Path, target: Path) -> Path:
+    """``source`` as a policy that is given the robot's state, at ``target``."""
+    copy_checkpoint(source, target)
+    said = {"domain_name": "umi", "use_state": True, "action_chunk_size": 8}
+    (target / "checkpoint.json").write_text(json.dumps({"policy": said}), encoding="utf-8")
     return target
 
 

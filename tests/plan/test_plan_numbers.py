@@ -282,6 +282,8 @@ def test_no_time_without_a_rate() -> None:
         ("policy-droid", "policy", 9 * 340 + 33), ("t2v-720p-189f+sound", "t2v", 44_160 + 197),
         ("inverse-dynamics-480p-61f,action_len=60", "inverse-dynamics", 6_300),
         ("t2v-frames=24,height=30,width=52", "t2v", 9_360),
+        # A robot's own chunk, 16, and rate; 640 × 480 pixels stay on a canvas of 4:3.
+        ("policy-umi-640x480", "policy", 5 * 15 * 20 + 16), ("policy-umi-640x480,und_len=1:200:400", "policy", 1516),
     ],
 )  # fmt: skip
 def test_workloads(text: str, mode: str, rows: int) -> None:
@@ -290,11 +292,23 @@ def test_workloads(text: str, mode: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code"), [("t2x-480p", "CX481"), ("t2v", "CX481"), ("t2v-481p", "CX410"), ("", "CX481")]
+    ("text", "code"),
+    [("t2x-480p", "CX481"), ("t2v", "CX481"), ("t2v-481p", "CX410"), ("policy-umi", "CX410"), ("", "CX481")],
 )
 def test_what_is_no_workload(text: str, code: str) -> None:
     with pytest.raises(UserError, match=code):
         parse_workload(text)
+
+
+def test_a_published_policy() -> None:
+    """The size's numbers with the policy's schedule: 4 steps, on Edge guided in the first alone."""
+    for like, size, passes in (("nano-policy-droid", "nano", 8), ("edge-policy-droid", "edge", 5)):
+        subject, plain = published_subject(like), published_subject(size)
+        assert replace(subject, name=plain.name, variant=size, sampling=plain.sampling) == plain
+        schedule = resolve_schedule(subject.sampling, "policy")
+        assert (schedule.steps, schedule.steps + sum(schedule.guided)) == (4, passes)
+    with pytest.raises(UserError, match="nano-policy-droid"):
+        published_subject("nano-policy-umi")
 
 
 def test_prompts_must_fit_the_profile() -> None:

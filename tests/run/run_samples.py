@@ -20,7 +20,9 @@ import bundle_samples
 
 from cosmos_export import bundle
 from cosmos_export.bundle import DimRecord, Manifest
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.checkpoint import demo_components
+from cosmos_export.embodiments import embodiments_of, policy_embodiment
 from cosmos_export.runtime.media import Mark
 from cosmos_export.sampling import CheckpointSampling, Overrides, resolve_schedule
 
@@ -85,6 +87,10 @@ def prompt_record(*, use_system: bool = True) -> bundle.PromptRecord:
     )
 
 
+def _policy(domain: str | None) -> Embodiment | None:
+    return None if domain is None else policy_embodiment(domain)
+
+
 def manifest(
     profiles: Mapping[str, Mapping[str, DimRecord]] | None = None,
     *,
@@ -97,6 +103,7 @@ def manifest(
     mode: str = "t2v",
     device_loop: bool = False,
     use_system: bool = True,
+    policy: Embodiment | None = None,
 ) -> Manifest:
     sampling = sampling or CheckpointSampling(UNIPC)
     schedule = resolve_schedule(sampling, mode, built)
@@ -125,7 +132,7 @@ def manifest(
         request=bundle.RequestRecord(
             video=bundle.VideoRecord(4, 16, 4, 2, 24.0, True),
             sound=bundle.SoundRecord(8, 25.0, 48_000, 1920) if has_sound else None,
-            action=bundle.ActionRecord(64, 32),
+            action=bundle.ActionRecord(64, 32, embodiments_of(policy or _policy(sampling.policy), 32, 64)),
             prompt=prompt_record(use_system=use_system),
             sampling=bundle.SamplingRecord(
                 {k: tuple(v) if isinstance(v, list) else v for k, v in sampling.scheduler.items()},
@@ -141,3 +148,8 @@ def manifest(
 
 def picture(height: int, width: int, frames: int = 1, seed: int = 0) -> Any:
     return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def text_of(ids: Any) -> str:
+    """The text that ``ids`` of the demo checkpoint's tokenizer are, without control tokens."""
+    return bytes(b for b in ids.tolist() if b < 256).decode("utf-8", "replace")

@@ -44,9 +44,10 @@ class Subjects:
 
     def checkpoint(self, name: str) -> Path:
         if name not in self._checkpoints:
-            backbone, _, distilled = name.partition("-")
+            backbone, _, kind = name.partition("-")
             path = harness.checkpoint(self._folder, backbone, "float32")
-            self._checkpoints[name] = harness.distilled(path, self._folder / name) if distilled else path
+            make = {"distilled": harness.distilled, "policy": harness.policy}.get(kind)
+            self._checkpoints[name] = path if make is None else make(path, self._folder / name)
         return self._checkpoints[name]
 
     def __call__(self, name: str, **options: Any) -> Subject:

@@ -21,6 +21,7 @@ from PIL import Image
 from cosmos_export.diagnostics import UserError
 from cosmos_export.runtime import canvas
 from cosmos_export.runtime.canvas import CUBIC, TRIANGLE
+from cosmos_export.sampling.action_canvas import ACTION_BINS, plan_action_canvas
 
 SIZES = [((37, 53), (37, 53)), ((37, 53), (16, 16)), ((37, 53), (90, 41)), ((16, 16), (33, 7)), ((5, 64), (64, 5))]
 
@@ -70,7 +71,7 @@ def test_stretch_is_the_pipelines_clip() -> None:
 
 def test_bins_are_the_pipelines() -> None:
     published = {int(tier): tuple(bins.values()) for tier, bins in _ACTION_RESOLUTION_BINS.items()}
-    assert published == canvas.ACTION_BINS
+    assert published == ACTION_BINS
 
 
 # Content that fills the canvas, is shrunk, stays small (reflected), stays tiny (edges repeated), and DROID's.
@@ -82,13 +83,13 @@ def test_action_canvas_is_the_pipelines(source: tuple[int, int], tier: int) -> N
     expected, size, *_ = Cosmos3OmniPipeline._prepare_action_video_conditioning(
         pipeline, pictures(frames), tier, 2, "cpu", torch.float32
     )
-    plan = canvas.plan_action_canvas(*source, tier)
+    plan = plan_action_canvas(*source, tier)
     assert [plan.height, plan.width, plan.content_height, plan.content_width] == size.tolist()
     np.testing.assert_allclose(canvas.action_canvas(frames, plan), expected[0].numpy(), rtol=0, atol=1e-6)
 
 
 def test_content_of_droid() -> None:
-    plan = canvas.plan_action_canvas(540, 640, 480)
+    plan = plan_action_canvas(540, 640, 480)
     assert (plan.height, plan.width) == (544, 736)
     assert (plan.content_height // 16, plan.content_width // 16) == (33, 40)
 
@@ -96,7 +97,7 @@ def test_content_of_droid() -> None:
 @pytest.mark.parametrize(("size", "tier"), [((8, 64), 480), ((64, 64), 512)])
 def test_refusals(size: tuple[int, int], tier: int) -> None:
     with pytest.raises(UserError) as caught:
-        canvas.plan_action_canvas(*size, tier)
+        plan_action_canvas(*size, tier)
     assert caught.value.code == "CX612"
 
 

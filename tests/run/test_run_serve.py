@@ -23,8 +23,10 @@ from serve_samples import decode, encode, serving  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
 from cosmos_export.audit import verify_trail  # noqa: E402
-from cosmos_export.bundle import PolicyRecord, open_bundle  # noqa: E402
-from cosmos_export.diagnostics import CosmosExportError, UnsupportedError  # noqa: E402
+from cosmos_export.bundle import open_bundle  # noqa: E402
+from cosmos_export.bundle.embodiment import Part  # noqa: E402
+from cosmos_export.diagnostics import CosmosExportError, UserError  # noqa: E402
+from cosmos_export.embodiments import policy_embodiment  # noqa: E402
 from cosmos_export.in_memory import InMemory  # noqa: E402
 from cosmos_export.runtime import frontend  # noqa: E402
 from cosmos_export.runtime.generate_options import GenerateOptions  # noqa: E402
@@ -73,7 +75,7 @@ def test_what_a_robot_gets_is_what_a_request_makes(model: LoadedModel, policy: B
 
 def test_the_golden_request_is_reproducible(policy: BundlePolicy) -> None:
     policy.require()
-    assert len(golden(policy)) == 64
+    assert len(golden(policy).digest) == 64
 
 
 def test_a_robot_s_words_are_text(policy: BundlePolicy, model: LoadedModel, tmp_path: Path) -> None:
@@ -91,15 +93,22 @@ def test_a_robot_s_words_are_text(policy: BundlePolicy, model: LoadedModel, tmp_
 
 
 def test_a_policy_that_needs_the_state_is_refused(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    record = replace(model.manifest.request, policy=PolicyRecord("umi", None, None, None, True))
+    request = model.manifest.request
+    own = policy_embodiment("umi", chunk=8, history=1)
+    record = replace(
+        request, action=replace(request.action, embodiments=(own,)), sampling=replace(request.sampling, policy="umi")
+    )
     monkeypatch.setattr(type(model), "manifest", property(lambda _: replace(model.files.manifest, request=record)))
     monkeypatch.setattr(
         "cosmos_export.runtime.model.prepare",
         lambda asked, files, tokenizer: frontend.prepare(asked, _Other(files, record), tokenizer),
     )
-    with pytest.raises(UnsupportedError, match="robot's state") as caught:
-        BundlePolicy(model, PolicyOptions(embodiment="umi")).require()
-    assert caught.value.code == "CX605"
+    policy = BundlePolicy(model, PolicyOptions(embodiment="umi"))
+    with pytest.raises(UserError, match="robot's state") as caught:
+        policy.act(Observation(TASK, {"image": SEEN}), 0)
+    assert caught.value.code == "CX619"
+    state = policy.example().state
+    assert state is not None and state.shape == (1, 10)
 
 
 class _Other:
@@ -112,21 +121,20 @@ class _Other:
         return getattr(self._files, name)
 
 
-def test_mirrored_columns(model: LoadedModel) -> None:
-    """The gripper of DROID's policy is one minus the model's."""
-    policy = BundlePolicy(model, PolicyOptions(embodiment="umi"))
-    assert policy._mirrored == []
-    policy.robot = replace(policy.robot, parts=(("joint_position", 7), ("gripper_position", 3)))
-    assert policy._columns(("gripper_position",)) == [7, 8, 9]
-
-
-def test_a_mirrored_column_is_turned_around_once(model: LoadedModel) -> None:
-    """In each answer, the second as the first; columns beside it are the model's."""
-    policy = BundlePolicy(model, PolicyOptions(embodiment="umi", steps=1))
-    seen = Observation(TASK, {"image": SEEN})
-    plain = policy.act(seen, 5).actions
-    policy._mirrored = [9]
-    wanted = np.column_stack([plain[:, :9], 1 - plain[:, 9]])
+def test_a_mirrored_column_is_turned_around_once(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for the server, a request and a file: in each answer, and only the columns that the row says."""
+    seen, asked = Observation(TASK, {"image": SEEN}), PolicyOptions(embodiment="umi", steps=1)
+    plain = BundlePolicy(model, asked).act(seen, 5).actions
+    rows = model.manifest.request.action.embodiments
+    turned = [
+        replace(row, parts=(Part("pose", 9), Part("gripper", 1, mirrored=True))) for row in rows if row.name == "umi"
+    ]
+    action = replace(model.manifest.request.action, embodiments=tuple(turned))
+    monkeypatch.setattr(
+        model.files, "manifest", replace(model.manifest, request=replace(model.manifest.request, action=action))
+    )
+    wanted = np.column_stack([plain[:, :9], np.float32(1) - plain[:, 9]])
+    policy = BundlePolicy(model, asked)
     for _ in range(2):
         np.testing.assert_array_equal(policy.act(seen, 5).actions, wanted)
 
@@ -166,7 +174,7 @@ def test_the_command(subjects: Subjects, tmp_path: Path) -> None:
             run.kill()
     assert run.returncode == 143 and "stopped by SIGTERM" in said and "serving umi of bundle" in said
     found = verify_trail(trail)
-    assert list(found.events) == ["verified", "loaded", "golden", "ready", "request", "ended"]
+    assert list(found.events) == ["built", "verified", "loaded", "golden", "ready", "request", "ended"]
     assert f'bundle":"{reply["bundle"]}' in trail.read_text()
 
 

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from cosmos_export.audit import AuditTrail
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import Embodiment, policy_embodiment
+from cosmos_export.embodiments import policy_embodiment
 from cosmos_export.runtime.limits import ColumnLimits, Limits, Units
-from cosmos_export.runtime.views import Views, compose
+from cosmos_export.runtime.views import compose
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
 from cosmos_export.serve.observation import Observation
-from cosmos_export.serve.policy import Chunk
+from cosmos_export.serve.policy import Chunk, Expected
 from cosmos_export.serve.server import check, opened
 from cosmos_export.verb_options import ServeOptions
 
@@ -46,7 +47,6 @@ class FakePolicy:
 
     def __init__(self, robot: Embodiment = DROID) -> None:
         self.robot = robot
-        self.views: Views = robot.views
         self.fps = robot.fps
         self.width = robot.width or 8
         self.seeds: list[int] = []
@@ -54,16 +54,20 @@ class FakePolicy:
         self.hold: threading.Event | None = None
         self.change: Callable[[Any], Any] = lambda actions: actions
         self.running = self.most = 0
+        self.build: Expected | None = None
 
     def example(self) -> Observation:
         return Observation("Wait.", {"image": np.zeros((540, 640, 3), np.uint8)})
+
+    def expected(self) -> Expected | None:
+        return self.build
 
     def act(self, observation: Observation, seed: int) -> Chunk:
         self.running += 1
         self.most = max(self.most, self.running)
         try:
             started = time.perf_counter()
-            picture = compose(self.views, observation.pictures)
+            picture = compose(self.robot.views, observation.pictures)
             if observation.prompt == "fail":
                 raise UserError("CX600", "the prompt is not one")
             if observation.prompt == "bug":

@@ -54,6 +54,7 @@ def test_a_hundred_requests_in_a_row() -> None:
     with serving(policy, LIMITS, seed=7) as (port, desk), client(port) as connection:
         metadata = decode(connection.recv(timeout=20))
         assert metadata["embodiment"] == "droid_lerobot" and metadata["action_width"] == 8
+        assert metadata["state"] == [["joint_position", 7], ["gripper_position", 1]] and metadata["state_rows"] == 1
         assert metadata["bundle"] == "b" * 64 and metadata["limits"] == "1" * 64
         before = None
         for i in range(100):

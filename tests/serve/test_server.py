@@ -16,12 +16,12 @@ from serve_samples import DROID, LIMITS, FakePolicy
 
 from cosmos_export import cli, serve
 from cosmos_export.diagnostics import FindingError, ToolError, UnsupportedError, UserError
-from cosmos_export.runtime.embodiments import EMBODIMENTS
+from cosmos_export.embodiments import EMBODIMENTS
 from cosmos_export.runtime.limits import ColumnLimits, Limits
 from cosmos_export.serve import server
 from cosmos_export.serve.desk import Desk
 from cosmos_export.serve.metrics import Metrics
-from cosmos_export.serve.policy import golden
+from cosmos_export.serve.policy import Expected, golden
 from cosmos_export.serve.server import check, read_token
 from cosmos_export.verb_options import ServeOptions
 
@@ -71,8 +71,16 @@ def test_tokens(tmp_path: Path) -> None:
 
 def test_the_golden_request() -> None:
     policy = FakePolicy()
-    assert golden(policy) == golden(policy) and len(golden(policy)) == 64
-    assert set(policy.seeds) == {0}
+    assert golden(policy) == golden(policy) and len(golden(policy).digest) == 64
+    assert set(policy.seeds) == {0} and golden(policy).distance is None
+    made = policy.act(policy.example(), 0).actions
+    policy.build = Expected(made * np.float32(1.01), 0.02)
+    assert golden(policy).distance == pytest.approx(0.01 / 1.01, rel=1e-3)
+    for build in (Expected(made * np.float32(1.1), 0.02), Expected(made[:-4], 0.5), Expected(made * np.nan, 0.5)):
+        policy.build = build
+        with pytest.raises(FindingError, match="from those of the build"):
+            golden(policy)
+    policy.build = None
     drift = iter(range(100))
     policy.change = lambda actions: actions + np.float32(1e-6 * next(drift))
     with pytest.raises(FindingError, match="two results for one seed") as caught:

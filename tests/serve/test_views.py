@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from serve_samples import DROID, picture
 
+from cosmos_export.bundle.embodiment import Views, embodiment_problems
 from cosmos_export.diagnostics import UserError
-from cosmos_export.runtime.embodiments import EMBODIMENTS, policy_embodiment
+from cosmos_export.embodiments import EMBODIMENTS, policy_embodiment
 from cosmos_export.runtime.prompts import VIEWPOINTS
-from cosmos_export.runtime.views import LAYOUTS, Views, bilinear, compose
+from cosmos_export.runtime.views import LAYOUTS, bilinear, compose
 
 SIZES = [
     (360, 640, 180, 320), (270, 320, 540, 640), (480, 640, 180, 320), (224, 224, 180, 320), (100, 33, 540, 640),
@@ -75,6 +76,17 @@ def test_no_camera_is_lost(pictures: dict[str, Any], said: str) -> None:
     assert caught.value.code == "CX640" and said in f"{caught.value.message} {caught.value.hint}"
 
 
+def test_side_by_side() -> None:
+    """LIBERO: both at 256 × 256, of any size."""
+    views = policy_embodiment("libero", width=7).views
+    front, wrist = picture(1, 512, 512), picture(2, 256, 256)
+    found = compose(views, {"front": front, "wrist": wrist})
+    assert found.shape == (256, 512, 3)
+    np.testing.assert_array_equal(found[:, 256:], wrist)
+    np.testing.assert_array_equal(found[:, :256], bilinear(front, 256, 256))
+    assert compose(views, {"composed": found}) is found
+
+
 def test_one_camera() -> None:
     plain = EMBODIMENTS["bridge_orig_lerobot"].views
     one = picture()
@@ -90,8 +102,7 @@ def test_rows_of_data() -> None:
         views = robot.views
         assert bool(views.cameras) == (views.layout in LAYOUTS)
         assert views.viewpoint is None or views.viewpoint in VIEWPOINTS
-        assert set(views.mirrored) <= {name for name, _ in robot.parts}
-        assert not views.state or sum(count for _, count in views.state) == robot.width
+        assert not list(embodiment_problems((robot,), 64, 32)), robot
     assert policy_embodiment("droid_lerobot", width=10).views == Views()
-    assert DROID.views.mirrored == ("gripper_position",)
+    assert DROID.mirrored == (7,)
     assert VIEWPOINTS["wrist_over_two_view"].startswith(VIEWPOINTS["concat_view"] + " The top row")
