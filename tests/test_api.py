@@ -20,6 +20,7 @@ from cosmos_export.arguments import made
 from cosmos_export.options import BuildOptions, CalibrateOptions, GenerateOptions, PlanOptions, QuantizeRequest
 from cosmos_export.precision.recipe import recipe_names
 from cosmos_export.precision.schemes import SCHEMES
+from cosmos_export.runtime import passed
 from cosmos_export.sampling import MODES, Overrides
 from cosmos_export.targets import target_names
 
@@ -140,7 +141,7 @@ def test_values_are_taken_as_they_are_meant(tmp_path: Path) -> None:
     ids=["pil", "array", "floats", "list"],
 )
 def test_pictures_in_memory(value: object) -> None:
-    found = api._pictures("image", value)
+    found = passed.pictures("image", value)
     assert (found.dtype, found.shape) == (np.uint8, (1, 2, 4, 3))
     assert (found == np.array([255, 0, 0])).all()
 
@@ -150,7 +151,7 @@ def test_pictures_in_memory(value: object) -> None:
 )
 def test_what_is_no_picture_is_refused(value: object) -> None:
     with pytest.raises(cx.CosmosExportError, match="CX614"):
-        api._pictures("image", value)
+        passed.pictures("image", value)
 
 
 def test_reprs_are_short() -> None:

@@ -18,13 +18,13 @@ def picture(called: str, value: object, name: str = "image") -> Any:
     """A path as it is, anything else in memory; ``called`` is how messages speak of it."""
     if isinstance(value, str | os.PathLike):
         return Path(value)
-    return InMemory(_frames(name, value), called)
+    return InMemory(pictures(name, value), called)
 
 
-def _frames(name: str, value: object) -> NDArray[np.uint8]:
+def pictures(name: str, value: object) -> NDArray[np.uint8]:
     """uint8 [frames, height, width, 3] of an array, a PIL image or a sequence of them. CX614 for anything else."""
     if isinstance(value, list | tuple) and value:
-        frames = [_frames(name, one) for one in value]
+        frames = [pictures(name, one) for one in value]
         if len({frame.shape[1:] for frame in frames}) > 1:
             raise UserError("CX614", f"`{name}`: frames of several sizes", "resize them to one size")
         return np.concatenate(frames)
