@@ -95,6 +95,7 @@ def compile(
     resume: bool | None = None,
     memory_budget: str | None = None,
     ignore_adapters: bool | None = None,
+    created_by: str | None = None,
     cache: PathLike | None = None,
     graphs: PathLike | None = None,
     progress: Progress | None = None,

@@ -136,6 +136,8 @@ class BuildOptions:
     this machine has free, less a margin."""
     ignore_adapters: Annotated[bool, Cli(group=_MODEL, manifest="options.ignored_adapters")] = False
     """Take the weights without the adapters beside them."""
+    created_by: Annotated[str | None, Cli(group=_OUTPUT, metavar="URI", manifest="options")] = None
+    """Who builds, for the provenance in the bundle: the URI of a build service's workflow, for instance."""
     cache: Annotated[
         Path | None, Cli(group=_MACHINE, metavar="DIR", shown_default="$COSMOS_EXPORT_CACHE, or ~/.cache/cosmos-export")
     ] = None

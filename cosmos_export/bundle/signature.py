@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from cosmos_export import files as user_files
 from cosmos_export.bundle.files import SIGNATURE_NAME, BundleFiles
 from cosmos_export.bundle.manifest import MANIFEST_NAME
+from cosmos_export.bundle.staging import remove_partials, replace_file
 from cosmos_export.bundle.strict import StrictError, parse_object
-from cosmos_export.bundle.writer import remove_partials, replace_file
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError, shown
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cosmos_export import files
+from cosmos_export import directories, files
 from cosmos_export.bundle import strict
 from cosmos_export.bundle.manifest import MANIFEST_NAME, check_path
 from cosmos_export.bundle.strict import StrictError
-from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.diagnostics import InternalError, ToolError, UserError
 
 STATE = ".state"
 """Folder of the records of kept files, in the staging directory only: no path of a bundle begins with a dot."""
@@ -123,3 +123,41 @@ def _entries(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
 def _is_plain(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_nlink == 1
+
+
+def replace_file(root: Path, name: str, data: bytes) -> None:
+    """``data`` as the file ``name`` of the directory ``root``, in one step; whatever is there stays where it fails."""
+    partial = sibling(root / name, "partial")
+    with file_system_errors(root):
+        try:
+            partial.write_bytes(data)
+            directories.sync(partial)
+            partial.replace(root / name)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        directories.sync_directory(root)
+
+
+def remove_partials(root: Path, name: str) -> None:
+    """Remove what a killed `replace_file` of this user left of ``name`` in ``root``."""
+    for path in root.glob(f".{name}.partial-*"):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+            path.unlink()
+
+
+def sibling(output: Path, what: str) -> Path:
+    """A free hidden name beside ``output``; CX707 where there is none."""
+    found = directories.sibling(output, what)
+    if found is None:
+        raise ToolError("CX707", f"too many unfinished builds beside {output}", f"remove .{output.name}.{what}-* there")
+    return found
+
+
+@contextlib.contextmanager
+def file_system_errors(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ToolError("CX707", f"cannot write {output}: {error}", "check free space and permissions") from error

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,11 +38,14 @@ from cosmos_export.bundle.manifest import (
 from cosmos_export.bundle.staging import (
     STATE,
     Kept,
+    file_system_errors,
     make_parent,
     read_kept,
     regular_files,
     remove_odd_entries,
+    replace_file,
     require_replaceable,
+    sibling,
 )
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, InternalError, ToolError, UserError
@@ -60,6 +62,8 @@ _SPARE_BYTES = 64 * 1024 * 1024
 
 
 Measure = Callable[[Path, Manifest], Manifest]
+Describe = Callable[[Manifest], Mapping[str, bytes]]
+DESCRIPTION_ROLE = "provenance"
 
 
 class BundleWriter:
@@ -145,7 +149,7 @@ class BundleWriter:
         """An empty directory on the disk of the bundle that is no part of it and vanishes after the block. What a build
         that was killed leaves in it vanishes with its staging directory."""
         path = self._open_staging() / _SCRATCH
-        with _file_system_errors(self.output):
+        with file_system_errors(self.output):
             path.mkdir(0o700)
         try:
             yield path
@@ -161,7 +165,7 @@ class BundleWriter:
         path = self._open_staging() / name
         self._require_inputs()
         self._require_kept()
-        with _file_system_errors(self.output):
+        with file_system_errors(self.output):
             directories.sync(path)
             stamp = Stamp.settled(path)
             kept = Kept(name, key, stamp.size_bytes, stamp.mtime_ns, sha256, dict(facts or {}))
@@ -197,23 +201,28 @@ class BundleWriter:
         self._require_kept(name)
         return self._kept[name].sha256
 
-    def commit(self, manifest: Manifest, measure: Measure | None = None) -> Manifest:
+    def commit(self, manifest: Manifest, measure: Measure | None = None, describe: Describe | None = None) -> Manifest:
         """Complete ``manifest`` with the files written, write it, and put the bundle in place.
 
         ``measure`` is called with the directory in which the bundle is complete, and the manifest in it. It returns the
-        manifest with what it measured, of the same files, or raises: the bundle is not put in place then.
+        manifest with what it measured, of the same files, or raises: the bundle is not put in place then. ``describe``
+        is called last, with the manifest as it will be but for the files that it returns by name: they are written,
+        with the role `provenance`, and listed.
         """
         staging = self._open_staging()
         self._drop_unasked(staging)
         complete = replace(manifest, files=tuple(self._records(staging)))
         target, data = staging / MANIFEST_NAME, _checked(complete)
         with self._without_state(staging):
-            with _file_system_errors(self.output):
+            with file_system_errors(self.output):
                 target.write_bytes(data)
             if measure is not None:
                 complete = replace(self._measured(measure, complete), files=complete.files)
-                data = _checked(complete)
-            with _file_system_errors(self.output):
+            if describe is not None:
+                files = [*complete.files, *self._described(describe(complete))]
+                complete = replace(complete, files=tuple(sorted(files, key=lambda file: file.path)))
+            data = _checked(complete)
+            with file_system_errors(self.output):
                 target.write_bytes(data)
                 directories.sync_tree(staging)
                 self._require_inputs()
@@ -341,9 +350,9 @@ class BundleWriter:
     def _stage(self) -> None:
         if self._staging is not None:
             return
-        with _file_system_errors(self.output):
+        with file_system_errors(self.output):
             while self._staging is None:
-                staging = _sibling(self.output, _STAGED)
+                staging = sibling(self.output, _STAGED)
                 staging.mkdir(0o700)
                 try:
                     self._lock = directories.lock(staging)
@@ -370,11 +379,17 @@ class BundleWriter:
             if name in known:
                 yield FileRecord(name, known[name].size_bytes, known[name].sha256, self._roles[name])
                 continue
-            with _file_system_errors(self.output), (staging / name).open("rb", buffering=0) as file:
+            with file_system_errors(self.output), (staging / name).open("rb", buffering=0) as file:
                 size, digest = hash_file(file.fileno(), partial(self._hashed, "hash", done))
             done += size
             yield FileRecord(path=name, size_bytes=size, sha256=digest, role=self._roles[name])
         self._progress.end("hash")
+
+    def _described(self, found: Mapping[str, bytes]) -> Iterator[FileRecord]:
+        for name, data in found.items():
+            with file_system_errors(self.output):
+                self.path(name, DESCRIPTION_ROLE).write_bytes(data)
+            yield FileRecord(name, len(data), hashlib.sha256(data).hexdigest(), DESCRIPTION_ROLE)
 
     def _hashed(self, task: str, before: int, read: int) -> None:
         self._progress.update(task, before + read)
@@ -406,7 +421,7 @@ class BundleWriter:
         if not state.is_dir():
             yield
             return
-        with _file_system_errors(self.output):
+        with file_system_errors(self.output):
             shutil.rmtree(aside, ignore_errors=True)
             state.rename(aside)
         try:
@@ -438,31 +453,9 @@ class BundleWriter:
 
 def replace_manifest(root: Path, manifest: Manifest) -> None:
     """``manifest`` in place of the one of the bundle at ``root``, in one step; its files are there already."""
-    with _file_system_errors(root):
+    with file_system_errors(root):
         directories.sync_tree(root)
     replace_file(root, MANIFEST_NAME, _checked(manifest))
-
-
-def replace_file(root: Path, name: str, data: bytes) -> None:
-    """``data`` as the file ``name`` of the directory ``root``, in one step; whatever is there stays where it fails."""
-    partial = _sibling(root / name, "partial")
-    with _file_system_errors(root):
-        try:
-            partial.write_bytes(data)
-            directories.sync(partial)
-            partial.replace(root / name)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        directories.sync_directory(root)
-
-
-def remove_partials(root: Path, name: str) -> None:
-    """Remove what a killed `replace_file` of this user left of ``name`` in ``root``."""
-    for path in root.glob(f".{name}.partial-*"):
-        status = path.lstat()
-        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-            path.unlink()
 
 
 def _checked(manifest: Manifest) -> bytes:
@@ -477,22 +470,6 @@ def _checked(manifest: Manifest) -> bytes:
     if strict.encode(again) != strict.encode(manifest):
         raise InternalError("CX709", "the build made a manifest that reads back differently")
     return data
-
-
-def _sibling(output: Path, what: str) -> Path:
-    """A free hidden name beside ``output``; CX707 where there is none."""
-    found = directories.sibling(output, what)
-    if found is None:
-        raise ToolError("CX707", f"too many unfinished builds beside {output}", f"remove .{output.name}.{what}-* there")
-    return found
-
-
-@contextlib.contextmanager
-def _file_system_errors(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ToolError("CX707", f"cannot write {output}: {error}", "check free space and permissions") from error
 
 
 def _gib(size_bytes: int) -> str:

@@ -8,6 +8,7 @@ replaced when every engine is there and has been checked. What an interrupted ru
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -31,8 +32,10 @@ from cosmos_export.bundle import (
 )
 from cosmos_export.bundle.files import SIGNATURE_NAME, hash_file
 from cosmos_export.bundle.manifest import MANIFEST_NAME, GraphName, Name
-from cosmos_export.bundle.strict import AtLeast, StrictError, decode, parse_object
-from cosmos_export.bundle.writer import remove_partials, replace_manifest
+from cosmos_export.bundle.provenance import ENGINES_FILE, provenance_of_engines
+from cosmos_export.bundle.staging import remove_partials
+from cosmos_export.bundle.strict import AtLeast, StrictError, canonical, decode, parse_object
+from cosmos_export.bundle.writer import DESCRIPTION_ROLE, replace_manifest
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, FindingError, ToolError, UserError, shown
 from cosmos_export.kernels.description import DOCUMENT, PLUGIN_FOLDER
 from cosmos_export.printable import printable
@@ -126,6 +129,7 @@ def finish(root: Path, progress: Progress | None = None) -> Manifest:
     engines.require_gpu(target)
     try:
         complete = _with_engines(root, manifest, requests, engines, target, progress)
+        complete = _described(root, complete, files.bundle_id)
     except BaseException:
         _remove_leftovers(files)  # or the bundle would not verify
         raise
@@ -185,6 +189,14 @@ def _with_engines(
         lines = " | ".join(wrong)
         raise FindingError("CX450", f"engines do not contain what was planned: {lines}", "the bundle is as it was")
     return complete
+
+
+def _described(root: Path, complete: Manifest, waiting_id: str) -> Manifest:
+    """``complete`` with the provenance of its engines, which is written."""
+    data = canonical(provenance_of_engines(complete, waiting_id))
+    (root / ENGINES_FILE).write_bytes(data)
+    record = FileRecord(ENGINES_FILE, len(data), hashlib.sha256(data).hexdigest(), DESCRIPTION_ROLE)
+    return replace(complete, files=tuple(sorted((*complete.files, record), key=lambda file: file.path)))
 
 
 def read_requests(files: BundleFiles) -> tuple[EngineRequest, ...]:
@@ -256,7 +268,7 @@ def _remove_leftovers(files: BundleFiles) -> None:
     would run them. What belongs to somebody else stays, and the bundle does not verify."""
     root, listed = files.path, {file.path for file in files.manifest.files}
     remove_partials(root, MANIFEST_NAME)
-    for pattern in ("engines/*.engine", "engines/.*.partial"):
+    for pattern in ("engines/*.engine", "engines/.*.partial", ENGINES_FILE):
         for path in root.glob(pattern):
             status = path.lstat()
             own = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import get_args
 
+from cosmos_export.bundle.provenance import require_builder, time_of_build
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
@@ -39,6 +40,8 @@ _MAX_PROFILE_NAME = 256
 def resolve(options: BuildOptions) -> Job:
     """Check the request against itself, the target, this installation and the checkpoint, in that order."""
     _require_consistent(options)
+    require_builder(options.created_by)
+    time_of_build()  # or the build would find out at its end
     target = load_target(options.target).on(options.backend)
     profiles = _profiles(options.profiles)
     _require_kernels(options.kernels)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from cosmos_export.bundle import BundleWriter, InputFile, Manifest
+from cosmos_export.bundle.provenance import data_sources, documents, time_of_build
 from cosmos_export.capture.sources import weight_sources
 from cosmos_export.checkpoint.codecs import CODECS
 from cosmos_export.compiler.allocator import return_freed_memory
@@ -231,7 +231,7 @@ def _build(
     if hashes is not None:
         with stages("hashing inputs", shown=False):
             hashed = hashes.result("hashing inputs", stages.progress)
-    created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    created = time_of_build().strftime("%Y-%m-%dT%H:%M:%SZ")
     contents = BundleContents(forms, pieces, tuple(codecs), prompt, hashed, created)
 
     def with_requests(root: Path, staged: Manifest) -> Manifest:
@@ -250,8 +250,12 @@ def _build(
             golden = golden_record(job, root) if found else None
         return manifest(result_of(job, evidence), replace(contents, golden=golden))
 
+    def described(complete: Manifest) -> dict[str, bytes]:
+        sources = () if job.scales is None else data_sources(job.scales.lineage)
+        return documents(complete, sources)
+
     with stages("commit", shown=False):
-        committed = writer.commit(manifest(result_of(job, evidence), contents), with_requests)
+        committed = writer.commit(manifest(result_of(job, evidence), contents), with_requests, described)
     Cache(options.cache).add(cache_entries(writer, committed, created))
     return plain, committed
 

@@ -6,8 +6,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
+from own_environment import environment
 
 import cosmos_export
 from cosmos_export import bundle as bundles
@@ -357,17 +356,8 @@ def test_a_damaged_bundle_is_not_signed(app: verbs.Verbs, bundle: Path, key: Pat
 
 @pytest.fixture(scope="module")
 def stock() -> str:
-    """The stock tool, in an environment of its own: it brings forty packages. Made where it is not there."""
-    folder = Path(sys.prefix) / "model-signing"
-    marker = folder / f".{STOCK[0]}"
-    if not marker.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        command = [str(folder / "bin/python"), "-m", "pip", "install", "-q", "--disable-pip-version-check", *STOCK]
-        made = subprocess.run(command, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"{STOCK[0]} cannot be installed here: {made.stderr.strip()[-200:]}")
-        marker.touch()
-    return str(folder / "bin/model_signing")
+    """The stock tool, in an environment of its own: it brings forty packages."""
+    return str(environment("model-signing", *STOCK) / "model_signing")
 
 
 def run_stock(stock: str, verb: str, bundle: Path, *arguments: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 from dataclasses import replace
@@ -109,11 +110,20 @@ def test_finishing_completes_the_manifest(waiting: Path, omni: Path, monkeypatch
         (root / SIGNATURE_NAME).exists() and (root / "manifest.json").read_bytes() == before and verify_bundle(root).ok
     )
     # What a run leaves that nobody could end: the next one begins with taking it away.
-    for name in ("engines/reasoner.engine", "engines/.reasoner.engine.ab.partial", ".manifest.json.partial-1"):
+    for name in (
+        "engines/reasoner.engine",
+        "engines/.reasoner.engine.ab.partial",
+        "engines/provenance.intoto.json",
+        ".manifest.json.partial-1",
+    ):
         (root / name).write_bytes(b"half")
     manifest: Manifest = finishing.finish(root)
     assert verify_bundle(root).ok and read_bundle(root) == manifest and not (root / SIGNATURE_NAME).exists()
     assert {e.graph for e in manifest.engines} == GRAPHS
+    provenance = json.loads((root / "engines/provenance.intoto.json").read_text())
+    assert {one["name"] for one in provenance["subject"]} == {engine.path for engine in manifest.engines}
+    parent = provenance["predicate"]["buildDefinition"]["resolvedDependencies"][0]["digest"]
+    assert parent == {"sha256": hashlib.sha256(before).hexdigest()}
     assert all(check.passed for check in manifest.plan_checks) and "tensorrt_rtx" in manifest.tools
     assert all(not one["cache"].is_relative_to(root) for one in asked)
     with pytest.raises(CosmosExportError, match="does not wait for engines"):

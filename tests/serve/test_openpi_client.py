@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from own_environment import environment
 
 from cosmos_export.audit import verify_trail
 
@@ -22,18 +22,8 @@ PACKAGES = ("openpi-client==0.1.2", "typing_extensions")
 
 @pytest.fixture(scope="module")
 def robot() -> str:
-    """The Python of the environment, which stays beside this one's packages; made where it is not there."""
-    folder = Path(sys.prefix) / "openpi-client"
-    python = folder / "bin" / "python"
-    marker = folder / f".{PACKAGES[0]}"
-    if not marker.exists():
-        venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES]
-        made = subprocess.run(command, capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"{PACKAGES[0]} cannot be installed here: {made.stderr.strip()[-200:]}")
-        marker.touch()
-    return str(python)
+    """The Python of the environment."""
+    return str(environment("openpi-client", *PACKAGES) / "python")
 
 
 @contextmanager
