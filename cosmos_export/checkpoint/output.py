@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cosmos_export import directories
+from cosmos_export import directories, units
 from cosmos_export.diagnostics import ToolError, UserError
 from cosmos_export.machine.system import free_disk
 
@@ -76,4 +76,4 @@ def require_space(output: Path, needed: int, code: str, what: str, hint: str) ->
     parent = next(folder for folder in (output.absolute().parent, *output.absolute().parents) if folder.exists())
     free = free_disk(parent)
     if free < needed:
-        raise UserError(code, f"{what} needs {needed / 1e9:,.1f} GB, {parent} has {free / 1e9:,.1f} GB free", hint)
+        raise UserError(code, f"{what} needs {units.size(needed)}, {parent} has {units.size(free)} free", hint)

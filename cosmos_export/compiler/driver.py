@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cosmos_export import units
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.allocator import keep_freed_memory
 from cosmos_export.compiler.coverage import require_coverage, table_coverage
@@ -112,8 +113,8 @@ def _resumed(writer: BundleWriter) -> str:
     kept = writer.all_kept()
     if not kept:
         return f"nothing to resume beside {writer.output}: starting anew"
-    size = sum(one.size_bytes for one in kept) / 1e9
-    return f"resuming with {len(kept)} finished files ({size:.2f} GB): {', '.join(one.name for one in kept)}"
+    size = units.size(sum(one.size_bytes for one in kept))
+    return f"resuming with {len(kept)} finished files ({size}): {', '.join(one.name for one in kept)}"
 
 
 def _compile_only(job: Job, progress: Progress) -> BuildResult:

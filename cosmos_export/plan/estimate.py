@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from cosmos_export import units
 from cosmos_export.diagnostics import UnsupportedError
 from cosmos_export.plan.latency import Latency, latency, missing_rates
 from cosmos_export.plan.precision import PlannedPrecision, precision
@@ -278,9 +279,9 @@ class _Planner:
             except UnsupportedError:
                 continue
             if tried.resident_bytes <= offered:
-                found.append(f"--recipe {recipe}: {tried.resident_bytes / 1e9:.1f} GB with everything on the device")
+                found.append(f"--recipe {recipe}: {units.size(tried.resident_bytes, 2)} with everything on the device")
             elif verdict == "does not fit" and tried.phased_bytes <= offered:
-                found.append(f"--recipe {recipe}: {tried.phased_bytes / 1e9:.1f} GB in phases")
+                found.append(f"--recipe {recipe}: {units.size(tried.phased_bytes, 2)} in phases")
         frames = self._most_frames(target, workload, offered) if verdict == "does not fit" else None
         if frames is not None:
             found.append(f"at most {4 * (frames - 1) + 1} pixel frames at this size (in phases)")

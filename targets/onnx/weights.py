@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
+from cosmos_export import units
 from cosmos_export.checkpoint.safetensors_header import read_exactly
 from cosmos_export.diagnostics import ToolError
 from cosmos_export.ir.dims import product
@@ -120,7 +121,7 @@ def write_weights(path: Path, stored: dict[WeightBinding, Stored], task: str, pr
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise ToolError(
             "CX440",
-            f"writing {path.name} ({file_size(stored) / 1e9:.2f} GB) failed: {error.strerror if full else error}",
+            f"writing {path.name} ({units.size(file_size(stored))}) failed: {error.strerror if full else error}",
             "free disk space or choose another output directory" if full else "",
         ) from error
     finally:

@@ -332,7 +332,7 @@ def test_an_interrupted_write_leaves_nothing_and_keeps_the_old(tmp_path: Path, m
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 30_000_000_000))
-    refuses("CX131", "needs 30.4 GB", tmp_path / "a" / "demo", true_width="nano", layers=36, dtype="bfloat16")
+    refuses("CX131", "needs 28.3 GiB", tmp_path / "a" / "demo", true_width="nano", layers=36, dtype="bfloat16")
     assert not any(tmp_path.iterdir())
 
 

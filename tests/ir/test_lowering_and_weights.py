@@ -138,7 +138,7 @@ def test_a_full_disk_is_an_error_of_the_file_system(
     with pytest.raises(ToolError) as refused:
         write_weights(tmp_path / "weights.bin", layout(bindings), "weights", Silent())
     assert str(refused.value) == (
-        "CX440: writing weights.bin (0.00 GB) failed: No space left on device "
+        "CX440: writing weights.bin (32.1 KiB) failed: No space left on device "
         "(hint: free disk space or choose another output directory)"
     )
 
