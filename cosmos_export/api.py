@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos_export.arguments import made, taken
+from cosmos_export.arguments import callbacks, made, taken
 from cosmos_export.diagnostics import UserError
 from cosmos_export.progress import Progress
 
@@ -113,6 +113,7 @@ def compile(
     from cosmos_export.options import BuildOptions
 
     del given["progress"]
+    callbacks("compile", progress=progress)
     options = made(BuildOptions, "compile", given)
     return Compiled(build(options, progress), options.output)
 
@@ -193,6 +194,7 @@ def calibrate(
     from cosmos_export.options import CalibrateOptions
 
     del given["progress"]
+    callbacks("calibrate", progress=progress)
     given["negative"] = given.pop("negative_prompt")
     given["overrides"] = _sampling("calibrate", given)
     return calibrate_checkpoint(made(CalibrateOptions, "calibrate", given), progress)
@@ -221,6 +223,7 @@ def quantize(
     from cosmos_export.options import QuantizeRequest
 
     del given["progress"]
+    callbacks("quantize", progress=progress)
     return quantize_checkpoint(made(QuantizeRequest, "quantize", given), progress)
 
 
@@ -246,6 +249,7 @@ def open(
     from cosmos_export import bundle as bundles
     from cosmos_export.runtime.model import LoadedModel
 
+    callbacks("open", progress=progress)
     files = bundles.open_bundle(taken("open", "bundle", bundle, Path))
     key = taken("open", "require_signature", require_signature, Path | None)
     if key is not None:
@@ -345,6 +349,7 @@ class Model:
         given = dict(locals())
         for name in ("self", "on_step", "progress"):
             del given[name]
+        callbacks("generate", on_step=on_step, progress=progress)
         prepared = self._model.prepare(_generate_options(given))
         return self._model.run(prepared, on_step, progress)
 

@@ -63,6 +63,15 @@ def taken(where: str, name: str, value: object, kind: Any) -> Any:
     return found
 
 
+def callbacks(where: str, **given: object) -> None:
+    """UserError CX005 where ``progress`` is no `Progress`, or another value is no function."""
+    for name, value in given.items():
+        methods = ("begin", "update", "end") if name == "progress" else ("__call__",)
+        if value is not None and not all(callable(getattr(value, method, None)) for method in methods):
+            wanted = "a `cosmos_export.progress.Progress`" if name == "progress" else "a function"
+            raise UserError("CX005", f"`{name}` of `{where}` is of type {type(value).__name__}", f"it takes {wanted}")
+
+
 def words(kind: Any) -> str:
     """Description of values of the type ``kind``, for a reader."""
     if _is_union(kind):
@@ -93,13 +102,24 @@ def _converted(value: object, kind: Any) -> Any:
     if kind is bool or isinstance(value, bool):
         return value if kind is bool and isinstance(value, bool) else _NO_VALUE
     if kind is Path:
-        # Not of bytes: names of files are text everywhere here.
-        return Path(value) if isinstance(value, str | os.PathLike) and str(value) else _NO_VALUE
+        return _path(value)
     if value is None:
         return None if kind is type(None) else _NO_VALUE
     if kind in (int, float):
         return _number(value, kind)
     return value if isinstance(value, get_origin(kind) or kind) else _NO_VALUE
+
+
+def _path(value: object) -> Any:
+    """A path that can name a file. Not of bytes: names of files are text everywhere here."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text or "\0" in text:
+        return _NO_VALUE
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return _NO_VALUE
+    return Path(text)
 
 
 def _number(value: object, kind: type) -> Any:

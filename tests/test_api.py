@@ -118,6 +118,53 @@ def test_a_wrong_argument_is_an_error_with_a_code_and_a_hint(call: Callable[[], 
     assert caught.value.hint
 
 
+class Strange:
+    """Nothing that any argument takes."""
+
+
+WRONG = [
+    Strange(), 1j, b"bytes", {"a": 1}, np.zeros((2, 2)), float("nan"), -1, "", "no such", [], (1, 2, 3), True, 10**30,
+    object, {1}, [None], "\0", "\ud800",
+]  # fmt: skip
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "compile": (cx.compile, {"checkpoint": "missing", "output": "missing/x"}),
+    "plan": (cx.plan, {"checkpoint": "edge", "targets": "cpu", "workloads": "t2i-256p"}),
+    "calibrate": (cx.calibrate, {"checkpoint": "missing", "output": "missing/x", "data": "x"}),
+    "quantize": (cx.quantize, {"checkpoint": "missing", "output": "missing/x", "calibration": "x"}),
+    "open": (cx.open, {"bundle": "missing"}),
+    "generate": (lambda **given: api._generate_options(given), {"prompt": "x"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name, (function, _) in CALLS.items()
+        for argument in (keywords(api.Model.generate if name == "generate" else function))
+    ],
+)
+def test_no_argument_of_any_type_ends_in_another_error(name: str, argument: str) -> None:
+    """A sentence with a code, whatever is passed; what is taken meets a checkpoint or a bundle that is not there."""
+    function, given = CALLS[name]
+    if name == "generate":
+        given = dict.fromkeys(keywords(api.Model.generate)) | given
+    for value in WRONG:
+        try:
+            function(**{**given, argument: value})
+        except cx.CosmosExportError as error:
+            assert len(str(error).split()) > 2, value
+        else:
+            assert name in ("plan", "generate"), value
+
+
+@pytest.mark.parametrize("name", ["compile", "calibrate", "quantize", "open"])
+def test_what_reports_nothing_is_no_progress(name: str) -> None:
+    function, given = CALLS[name]
+    with pytest.raises(cx.CosmosExportError, match=f"CX005: `progress` of `{name}` is of type ndarray"):
+        function(**given, progress=np.zeros(2))
+
+
 def test_values_are_taken_as_they_are_meant(tmp_path: Path) -> None:
     options = made(BuildOptions, "compile", {
         "checkpoint": str(tmp_path), "profiles": "256p-17f", "steps": np.int64(8), "shift": 3, "modalities": ["vision"],

@@ -66,12 +66,22 @@ ONLY = {
     "embodiments": {"bundle"},
     "audit": {"diagnostics", "files"},
     "bundle": {"diagnostics", "directories", "files", "machine", "progress", "stamps"},
-    "checkpoint": {"diagnostics", "directories", "family", "files", "machine", "progress", "stamps", "verb_options"},
+    "checkpoint": {
+        "diagnostics",
+        "directories",
+        "family",
+        "files",
+        "machine",
+        "progress",
+        "stamps",
+        "units",
+        "verb_options",
+    },
     "sampling": {"diagnostics", "family", "options"},
     "stamps": {"diagnostics"},
     "runtime": {other for other, level in LEVELS.items() if level < LEVELS["runtime"]} - {"embodiments"},
     "serve": {other for other, level in LEVELS.items() if level < LEVELS["serve"]} - {"embodiments"},
-    "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files"},
+    "plan": {"targets", "precision", "sampling", "checkpoint", "diagnostics", "family", "files", "units"},
 }
 BACKENDS = {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx"}
 HEAVY = {"torch", "diffusers", "transformers", "av", "tokenizers", *BACKENDS}
@@ -372,6 +382,15 @@ def test_questions_are_seen(tmp_path: Path) -> None:
 MAX_LINES = 500
 LONGER = {"cosmos_export.bundle.manifest"}
 """The manifest's schema is read as one page."""
+
+
+def test_no_two_classes_share_a_name() -> None:
+    found: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name)
+    assert {name: places for name, places in found.items() if len(places) > 1} == {}
 
 
 def test_no_module_is_long() -> None:
