@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.packing import E4M3_MAX
+from cosmos_export.options import ObserverMethod
 
-Method = Literal["absmax", "percentile", "mse"]
 MAGNITUDES = 1 << 15
 """Bit patterns of bfloat16 without the sign."""
 _FINITE = 0x7F80
@@ -35,13 +35,13 @@ class Observer:
     exceed. ``mse``: the range at which rounding to FP8 E4M3, with what is above cut off, has the least squared error.
     """
 
-    method: Method = "absmax"
+    method: ObserverMethod = "absmax"
     margin: float = 1.1
     percentile: float = 99.999
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise UserError("CX320", f"observer `{self.method}`; known: {', '.join(get_args(Method))}")
+        if self.method not in get_args(ObserverMethod):
+            raise UserError("CX320", f"observer `{self.method}`; known: {', '.join(get_args(ObserverMethod))}")
         if not (math.isfinite(self.margin) and 1 <= self.margin <= 4):
             raise UserError(
                 "CX320", f"margin {self.margin}; allowed: 1 to 4", "1.1 to 1.25 is usual; FP8 loses nothing"
@@ -132,4 +132,4 @@ def _squared_error(values: torch.Tensor, counts: torch.Tensor, amax: float) -> f
     return float(((values - rounded).double().square() * counts).sum())
 
 
-_RANGES: Mapping[Method, Any] = {"absmax": _absmax, "percentile": _percentile, "mse": _mse}
+_RANGES: Mapping[ObserverMethod, Any] = {"absmax": _absmax, "percentile": _percentile, "mse": _mse}

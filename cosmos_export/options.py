@@ -21,6 +21,7 @@ ParityMode = Literal["auto", "always", "never"]
 Grid = Literal["karras", "flow", "native"]
 LatentSource = Literal["auto", "rollout", "noise"]
 Keep = Literal["first", "last"]
+ObserverMethod = Literal["absmax", "percentile", "mse"]
 Picture = Path | InMemory[Any]
 """A picture in a file or in memory."""
 
@@ -215,7 +216,7 @@ class CalibrateOptions:
     """Negative prompt, as text or FILE.json, for items without one."""
     overrides: Overrides = field(default_factory=Overrides)
     """Changes of the schedule that will run."""
-    observer: Annotated[str, Cli(group="Algorithm", names="observers", metavar="NAME")] = "absmax"
+    observer: Annotated[ObserverMethod, Cli(group="Algorithm")] = "absmax"
     """How a range follows from what was seen: absmax, percentile or mse."""
     margin: Annotated[float, Cli(group="Algorithm", metavar="X")] = 1.1
     """Factor on every range that was observed."""

@@ -117,7 +117,6 @@ _REGISTRIES: Mapping[str, Callable[[], tuple[str, ...]]] = {
     "sizes": _sizes,
     "published": _published,
     "passes": _passes,
-    "observers": lambda: ("absmax", "percentile", "mse"),
     "algorithms": _algorithms,
     "formats": _formats,
     "embodiments": _embodiments,

@@ -69,7 +69,7 @@ def resolve_calibration(options: CalibrateOptions, progress: Progress | None = N
     from cosmos_export.calibration.algorithms import Algorithm, require_provider
     from cosmos_export.calibration.observers import Observer
 
-    observer = Observer(options.observer, options.margin, options.percentile)  # type: ignore[arg-type]
+    observer = Observer(options.observer, options.margin, options.percentile)
     algorithm = Algorithm(options.algorithm, options.rank, options.bits)
     require_provider(algorithm)
     if options.samples < 1:
