@@ -36,7 +36,7 @@ class Binary:
     threads: int
     registers: int
     spilled_bytes: int
-    """Bytes a thread keeps in local memory for want of registers."""
+    """Bytes per thread in local memory, where registers do not suffice."""
 
 
 def variants(capability: int) -> Iterator[Variant]:
@@ -87,7 +87,7 @@ def _attributes(variant: Variant) -> dict[tuple[int], list[list[Any]]]:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of its stack, as the disassembler that ships with Triton reports them."""
+    """Registers per thread and bytes of its stack, as the disassembler that ships with Triton reports them."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:

@@ -116,7 +116,7 @@ def cudnn_fp8(query: torch.Tensor, *parts: Any) -> torch.Tensor:
 
 
 def ours_fp8(query: torch.Tensor, *parts: Any) -> torch.Tensor:
-    """Our kernel with scales of one."""
+    """This project's kernel with scales of one."""
     heads, kv_heads = query.shape[-2], parts[0].shape[-2]
     ones = [torch.ones(n, device=query.device) for n in (heads, kv_heads, kv_heads)]
     return joint_attention.joint_attention(query, *parts, scales=(ones[0], ones[1], ones[2]))

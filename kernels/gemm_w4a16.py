@@ -4,7 +4,7 @@
 
 Contract
     a         [N, K] bf16 or fp16, contiguous last axis
-    packed    uint8 [O, K/2], contiguous: two signed 4-bit values a byte, the even k in the low half
+    packed    uint8 [O, K/2], contiguous: two signed 4-bit values per byte, the even k in the low half
     scales    [O, K/128] of a's type, contiguous: one for each group of 128 along K
     result    a's type [N, O]
     K         a multiple of 128; N and O any

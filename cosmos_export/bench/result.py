@@ -138,7 +138,7 @@ class Measurement:
         }  # fmt: skip
 
     def _beside(self, baseline: Baseline) -> dict[str, Any]:
-        """A baseline as it is written, with the ratio of our time over its own."""
+        """A baseline as it is written, with the ratio of the measured time over its own."""
         forward, own = baseline.forward_s, self.forward_s
         return {
             "name": baseline.name, "recipe": baseline.recipe, "same_precision": baseline.recipe == self.recipe,

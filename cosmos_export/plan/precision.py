@@ -40,7 +40,7 @@ class Mix:
 
     @property
     def bits(self) -> float:
-        """Bits of an average weight of its linears."""
+        """Bits per weight of its linears, on average."""
         return sum(share * SCHEMES[name].bits for name, share in self.linears.items())
 
     @property

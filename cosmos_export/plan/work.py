@@ -90,7 +90,7 @@ def passes(workload: Workload, schedule: Schedule) -> tuple[int, int]:
 
 
 def request_work(subject: Subject, workload: Workload, schedule: Schedule) -> tuple[OperationCount, OperationCount]:
-    """(reasoner once, generator over all steps)."""
+    """Operations of the reasoner, once per request, and of the generator over all steps."""
     geometry, rows = subject.geometry, workload.rows
     conditional, unconditional = passes(workload, schedule)
     reasoner = reasoner_pass(geometry, workload.prompt_tokens)

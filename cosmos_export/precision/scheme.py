@@ -79,7 +79,7 @@ class Scheme:
     computes: str
     """The type at whose rate its products run: a key of `Target.peak_flops`."""
     kinds: tuple[str, ...] = LINEARS
-    """Sites that it is for."""
+    """Kinds of sites that it is for."""
     weight: Format | None = None
     """Format in which the weight of a linear is stored; schemes with one format share the weight. None: as it is."""
     activation: Activation | None = None

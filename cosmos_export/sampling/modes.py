@@ -93,7 +93,7 @@ class Mode:
     options: tuple[str, ...] = _FRAME_OPTIONS
     """Options that mean something here and not in every mode."""
     single: bool = False
-    """One frame: an image."""
+    """Whether a request is one frame, an image."""
     clean_frames: Clean = 0
     """Latent frames that are given."""
     clean_actions: Clean | None = None
@@ -108,24 +108,24 @@ class Mode:
     robots: Mapping[str, Settings] = field(default_factory=dict)
     """Settings of policy checkpoints instead, by the beginning of their embodiment's name."""
     distilled: bool = True
-    """Distilled checkpoints were trained for it."""
+    """Whether distilled checkpoints were trained for it."""
     implied_by: Clue | None = None
     """The clue to this mode where none is named; None: it is asked for by its name."""
     shown_by: Clue | None = None
     """Data that calibration takes for this mode where none is named. Modes with the same kind of data take turns, and
     robot data stands for each of them."""
     aliases: tuple[str, ...] = ()
-    """Other spellings, in requests of NVIDIA's framework."""
+    """Other spellings of the name, in requests of NVIDIA's framework."""
     representative: bool = False
-    """One of the few in which a part of a large model is compared. Between them they have every modality, and clean
-    rows beside noisy ones."""
+    """Whether it is one of the few in which a part of a large model is compared. Between them they have every modality,
+    and clean rows beside noisy ones."""
 
     def __str__(self) -> str:
         return self.name
 
     @property
     def acts(self) -> bool:
-        """Requests have action rows."""
+        """Whether requests have action rows."""
         return self.clean_actions is not None
 
     @property

@@ -93,7 +93,7 @@ def scaled_linear(
 def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A product with INT4 weights by our kernel, which dequantizes in registers; bf16 rows, groups of 128."""
+    """A product with INT4 weights by a kernel that dequantizes in registers; bf16 rows, groups of 128."""
     from cosmos_export.kernels import operators
 
     result: torch.Tensor = operators.gemm_w4a16(x, packed, scale)
@@ -109,12 +109,12 @@ def along_rows(x: torch.Tensor, narrow: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def narrow_values(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Values in E4M3 as our attention's second product wants them."""
+    """Values in E4M3 as the second product of this project's attention wants them."""
     return along_rows(x, lambda wide: quantize(wide, scale))
 
 
 ATTENTIONS = ("sdpa", "triton")
-"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: our kernel, which makes no copy of K/V."""
+"""``sdpa``: PyTorch's choice of cuDNN and flash attention; ``triton``: `joint_attention`, which copies no K/V."""
 
 
 def _kernels(targets: Collection[Any]) -> dict[Any, Callable[..., Any]]:

@@ -39,8 +39,8 @@ class CompileSettings:
     whole_loop: bool = True
     """All steps of a closed loop are one CUDA graph; otherwise one step is, replayed as often."""
     kernels: frozenset[str] = frozenset()
-    """`W4A16` or none: whether products with INT4 weights are our kernel's. What other kernels compute is in the graph,
-    where passes put it (`passes.pipeline.fuse_kernels`)."""
+    """`W4A16` or none: whether a kernel computes products with INT4 weights. What other kernels compute is in the
+    graph, where passes put it (`passes.pipeline.fuse_kernels`)."""
     open_dims: frozenset[str] = frozenset()
     """Dims that differ from call to call, as the length of a prompt does: compiled code takes every value of them."""
 
@@ -211,7 +211,7 @@ class _Lowering:
         return self._add(node.name, node.target, args, dtype, shape, kwargs, attends=attends)
 
     def _fp8_attention(self, name: str, wide: Sequence[_Operand], scales: _Operand, scale: float) -> _Call:
-        """`ops.joint_attention_fp8` of query, keys and values by our kernel: PyTorch has none."""
+        """`ops.joint_attention_fp8` of query, keys and values by this project's kernel: PyTorch has none."""
         from cosmos_export.kernels import operators
 
         query, key, value, prefix_key, prefix_value = wide
