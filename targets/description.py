@@ -78,6 +78,9 @@ class Target:
     also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Backend → schemes that it has kernels for besides ``precisions``."""
 
+    def __repr__(self) -> str:
+        return f"Target({self.name}, {self.backend}, compute capability {self.compute_capability or 'none'})"
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """Schemes with a kernel in the backend that is chosen: those that are listed, and those that require one."""

@@ -202,4 +202,6 @@ def test_what_is_no_picture_is_refused(value: object) -> None:
 
 
 def test_reprs_are_short() -> None:
+    for registry in (cx.targets, cx.recipes, cx.schemes, cx.modes):
+        assert all(one.name in repr(one) and len(repr(one)) < 100 for one in registry())
     assert repr(cx.plan("nano", targets="cpu")) == "Estimate(Cosmos3-Nano, bf16, 1 of 1 fit)"

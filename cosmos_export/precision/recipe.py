@@ -106,6 +106,9 @@ class Recipe:
     rules: tuple[Rule, ...]
     source: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"Recipe({self.name}, {len(self.rules)} rules, {', '.join(self.schemes) or UNQUANTIZED})"
+
     @property
     def schemes(self) -> tuple[str, ...]:
         """Schemes its rules use besides the model's own type, in the order of `SCHEMES`."""

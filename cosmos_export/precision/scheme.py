@@ -107,6 +107,9 @@ class Scheme:
     requires: str = ""
     """The precision that a target must have to run it; empty: its own name."""
 
+    def __repr__(self) -> str:
+        return f"Scheme({self.name}, {self.bits:g} bits, {self.product})"
+
     @property
     def bits(self) -> float:
         """Bits of a stored number with its share of scales: a weight's, or of attention's operands."""

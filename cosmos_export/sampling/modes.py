@@ -123,6 +123,9 @@ class Mode:
     def __str__(self) -> str:
         return self.name
 
+    def __repr__(self) -> str:
+        return f"Mode({self.name})"
+
     @property
     def acts(self) -> bool:
         """Whether requests have action rows."""
