@@ -106,10 +106,10 @@ def explained(option: Option) -> str:
 def shown(option: Option) -> str:
     if option.default is dataclasses.MISSING:
         return "required"
-    if option.default is None or option.default == ():
-        return ""
     if option.cli.shown_default is not None and not isinstance(option.default, tuple):
         return option.cli.shown_default
+    if option.default in (None, ()):
+        return ""
     value = option.default if option.cli.scale is None else option.default // option.cli.scale
     return f"`{','.join(value) if isinstance(value, tuple) else value}`"
 
