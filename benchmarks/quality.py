@@ -1,4 +1,4 @@
-"""What recipes and shorter schedules cost on the micro world: scores, distance from bf16, bytes, predicted time.
+"""The cost of recipes and shorter schedules on the micro world: scores, distance from bf16, bytes, predicted time.
 
     python benchmarks/quality.py CHECKPOINT [--recipes bf16,fp8,…] [--steps 35,18,…] [--clips N] [--modes t2v,i2v,…]
                                  [--work DIR] [-o benchmarks/results/quality.json]

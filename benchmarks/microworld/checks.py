@@ -39,7 +39,7 @@ CLICK_SECONDS = 0.065
 
 @dataclass(frozen=True)
 class Observed:
-    """What is seen in a clip."""
+    """Findings in a clip."""
 
     visible: NDArray[np.bool_]
     """[17], whether there is one thing as large as a shape."""

@@ -34,7 +34,7 @@ SEED = 20_000
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for. The clip has the caption, the given frames and actions, and the true answer."""
+    """A request. The clip has the caption, the given frames and actions, and the true answer."""
 
     mode: str
     clip: world.Clip
@@ -48,7 +48,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came back: frames [17, 64, 64, 3], sound [2, samples] at 48 kHz, actions [16, 2]."""
+    """The answer to a request: frames [17, 64, 64, 3], sound [2, samples] at 48 kHz, actions [16, 2]."""
 
     frames: NDArray[np.uint8] | None
     sound: NDArray[np.float32] | None = None

@@ -67,7 +67,8 @@ def make(seed: int = 0) -> Any:
 
 @dataclass
 class PromptState:
-    """What the generator reads of the prompts: per layer keys and values [P, heads, S, 32] and which are real."""
+    """The part of the prompts that the generator reads: per layer keys and values [P, heads, S, 32] and which are
+    real."""
 
     keys: list[torch.Tensor]
     values: list[torch.Tensor]

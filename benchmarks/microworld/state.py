@@ -1,4 +1,5 @@
-"""What every training script here shares: a loop that is seeded by its step, saves itself and continues where it was.
+"""The loop that every training script here shares: one that is seeded by its step, saves itself and continues where it
+was.
 
 All randomness of step N follows from (seed, N), so a run that was stopped and continued gives the weights of one that
 was not, on the same machine with the same number of threads.

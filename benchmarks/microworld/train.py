@@ -41,7 +41,7 @@ QUESTION_WEIGHT = 0.3
 
 
 def kind_of(step: int) -> str:
-    """What a step trains."""
+    """The kind of example that a step trains on."""
     turn = ("scene", "push", "scene", "push", "sound", "question")[step % 6]
     return "scene" if turn == "sound" and step < SOUND_BEGINS else turn
 

@@ -46,7 +46,7 @@ Points = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Combination:
-    """What a caption of a scene says."""
+    """Facts that the caption of a scene states."""
 
     colour: str
     shape: str
@@ -68,7 +68,7 @@ class Combination:
 
 @dataclass(frozen=True)
 class Task:
-    """What a caption of a push says; the goal is None where the shape is pushed around at random."""
+    """Facts that the caption of a push states; the goal is None where the shape is pushed around at random."""
 
     colour: str
     shape: str
