@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from cosmos_export.bundle.embodiment import (
     PLAIN_VIEWS,
+    ColumnGroup,
     Embodiment,
-    Part,
     Views,
     choose_embodiment,
     known_embodiment,
@@ -53,7 +53,10 @@ _POLICIES: Mapping[str, Embodiment] = {
         chunk=32,
         fps=15.0,
         rated=True,
-        parts=(Part("joint_position", 7, "rad"), Part("gripper_position", 1, "1 is closed", mirrored=True)),
+        parts=(
+            ColumnGroup("joint_position", 7, "rad"),
+            ColumnGroup("gripper_position", 1, "1 is closed", mirrored=True),
+        ),
         views=Views(
             cameras=("wrist_image_left", "exterior_image_1_left", "exterior_image_2_left"),
             short=("wrist", "left", "right"),

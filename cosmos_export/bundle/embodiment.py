@@ -19,7 +19,7 @@ _Rows = Annotated[int, AtLeast(0), AtMost(1024)]
 
 
 @dataclass(frozen=True)
-class Part:
+class ColumnGroup:
     """Columns of an action that belong together."""
 
     name: _Name
@@ -69,7 +69,7 @@ class Embodiment:
     """Trained at this rate alone; otherwise it is what clips usually have."""
     tier: _Count = 480
     """Resolution tier of the canvas."""
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ColumnGroup, ...] = ()
     """The parts of an action, in order. Empty: one vector, whose order the data set decides."""
     poses: bool = False
     """An action is the change of an end effector's pose and a gripper: position (3), rotation as 6 numbers, gripper."""

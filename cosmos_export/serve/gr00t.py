@@ -15,7 +15,7 @@ import numpy as np
 import zmq
 import zmq.asyncio
 
-from cosmos_export.bundle.embodiment import Part
+from cosmos_export.bundle.embodiment import ColumnGroup
 from cosmos_export.diagnostics import UserError
 from cosmos_export.serve import replies, wire
 from cosmos_export.serve.desk import Answer, Desk
@@ -119,7 +119,7 @@ class GrootServer:
     def _parts(self, answer: Answer) -> dict[str, Any]:
         """float32 [1, rows, columns] of each part of an action."""
         found, first = {}, 0
-        for part in self._desk.policy.robot.parts or (Part("action", answer.actions.shape[1]),):
+        for part in self._desk.policy.robot.parts or (ColumnGroup("action", answer.actions.shape[1]),):
             found[part.name] = np.ascontiguousarray(answer.actions[None, :, first : first + part.columns])
             first += part.columns
         return found

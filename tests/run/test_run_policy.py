@@ -15,7 +15,7 @@ from run_samples import MARK, UNIPC, manifest
 
 from cosmos_export import cli
 from cosmos_export.bundle import BundleFiles, DimRecord
-from cosmos_export.bundle.embodiment import Embodiment, Part
+from cosmos_export.bundle.embodiment import ColumnGroup, Embodiment
 from cosmos_export.cli.options import named_files
 from cosmos_export.diagnostics import CosmosExportError, UserError
 from cosmos_export.embodiments import EMBODIMENTS, policy_embodiment
@@ -216,7 +216,7 @@ def test_columns_are_turned_around_inside_the_statistics() -> None:
     np.testing.assert_array_equal(model, np.array([[0.5, 0.5], [-1.0, -1.0]], np.float32))
     np.testing.assert_array_equal(conversion.to_robot(model), robot)
     assert conversion.units == "raw" and Conversion((1,)).units == "model"
-    parts = (Part("pose", 9), Part("gripper", 1, mirrored=True))
+    parts = (ColumnGroup("pose", 9), ColumnGroup("gripper", 1, mirrored=True))
     assert replace(EMBODIMENTS["umi"], parts=parts).mirrored == (9,)
     assert read_state(InMemory([1, 2], "it"), replace(EMBODIMENTS["pusht"]), 2).tolist() == [[1.0, 2.0]]
 

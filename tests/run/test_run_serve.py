@@ -24,7 +24,7 @@ from websockets.sync.client import connect  # noqa: E402
 
 from cosmos_export.audit import verify_trail  # noqa: E402
 from cosmos_export.bundle import open_bundle  # noqa: E402
-from cosmos_export.bundle.embodiment import Part  # noqa: E402
+from cosmos_export.bundle.embodiment import ColumnGroup  # noqa: E402
 from cosmos_export.diagnostics import CosmosExportError, UserError  # noqa: E402
 from cosmos_export.embodiments import policy_embodiment  # noqa: E402
 from cosmos_export.in_memory import InMemory  # noqa: E402
@@ -127,7 +127,9 @@ def test_a_mirrored_column_is_turned_around_once(model: LoadedModel, monkeypatch
     plain = BundlePolicy(model, asked).act(seen, 5).actions
     rows = model.manifest.request.action.embodiments
     turned = [
-        replace(row, parts=(Part("pose", 9), Part("gripper", 1, mirrored=True))) for row in rows if row.name == "umi"
+        replace(row, parts=(ColumnGroup("pose", 9), ColumnGroup("gripper", 1, mirrored=True)))
+        for row in rows
+        if row.name == "umi"
     ]
     action = replace(model.manifest.request.action, embodiments=tuple(turned))
     monkeypatch.setattr(
