@@ -1,4 +1,4 @@
-"""What a bundle was made from and how, in the two forms that supply chains read: provenance and a bill of materials.
+"""The origin of a bundle, in the two forms that supply chains read: provenance and a bill of materials.
 
 Both say what the manifest says and nothing else: the provenance is an in-toto statement of SLSA v1 (https://slsa.dev),
 the bill of materials is CycloneDX 1.6 (ECMA-424) with a model card. Neither has a time or a measured number, so that
@@ -267,7 +267,7 @@ def _tools(manifest: Manifest) -> Iterator[dict[str, Any]]:
 
 
 def _checks(manifest: Manifest) -> Iterator[dict[str, Any]]:
-    """What the build found: verdicts, and what the engines contain."""
+    """Findings of the build: verdicts, and the contents of the engines."""
     for verdict in manifest.evaluation:
         said = {"metric": verdict.metric, "verdict": verdict.verdict, "note": verdict.note}
         if verdict.threshold is not None:
