@@ -94,7 +94,7 @@ def documents(manifest: Manifest, sources: Sequence[DataSource] = ()) -> dict[st
     }
 
 
-def provenance(manifest: Manifest, sources: Sequence[DataSource] = (), created_by: str | None = None) -> dict[str, Any]:
+def provenance(manifest: Manifest, sources: Sequence[DataSource] = ()) -> dict[str, Any]:
     """The in-toto statement: subject is every file, dependencies are the checkpoint, the data and the tools."""
     parameters = {
         "recipe": manifest.recipe,
@@ -102,8 +102,8 @@ def provenance(manifest: Manifest, sources: Sequence[DataSource] = (), created_b
         "options": encode(manifest.options),
     }
     made_of = [*_dependencies(manifest, sources), *_tools(manifest)]
-    created_by = manifest.options.get(CREATED_BY) or LOCAL_BUILDER
-    return _statement(manifest, _files(manifest), parameters, made_of, _checks(manifest), str(created_by))
+    builder = str(manifest.options.get(CREATED_BY) or LOCAL_BUILDER)
+    return _statement(manifest, _files(manifest), parameters, made_of, _checks(manifest), builder)
 
 
 def provenance_of_engines(manifest: Manifest, waiting_id: str) -> dict[str, Any]:
