@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
+from cosmos_export.compiler.cache import default_graphs_folder
 from cosmos_export.compiler.options import resolve
 from cosmos_export.compiler.overall import TASK, UNITS, Overall, expected_seconds
 from cosmos_export.options import BuildOptions
@@ -68,7 +69,10 @@ def test_every_long_task_of_a_build_is_expected(loop: str, tmp_path: Path) -> No
     from cosmos_export.compiler.driver import build
 
     checkpoint = write_demo_checkpoint(tmp_path / "checkpoint", layers=1, dtype="bfloat16")
-    options = BuildOptions(checkpoint, tmp_path / "bundle", target="rtx-pro-6000", parity="never", loop=loop)  # type: ignore[arg-type]
+    options = BuildOptions(
+        checkpoint, tmp_path / "bundle", target="rtx-pro-6000", parity="never", loop=loop,  # type: ignore[arg-type]
+        graphs=default_graphs_folder(),
+    )  # fmt: skip
     expected = expected_seconds(resolve(options))
     recorder = Recorder()
     build(options, recorder)
