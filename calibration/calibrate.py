@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cosmos_export.bundle import RequestRecord
 from cosmos_export.calibration.algorithms import Algorithm
-from cosmos_export.calibration.coverage import Coverage, ForwardPass
+from cosmos_export.calibration.coverage import Coverage, ForwardPass, coverage_of_modes
 from cosmos_export.calibration.encode import Encoder, SoundEncoder
 from cosmos_export.calibration.layers import Entrance, LayerSource
 from cosmos_export.calibration.noised_inputs import Latents, noised, step_inputs
@@ -137,6 +137,7 @@ def lineage(job: CalibrationJob) -> dict[str, Any]:
         "passes": len(job.samples),
         "tokens": sum(_rows(job.works[s.work], job.record) for s in job.samples),
         "coverage": job.coverage,
+        "modes": coverage_of_modes(job.works, job.samples),
         "schedules": sorted({_schedule(work) for work in job.works}),
         "sources": [_source(job, number, source) for number, source in enumerate(job.sources)],
         **({"ignored_adapters": len(job.checkpoint.adapters)} if job.checkpoint.adapters else {}),

@@ -7,7 +7,7 @@ the last step of the schedule before others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,18 +101,31 @@ Coverage = dict[str, dict[str, dict[str, int]]]
 
 def coverage(works: Sequence[CalibrationRequest], samples: Sequence[ForwardPass]) -> Coverage:
     """Cells that ``samples`` cover. Those that no request can fill are left out; empty ones that one could are 0."""
+    return _covered(works, samples, modalities)
+
+
+def coverage_of_modes(works: Sequence[CalibrationRequest], samples: Sequence[ForwardPass]) -> Coverage:
+    """The same by mode in place of modality."""
+    return _covered(works, samples, lambda work: (work.request.mode,))
+
+
+def _covered(
+    works: Sequence[CalibrationRequest],
+    samples: Sequence[ForwardPass],
+    names: Callable[[CalibrationRequest], tuple[str, ...]],
+) -> Coverage:
     result: Coverage = {}
     for work in works:
         schedule = work.request.schedule
-        for modality in modalities(work):
+        for name in names(work):
             for step in range(schedule.steps):
-                cell = result.setdefault(modality, {}).setdefault(part(step, schedule.steps), {})
+                cell = result.setdefault(name, {}).setdefault(part(step, schedule.steps), {})
                 for branch in ("cond", *(["uncond"] if schedule.guided[step] else [])):
                     cell.setdefault(branch, 0)
     for sample in samples:
         steps = works[sample.work].request.schedule.steps
-        for modality in modalities(works[sample.work]):
-            result[modality][part(sample.step, steps)][sample.branch] += 1
+        for name in names(works[sample.work]):
+            result[name][part(sample.step, steps)][sample.branch] += 1
     return result
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,20 +35,26 @@ def table_coverage(job: Job) -> TableCoverage:
     seen = lineage.get("coverage")
     if not isinstance(seen, Mapping):
         return TableCoverage(None, job.scales is not None)
-    found = list(_unseen(seen, job.modalities, job.profiles, job.schedule))
-    made = lineage.get("schedules")
-    modes = {str(text).partition(":")[0] for text in made} if isinstance(made, (list, tuple)) else set[str]()
-    if modes and job.options.mode not in modes:
-        found.append(f"mode {job.options.mode} (it saw {', '.join(sorted(modes))})")
+    needed = _needed(job.schedule)
+    found = list(_unseen(seen, job.modalities, job.profiles, needed))
+    found += _unseen_mode(lineage, job.options.mode, needed)
     return TableCoverage(tuple(found), True)
 
 
-def _unseen(
-    seen: Mapping[str, Any], modalities: Sequence[str], profiles: Sequence[Profile], schedule: Schedule
-) -> Iterator[str]:
+_Needed = Mapping[str, Collection[str]]
+"""Parts of a schedule, and the branches of guidance that run there."""
+
+
+def _needed(schedule: Schedule) -> _Needed:
     needed: dict[str, set[str]] = {}
     for step, guided in enumerate(schedule.guided):
         needed.setdefault(part(step, schedule.steps), set()).update(("cond", "uncond") if guided else ("cond",))
+    return needed
+
+
+def _unseen(
+    seen: Mapping[str, Any], modalities: Sequence[str], profiles: Sequence[Profile], needed: _Needed
+) -> Iterator[str]:
     for modality in modalities:
         dim = _ROWS.get(modality)
         if dim is not None and not any(profile.dims[dim].max for profile in profiles):
@@ -57,11 +63,29 @@ def _unseen(
         if not isinstance(parts, Mapping):
             yield modality
             continue
-        for quarter, branches in needed.items():
-            cells = parts.get(quarter)
-            missing = sorted(b for b in branches if not isinstance(cells, Mapping) or not cells.get(b))
-            if missing:
-                yield f"{modality} at {quarter} of the steps ({', '.join(missing)})"
+        yield from _unseen_parts(modality, parts, needed)
+
+
+def _unseen_mode(lineage: Mapping[str, Any], mode: str, needed: _Needed) -> Iterator[str]:
+    """The mode that is built for, or parts of its schedule; of tables that do not say what they saw by mode, the mode
+    alone."""
+    seen, made = lineage.get("modes"), lineage.get("schedules")
+    if isinstance(seen, Mapping):
+        modes = {str(name) for name in seen}
+    else:
+        modes = {str(text).partition(":")[0] for text in made} if isinstance(made, (list, tuple)) else set[str]()
+    if modes and mode not in modes:
+        yield f"mode {mode} (it saw {', '.join(sorted(modes))})"
+    elif isinstance(seen, Mapping) and isinstance(parts := seen.get(mode), Mapping):
+        yield from _unseen_parts(f"mode {mode}", parts, needed)
+
+
+def _unseen_parts(what: str, parts: Mapping[str, Any], needed: _Needed) -> Iterator[str]:
+    for quarter, branches in needed.items():
+        cells = parts.get(quarter)
+        missing = sorted(b for b in branches if not isinstance(cells, Mapping) or not cells.get(b))
+        if missing:
+            yield f"{what} at {quarter} of the steps ({', '.join(missing)})"
 
 
 def require_coverage(coverage: TableCoverage) -> None:
@@ -70,8 +94,8 @@ def require_coverage(coverage: TableCoverage) -> None:
         raise FindingError(
             "CX327",
             f"the scale table never saw {'; '.join(coverage.missing)}, which this build runs",
-            "calibrate on data of that kind, or leave it out (--modalities, --profile); or accept it with `--quality "
-            "report`",
+            "calibrate on data of that kind and with more --samples, or leave it out (--modalities, --profile); or "
+            "accept it with `--quality report`",
         )
 
 

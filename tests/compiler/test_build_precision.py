@@ -418,6 +418,27 @@ def test_what_the_scale_table_never_saw(
         assert "--quality report" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("modes", "missing"),
+    [
+        ({"t2v": SEEN["vision"], "i2v": {}}, ""),
+        ({"i2v": SEEN["vision"], "v2v": SEEN["vision"]}, "mode t2v (it saw i2v, v2v)"),
+        (
+            {"t2v": {**SEEN["vision"], "75-100 %": {"cond": 3, "uncond": 0}}},
+            "mode t2v at 75-100 % of the steps (uncond)",
+        ),
+    ],
+)
+def test_a_mode_is_seen_in_every_part_of_its_schedule(
+    tmp_path: Path, omni: Path, scales: Path, modes: Any, missing: str
+) -> None:
+    lineage = {"coverage": SEEN, "modes": modes, "schedules": ["t2v: listed, and perhaps without a pass"]}
+    write_scale_table(replace(read_scale_table(scales), lineage=lineage), tmp_path / "table")
+    asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": ("256p-9f+sound",)}
+    note = coverage_note(table_coverage(resolve(harness.transformer_only(omni, tmp_path / "x", **asked))))
+    assert (missing in note) if missing else not note
+
+
 def test_a_modality_that_no_request_can_have_needs_no_ranges(tmp_path: Path, omni: Path, scales: Path) -> None:
     lineage = {"coverage": {"vision": SEEN["vision"]}, "schedules": []}
     write_scale_table(replace(read_scale_table(scales), lineage=lineage), tmp_path / "table")
