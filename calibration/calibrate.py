@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -19,7 +20,7 @@ from cosmos_export.calibration.encode import Encoder, SoundEncoder
 from cosmos_export.calibration.layers import Entrance, LayerSource
 from cosmos_export.calibration.noised_inputs import Latents, noised, step_inputs
 from cosmos_export.calibration.observers import Observer
-from cosmos_export.calibration.requests import CalibrationRequest, read_latents
+from cosmos_export.calibration.requests import CalibrationRequest, read_frames, read_latents
 from cosmos_export.calibration.rollout import Rollout
 from cosmos_export.calibration.sources import Source
 from cosmos_export.calibration.stream import LayerResult, Workspace, run_layers, zero_ranges
@@ -32,6 +33,7 @@ from cosmos_export.precision.stored_recipe import recipe_text
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.release import VERSION
 from cosmos_export.runtime import canvas, read_media
+from cosmos_export.runtime.embodiments import ActionScale
 from cosmos_export.runtime.request import Request
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.sampling import MODES
@@ -73,7 +75,13 @@ class CalibrationJob:
             "components": self.components,
             "sources": [source.digest for source in self.sources],
             "works": [
-                [w.name, w.latents, [getattr(w.request, name) for name in _PLANNED], w.request.input_ids.tolist()]
+                [
+                    w.name,
+                    w.latents,
+                    [getattr(w.request, name) for name in _PLANNED],
+                    w.request.input_ids.tolist(),
+                    None if w.given is None else hashlib.sha256(w.given.tobytes()).hexdigest(),
+                ]
                 for w in self.works
             ],
             "schedules": [asdict(w.request.schedule) for w in self.works],
@@ -155,8 +163,14 @@ def _source(job: CalibrationJob, number: int, source: Source) -> dict[str, Any]:
         "origin": source.origin,
         "modes": _counted([work.request.mode for work in works]),
         "latents": _counted([work.latents for work in works]),
+        **({} if source.scale is None else {"statistics": _statistics(source.scale)}),
         "notes": [*source.notes, *_shortened(dict.fromkeys(note for work in works for note in work.notes))],
     }
+
+
+def _statistics(scale: ActionScale) -> dict[str, Any]:
+    """The numbers that bring a column of the data to the model's: (number − offset) / scale."""
+    return {"method": scale.method, "offset": scale.offset.tolist(), "scale": scale.scale.tolist()}
 
 
 def _shortened(notes: Iterable[str], most: int = 5) -> list[str]:
@@ -253,7 +267,7 @@ class _Makers:
     def _encoded(self, work: CalibrationRequest) -> NDArray[np.float32]:
         request = work.request
         size, fit = (request.frames, request.height, request.width), MODES[request.mode].fit
-        key = (work.clip, work.image, work.canvas, *size, fit)
+        key = (work.clip, *work.cameras, work.image, work.canvas, *size, fit)
         if self._last is None or self._last[0] != key:
             self._encoder = self._encoder or Encoder(self._job.checkpoint)
             self._last = key, self._encoder(pixels(work, self._job.record))
@@ -279,16 +293,16 @@ class _Makers:
 def pixels(work: CalibrationRequest, record: RequestRecord) -> canvas.Float:
     """float32 [3, frames, H, W] in [−1, 1]: the clip or picture of ``work`` on its canvas."""
     request, spatial, fit = work.request, record.video.spatial, MODES[work.request.mode].fit
+    if work.canvas is not None:
+        return canvas.action_canvas(read_frames(work, request.frames).frames, work.canvas)
     height, width = request.height * spatial, request.width * spatial
-    each = None if work.canvas is not None else canvas.keeping(fit, height, width)
+    each = canvas.keeping(fit, height, width)
     if work.image is not None:
         path, count, skip = work.image, 1, 0
     else:
         assert work.clip is not None
         path, count, skip = work.clip.path, request.frames, work.clip.skip
     frames = read_media.read_clip(path, count, skip=skip, each=each).frames
-    if work.canvas is not None:
-        return canvas.action_canvas(frames, work.canvas)
     return canvas.placed(frames, fit, height, width)
 
 

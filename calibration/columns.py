@@ -16,8 +16,9 @@ import numpy as np
 
 from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.diagnostics import UserError
+from cosmos_export.embodiments import POSES, PoseColumns
 
-_ACTION = "action"
+_ACTION, _STATE = "action", "observation.state"
 _NUMBER = re.compile(r"(\d+)\D*$")
 
 
@@ -53,6 +54,8 @@ class Columns:
 
     columns: tuple[DataColumn, ...]
     notes: tuple[str, ...] = ()
+    poses: PoseColumns | None = None
+    """They are poses and a gripper, of whose changes actions are made; None: they are actions."""
 
 
 def choose_columns(
@@ -72,8 +75,8 @@ def choose_columns(
         _refuse(
             root, f"no action column; columns: {', '.join(present[:12])}", "actions=… names the columns of an action"
         )
-    if robot.poses:
-        _require_poses(root, [whole] if whole else several, names, robot)
+    if robot.poses and (made := _poses(root, present, [whole] if whole else several, names, robot)) is not None:
+        return made
     if robot.parts and (parts := _by_parts(robot, several)) is not None:
         return _with_note(parts, several, whole)
     if whole is not None:
@@ -118,35 +121,39 @@ def _with_note(columns: Sequence[DataColumn], several: Sequence[str], whole: str
     return Columns(tuple(columns), (note,) if rest else ())
 
 
-def _asked(root: Path, name: str, present: Sequence[str], names: Mapping[str, Sequence[str] | None]) -> DataColumn:
-    """The column ``name``, ``action.`` before it or not, or the element of `action` that info.json calls so."""
-    for column in (name, f"{_ACTION}.{name}"):
+def _asked(
+    root: Path, name: str, present: Sequence[str], names: Mapping[str, Sequence[str] | None], of: str = _ACTION
+) -> DataColumn:
+    """The column ``name``, ``of`` before it or not, or the element of the column ``of`` that info.json calls so."""
+    for column in (name, f"{of}.{name}"):
         if column in present:
             return DataColumn(column)
-    elements = names.get(_ACTION) or ()
-    if _ACTION in present and elements.count(name) == 1:
-        return DataColumn(_ACTION, (list(elements).index(name),))
-    known = [column for column in present if column.startswith(_ACTION)]
+    elements = names.get(of) or ()
+    if of in present and elements.count(name) == 1:
+        return DataColumn(of, (list(elements).index(name),))
+    known, key = [column for column in present if column.startswith(of)], "actions" if of == _ACTION else "state"
     return _refuse(
         root,
-        f"actions={name}: no such column; columns: {', '.join(known or present[:12])}"
-        + (f"; elements of {_ACTION}: {', '.join(elements)}" if elements else ""),
-        "actions=… names columns, or elements of `action` as info.json calls them, in order",
+        f"{key}={name}: no such column; columns: {', '.join(known or present[:12])}"
+        + (f"; elements of {of}: {', '.join(elements)}" if elements else ""),
+        f"{key}=… names columns, or elements of `{of}` as info.json calls them, in order",
     )
 
 
-def _by_parts(robot: Embodiment, several: Sequence[str]) -> tuple[DataColumn, ...] | None:
+def _by_parts(robot: Embodiment, several: Sequence[str], of: str = _ACTION) -> tuple[DataColumn, ...] | None:
     """A column for each part of an action; None where one is missing."""
-    found = [(_named(name, several), (name, width)) for name, width in _widths(robot)]
+    found = [(_named(name, several, of), (name, width)) for name, width in _widths(robot)]
     columns = tuple(DataColumn(column, part=part) for column, part in found if column is not None)
     return columns if len(columns) == len(found) else None
 
 
-def _named(part: str, several: Sequence[str]) -> str | None:
-    return next((name for name in (f"{_ACTION}.{part}", f"{_ACTION}.{part}s") if name in several), None)
+def _named(part: str, several: Sequence[str], of: str = _ACTION) -> str | None:
+    return next((name for name in (f"{of}.{part}", f"{of}.{part}s") if name in several), None)
 
 
-def _by_elements(root: Path, names: Sequence[str] | None, robot: Embodiment) -> tuple[int, ...] | None:
+def _by_elements(
+    root: Path, names: Sequence[str] | None, robot: Embodiment, of: str = _ACTION
+) -> tuple[int, ...] | None:
     """The elements of one vector in the order of the parts of ``robot``, by what info.json calls them; None where it
     gives them no names, or says that they are in order. CX342: the names are of something else."""
     if names is None:
@@ -158,9 +165,9 @@ def _by_elements(root: Path, names: Sequence[str] | None, robot: Embodiment) -> 
         if len(mine) != width:
             _refuse(
                 root,
-                f"action has {len(mine)} elements called {word}; actions of `{robot.name}` are "
+                f"{of} has {len(mine)} elements called {word}; actions of `{robot.name}` are "
                 f"{parts_in_words(robot)}; elements: {', '.join(names)}",
-                "actions=… names the elements of an action, in order (actions=action: as they are)",
+                f"{'actions' if of == _ACTION else 'state'}=… names its elements in order (={of}: as they are)",
             )
         numbers = [_NUMBER.search(names[index]) for index in mine]
         if all(numbers) and len({n[1] for n in numbers if n}) == len(mine):
@@ -169,19 +176,56 @@ def _by_elements(root: Path, names: Sequence[str] | None, robot: Embodiment) -> 
     return None if found == list(range(len(names))) else tuple(found)
 
 
-def _require_poses(
-    root: Path, columns: Sequence[str], names: Mapping[str, Sequence[str] | None], robot: Embodiment
-) -> None:
-    """CX611 where names say that actions are positions of joints, and ``robot`` has changes of a pose."""
+def _poses(
+    root: Path,
+    present: Sequence[str],
+    columns: Sequence[str],
+    names: Mapping[str, Sequence[str] | None],
+    robot: Embodiment,
+) -> Columns | None:
+    """The poses that actions of ``robot`` are made of, where ``columns`` are positions of joints; None where names do
+    not say so. CX611: there are none."""
     words = [*columns, *(name for column in columns for name in names.get(column) or ())]
     joints = [word for word in words if "joint" in word.lower()]
-    if joints:
-        raise UserError(
-            "CX611",
-            f"{root}: its actions are positions of joints ({', '.join(joints[:8])}); an action of `{robot.name}` is "
-            "the change of an end effector's pose: its position (3), its rotation as 6 numbers, and the gripper",
-            "a policy checkpoint for joints takes them; for this one, actions=… names columns that hold such changes",
+    if not joints:
+        return None
+    source = POSES.get(robot.name)
+    if source is not None and {source.poses, source.gripper} <= set(present):
+        note = (
+            f"the actions are changes of {source.poses} and 1 − {source.gripper}: its joints are not read "
+            f"({', '.join(joints[:8])})"
         )
+        return Columns((DataColumn(source.poses), DataColumn(source.gripper)), (note,), source)
+    wanted = "" if source is None else f"; they are made of {source.poses} and {source.gripper}, which are not there"
+    raise UserError(
+        "CX611",
+        f"{root}: its actions are positions of joints ({', '.join(joints[:8])}); an action of `{robot.name}` is the "
+        f"change of an end effector's pose: its position (3), its rotation as 6 numbers, and the gripper{wanted}",
+        "a policy checkpoint for joints takes them; for this one, actions=… names columns that hold such changes",
+    )
+
+
+def choose_state(
+    root: Path, present: Sequence[str], info: Mapping[str, Any], robot: Embodiment, asked: Sequence[str] | None
+) -> tuple[DataColumn, ...]:
+    """The columns that say where ``robot`` is, in the order of an action's, or those that are ``asked`` for. CX342:
+    there are none, or their order is not known."""
+    features = info.get("features")
+    names = {key: _names(feature) for key, feature in features.items()} if isinstance(features, dict) else {}
+    if asked is not None:
+        return tuple(_asked(root, name, present, names, _STATE) for name in asked)
+    several = [name for name in present if name.startswith(f"{_STATE}.")]
+    if robot.parts and (parts := _by_parts(robot, several, _STATE)) is not None:
+        return parts
+    if _STATE in present:
+        return (DataColumn(_STATE, _by_elements(root, names.get(_STATE), robot, _STATE) if robot.parts else None),)
+    wanted = parts_in_words(robot) if robot.parts else f"{robot.width} numbers in the order of an action's columns"
+    return _refuse(
+        root,
+        f"`{robot.name}` is given the robot's state ({wanted}) as the first row of its actions, and no column says it; "
+        f"columns: {', '.join(several or present[:12])}",
+        "state=… names the columns of the state, in order; mode=inverse-dynamics shows the data without it",
+    )
 
 
 def _names(feature: Any) -> tuple[str, ...] | None:

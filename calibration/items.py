@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_export.bundle.embodiment import Embodiment
-from cosmos_export.runtime.embodiments import Actions
+from cosmos_export.runtime.embodiments import Actions, ActionScale
 from cosmos_export.runtime.prompts import Prompt
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -33,8 +33,12 @@ class Item:
     mode: str | None = None
     image: Path | None = None
     clip: ClipPart | None = None
+    cameras: tuple[ClipPart, ...] = ()
+    """Clips of further cameras, which are composed with ``clip`` into one picture."""
     actions: Actions | None = None
-    """Actions in the model's units."""
+    """[rows, width] in the units of the model; what the model has as 1 − the robot's number is the robot's."""
+    state: Actions | None = None
+    """[rows, width] of where the robot is, in the same form; None where its policy is not given it."""
     embodiment: str | None = None
     latents: Path | None = None
     fps: float | None = None
@@ -57,9 +61,15 @@ class Options:
     fps: float | None = None
     frames: int | None = None
     limit: int | None = None
-    camera: str | None = None
+    cameras: tuple[str, ...] | None = None
     actions: tuple[str, ...] | None = None
     """Columns of a data set that make an action, in order."""
+    state: tuple[str, ...] | None = None
+    """Columns that say where the robot is, in the order of an action's."""
+    stats: str | None = None
+    """File with statistics of actions, or `own` or `none`."""
+    normalization: str | None = None
+    """Which of the statistics, of `METHODS`."""
     policy: Embodiment | None = None
     """The embodiment of a policy checkpoint; no key gives it."""
 
@@ -72,3 +82,5 @@ class SourceContent:
     items: tuple[Item, ...]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    scale: ActionScale | None = None
+    """The statistics that brought its actions to the model's numbers."""

@@ -15,17 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cosmos_export.bundle import ProfileRecord, RequestRecord
-from cosmos_export.bundle.embodiment import Embodiment, require_width
+from cosmos_export.bundle.embodiment import PLAIN_VIEWS, Embodiment, Views, require_width
 from cosmos_export.calibration.items import ClipPart, Item
 from cosmos_export.checkpoint.safetensors_header import read_header
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.embodiments import embodiment
 from cosmos_export.runtime import read_media
+from cosmos_export.runtime.conversion import Conversion
+from cosmos_export.runtime.embodiments import units_warning
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, Prompt, Scene, request_texts, system_message
 from cosmos_export.runtime.request import ActionPart, Request
 from cosmos_export.runtime.step_inputs import sound_latents
 from cosmos_export.runtime.tokenize import PromptTokenizer
+from cosmos_export.runtime.views import compose
 from cosmos_export.sampling import DEFAULT_MODE, MODES, CheckpointSampling, Mode, Overrides, resolve_schedule
 from cosmos_export.sampling.action_canvas import ACTION_BINS, ActionCanvas, plan_action_canvas
 from cosmos_export.sampling.modes import IMAGE_MODE, Clue, PromptForm, modes_shown_by
@@ -66,6 +69,9 @@ class CalibrationRequest:
     request: Request
     latents: Latents
     clip: ClipPart | None = None
+    cameras: tuple[ClipPart, ...] = ()
+    """Clips of further cameras, composed with ``clip`` as ``views`` say."""
+    views: Views = PLAIN_VIEWS
     image: Path | None = None
     canvas: ActionCanvas | None = None
     file: Path | None = None
@@ -131,7 +137,7 @@ def _work(
         item.prompt,
         item.negative or setting.negative,
         scene,
-        action=DEFAULT_VIEWPOINT if mode.prompt is PromptForm.TASK else None,
+        action=work.views.viewpoint or DEFAULT_VIEWPOINT if mode.prompt is PromptForm.TASK else None,
     )
     system = system_message(scene) if use_system else None
     guided = any(schedule.guided)
@@ -266,13 +272,6 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
             "CX346", f"{item.name}: mode {work.request.mode} without {what}", "…,video=CLIP.mp4 beside them"
         )
     mode = MODES[work.request.mode]
-    if mode.state and record.policy is not None and record.policy.state:
-        raise UnsupportedError(
-            "CX605",
-            f"{item.name}: this checkpoint is a policy that is given the robot's state as the first row of its actions "
-            "(use_state), and this version cannot give one: its ranges would be those of other inputs",
-            "leave the robot data out, or show it with mode=forward-dynamics or mode=inverse-dynamics alone",
-        )
     robot = embodiment(item.embodiment, setting.policy)
     rows = min(len(item.actions), robot.chunk) // video.temporal * video.temporal
     if not rows:
@@ -284,17 +283,23 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
     if columns > record.action.dim:
         raise UserError("CX611", f"{item.name}: actions of {columns} columns; the model has 1 to {record.action.dim}")
     require_width(item.name, robot, columns)
-    clip = read_media.read_clip(item.clip.path, rows + 1, skip=item.clip.skip)
+    shown = replace(work, clip=item.clip, cameras=item.cameras, views=robot.views)
+    clip = read_frames(shown, rows + 1)
     if len(clip.frames) <= rows:
         raise UserError("CX344", f"{item.name}: {len(clip.frames)} frames for {rows} actions; one more than actions")
     said = item.fps if item.fps is not None else item.clip.fps
     fps = _rate(item, item.clip, clip.fps, said if said is not None else robot.fps) or robot.fps
-    # The most of the tiers that the profile takes: the canvas follows from the picture.
-    _, height, width, _ = clip.frames.shape
-    plan = plan_action_canvas(height, width, _tier(robot.tier, setting), video.spatial)
-    given = item.actions[:rows]
+    height, width = clip.frames.shape[1:3]
+    plan = _plan(robot, height, width, setting)
+    conversion = Conversion(robot.mirrored if columns == robot.width else ())
+    given = conversion.to_model(item.actions[:rows])
+    doubt = units_warning(given, robot.poses) if robot.normalization != "none" else ""
+    notes = (*clip.notes, *((f"actions taken as the model's own numbers, but {doubt}",) if doubt else ()))
+    state = _state(item, robot, conversion) if mode.state else None
+    history = 0 if state is None else len(state)
     latent_frames = rows // video.temporal + 1
-    part = ActionPart(rows, robot.domain, columns, given if mode.clean_actions == "all" else None)
+    known = given if mode.clean_actions == "all" else state
+    part = ActionPart(rows + history, robot.domain, columns, known, 1 - history)
     request = replace(
         work.request,
         frames=rows + 1,
@@ -305,15 +310,57 @@ def _action(item: Item, work: CalibrationRequest, setting: Setting) -> tuple[Cal
         action=part,
     )
     scene = Scene(rows + 1, plan.height, plan.width, fps)
-    return replace(work, request=request, clip=item.clip, canvas=plan, given=given, notes=clip.notes), scene
+    rows_given = given if state is None else np.concatenate([state, given])
+    return replace(shown, request=request, canvas=plan, given=rows_given, notes=notes), scene
 
 
-def _tier(own: int, setting: Setting) -> int:
-    """The embodiment's tier, or the largest below it whose canvases the profile takes."""
+def _state(item: Item, robot: Embodiment, conversion: Conversion) -> NDArray[np.float32] | None:
+    """float32 [rows, width] of where ``robot`` is, as the model takes it; None where its policy is not given it."""
+    if not robot.history:
+        return None
+    if item.state is None or len(item.state) != robot.history:
+        raise UnsupportedError(
+            "CX605",
+            f"{item.name}: a policy for `{robot.name}` is given the robot's state as the first row of its actions, and "
+            "this data has none: its ranges would be those of other inputs",
+            "a LeRobot data set has it; or show the data with mode=forward-dynamics or mode=inverse-dynamics alone",
+        )
+    return conversion.to_model(item.state)
+
+
+def read_frames(work: CalibrationRequest, count: int) -> read_media.Clip:
+    """The first ``count`` frames of a robot's clip, in the one picture that its views make of several cameras."""
+    assert work.clip is not None
+    first, *others = (read_media.read_clip(part.path, count, skip=part.skip) for part in (work.clip, *work.cameras))
+    views = work.views
+    if not others and not views.size:
+        return first
+    names = (views.whole,) if not others else views.cameras
+    clips = [first, *others]
+    length = min(len(clip.frames) for clip in clips)
+    frames = [
+        compose(views, dict(zip(names, (np.asarray(clip.frames[i]) for clip in clips), strict=True)))
+        for i in range(length)
+    ]
+    return replace(first, frames=np.stack(frames), notes=tuple(note for clip in clips for note in clip.notes))
+
+
+def _plan(robot: Embodiment, height: int, width: int, setting: Setting) -> ActionCanvas:
+    """The canvas of a robot's picture: in the largest tier up to its own whose canvases the profile takes; where
+    that is too small for the profile, in the largest that fits this picture."""
     video, dims = setting.record.video, setting.profile.dims
     reach = min(dims["height"].max, dims["width"].max) * video.spatial
-    fits = [tier for tier, bins in ACTION_BINS.items() if tier <= own and min(max(b) for b in bins) <= reach]
-    return max(fits, default=min(ACTION_BINS))
+    tiers = [tier for tier in ACTION_BINS if tier <= robot.tier]
+    usual = [tier for tier in tiers if min(max(one) for one in ACTION_BINS[tier]) <= reach]
+    order = [max(usual, default=min(ACTION_BINS)), *sorted(tiers, reverse=True)]
+    whole = (height, width) == robot.views.size
+    plans = [plan_action_canvas(height, width, tier, video.spatial, whole=whole) for tier in order]
+
+    def fits(plan: ActionCanvas) -> bool:
+        sizes = {"height": plan.content_height, "width": plan.content_width}
+        return all(dims[n].min <= max(size // video.spatial, 1) <= dims[n].max for n, size in sizes.items())
+
+    return next((plan for plan in plans if fits(plan)), plans[0])
 
 
 # -- recorded latents -------------------------------------------------------------------------------------------------

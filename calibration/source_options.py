@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 from cosmos_export.calibration.items import Options
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.embodiments import embodiment
+from cosmos_export.runtime.embodiments import METHODS
 from cosmos_export.runtime.generate_options import MAX_FPS, MIN_FPS
 from cosmos_export.sampling import MODES
 
 ORIGINS = ("real", "synthetic")
 OPTIONS = (
     "licence", "origin", "prompt", "negative", "mode", "embodiment", "video", "fps", "frames", "limit", "camera",
-    "cameras", "actions",
+    "cameras", "actions", "state", "stats", "normalization",
 )  # fmt: skip
 _OPTION = re.compile(rf",({'|'.join(OPTIONS)})=")
 
@@ -29,10 +30,10 @@ def parse_source(text: str) -> tuple[Path, Options]:
         if key in values:
             _bad_option(key, value, "given twice")
         values[key] = _CONVERT[key](key, value) if key in _CONVERT else value
-    if (cameras := values.pop("cameras", None)) is not None:
-        if "camera" in values:
-            _bad_option("cameras", cameras, "camera= is given too")
-        values["camera"] = _one_camera("cameras", cameras)
+    if (camera := values.pop("camera", None)) is not None:
+        if "cameras" in values:
+            _bad_option("camera", camera, "cameras= is given too")
+        values["cameras"] = (camera,)
     return Path(path), Options(**values)
 
 
@@ -71,23 +72,21 @@ def _robot(key: str, value: str) -> str:
     return embodiment(value, None).name
 
 
-def _one_camera(key: str, value: str) -> str:
-    """The camera that is named: a picture made of several cannot be composed yet."""
-    if "," in value:
-        _bad_option(key, value, "the model is shown one camera; several are not composed into one picture yet")
-    return value
+def _names(example: str) -> Callable[[str, str], tuple[str, ...]]:
+    def convert(key: str, value: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in value.split(","))
+        if not all(names) or len(set(names)) != len(names):
+            _bad_option(key, value, f"not a list of different names, as in {key}={example}")
+        return names
 
-
-def _columns(key: str, value: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in value.split(","))
-    if not all(names) or len(set(names)) != len(names):
-        _bad_option(key, value, "not a list of different columns, as in actions=joint_position,gripper_position")
-    return names
+    return convert
 
 
 _CONVERT: Mapping[str, Callable[[str, str], Any]] = {
-    "actions": _columns,
-    "camera": _one_camera,
+    "actions": _names("joint_position,gripper_position"),
+    "state": _names("joint_position,gripper_position"),
+    "cameras": _names("wrist,left,right"),
+    "normalization": _choice(METHODS),
     "origin": _choice(ORIGINS),
     "mode": _choice(MODES),
     "embodiment": _robot,

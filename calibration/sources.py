@@ -14,12 +14,16 @@ from pathlib import Path
 from cosmos_export import files
 from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.items import ClipPart, Item, Options
+from cosmos_export.calibration.lerobot import read_lerobot
 from cosmos_export.calibration.readers import reader
 from cosmos_export.calibration.source_options import OPTIONS, parse_source
 from cosmos_export.diagnostics import UserError
+from cosmos_export.runtime.embodiments import ActionScale
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.runtime.read_media import MAX_FILE_BYTES
 from cosmos_export.stamps import Inputs, unchanged
+
+_ROBOT_DATA = ("cameras", "actions", "state", "stats", "normalization")
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Source:
     licence: str | None = None
     origin: str | None = None
     notes: tuple[str, ...] = ()
+    scale: ActionScale | None = None
+    """The statistics that brought its actions to the model's numbers."""
     inputs: Inputs = field(default_factory=lambda: Inputs("the data", ()))
     """The same files as they were when they were hashed."""
 
@@ -48,8 +54,11 @@ def read_source(text: str, policy: Embodiment | None = None) -> Source:
     if not path.exists():
         hint = f"options of --data: {', '.join(OPTIONS)}" if "," in path.name else "is it the right path?"
         raise UserError("CX340", f"{path} does not exist", hint)
+    read = reader(path)
+    if read is not read_lerobot and (given := [key for key in _ROBOT_DATA if getattr(options, key) is not None]):
+        raise UserError("CX341", f"{given[0]}= is for LeRobot data sets, and {path} is none", "leave it out")
     with unchanged("its reading", Inputs("the data", (path,) if path.is_file() else ())):
-        found = reader(path)(path, options)
+        found = read(path, options)
     items = found.items[: options.limit]
     if not items:
         raise UserError(
@@ -66,6 +75,7 @@ def read_source(text: str, policy: Embodiment | None = None) -> Source:
         options.licence,
         options.origin,
         found.notes,
+        found.scale,
         inputs,
     )
 
@@ -75,7 +85,7 @@ def _files(item: Item) -> Iterator[Path]:
     if item.image is not None:
         yield item.image
     if item.clip is not None:
-        yield item.clip.path
+        yield from (part.path for part in (item.clip, *item.cameras))
     if item.latents is not None:
         yield item.latents
 

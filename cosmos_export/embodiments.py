@@ -7,7 +7,7 @@ rate are TensorRT-LLM's (``visual_gen`` defaults). Nothing that runs a bundle re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from cosmos_export.bundle.embodiment import (
     PLAIN_VIEWS,
@@ -81,6 +81,26 @@ _POLICIES: Mapping[str, Embodiment] = {
     ),
 }
 """Policy checkpoints whose actions differ from their embodiment's, by the first part of their domain's name."""
+
+ROBOT_TYPES: Mapping[str, str] = dict.fromkeys(("droid", "franka", "panda"), "droid_lerobot")
+"""Names of robots in data sets, in small letters, and the embodiment of each. Franka's arm is one domain."""
+
+
+@dataclass(frozen=True)
+class PoseColumns:
+    """The columns of data sets whose poses become the actions of an embodiment."""
+
+    poses: str
+    """x, y, z in metres, and Euler angles about the fixed x, y and z axes."""
+    gripper: str
+    """0 to 1; the model has 1 minus it."""
+
+
+POSES: Mapping[str, PoseColumns] = {
+    # NVIDIA's framework, droid_lerobot_dataset.py
+    "droid_lerobot": PoseColumns("observation.state.cartesian_position", "action.gripper_position"),
+}
+"""How actions that are changes of a pose are made of data sets that have poses, by embodiment."""
 
 
 def policy_embodiment(

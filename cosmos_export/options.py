@@ -120,8 +120,8 @@ class BuildOptions:
     weights: Annotated[WeightsMode, Cli(group=_MODEL, manifest="options")] = "embedded"
     """embedded: in the engines; external: large weights are inputs of the engines, and the bundle has one copy."""
     quality: Annotated[QualityMode, Cli(group=_PRECISION, manifest="evaluation")] = "enforce"
-    """Effect of a loss of whole steps beyond its limit (gate G2): enforce ends the build without a bundle, report only
-    records it."""
+    """Effect of a loss of whole steps or requests beyond its limit (gates G2 and G3): enforce ends the build without a
+    bundle, report only records it."""
     parity: Annotated[ParityMode, Cli(group=_DEBUG, manifest="options")] = "auto"
     """When every stage is compared with diffusers: auto does so if the models fit in memory."""
     until: Annotated[str | None, Cli(group=_DEBUG, names="passes", metavar="PASS")] = None
@@ -198,9 +198,13 @@ class CalibrateOptions:
     data: Annotated[tuple[str, ...], Cli(reads="repeated", metavar="PATH[,KEY=VALUE…]")]
     """Prompts (.txt, .jsonl, .json captions), pictures, clips or folders of them, LeRobot data sets, actions (.json)
     or latents (.safetensors). Keys: licence, origin (real, synthetic), prompt, negative, mode, embodiment, video, fps,
-    frames, limit, camera, actions. Repeat it for several."""
+    frames, limit, camera, cameras, actions, state, stats, normalization. Repeat it for several."""
     profile: Annotated[
-        str, Cli(metavar="PROFILE", shown_default="every size up to 48 latent frames of 384 × 384 pixels")
+        str,
+        Cli(
+            metavar="PROFILE",
+            shown_default="a policy's own, else every size up to 48 latent frames of 384 × 384 pixels",
+        ),
     ] = "frames=1:5:48,height=3:12:24,width=3:20:24,und_len=1:512:4096,sound_len=0:0:400,action_len=0:16:128"
     """Sizes that requests must fit, as in `build`; the optimum is the size of clips."""
     modalities: Annotated[tuple[str, ...] | None, Cli(reads="commas", names="modalities", metavar="NAMES")] = None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import DimRecord, ProfileRecord, PromptRecord
+from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
@@ -23,7 +24,7 @@ from cosmos_export.progress import Progress
 from cosmos_export.runtime.embodiments import policy_of
 from cosmos_export.runtime.prompts import read_prompt
 from cosmos_export.stamps import unchanged
-from cosmos_export.targets.profiles import DimRange, Profile, check_limits, parse_profile
+from cosmos_export.targets.profiles import NAMED_PROFILES, DimRange, Profile, check_limits, parse_profile
 from cosmos_export.units import size
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _job(
     prompt = _prompt_record(checkpoint)
     record = request_record(checkpoint, modalities, prompt)
     policy = policy_of(record)
-    profile = _without_rows(parse_profile(options.profile), modalities)
+    profile = _without_rows(parse_profile(_profile_text(options.profile, policy)), modalities)
     check_limits(profile, model_limits(checkpoint, modalities))
     dims = {name: DimRecord(span.min, span.opt, span.max) for name, span in profile.dims.items()}
     setting = Setting(
@@ -149,6 +150,14 @@ def _components_digest(checkpoint: Checkpoint) -> str:
     weights = {entry.file for entry in checkpoint.tensors.values()}
     unread = checkpoint.components.get("vision_encoder")
     return digest_of([path for path in checkpoint.files() if path not in weights and path.parent != unread])
+
+
+def _profile_text(asked: str, policy: Embodiment | None) -> str:
+    """The profile that is ``asked`` for; where none is, a policy's own, if it has a name."""
+    if policy is None or asked != CalibrateOptions.profile:
+        return asked
+    own = f"policy-{policy.name.partition('_')[0]}"
+    return own if own in NAMED_PROFILES and policy.normalization is not None else asked
 
 
 def _frames(asked: int | None, profile: Profile, temporal: int) -> int:

@@ -241,11 +241,19 @@ class Beyond:
     clamped: bool = False
 
 
-def read_scale(path: Path | InMemory[Mapping[str, Any]], width: int, method: str | None = None) -> ActionScale:
-    """Statistics in the layout of NVIDIA's framework: ``q01`` and ``q99``, ``min`` and ``max``, ``mean`` and ``std``,
-    each a list of ``width`` numbers, at the top or under ``global``.
+def read_scale(
+    path: Path | InMemory[Mapping[str, Any]],
+    width: int,
+    method: str | None = None,
+    columns: Sequence[tuple[str, Sequence[int] | None]] = (),
+) -> ActionScale:
+    """Statistics of actions: ``q01`` and ``q99``, ``min`` and ``max``, ``mean`` and ``std``, each a list of ``width``
+    numbers.
 
-    ``method`` says which pair is meant; without it the file's ``method``, or the only pair there is. CX613 otherwise.
+    In the layout of NVIDIA's framework (at the top or under ``global``), of LeRobot's ``meta/stats.json`` (under
+    ``action``, or under the ``columns`` that make an action, each with the elements that are taken) or of openpi's
+    ``norm_stats.json`` (under ``actions``, with numbers for padding behind them). ``method`` says which pair is meant;
+    without it the file's ``method``, or the only pair there is. CX613 otherwise.
     """
     try:
         if isinstance(path, InMemory):
@@ -256,9 +264,7 @@ def read_scale(path: Path | InMemory[Mapping[str, Any]], width: int, method: str
         _refuse_scale(path, files.reason(error), "is it the right path?")
     except ValueError as error:
         _refuse_scale(path, f"not JSON: {error}", "")
-    block = document.get("global", document)
-    if not isinstance(block, dict):
-        _refuse_scale(path, "`global` is not an object", "")
+    block = _block(path, document, width, columns)
     present = [name for name, pair in _PAIRS.items() if all(key in block for key in pair)]
     stated = method or block.get("method") or document.get("method")
     chosen = _ALIASES.get(str(stated), stated) or (present[0] if len(present) == 1 else None)
@@ -277,6 +283,45 @@ def read_scale(path: Path | InMemory[Mapping[str, Any]], width: int, method: str
         "are the two exchanged?",
     )
     return ActionScale(chosen, (second + first) / 2, np.maximum(second - first, _SMALLEST) / 2)
+
+
+_KEYS = tuple(key for pair in _PAIRS.values() for key in pair)
+
+
+def _block(
+    path: object, document: Mapping[str, Any], width: int, columns: Sequence[tuple[str, Sequence[int] | None]]
+) -> Mapping[str, Any]:
+    """The statistics of actions in ``document``, wherever its layout has them."""
+    if columns and all(isinstance(document.get(name), dict) for name, _ in columns):
+        return {
+            key: [value for name, elements in columns for value in _taken(document[name][key], elements)]
+            for key in _KEYS
+            if all(key in document[name] for name, _ in columns)
+        }
+    for key in ("global", "norm_stats"):
+        if key in document:
+            inner = document[key]
+            if not isinstance(inner, dict):
+                _refuse_scale(path, f"`{key}` is not an object", "")
+            if key == "global":
+                return inner
+            document = inner
+    if any(key in document for key in _KEYS):
+        return document
+    name = next((name for name in ("action", "actions") if isinstance(document.get(name), dict)), None)
+    if name is None:
+        found = ", ".join(shown(key) for key in list(document)[:12]) or "nothing"
+        _refuse_scale(path, f"it has {found}, and no statistics of actions", "actions are under `global` or `action`")
+    # openpi pads actions, and their statistics with them.
+    return {k: v[:width] if name == "actions" and isinstance(v, list) else v for k, v in document[name].items()}
+
+
+def _taken(values: Any, elements: Sequence[int] | None) -> list[Any]:
+    """The ``elements`` of a column's statistics; what is no list is kept, and refused where it is read."""
+    listed = values if isinstance(values, list) else [values]
+    if elements is None or max(elements) >= len(listed):
+        return listed
+    return [listed[index] for index in elements]
 
 
 def _column(path: object, key: str, values: Sequence[Any], width: int) -> NDArray[np.float64]:
@@ -304,3 +349,31 @@ def _choice() -> str:
 
 def _refuse_scale(path: object, found: str, hint: str) -> NoReturn:
     raise UserError("CX613", f"action statistics in {path}: {found}", hint)
+
+
+# -- units ------------------------------------------------------------------------------------------------------------
+
+_TINY = 0.05
+"""Numbers of a model reach about ±1: a chunk without one beyond this is in other units."""
+_IDENTITY = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 0.0])
+
+
+def units_warning(actions: Actions, poses: bool) -> str:
+    """Signs that ``actions`` [rows, width], which are given as the model's own numbers, are those of the data; empty
+    where there are none. ``poses``: they are changes of a pose, position (3), rotation (6) and gripper."""
+    if poses and actions.shape[1] >= 9:
+        near, reach = np.abs(actions[:, 3:9] - _IDENTITY).max(), float(np.abs(actions[:, :3]).max())
+        if near < _TINY and reach < _TINY:
+            return (
+                "they look like changes of a pose in metres: the rotation columns are within "
+                f"{near:.2g} of no rotation, and no position is beyond {reach:.2g}, about "
+                f"{_factor(reach)} times less than the model's own numbers, which reach ±1"
+            )
+    most = float(np.abs(actions).max())
+    if most < _TINY:
+        return f"no value is beyond {most:.2g}, about {_factor(most)} times less than the model's own, which reach ±1"
+    return ""
+
+
+def _factor(reach: float) -> str:
+    return f"{1 / reach:.2g}" if reach > 0 else "infinitely many"

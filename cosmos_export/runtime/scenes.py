@@ -18,7 +18,7 @@ from cosmos_export.diagnostics import UserError
 from cosmos_export.options import GenerateOptions, Picture
 from cosmos_export.runtime import canvas, embodiments, read_media
 from cosmos_export.runtime.conversion import UNCHANGED, Conversion, read_state
-from cosmos_export.runtime.embodiments import Beyond
+from cosmos_export.runtime.embodiments import Beyond, units_warning
 from cosmos_export.runtime.fitting import fit_profile
 from cosmos_export.runtime.prompts import Scene
 from cosmos_export.runtime.request import ActionPart
@@ -143,6 +143,10 @@ def action_stage(asked: GenerateOptions, manifest: Manifest, record: RequestReco
         beyond = None if found is None else replace(found, clamped=asked.action_clamp)
         notes += () if beyond is None else _beyond_note(beyond, asked.actions)
         given = _lasting(conversion.to_model(used, asked.action_clamp), chunk)
+        if conversion.scale is None and robot.normalization is None and (doubt := units_warning(given, robot.poses)):
+            notes.append(
+                f"{asked.actions} is taken as the model's own numbers, but {doubt}: --action-stats scales them"
+            )
         if len(raw) != chunk:
             verb = "the last is repeated" if len(raw) < chunk else "the rest is left out"
             notes.append(f"{asked.actions} has {len(raw)} actions for {chunk}: {verb}")

@@ -67,7 +67,8 @@ def actions(rows: int, width: int, seed: int = 0) -> np.ndarray:
 def write_lerobot(
     root: Path, version: str = "v3.0", episodes: int = 2, length: int = 20, width: int = 10, fps: int = 15
 ) -> Path:
-    """Two cameras are named, one has a clip. In version 3 all episodes share one table and one clip."""
+    """Two cameras are named, one has a clip. In version 3 all episodes share one table and one clip. Statistics are
+    those that LeRobot writes since its version 0.4."""
     features = {name: {"dtype": "video", "shape": [48, 64, 3]} for name in (CAMERA, OTHER_CAMERA)}
     features |= {"action": {"dtype": "float32", "shape": [width]}}
     info: dict[str, Any] = {"codebase_version": version, "robot_type": "umi", "fps": fps, "features": features}
@@ -109,7 +110,16 @@ def write_lerobot(
         (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
         (root / "meta/tasks.jsonl").write_text(json.dumps({"task_index": 0, "task": "do it"}))
     (root / "meta/info.json").write_text(json.dumps(info))
+    whole = np.concatenate([actions(length, width, seed=index) for index in range(episodes)])
+    (root / "meta/stats.json").write_text(json.dumps({"action": statistics(whole)}))
     return root
+
+
+def statistics(values: np.ndarray) -> dict[str, list[float]]:
+    """Statistics of a feature [rows, width] as LeRobot writes them."""
+    found = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+    found |= {f"q{p:02d}": np.quantile(values, p / 100, axis=0) for p in (1, 10, 50, 90, 99)}
+    return {"count": [len(values)], **{key: value.tolist() for key, value in found.items()}}
 
 
 def _table(path: Path, columns: dict[str, Any]) -> None:

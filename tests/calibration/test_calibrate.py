@@ -434,8 +434,11 @@ def test_a_policy_that_wants_the_state_is_not_calibrated_without_it(tmp_path: Pa
     stated = {"policy": {"domain_name": "umi", "use_state": True}}
     (path / "checkpoint.json").write_text(json.dumps(stated))
     small = {"modalities": ("vision", "action"), "samples": 60}
-    message = refused("CX605", lambda: _job(path, tmp_path, str(data / "robot"), **small), UnsupportedError)
-    assert "robot's state" in message
+    assert "robot's state" in refused("CX342", lambda: _job(path, tmp_path, str(data / "robot"), **small))
+    actions = tmp_path / "actions.json"
+    actions.write_text(json.dumps(data_samples.actions(16, 10).tolist()))
+    source = f"{actions},video={data_samples.write_clip(tmp_path / 'a.mp4')},fps=24"
+    assert "robot's state" in refused("CX605", lambda: _job(path, tmp_path, source, **small), UnsupportedError)
     job = _job(path, tmp_path, f"{data / 'robot'},mode=inverse-dynamics", **small)
     assert {work.request.mode for work in job.works} == {"inverse-dynamics"}
     stated["policy"]["use_state"] = False

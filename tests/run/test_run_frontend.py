@@ -205,6 +205,29 @@ def test_statistics_go_both_ways(files: Path) -> None:
     np.testing.assert_allclose(prepared.conversion.to_robot(found), raw, atol=1e-6)
 
 
+@pytest.mark.parametrize("place", [("action",), ("norm_stats", "actions"), ("norm_stats", "action")])
+def test_statistics_as_lerobot_and_openpi_have_them(files: Path, place: tuple[str, ...]) -> None:
+    longer = [0.0] * (place[-1] == "actions")  # openpi pads actions
+    document: Any = {"q01": [*LOW, *longer], "q99": [*HIGH, *longer]}
+    for key in reversed(place):
+        document = {key: document, "state": {"q01": [0.0], "q99": [1.0]}}
+    (files / "theirs.json").write_text(json.dumps(document))
+    prepared = ask(files, manifest({"robot": ROBOT}), **given(files, action_stats="theirs.json"))
+    raw = np.linspace(-1, 1, 160).reshape(16, 10)
+    np.testing.assert_allclose(prepared.request.action.given, 2 * (raw - LOW) / (HIGH - LOW) - 1, atol=1e-6)
+    (files / "none.json").write_text(json.dumps({"observation.state": {}, "reward": {}}))
+    error = refused("CX613", files, manifest({"robot": ROBOT}), **given(files, action_stats="none.json"))
+    assert "observation.state" in error.message and "reward" in error.message
+
+
+def test_actions_in_metres_are_doubted(files: Path) -> None:
+    rows = [[0.0015, -0.001, 0.0005, 1, 0, 0, 0, 1, 0, 1]] * 16
+    (files / "metres.json").write_text(json.dumps(rows))
+    (note,) = ask(files, manifest({"robot": ROBOT}), **given(files, actions="metres.json")).notes
+    assert "about 6.7e+02 times less than the model's own numbers" in note and "--action-stats" in note
+    assert not ask(files, manifest({"robot": ROBOT}), **given(files)).notes
+
+
 @pytest.mark.parametrize("clamp", [False, True])
 def test_actions_beyond_their_statistics_are_counted_and_cut_off_only_when_asked(files: Path, clamp: bool) -> None:
     low, high = LOW / 8, HIGH / 8
