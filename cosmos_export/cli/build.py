@@ -152,6 +152,8 @@ def _planned(planned: Mapping[str, Planned]) -> Table:
 
 
 def _losses(result: BuildResult) -> Table:
+    from cosmos_export.evaluation.ends import END_LIMIT
+
     losses, precision = result.losses, result.job.precision
     assert losses is not None
     note = "Relative errors: the five linears nearest to their limit, and the velocity of whole steps."
@@ -164,6 +166,11 @@ def _losses(result: BuildResult) -> Table:
         if step.share is not None:
             limit = f"{losses.limits.largest_share}"
             table.add(f"step {step.step + 1}, times what rounding alone loses", f"{step.share:.2f}", limit)
+    for end in losses.ends:
+        table.add(f"{end.modality} at the end of a request", f"{end.relative:.4f}", f"{END_LIMIT}")
+        for column in end.columns:
+            what = f"{column.name}, rms over the chunk (unquantized in its own precision: {column.floor:.3g})"
+            table.add(what, f"{column.rms:.4g} {column.unit}", None)
     for m in result.quality:
         table.add(f"{m.stage}: {m.metric}", f"{m.value:.4f}", f"{m.limit}")
     return table

@@ -62,7 +62,7 @@ def _gates(result: BuildResult) -> dict[str, Any] | None:
         m.stage: {"metric": m.metric, "value": m.value if isfinite(m.value) else None, "limit": m.limit}
         for m in result.quality
     }
-    problems += result.losses.step_problems
+    problems += [*result.losses.step_problems, *result.losses.end_problems]
     return {**loss_values(result.losses), "worst": worst, "problems": problems, "loops": quality}
 
 

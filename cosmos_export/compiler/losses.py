@@ -1,4 +1,5 @@
-"""Gates of a quantized build: what each linear (G1) and each step (G2) loses, as a verdict, as JSON and as a page."""
+"""Gates of a quantized build: what each linear (G1), each step (G2) and a whole request (G3) loses, measured in the
+mode that is built, as verdicts, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ import torch
 
 from cosmos_export.bundle import BundleWriter, CalibrationRecord, PrecisionRecord, Verdict
 from cosmos_export.calibration.table import ScaleTable
+from cosmos_export.compiler.built_case import action_axes, built_case
 from cosmos_export.compiler.forms import quantize_copy
 from cosmos_export.compiler.job import Job
 from cosmos_export.diagnostics import FindingError
-from cosmos_export.evaluation.cases import CASES
+from cosmos_export.evaluation.ends import END_LIMIT, EndLoss, end_losses
 from cosmos_export.evaluation.gates import (
     LinearLoss,
     StepLoss,
@@ -37,13 +39,11 @@ from cosmos_export.precision.recipe import Assignment
 from cosmos_export.precision.scheme import StepLimits
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.report.losses import loss_page
-from cosmos_export.sampling import DEFAULT_MODE, MODES
 
 REPORT_JSON, REPORT_PAGE = "report/quantization.json", "report/quantization.html"
 LINEAGE = "calibration/lineage.json"
 _STEPS = 6
 """Steps of the schedule that are looked at: the first, the last, and others between them."""
-_CASE = MODES[DEFAULT_MODE].title
 _NAMED = 5
 _DRAWS, _SMALL_BYTES = 3, 10**8
 """Draws of rounding errors; of a model with more weights one, as it has more values to take the mean over."""
@@ -73,6 +73,10 @@ class Losses:
     note: str
     """The latents that it was measured on, in words."""
     alike: tuple[Alike, ...] = ()
+    modalities: tuple[StepLoss, ...] = ()
+    """The same steps by modality, where several are generated."""
+    ends: tuple[EndLoss, ...] = ()
+    """Losses at the end of a whole request; empty where none was sampled."""
 
     @property
     def seen(self) -> str:
@@ -95,33 +99,46 @@ class Losses:
 
     @property
     def step_problems(self) -> list[str]:
-        """Losses of whole steps beyond the limits."""
-        if not self.steps:
-            return []
-        middle = median(loss.relative for loss in self.steps)
-        worst = max(self.steps, key=lambda loss: loss.relative)
-        apart = min(self.steps, key=lambda loss: loss.cosine)
-        problems = []
-        shares = {loss.step: loss.share for loss in self.steps if loss.share is not None}
-        if shares and self.limits.median_share is not None and self.limits.largest_share is not None:
-            at, largest = max(shares.items(), key=lambda one: one[1])
-            if not median(shares.values()) <= self.limits.median_share:
-                problems.append(
-                    f"the median step loses {median(shares.values()):.2f} times what rounding to FP8 alone does, "
-                    f"allowed {self.limits.median_share}"
-                )
-            if not largest <= self.limits.largest_share:
-                problems.append(
-                    f"step {at + 1} loses {largest:.2f} times what rounding to FP8 alone does, allowed "
-                    f"{self.limits.largest_share}"
-                )
-        if not middle <= self.limits.median:
-            problems.append(f"the median step is {middle:.2%} off, allowed {self.limits.median:.0%}")
-        if not worst.relative <= self.limits.largest:
-            problems.append(f"step {worst.step + 1} is {worst.relative:.2%} off, allowed {self.limits.largest:.0%}")
-        if not apart.cosine >= self.limits.cosine:
-            problems.append(f"step {apart.step + 1} has a cosine of {apart.cosine:.5f}, wanted {self.limits.cosine}")
-        return problems
+        """Losses of whole steps beyond the limits, of all that is generated and of each modality."""
+        names = dict.fromkeys(loss.modality for loss in self.modalities)
+        groups = [self.steps, *([one for one in self.modalities if one.modality == name] for name in names)]
+        return [problem for group in groups for problem in _problems(group, self.limits)]
+
+    @property
+    def end_problems(self) -> list[str]:
+        """Losses of a whole request beyond the limit."""
+        return [problem for end in self.ends for problem in end.problems]
+
+
+def _problems(steps: Sequence[StepLoss], limits: StepLimits) -> list[str]:
+    """Losses of ``steps`` of one modality, or of all together, beyond ``limits``."""
+    if not steps:
+        return []
+    where = f" ({steps[0].modality})" if steps[0].modality else ""
+    middle = median(loss.relative for loss in steps)
+    worst = max(steps, key=lambda loss: loss.relative)
+    apart = min(steps, key=lambda loss: loss.cosine)
+    problems = []
+    shares = {loss.step: loss.share for loss in steps if loss.share is not None}
+    if shares and limits.median_share is not None and limits.largest_share is not None:
+        at, largest = max(shares.items(), key=lambda one: one[1])
+        if not median(shares.values()) <= limits.median_share:
+            problems.append(
+                f"the median step{where} loses {median(shares.values()):.2f} times what rounding to FP8 alone does, "
+                f"allowed {limits.median_share}"
+            )
+        if not largest <= limits.largest_share:
+            problems.append(
+                f"step {at + 1}{where} loses {largest:.2f} times what rounding to FP8 alone does, allowed "
+                f"{limits.largest_share}"
+            )
+    if not middle <= limits.median:
+        problems.append(f"the median step{where} is {middle:.2%} off, allowed {limits.median:.0%}")
+    if not worst.relative <= limits.largest:
+        problems.append(f"step {worst.step + 1}{where} is {worst.relative:.2%} off, allowed {limits.largest:.0%}")
+    if not apart.cosine >= limits.cosine:
+        problems.append(f"step {apart.step + 1}{where} has a cosine of {apart.cosine:.5f}, wanted {limits.cosine}")
+    return problems
 
 
 def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weights, *, unsampled: str = "") -> Losses:
@@ -133,18 +150,18 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
     whole.
     """
     config, schedule = job.checkpoint.geometry.config, job.schedule
-    fitting = [case for case in CASES if set(case.outputs) & set(job.outputs)]
-    case = next((case for case in fitting if case.name == _CASE), fitting[0])
+    case = built_case(job)
     inputs = case.inputs(config, job.modalities)
     keys = job.precision.step_keys()
     first = {keys.index(key) for key in keys}
+    final: dict[str, torch.Tensor] = {}
     if unsampled:
         chosen = sorted(first)
         recorded = [(at, {**inputs, "timestep": torch.tensor([float(schedule.timesteps[at])])}) for at in chosen]
     else:
         spread = {round(float(i)) for i in np.linspace(0, schedule.steps - 1, min(schedule.steps, _STEPS))}
         chosen = sorted(spread | {at for at in first if not any(keys[i] == keys[at] for i in spread)})
-        recorded = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
+        recorded, final = record_rollout(plain, inputs, negative_ids(config), schedule, chosen, weights)
     numbers = ", ".join(str(i + 1) for i in chosen)
     note = f"steps {numbers} of {schedule.steps} of an unquantized rollout, {case.name}"
     if unsampled:
@@ -182,12 +199,18 @@ def measure_losses(plain: Program, job: Job, passes: PassOptions, weights: Weigh
     stated = (SCHEMES[name].steps for name in sorted(job.precision.schemes))
     limits = StepLimits.loosest([limit for limit in stated if limit is not None])
     draws = 0 if limits.median_share is None else _DRAWS if weight_bytes(plain) <= _SMALL_BYTES else 1
-    steps = () if seen_of is not None else step_losses(plain, quantized, recorded, weights, draws)
+    found = [] if seen_of is not None else step_losses(plain, quantized, recorded, weights, draws)
+    steps = [loss for loss in found if not loss.modality]
     alike = tuple(
         Alike(keys.count(keys[at]), tuple(loss.step for loss in steps if keys[loss.step] == keys[at]), at)
         for at in sorted(first)
     )
-    return Losses(tuple(linears.values()), tuple(steps), limits, note, alike)
+    ends: Sequence[EndLoss] = ()
+    if final:
+        negative = negative_ids(config)
+        ends = end_losses(plain, quantized, final, inputs, negative, schedule, weights, action_axes(job))
+    modalities = tuple(loss for loss in found if loss.modality)
+    return Losses(tuple(linears.values()), tuple(steps), limits, note, alike, modalities, tuple(ends))
 
 
 def require_losses(losses: Losses, loops: Sequence[Measured], *, enforce: bool) -> None:
@@ -200,7 +223,7 @@ def require_losses(losses: Losses, loops: Sequence[Measured], *, enforce: bool) 
             f"{len(failed)} linears lose more than their scheme should: {worst}",
             f"calibrate again, or leave them unquantized: {_hints(failed)}",
         )
-    problems = losses.step_problems
+    problems = [*losses.step_problems, *losses.end_problems]
     problems += [f"{m.stage}: {m.metric} is {m.value:.3f}, allowed {m.limit}" for m in loops if not m.passed]
     if problems and enforce:
         raise FindingError(
@@ -229,14 +252,24 @@ def loss_verdicts(losses: Losses) -> tuple[Verdict, ...]:
     )  # fmt: skip
     metric = "relative L2 of the velocity, median"
     if not losses.steps:
-        return linears, Verdict("G2", "steps", metric, losses.limits.median, "not-measured", losses.note)
-    return (
-        linears,
-        Verdict(
-            "G2", "steps", metric, losses.limits.median,
-            "fail" if problems else "pass", "; ".join([*problems, *_shares(losses), losses.seen, losses.note]),
-        ),
-    )  # fmt: skip
+        steps = Verdict("G2", "steps", metric, losses.limits.median, "not-measured", losses.note)
+    else:
+        said = "; ".join([*problems, *_shares(losses), losses.seen, losses.note])
+        steps = Verdict("G2", "steps", metric, losses.limits.median, "fail" if problems else "pass", said)
+    return linears, steps, *_end_verdicts(losses)
+
+
+def _end_verdicts(losses: Losses) -> Iterator[Verdict]:
+    metric = "relative L2 of the end of a request"
+    if not losses.ends:
+        yield Verdict("G3", "request", metric, END_LIMIT, "not-measured", losses.note)
+    for end in losses.ends:
+        said = f"{end.relative:.4f}, of the unquantized model in its own precision {end.floor:.4f}"
+        if end.columns:
+            worst = max(end.columns, key=lambda column: column.share)
+            said += f"; most {worst.name}: {worst.rms:.4g} {worst.unit}, {worst.floor:.4g} in its own precision"
+        note = "; ".join([*end.problems, said])
+        yield Verdict("G3", end.modality, metric, END_LIMIT, "fail" if end.problems else "pass", note)
 
 
 def _shares(losses: Losses) -> Iterator[str]:
@@ -254,6 +287,7 @@ def loss_values(losses: Losses) -> dict[str, float]:
         "G1": max((loss.relative / loss.limit for loss in losses.linears), default=0.0),
         "G2": median(loss.relative for loss in losses.steps) if losses.steps else inf,
         "G2, shares of rounding alone": median(shares) if (shares := losses.shares) else inf,
+        **{f"G3, {end.modality}": end.worst for end in losses.ends},
     }
     return {name: value for name, value in values.items() if isfinite(value)}
 
@@ -276,16 +310,29 @@ def loss_document(losses: Losses, precision: Assignment) -> dict[str, Any]:
             }
             for loss in losses.linears
         ],
-        "steps": [
-            asdict(loss) | {
-                "relative": _finite(loss.relative),
-                "rounding": None if loss.rounding is None else _finite(loss.rounding),
-                "share": None if loss.share is None else _finite(loss.share),
+        "steps": [_step(loss) for loss in losses.steps],
+        "modalities": [_step(loss) for loss in losses.modalities],
+        "ends": [
+            {
+                "modality": end.modality, "relative": _finite(end.relative), "floor": _finite(end.floor),
+                "limit": END_LIMIT, "frames": [_finite(frame) for frame in end.frames],
+                "columns": [
+                    {name: _finite(value) if isinstance(value, float) else value for name, value in asdict(one).items()}
+                    for one in end.columns
+                ],
             }
-            for loss in losses.steps
+            for end in losses.ends
         ],
-        "problems": losses.step_problems,
+        "problems": [*losses.step_problems, *losses.end_problems],
     }  # fmt: skip
+
+
+def _step(loss: StepLoss) -> dict[str, Any]:
+    return asdict(loss) | {
+        "relative": _finite(loss.relative),
+        "rounding": None if loss.rounding is None else _finite(loss.rounding),
+        "share": None if loss.share is None else _finite(loss.share),
+    }
 
 
 def _finite(value: float) -> float | None:

@@ -29,6 +29,12 @@ class Case:
     clean_actions: Sequence[int] | str = ()
     fps: float = 24.0
     timestep: float = 437.0
+    domain: int | None = None
+    """Embodiment domain of its actions; None: one among the model's."""
+    columns: int | None = None
+    """Columns of an action that are generated, the rest being padding; None: all of them."""
+    first_action: int = 1
+    """Temporal index of the first action row in frames: 0 where it is the robot's state."""
 
     @property
     def mode(self) -> Mode:
@@ -42,7 +48,8 @@ class Case:
         return tuple(f"{name}_velocity" for name, count in rows.items() if count)
 
     def inputs(self, config: Mapping[str, Any], modalities: Sequence[str], seed: int = 0) -> dict[str, torch.Tensor]:
-        """Tensors of the step in float32 (ids int64), seeded noise for latents."""
+        """Tensors of the step in float32 (ids int64), seeded noise for latents. ``action_columns`` where there are
+        such."""
         generator = torch.Generator().manual_seed(seed)
 
         def noise(*shape: int) -> torch.Tensor:
@@ -67,12 +74,17 @@ class Case:
                 "sound_positions": _tensor(positions.sound_positions(self.sound, rate, base)),
             }
         if "action" in modalities:
+            domain = config["num_embodiment_domains"] // 4 if self.domain is None else self.domain
+            rows = positions.action_positions(self.actions, fps, base, first=self.first_action)
             result |= {
                 "action_latent": noise(self.actions, config["action_dim"]),
                 "action_mask": _mask(self.actions, self.clean_actions),
-                "action_positions": _tensor(positions.action_positions(self.actions, fps, base)),
-                "action_domain": torch.tensor([config["num_embodiment_domains"] // 4]),
+                "action_positions": _tensor(rows),
+                "action_domain": torch.tensor([domain]),
             }
+            if self.columns is not None:
+                result["action_columns"] = (torch.arange(config["action_dim"]) < self.columns).float()
+                result["action_latent"] *= result["action_columns"]
         return result
 
 

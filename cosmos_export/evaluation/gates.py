@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite, log10, sqrt
 
-import numpy as np
 import torch
 
+from cosmos_export.evaluation.sampled import generated, sampled_by, step_noise
 from cosmos_export.ir import ops
 from cosmos_export.ir.formats import E4M3
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight
@@ -24,8 +24,7 @@ from cosmos_export.ir.spec import Transform
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.insert_quantization import InsertQuantization, linears_of
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
-from cosmos_export.sampling import Schedule, coefficient_table
-from cosmos_export.sampling.solvers import SolverState, distilled_step, guide, unipc_step
+from cosmos_export.sampling import Schedule
 
 Observer = Callable[[Node, torch.Tensor, torch.Tensor, torch.Tensor], None]
 """A linear, its input [rows, K], its weight [N, K] and its result."""
@@ -239,13 +238,15 @@ def _run_linear(linear: Node, x: torch.Tensor, weights: Weights) -> torch.Tensor
 
 @dataclass(frozen=True)
 class StepLoss:
-    """How far the velocity of one step is from that of the unquantized model at the same latents."""
+    """How far a quantized step is from that of the unquantized model at the same latents."""
 
     step: int
     relative: float
     cosine: float
     rounding: float | None = None
-    """Loss of the same step by independent rounding of the same values (`rounding_loss`); None: not measured."""
+    """Loss of the same step by independent rounding of the same values (`rounding_losses`); None: not measured."""
+    modality: str = ""
+    """The modality whose velocity alone it is of; empty: of all that is generated."""
 
     @property
     def share(self) -> float | None:
@@ -262,28 +263,49 @@ def step_losses(
     weights: Weights,
     draws: int = 0,
 ) -> list[StepLoss]:
-    """Each of the ``recorded`` steps (index in the schedule, inputs) again, quantized as ``quantized`` says for it.
-    With ``draws`` of rounding errors also what they lose."""
+    """Each of the ``recorded`` steps (index in the schedule, inputs) again, quantized as ``quantized`` says for it: the
+    velocity of all that is generated, and where that is several modalities, of each. With ``draws`` of rounding errors
+    also what they lose."""
     losses = []
     for step, inputs in recorded:
-        expected = run_program(plain, inputs, weights, compute=torch.float32)
-        found = run_program(quantized(step), inputs, weights, compute=torch.float32)
-        a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
-        scale, lost = float(a.norm() * b.norm()), float((b - a).norm())
-        cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else 1.0 if lost == 0 else -1.0
-        rounding = rounding_loss(plain, step, inputs, expected, weights, draws) if draws else None
-        losses.append(StepLoss(step, _share(lost**2, float(a.norm()) ** 2), cosine, rounding))
+        expected = _velocities(run_program(plain, inputs, weights, compute=torch.float32), inputs)
+        found = _velocities(run_program(quantized(step), inputs, weights, compute=torch.float32), inputs)
+        rounding = rounding_losses(plain, step, inputs, expected, weights, draws) if draws else {}
+        for name, a in expected.items():
+            b = found[name]
+            scale, lost = float(a.norm() * b.norm()), float((b - a).norm())
+            cosine = float(a @ b) / scale if scale > 0 and isfinite(scale) else 1.0 if lost == 0 else -1.0
+            losses.append(StepLoss(step, relative_loss(a, b), cosine, rounding.get(name), name))
     return losses
 
 
-def rounding_loss(plain: Program, step: int, inputs: Tensors, expected: Tensors, weights: Weights, draws: int) -> float:
-    """Loss of ``step`` of the unquantized ``plain`` where every value that its schemes round to E4M3 is off by an
-    independent error of that size, uniform over the distance of two codes: a root mean square over ``draws``.
+def _velocities(results: Tensors, inputs: Tensors) -> dict[str, torch.Tensor]:
+    """float64 velocities of what is generated: all together under an empty name, and by modality where several are."""
+    found = {}
+    for output, value in results.items():
+        modality = output.removesuffix("_velocity")
+        own = value.double()[generated(inputs, modality).expand(value.shape)]
+        if own.numel():
+            found[modality] = own
+    return {"": torch.cat([*found.values(), torch.empty(0).double()]), **(found if len(found) > 1 else {})}
+
+
+def relative_loss(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖; nothing is lost of nothing."""
+    return _share(float((found - expected).norm()) ** 2, float(expected.norm()) ** 2)
+
+
+def rounding_losses(
+    plain: Program, step: int, inputs: Tensors, expected: Tensors, weights: Weights, draws: int
+) -> dict[str, float]:
+    """Losses of ``step`` of the unquantized ``plain``, by modality as ``expected`` has it, where every value that its
+    schemes round to E4M3 is off by an independent error of that size, uniform over the distance of two codes: a root
+    mean square over ``draws``.
 
     No scale, quantizer or packed weight takes part, and no range: it is what the format costs this network, whatever
     the network is. The softmax of FP8 attention has its error at the values, which are multiplied by it.
     """
-    lost = 0.0
+    lost = dict.fromkeys(expected, 0.0)
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
 
@@ -295,10 +317,10 @@ def rounding_loss(plain: Program, step: int, inputs: Tensors, expected: Tensors,
         ) -> torch.Tensor | None:
             return _off(node, values, step, weights, off)
 
-        found = run_program(plain, inputs, weights, compute=torch.float32, follow=follow)
-        a, b = (torch.cat([v.double().flatten() for v in r.values()]) for r in (expected, found))
-        lost += _share(float((b - a).norm()) ** 2, float(a.norm()) ** 2) ** 2 / draws
-    return sqrt(lost)
+        found = _velocities(run_program(plain, inputs, weights, compute=torch.float32, follow=follow), inputs)
+        for name, wanted in expected.items():
+            lost[name] += relative_loss(wanted, found[name]) ** 2 / draws
+    return {name: sqrt(value) for name, value in lost.items()}
 
 
 def _off(
@@ -355,46 +377,34 @@ def record_rollout(
     schedule: Schedule,
     steps: Sequence[int],
     weights: Weights,
-) -> list[tuple[int, dict[str, torch.Tensor]]]:
-    """Inputs of ``steps`` (indices in the schedule) of a rollout of the unquantized ``program`` from ``inputs``' noise.
+) -> tuple[list[tuple[int, dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
+    """Inputs of ``steps`` (indices in the schedule) of a rollout of the unquantized ``program`` from ``inputs``' noise,
+    and the samples that it ends with.
 
     The sampler is that of a bundle: guidance and update in float32 on the host. A stochastic sampler draws its noise
     from a fixed seed.
     """
-    table = coefficient_table(schedule)
-    generator = np.random.default_rng(_NOISE_SEED)
-    # A modality that is not among the outputs stays as it is.
-    states = {n: SolverState.start(v.numpy()) for n, v in inputs.items() if n in program.loop.carried and v.numel()}
-    recorded = []
-    for step in range(max(steps) + 1):
-        latents = {name: torch.from_numpy(np.asarray(state.sample)) for name, state in states.items()}
-        now = {**inputs, **latents, "timestep": torch.tensor([float(schedule.timesteps[step])])}
-        if step in steps:
-            recorded.append((step, now))
-        if step == max(steps):
-            break
-        cond = run_program(program, now, weights, compute=torch.float32)
-        uncond = None
-        if schedule.guided[step]:
-            uncond = run_program(program, {**now, "input_ids": negative}, weights, compute=torch.float32)
-        for name, state in states.items():
-            output = program.loop.carried[name]
-            other = None if uncond is None else uncond[output].numpy()
-            velocity = guide(cond[output].numpy(), other, schedule.guidance)
-            mask = _noisy(name, inputs)
-            if schedule.sampler == "unipc":
-                states[name] = unipc_step(table[step], state, velocity, mask)
-            else:
-                noise = generator.standard_normal(state.sample.shape, dtype=np.float32)
-                states[name] = SolverState.start(distilled_step(table[step], state.sample, velocity, noise, mask))
-    return recorded
+    recorded: dict[int, dict[str, torch.Tensor]] = {}
+
+    def step(index: int, now: Tensors) -> Tensors:
+        if index in steps:
+            recorded.setdefault(index, dict(now))  # the prompt comes before the negative prompt
+        return run_program(program, now, weights, compute=torch.float32)
+
+    final = roll_out(program, step, inputs, negative, schedule)
+    return list(recorded.items()), final
 
 
-_LATENT, _NOISE_SEED = "_latent", 7
-
-
-def _noisy(latent: str, inputs: Tensors) -> np.ndarray:
-    """1 where rows are generated, broadcastable to the latent."""
-    if latent == "vision_latent":
-        return inputs["vision_mask"].numpy().reshape(1, 1, -1, 1, 1)
-    return inputs["action_mask"].numpy().reshape(-1, 1) if latent == "action_latent" else np.ones(1, np.float32)
+def roll_out(
+    program: Program,
+    step: Callable[[int, Tensors], Tensors],
+    inputs: Tensors,
+    negative: torch.Tensor,
+    schedule: Schedule,
+) -> dict[str, torch.Tensor]:
+    """The samples at the end of ``schedule``, by modality, where ``step`` gives the velocities of ``program``'s step of
+    that number for its inputs."""
+    samples = {n.replace("_latent", "_sample"): v for n, v in inputs.items() if n.endswith("_latent")}
+    noise = step_noise(samples, schedule)
+    final = sampled_by(step, program.loop.carried, inputs, negative, noise, schedule)
+    return {name.removesuffix("_sample_final"): value for name, value in final.items()}

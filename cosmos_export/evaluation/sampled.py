@@ -66,7 +66,7 @@ def sampled(
             extra = {"generator": draws[name]} if schedule.sampler == "distilled-sde" else {}
             step = drivers[name].timesteps[i]
             moved = drivers[name].step(velocity, step, latents[name], return_dict=False, **extra)[0]
-            latents[name] = torch.where(_noisy(inputs, name), moved, inputs[f"{name}_latent"])
+            latents[name] = torch.where(generated(inputs, name), moved, inputs[f"{name}_latent"])
     return {f"{name}_sample_final": value for name, value in latents.items()}
 
 
@@ -94,7 +94,7 @@ def sampled_by(
             cond, *others = (one[carried[name]].numpy() for one in found)
             velocity = guide(cond, others[0] if others else None, schedule.guidance)
             modality = name.removesuffix("_latent")
-            mask = _noisy(inputs, modality).numpy().astype(np.float32)
+            mask = generated(inputs, modality).numpy().astype(np.float32)
             if schedule.sampler == "unipc":
                 states[name] = unipc_step(table[i], state, velocity, mask)
             else:
@@ -106,15 +106,18 @@ def sampled_by(
 def noisy_modalities(inputs: Mapping[str, torch.Tensor]) -> set[str]:
     """The modalities that have a row to generate."""
     names = [n.removesuffix("_latent") for n, v in inputs.items() if n.endswith("_latent") and v.numel()]
-    return {name for name in names if bool(_noisy(inputs, name).any())}
+    return {name for name in names if bool(generated(inputs, name).any())}
 
 
-def _noisy(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    """True where rows are generated, broadcastable to the latent."""
+def generated(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """True where a modality is generated, broadcastable to the latent: its noisy rows, and of actions the columns in
+    use."""
     if name == "sound":
         return torch.tensor(True)
     mask = inputs[f"{name}_mask"] != 0
-    return mask.view(1, 1, -1, 1, 1) if name == "vision" else mask.view(-1, 1)
+    if name == "vision":
+        return mask.view(1, 1, -1, 1, 1)
+    return mask.view(-1, 1) & (inputs["action_columns"] != 0 if "action_columns" in inputs else torch.tensor(True))
 
 
 def stock_scheduler(config: Mapping[str, Any], schedule: Schedule) -> Any:

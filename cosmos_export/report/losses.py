@@ -29,7 +29,7 @@ def loss_page(document: Mapping[str, Any]) -> str:
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>Quantization: {recipe}</title>\n'
         f"<style>{_STYLE}</style>\n<h1>Quantization: {recipe}{overrides}</h1>\n"
-        f"<p>Measured on {escape(str(document['measured_on']))}.</p>\n{tables}{_steps(document)}"
+        f"<p>Measured on {escape(str(document['measured_on']))}.</p>\n{tables}{_steps(document)}{_ends(document)}"
         + (f"<h2>Beyond the limits</h2>\n<ul>{problems}</ul>\n" if problems else "")
         + "</html>\n"
     )
@@ -84,3 +84,36 @@ def _steps(document: Mapping[str, Any]) -> str:
         "<tr><th>step</th><th>relative L2</th><th>cosine</th><th>times what rounding alone loses</th></tr>\n"
         f"{rows}</table>\n"
     )
+
+
+def _ends(document: Mapping[str, Any]) -> str:
+    """The end of a whole request: a row for each modality, and one for each column of actions."""
+    rows = columns = ""
+    for one in document["ends"]:
+        name, frames = escape(str(one["modality"])), [frame for frame in one["frames"] if frame is not None]
+        by_frame = f"{min(frames):.4f} to {max(frames):.4f}" if frames else "–"
+        rows += (
+            f"<tr><td>{name}</td><td>{_number(one['relative'], 4)}</td><td>{_number(one['floor'], 4)}</td>"
+            f"<td>{by_frame}</td></tr>\n"
+        )
+        for column in one["columns"]:
+            columns += (
+                f"<tr><td>{escape(str(column['name']))}</td><td>{_number(column['rms'], 5)}</td>"
+                f"<td>{_number(column['largest'], 5)}</td><td>{_number(column['floor'], 5)}</td>"
+                f"<td>{escape(str(column['unit']))}</td></tr>\n"
+            )
+    if not rows:
+        return ""
+    limit = document["ends"][0]["limit"]
+    found = (
+        f"<table>\n<caption>End of a whole request against the unquantized model (relative L2 ≤ {limit})</caption>\n"
+        "<tr><th>modality</th><th>relative L2</th><th>unquantized in its own precision</th>"
+        f"<th>latent frames</th></tr>\n{rows}</table>\n"
+    )
+    if columns:
+        found += (
+            "<table>\n<caption>Error of each column of actions over the chunk</caption>\n"
+            "<tr><th>column</th><th>root mean square</th><th>largest</th><th>unquantized in its own precision</th>"
+            f"<th>unit</th></tr>\n{columns}</table>\n"
+        )
+    return found
