@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cosmos_export.arguments import whole
 from cosmos_export.calibration.items import Options
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.embodiments import embodiment
@@ -52,9 +53,10 @@ def _choice(allowed: Collection[str]) -> Callable[[str, str], str]:
 
 def whole_number(key: str, value: str) -> int:
     """The number above 0 that ``value`` is for ``key``; CX341 for anything else."""
-    if not value.isdecimal() or not 0 < int(value) < 1_000_000:
+    found = whole(value)
+    if found is None or not 0 < found < 1_000_000:
         _bad_option(key, value, "not a whole number above 0")
-    return int(value)
+    return found
 
 
 def rate(key: str, value: str) -> float:

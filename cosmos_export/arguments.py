@@ -1,5 +1,5 @@
 """Arguments from outside as fields of a record of options: checked by the field's type, with an error that a caller
-can act on.
+can act on. Numbers in the text of one are read by `whole`.
 
 Paths may be given as text, one value in place of a list of one, and None is always the field's default.
 """
@@ -33,9 +33,21 @@ if TYPE_CHECKING:
 
 Options = TypeVar("Options", bound="DataclassInstance")
 _NO_VALUE = object()
+MOST = 2**63 - 1
+"""The largest whole number that is taken: arrays, files and floats have room for it."""
 _WORDS: Mapping[object, str] = {
     str: "text", int: "a whole number", float: "a number", bool: "True or False", Path: "a path", type(None): "None",
 }  # fmt: skip
+
+
+def whole(text: str) -> int | None:
+    """The number from 0 to `MOST` that ``text`` has in decimal digits; None for anything else."""
+    digits = text.strip()
+    # `int` refuses thousands of digits with an error of its own, and reads digits of all scripts.
+    if not (digits.isascii() and digits.isdecimal()) or len(digits) > len(str(MOST)):
+        return None
+    found = int(digits)
+    return found if found <= MOST else None
 
 
 def made(options: type[Options], where: str, given: Mapping[str, object]) -> Options:
@@ -126,7 +138,8 @@ def _number(value: object, kind: type) -> Any:
     """``value`` as the number type ``kind``, NumPy's numbers included; every whole number is a number."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         if kind is int and isinstance(value, SupportsIndex):
-            return operator.index(value)
+            found = operator.index(value)
+            return found if abs(found) <= MOST else _NO_VALUE
         if kind is float and isinstance(value, SupportsFloat | SupportsIndex):
             return float(value)
     return _NO_VALUE

@@ -87,7 +87,7 @@ class AuditTrail:
         with self._lock:
             now = datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds")
             entry = {"n": self._count, "time": now, "event": event, **facts, "previous": self._head}
-            line = json.dumps(entry, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+            line = _encoded(entry)
             assert len(line) <= MAX_LINE_BYTES
             try:
                 written = os.write(self._descriptor, line + b"\n")
@@ -186,13 +186,23 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
+        written = _encoded(entry)
+    except (ValueError, RecursionError):  # also NaN, and integers of thousands of digits
         _finding(path, number, "is not JSON")
-    if not isinstance(entry, dict) or entry.get("n") != number or entry.get("event") not in EVENTS:
+    if written != line:
+        _finding(path, number, "is not in the form that is written")
+    if not isinstance(entry, dict) or type(entry.get("n")) is not int or entry["n"] != number:
+        _finding(path, number, "is not the entry that belongs there")
+    if not isinstance(entry.get("event"), str) or entry["event"] not in EVENTS:
         _finding(path, number, "is not the entry that belongs there")
     if not isinstance(entry.get("time"), str) or not isinstance(entry.get("previous"), str):
         _finding(path, number, "has no time, or no digest of the line before it")
     return entry
+
+
+def _encoded(entry: Any) -> bytes:
+    """The one form of a line: a key that is there twice, or a number written in another way, is not in it."""
+    return json.dumps(entry, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _finding(path: Path, index: int, what: str, hint: str = "") -> NoReturn:

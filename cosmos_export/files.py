@@ -95,8 +95,11 @@ def output_problem(path: Path) -> str | None:
 
     Whether it exists, and may be replaced, is for the command to decide.
     """
-    name = os.fsencode(path.name)
-    if not name or b"\0" in os.fsencode(path):
+    try:
+        name, whole = os.fsencode(path.name), os.fsencode(path)
+    except UnicodeEncodeError:  # half of a character
+        return "it is not a name"
+    if not name or b"\0" in whole:
         return "it is not a name"
     allowed = MAX_NAME_BYTES
     with contextlib.suppress(OSError):  # some file systems allow less

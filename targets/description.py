@@ -7,7 +7,6 @@ read the same figures.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -16,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cosmos_export.diagnostics import InternalError, UserError
+from cosmos_export.files import parse_toml
 from cosmos_export.precision.schemes import SCHEMES
 
 FP32 = "fp32"
@@ -151,8 +151,8 @@ def load_target(name: str) -> Target:
 def parse_target(name: str, text: str) -> Target:
     """A `Target` from TOML text. Unknown, missing and mistyped fields are errors."""
     try:
-        data: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = parse_toml(text)
+    except ValueError as error:
         raise InternalError("CX402", f"the description of target `{name}` is not TOML: {error}") from error
     known = {one.name for one in fields(Target)} - {"name"}
     unknown, missing = sorted(set(data) - known), sorted(known - set(data) - set(_OPTIONAL))

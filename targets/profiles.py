@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from cosmos_export.arguments import whole
 from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.embodiments import EMBODIMENTS
 from cosmos_export.sampling.action_canvas import plan_action_canvas
@@ -125,7 +126,7 @@ CANVASES: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType(
         "720p": {"16:9": (1280, 720), "9:16": (720, 1280), "4:3": (1104, 832), "3:4": (832, 1104), "1:1": (960, 960)},
     }
 )
-_NAMED = re.compile(r"(?P<size>\d+p)(?:-(?P<aspect>\d+:\d+))?(?:-(?P<frames>\d+)f)?(?P<sound>\+sound)?")
+_NAMED = re.compile(r"(?P<size>\d+p)(?:-(?P<aspect>\d+:\d+))?(?:-(?P<frames>[0-9]{1,9})f)?(?P<sound>\+sound)?")
 
 _ROBOT = re.compile(r"policy-(?P<robot>[a-z0-9_-]+?)(?:-(?P<width>\d+)x(?P<height>\d+))?")
 _TASK_LEN = DimRange(1, 132, 4096)
@@ -244,10 +245,10 @@ def _item(text: str, item: str) -> tuple[str, DimRange]:
             f"profile `{text}`: unknown dimension `{dim}`",
             f"did you mean `{near[0]}`?" if near else _known_dims(),
         )
-    if len(numbers) not in (1, 3) or not all(number.strip().isdecimal() for number in numbers):
+    sizes = [size for number in numbers if (size := whole(number)) is not None]
+    if len(numbers) not in (1, 3) or len(sizes) != len(numbers):
         raise UserError("CX410", f"profile `{text}`: `{item}` is neither {dim}=N nor {dim}=MIN:OPT:MAX")
-    low, opt, high = (int(number) for number in (numbers if len(numbers) == 3 else numbers * 3))
-    return dim, DimRange(low, opt, high)
+    return dim, DimRange(*(sizes if len(sizes) == 3 else sizes * 3))
 
 
 def _known_dims() -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cosmos_export.bench.baseline import NO_FP8, BaselineRequest, measure_baselines, require_diffusers
 from cosmos_export.bench.clock import CardWatch, timed
 from cosmos_export.bench.result import Baseline, MeasuredPart, Measurement, machine
-from cosmos_export.diagnostics import UnsupportedError, UserError
+from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.ir.formats import E4M3
 from cosmos_export.options import WORKLOAD
 from cosmos_export.plan import Workload, parse_workload, published_subject
@@ -283,7 +283,10 @@ class _Graph:
 def _device(name: str) -> torch.device:
     import torch
 
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError("CX672", f"device {shown(name)} is not one of PyTorch's", "cuda, cuda:N or cpu") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         said = f"no CUDA device {device.index or 0} that PyTorch {torch.__version__} can use"
         raise UnsupportedError("CX505", said, "`--dry-run` tries everything on the CPU, at a tiny size")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import typer
 
+from cosmos_export.arguments import whole
 from cosmos_export.cli import choices
 from cosmos_export.diagnostics import UserError
 from cosmos_export.option_fields import Option, described
@@ -111,11 +112,12 @@ def named_files(flag: str, values: Sequence[str]) -> Path | dict[str, Path]:
 
 
 def tokens(text: str) -> tuple[int, int]:
-    """``N`` or ``N:NEGATIVE`` as two numbers of tokens; CX481 for anything else."""
-    numbers = text.split(":")
-    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+    """``N`` or ``N:NEGATIVE`` as two numbers of tokens above 0; CX481 for anything else."""
+    numbers = [whole(number) for number in text.split(":")]
+    first, last = numbers[0], numbers[-1]
+    if len(numbers) > 2 or not first or not last:
         raise UserError("CX481", f"prompt tokens `{text}` are neither N nor N:NEGATIVE", "for example 512 or 1615:2863")
-    return int(numbers[0]), int(numbers[-1])
+    return first, last
 
 
 _PAIRS: Mapping[str, Callable[[str], Any]] = {"guidance_interval": interval, "prompt_tokens": tokens}

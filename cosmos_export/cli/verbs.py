@@ -19,6 +19,7 @@ import typer
 import typer.core
 
 from cosmos_export import files
+from cosmos_export.arguments import MOST
 from cosmos_export.cli import choices, console, options
 from cosmos_export.diagnostics import CosmosExportError, ExitCode, ToolError, UserError
 from cosmos_export.option_fields import flat
@@ -299,6 +300,13 @@ def _require_writable(given: Any) -> None:
         raise UserError("CX004", f"{str(given)[:300]} cannot be written: {why}", "choose another name")
 
 
+def _require_numbers(given: Mapping[str, Any]) -> None:
+    """UserError CX100 for a number that is too large for any verb; its own limits are the verb's to say."""
+    for name, value in given.items():
+        if isinstance(value, int) and abs(value) > MOST:
+            raise UserError("CX100", f"the value of --{name.replace('_', '-')} is not a number up to {MOST:,}")
+
+
 class _Called:
     """A verb as typer calls it, with an argument per option. No exception but typer's own gets out."""
 
@@ -317,6 +325,7 @@ class _Called:
         before = console.given_before()
         console.configure(quiet or before.quiet, verbose or before.verbose, no_progress or before.no_progress)
         try:
+            _require_numbers(values)
             for name in OUTPUTS:
                 _require_writable(values.get(name))
             self._verb(options.made(self._record, values), as_json)

@@ -15,7 +15,7 @@ from cosmos_export.targets.backends import Backend
 _MARGIN_BYTES = 1 << 30
 """Free memory that is left to the rest of the machine."""
 _UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "MB": 10**6}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|MiB|GB|MB)")
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(GiB|MiB|GB|MB)", re.ASCII)
 
 
 def parse_size(text: str) -> int:

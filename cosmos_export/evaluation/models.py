@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from cosmos_export.targets.onnx.sessions import session_options
+
 if TYPE_CHECKING:
     import onnx
 
@@ -25,9 +27,7 @@ class OnnxModel:
     def __init__(self, path: Path, shown: Collection[str] = ()) -> None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options = session_options(torch.get_num_threads())
         # Builders of engines run beside it: a thread that waits for work gives its core away.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         model: str | bytes = str(path)

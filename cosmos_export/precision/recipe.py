@@ -47,7 +47,7 @@ class Runner(Protocol):
 
 
 _PLACE = re.compile(r"(?P<tower>[a-z]+)(?:\.(?P<kind>[a-z_.]+))?(?:\[(?P<layers>[^\]]*)\])?(?:@(?P<steps>\S+))?")
-_SPAN = re.compile(r"(-?\d+)?:(-?\d+)?")
+_SPAN = re.compile(r"(-?[0-9]{1,9})?:(-?[0-9]{1,9})?")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cosmos_export.arguments import whole
 from cosmos_export.bundle import BundleFiles, Manifest, read_files
 from cosmos_export.diagnostics import FindingError, UserError, shown
 from cosmos_export.progress import Progress, Silent
@@ -66,6 +67,6 @@ def _require_known(backend: str, device: str | None) -> None:
         raise UserError("CX504", f"backend {shown(backend)}; known: {', '.join(backends())}")
     kind, _, index = (device or "").partition(":")
     allowed = backends()[backend].devices
-    if device is not None and (kind not in allowed or (":" in device and not index.isdecimal())):
+    if device is not None and (kind not in allowed or (":" in device and whole(index) is None)):
         names = [name if name == "cpu" else f"{name} or {name}:N" for name in allowed]
         raise UserError("CX504", f"device {shown(device)}; `{backend}` runs on {', '.join(names)}")

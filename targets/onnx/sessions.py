@@ -15,6 +15,8 @@ from cosmos_export.diagnostics import ToolError, UnsupportedError
 from cosmos_export.targets.sessions import Array, Value
 
 NAME = "onnxruntime"
+_FATAL = 4
+"""Severity of what ONNX Runtime logs."""
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FP8, _FP8_NAME, _FP8_ONNX = np.dtype(ml_dtypes.float8_e4m3fn), "tensor(float8e4m3fn)", 17
 """The last is its number in ONNX (``TensorProto.FLOAT8E4M3FN``)."""
@@ -118,10 +120,8 @@ class OnnxExecutor:
     def open(self, graph: str) -> OnnxSession:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
         # As OpenMP's own libraries do; unset, ONNX Runtime takes every core.
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0") or 0)
+        options = session_options(int(os.environ.get("OMP_NUM_THREADS", "0") or 0))
         provider = _PROVIDERS[self.device_type]
         settings = {} if self.device_type == "cpu" else {"device_id": self.index}
         name = self.models[graph]
@@ -138,6 +138,21 @@ class OnnxExecutor:
 
     def close(self) -> None:
         """Nothing is held besides the sessions."""
+
+
+def session_options(threads: int) -> Any:
+    """Options of a session of ONNX Runtime on ``threads`` threads, 0 for all, that writes nothing to stderr.
+
+    What it logs has names of the model's nodes in it, whatever those do to a terminal. Errors are exceptions too,
+    and are printed as all text of files is.
+    """
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(_FATAL)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
+    return options
 
 
 def open_models(files: BundleFiles, device: str | None) -> OnnxExecutor:

@@ -70,7 +70,8 @@ def lines_changed(data: bytes) -> dict[str, tuple[bytes, str]]:
         "the first is gone": (b"".join(lines[1:]), "line 1 is not the entry"),
         "two are exchanged": (b"".join([lines[0], lines[2], lines[1], *lines[3:]]), "line 2 is not the entry"),
         "one is there twice": (b"".join([*lines[:2], *lines[1:]]), "line 3 is not the entry"),
-        "white space": (data.replace(b'"n":2,', b'"n": 2,'), "line 4 does not follow"),
+        "white space": (data.replace(b'"n":2,', b'"n": 2,'), "line 3 is not in the form"),
+        "a changed text": (data.replace(b'"seed":1', b'"seed":7'), "line 4 does not follow"),
         "an unknown event": (data.replace(b'"verified"', b'"approved"'), "line 1 is not the entry"),
         "no JSON": (b"{\n" + data, "line 1 is not JSON"),
         "a number": (b"1\n" + data, "line 1 is not the entry"),
@@ -128,3 +129,28 @@ def test_the_verb(trail: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     trail.write_bytes(trail.read_bytes().replace(b'"seed":1', b'"seed":7'))
     code, out, err = audit("--json")
     assert code == 1 and json.loads(out)["error"]["code"] == "CX651" and "line 4 does not follow" in err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"n":0,"n":0,"time":"x","event":"ready","previous":"%s"}',
+        b'{"n":false,"time":"x","event":"ready","previous":"%s"}',
+        b'{"n":-0.0,"time":"x","event":"ready","previous":"%s"}',
+        b'{"n":0.0,"time":"x","event":"ready","previous":"%s"}',
+        b'{"n": 0,"time":"x","event":"ready","previous":"%s"}',
+        b'{"n":0,"time":"x","event":"ready","previous":"%s","x":NaN}',
+        b'{"n":0,"time":"x","event":"ready","previous":"%s","x":1e999}',
+        b'{"n":0,"time":"x","event":"ready","previous":"%s","x":' + b"1" * 5000 + b"}",
+        b'{"n":0,"time":"x","event":["ready"],"previous":"%s"}',
+        b'{"n":0,"time":"x","event":"ready","previous":"%s","x":' + b"[" * 20000 + b"]" * 20000 + b"}",
+        b'\xef\xbb\xbf{"n":0,"time":"x","event":"ready","previous":"%s"}',
+    ],
+)  # fmt: skip
+def test_a_line_has_one_form(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "trail"
+    path.write_bytes(line.replace(b"%s", FIRST.encode()) + b"\n")
+    with pytest.raises(FindingError, match="line 1 "):
+        verify_trail(path)
+    path.write_bytes(b'{"n":0,"time":"x","event":"ready","previous":"%s","x":-0.0}\n' % FIRST.encode())
+    assert verify_trail(path).lines == 1
