@@ -87,6 +87,7 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
         ("cosmos_export/compiler/planned.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/plan/estimate.py", "*"): "names of recipes",
         ("cosmos_export/verb_options.py", "bf16"): "the name of a recipe",
+        ("cosmos_export/runtime/facts.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/bench/baseline.py", "bf16"): "what diffusers computes in",
         ("cosmos_export/options.py", "fp8"): "the default of an option",
     },

@@ -637,6 +637,9 @@ def _edge_problems(manifest: Manifest) -> Iterator[StrictError]:
             fits = _same(source, target) if edge.instance is None else _connects(source, target)
             if not fits:
                 yield StrictError(f"edges[{i}]", f"{_form(source)} cannot be {_form(target)}")
+            negative = any(isinstance(dim, str) and _NEGATIVE in dim for dim in target.dims)
+            if edge.instance is not None and not (negative and edge.instance == _NEGATIVE.removesuffix("_")):
+                yield StrictError(f"edges[{i}].instance", f"{shown(edge.instance)}; {_form(target)} is not of that run")
         if fed[edge.target, edge.input] > 1:
             yield StrictError(f"edges[{i}]", f"input {shown(edge.input)} of {shown(edge.target)} has two edges")
 

@@ -86,7 +86,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
         profiles=tuple(
             ProfileRecord(p.name, {d: DimRecord(r.min, r.opt, r.max) for d, r in p.dims.items()}) for p in job.profiles
         ),
-        recipe=job.precision.recipe if job.quantized else checkpoint.precision,
+        recipe=job.precision.recipe if job.quantized and job.part_of is None else checkpoint.dtype,
         graphs={name: _contract(graph) for one in programs for name, graph in one.graphs.items()}
         | {name: _contract(program.graphs[program.loop.body]) for name in bodies}
         | {graph.name: _contract(graph) for cut in pieces.values() if len(cut) > 1 for graph in cut}

@@ -23,7 +23,7 @@ def checkpoint_sampling(record: RequestRecord) -> CheckpointSampling:
 def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord, mode: str) -> Schedule:
     """The compiled schedule of a device loop; else the build's for its own mode, with what the request changes."""
     assert manifest.loop is not None
-    recorded = _recorded(manifest)
+    recorded = recorded_schedule(manifest)
     if manifest.loop.segments:
         if recorded is None:
             raise UnsupportedError(
@@ -46,7 +46,8 @@ def request_schedule(asked: Overrides, manifest: Manifest, record: RequestRecord
     return found
 
 
-def _recorded(manifest: Manifest) -> Schedule | None:
+def recorded_schedule(manifest: Manifest) -> Schedule | None:
+    """The schedule that the bundle was built with; None where the manifest does not say it."""
     names = Schedule.__dataclass_fields__
     values = {name: manifest.options.get(f"schedule.{name}", ...) for name in names}
     return None if ... in values.values() else Schedule(**cast(dict[str, Any], values))

@@ -11,12 +11,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from cosmos_export.bundle import BundleWriter, EdgeRecord, GraphContract, Manifest, Tensor, read_files, verify_bundle
+from cosmos_export.bundle import (
+    BundleWriter,
+    EdgeRecord,
+    EngineRecord,
+    GraphContract,
+    Manifest,
+    Tensor,
+    read_files,
+    verify_bundle,
+)
 from cosmos_export.diagnostics import CosmosExportError
 from cosmos_export.runtime import load_bundle
 from cosmos_export.runtime.contents import with_contents
 from cosmos_export.runtime.schedule_table import SCHEDULE_TABLE, read_schedule_table
 
+ENGINE = "engines/schedule.plan"
 TABLE: dict[str, Any] = {
     "timesteps": np.array([900.0, 400.0], np.float32),
     "coefficients": np.ones((2, 7), np.float32),
@@ -36,12 +46,16 @@ def manifest() -> Manifest:
     }
     options = {**sample.options, "schedule.steps": 2, "schedule.timesteps": (900.0, 400.0)}
     edges = (*sample.edges, EdgeRecord("schedule", "time_embedding", "generator", "time"))
-    return replace(sample, graphs=graphs, edges=edges, options=options)
+    engines = (*sample.engines, EngineRecord("schedule", "schedule", ENGINE, ("480p",), ()))
+    return replace(sample, graphs=graphs, edges=edges, options=options, engines=engines)
 
 
 def bundle(root: Path, table: bytes) -> Path:
     with BundleWriter(root) as writer:
-        for name, (role, content) in {**bundle_samples.FILES, SCHEDULE_TABLE: ("table", table)}.items():
+        engine = ("engine", bundle_samples.engine(100))
+        for name, (role, content) in {
+            **bundle_samples.FILES, ENGINE: engine, SCHEDULE_TABLE: ("table", table)
+        }.items():  # fmt: skip
             writer.path(name, role).write_bytes(content)
         writer.commit(manifest())
     return root

@@ -64,7 +64,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is accepted is not done."""
     from cosmos_export.calibration import calibrate
     from cosmos_export.compiler import calibrate_checkpoint, driver
-    from cosmos_export.runtime.model import Model
+    from cosmos_export.runtime.model import LoadedModel
 
     def stop(*_: object, **__: object) -> Any:
         raise UserError("CX001", "it would begin now")
@@ -77,7 +77,7 @@ def _no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calibrate_checkpoint, "_prompt_record", prompt_record)
     monkeypatch.setattr(calibrate, "require_workspace_space", stop)
-    monkeypatch.setattr(Model, "load", stop)
+    monkeypatch.setattr(LoadedModel, "load", stop)
 
 
 def _options(command: Any) -> Iterator[tuple[str, str]]:
@@ -136,7 +136,7 @@ API: Mapping[str, tuple[str, ...]] = {
 def test_a_name_that_no_file_can_have_is_refused(
     function: str, name: str, omni: Path, omni_bundle: harness.Built, tmp_path: Path
 ) -> None:
-    from cosmos_export.runtime.model import Model
+    from cosmos_export.runtime.model import LoadedModel
 
     prompts, new = tmp_path / "prompts.txt", tmp_path / "new"
     prompts.write_text("A cat.\n")
@@ -147,7 +147,7 @@ def test_a_name_that_no_file_can_have_is_refused(
         "quantize": {"checkpoint": omni, "output": new, "calibration": prompts},
         "generate": {"prompt": "x"},
     }
-    model = api.Model(Model(open_bundle(omni_bundle.path), backend="onnxruntime"))
+    model = api.Model(LoadedModel(open_bundle(omni_bundle.path), backend="onnxruntime"))
     call = model.generate if function == "generate" else getattr(cx, function)
     for parameter in API[function]:
         with pytest.raises(CosmosExportError) as raised:
