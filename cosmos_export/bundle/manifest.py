@@ -20,7 +20,7 @@ from cosmos_export.bundle.embodiment import Embodiment, embodiment_problems
 from cosmos_export.bundle.strict import AtLeast, AtMost, Pattern, StrictError
 from cosmos_export.diagnostics import shown
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 """The manifest of Super has some tens of kilobytes; what is larger was not written by a build."""
@@ -430,7 +430,7 @@ class Manifest:
     graph's inputs and of the outputs of those before it; the graph itself has no model and no engine then."""
     files: tuple[FileRecord, ...] = ()
     """Left empty by the build: `BundleWriter.commit` fills it in."""
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
 
     def __repr__(self) -> str:
         counts = f"{len(self.graphs)} graphs, {len(self.engines)} engines, {len(self.files)} files"

@@ -81,9 +81,9 @@ def test_each_field_is_required(field: str) -> None:
     [
         (["extra"], 1, "unknown field 'extra'"),
         (["model", "extra"], 1, "model: unknown field 'extra'"),
-        (["schema_version"], 1, "schema_version: 1 is not 2, the version this reader knows; build the bundle again"),
-        (["schema_version"], True, "schema_version: True is a boolean, expected 2"),
-        (["schema_version"], "1", "schema_version: '1' is a string, expected 2"),
+        (["schema_version"], 1, "schema_version: 1 is not 3, the version this reader knows; build the bundle again"),
+        (["schema_version"], True, "schema_version: True is a boolean, expected 3"),
+        (["schema_version"], "1", "schema_version: '1' is a string, expected 3"),
         (["recipe"], 1, "recipe: 1 is an integer, expected a string"),
         (["recipe"], None, "recipe: None is null, expected a string"),
         (["recipe"], "a\nb", r"recipe: 'a\nb' is not a name of at most 256 printable characters"),
