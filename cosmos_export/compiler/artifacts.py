@@ -32,12 +32,13 @@ from cosmos_export.progress import Progress
 from cosmos_export.stamps import Stamp
 from cosmos_export.targets import Target
 from cosmos_export.targets.backends import Backend, backend_of
-from cosmos_export.targets.backends.protocol import EngineOrder, Engines, LoweredGraph
+from cosmos_export.targets.backends.protocol import Engines, LoweredGraph
 from cosmos_export.targets.onnx.weights import Stored, file_size, layout, write_weights
 from cosmos_export.targets.profiles import Profile, input_shapes
 from cosmos_export.targets.trt.checks import WantedEngine
 from cosmos_export.targets.trt.common import EngineReport
 from cosmos_export.targets.trt.engine_inspector import EngineSummary, PlanGraph, narrow_share
+from cosmos_export.targets.trt.engines import EngineOrder
 
 if TYPE_CHECKING:
     from cosmos_export.targets.onnx.plugins import Plugins

@@ -42,9 +42,10 @@ from cosmos_export.printable import printable
 from cosmos_export.progress import Progress, Silent
 from cosmos_export.targets import Target, load_target
 from cosmos_export.targets.backends import backend_of
-from cosmos_export.targets.backends.protocol import EngineOrder, Engines
+from cosmos_export.targets.backends.protocol import Engines
 from cosmos_export.targets.profiles import ShapeRange
 from cosmos_export.targets.trt.checks import WantedEngine
+from cosmos_export.targets.trt.engines import EngineOrder
 from cosmos_export.targets.trt.plugins import parse_document
 
 REQUESTS = "engines/requests.json"

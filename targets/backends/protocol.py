@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, runtime_checkable
 
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
 from cosmos_export.targets.description import Target
-from cosmos_export.targets.profiles import Profile, ShapeRange
+from cosmos_export.targets.profiles import Profile
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, BundleWriter, EngineCheck, Manifest
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cosmos_export.targets.trt.checks import WantedEngine
     from cosmos_export.targets.trt.common import EngineReport
     from cosmos_export.targets.trt.engine_inspector import EngineSummary
+    from cosmos_export.targets.trt.engines import EngineOrder
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,6 @@ class LoweredGraph:
     loop: Loop | None = None
     tables: Mapping[str, Array] = field(default_factory=dict)
     """Rows of the loop for all steps, [steps, …]."""
-
-
-@dataclass(frozen=True)
-class EngineOrder:
-    """How one engine is built from its model."""
-
-    profiles: Sequence[Mapping[str, ShapeRange]]
-    """Input → smallest, optimal and largest shape, for each profile."""
-    decomposable_attention: bool = False
-    """Attention without a fused kernel may become matrix products over stored scores; otherwise its build fails."""
-    timing_cache: Path | None = None
-    """File of kernel timings, which are read and added to; None: every kernel is timed anew."""
-    plugins: Path | None = None
-    """Folder of this project's kernels that the model has as plugins; None: it has none."""
 
 
 class Engines(Protocol):

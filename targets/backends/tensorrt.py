@@ -2,59 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from cosmos_export.diagnostics import CosmosExportError, UnsupportedError, UserError
-from cosmos_export.targets.backends.protocol import Backend, BuildAsked, EngineOrder, Engines, Requirement
+from cosmos_export.targets.backends.protocol import Backend, BuildAsked, Engines, Requirement
 from cosmos_export.targets.description import Target
+from cosmos_export.targets.trt import tensorrt
+from cosmos_export.targets.trt.engines import EngineOrder, TrtEngines
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, EngineCheck, Manifest
-    from cosmos_export.progress import Progress
     from cosmos_export.targets.sessions import Executor
     from cosmos_export.targets.trt.checks import WantedEngine
     from cosmos_export.targets.trt.common import EngineReport
     from cosmos_export.targets.trt.engine_inspector import EngineSummary
 
 
-class _Engines(Engines):
+class _Engines(TrtEngines, Engines):
     built_here = False
-    module = "tensorrt"
-
-    def require(self) -> None:
-        from cosmos_export.targets.trt.common import require_module
-        from cosmos_export.targets.trt.tensorrt import FLAVOR
-
-        require_module(FLAVOR)
+    flavor = tensorrt.FLAVOR
+    module = flavor.module
 
     def require_gpu(self, target: Target) -> None:
-        from cosmos_export.targets.trt.tensorrt import require_gpu
+        tensorrt.require_gpu(target)
 
-        require_gpu(target)
-
-    def key(self) -> Mapping[str, str]:
-        from cosmos_export.targets.trt.common import builder_key
-
-        return builder_key(self.module)
-
-    def build(
-        self, model: Path, output: Path, order: EngineOrder, target: Target, progress: Progress | None = None
-    ) -> EngineReport:
-        from cosmos_export.targets.trt.tensorrt import build_engine
-
-        return build_engine(
-            model,
-            output,
-            target=target,
-            profiles=order.profiles,
-            progress=progress,
-            decomposable_attention=order.decomposable_attention,
-            timing_cache=order.timing_cache,
-            plugins=order.plugins,
-        )
+    def builder(self, order: EngineOrder) -> Callable[..., EngineReport]:
+        return partial(tensorrt.build_engine, timing_cache=order.timing_cache, plugins=order.plugins)
 
     def inspect(self, path: Path) -> EngineSummary | None:
         return None
@@ -93,9 +70,8 @@ class TensorRt(Backend):
 
     def open(self, files: BundleFiles, device: str | None) -> Executor:
         from cosmos_export.targets.trt.sessions import open_engines
-        from cosmos_export.targets.trt.tensorrt import FLAVOR
 
-        return open_engines(FLAVOR, self.name, files, device)
+        return open_engines(tensorrt.FLAVOR, self.name, files, device)
 
 
 BACKEND = TensorRt()

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.precision.schemes import SCHEMES
-from cosmos_export.targets.backends.protocol import Backend, EngineOrder, Engines, PrecisionAsked, Requirement
+from cosmos_export.targets.backends.protocol import Backend, Engines, PrecisionAsked, Requirement
 from cosmos_export.targets.description import Target
 from cosmos_export.targets.profiles import Profile
+from cosmos_export.targets.trt import tensorrt_rtx
+from cosmos_export.targets.trt.engines import EngineOrder, TrtEngines
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, EngineCheck, Manifest
-    from cosmos_export.progress import Progress
     from cosmos_export.targets.sessions import Executor
     from cosmos_export.targets.trt.checks import WantedEngine
     from cosmos_export.targets.trt.common import EngineReport
@@ -24,37 +25,16 @@ MAX_SINGLE_STEPS = 8
 """Engines of one step in a loop on the device: as many as the published policy has, and two."""
 
 
-class _Engines(Engines):
+class _Engines(TrtEngines, Engines):
     built_here = True
-    module = "tensorrt_rtx"
-
-    def require(self) -> None:
-        from cosmos_export.targets.trt.common import require_module
-        from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
-
-        require_module(FLAVOR)
+    flavor = tensorrt_rtx.FLAVOR
+    module = flavor.module
 
     def require_gpu(self, target: Target) -> None:
         """The builder needs none."""
 
-    def key(self) -> Mapping[str, str]:
-        from cosmos_export.targets.trt.common import builder_key
-
-        return builder_key(self.module)
-
-    def build(
-        self, model: Path, output: Path, order: EngineOrder, target: Target, progress: Progress | None = None
-    ) -> EngineReport:
-        from cosmos_export.targets.trt.tensorrt_rtx import build_engine
-
-        return build_engine(
-            model,
-            output,
-            target=target,
-            profiles=order.profiles,
-            progress=progress,
-            decomposable_attention=order.decomposable_attention,
-        )
+    def builder(self, order: EngineOrder) -> Callable[..., EngineReport]:
+        return tensorrt_rtx.build_engine
 
     def inspect(self, path: Path) -> EngineSummary | None:
         from cosmos_export.targets.trt.engine_inspector import inspect_engine
@@ -110,9 +90,8 @@ class TensorRtRtx(Backend):
 
     def open(self, files: BundleFiles, device: str | None) -> Executor:
         from cosmos_export.targets.trt.sessions import open_engines
-        from cosmos_export.targets.trt.tensorrt_rtx import FLAVOR
 
-        return open_engines(FLAVOR, self.name, files, device)
+        return open_engines(tensorrt_rtx.FLAVOR, self.name, files, device)
 
 
 def _dynamic(profile: Profile) -> list[str]:
