@@ -81,7 +81,7 @@ def plan_check(wanted: WantedEngine, found: EngineSummary) -> EngineCheck:
 
 def _unrolled(wanted: WantedEngine, found: EngineSummary) -> int:
     """Attentions that the engine should have: those of its graph, or a multiple, as a builder unrolls a short loop."""
-    if not wanted.in_loop:
+    if not wanted.in_loop or not wanted.attention:
         return wanted.attention
     counts = {len(graph.attention) for graph in found.graphs}
     return next((n for n in counts if len(counts) == 1 and n and n % wanted.attention == 0), wanted.attention)
