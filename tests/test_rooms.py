@@ -82,7 +82,6 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
         ("cosmos_export/ir/spec.py", "*"): "PyTorch's and the IR's names of types",
         ("cosmos_export/checkpoint/mapping.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/compiler/calibrate_checkpoint.py", "bf16"): "the type of a checkpoint's numbers",
-        ("cosmos_export/compiler/memory.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/compiler/options.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/compiler/planned.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/plan/estimate.py", "*"): "names of recipes",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cosmos_export import units
 from cosmos_export.cli.tables import Column, Table, numbers
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.options import BuildCommand
+from cosmos_export.options import BuildCommand, BuildOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +51,7 @@ def register(app: Verbs) -> None:
 
         def begins(job: Job) -> None:
             if output is not None:
-                console.set_resume_command(_resume_command(job))
+                console.set_resume_command(_resume_command(options, job.memory_budget))
 
         def fails(left: Path | None) -> None:
             if left is None:
@@ -66,12 +66,12 @@ def register(app: Verbs) -> None:
         console.verdict(_verdict(result, output), not failed)
 
 
-def _resume_command(job: Job) -> str:
+def _resume_command(options: BuildOptions, memory_budget: int | None) -> str:
     """This command, as it would be continued: with the memory budget that was found, or engines would be cut in other
     places where the machine has less free by then."""
-    arguments = [*sys.argv[1:], *([] if job.options.resume else ["--resume"])]
-    if job.memory_budget is not None and job.options.memory_budget is None:
-        arguments += ["--memory-budget", f"{job.memory_budget / 2**30:g}GiB"]
+    arguments = [*sys.argv[1:], *([] if options.resume else ["--resume"])]
+    if memory_budget is not None and options.memory_budget is None:
+        arguments += ["--memory-budget", f"{memory_budget / 2**30:g}GiB"]
     return shlex.join(["cosmos-export", *arguments])
 
 

@@ -20,12 +20,12 @@ def built_case(job: Job) -> Case:
     """The case of the mode of ``job``, with the chunk and the columns of a policy; the first that has one of the
     outputs where that mode's has none."""
     fitting = [case for case in CASES if set(case.outputs) & set(job.outputs)]
-    mode = MODES[job.options.mode]
+    mode = MODES[job.mode]
     case = next((case for case in fitting if case.name == mode.title), fitting[0])
     robot = _robot(job)
     if robot is None or robot.width is None or not case.actions or "action" not in job.modalities:
         return case
-    temporal = request_record(job.checkpoint, job.modalities, None).video.temporal
+    temporal = job.request.video.temporal
     history = robot.history if mode.state else 0
     return replace(
         case,

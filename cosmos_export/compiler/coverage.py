@@ -8,7 +8,7 @@ from typing import Any
 
 from cosmos_export.bundle import Verdict
 from cosmos_export.calibration.coverage import part
-from cosmos_export.compiler.job import Job
+from cosmos_export.calibration.table import ScaleTable
 from cosmos_export.diagnostics import FindingError
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.profiles import Profile
@@ -29,15 +29,21 @@ class TableCoverage:
     """Whether the build has a scale table."""
 
 
-def table_coverage(job: Job) -> TableCoverage:
-    """The parts of the work of ``job`` that its scale table never saw."""
-    lineage = {} if job.scales is None else job.scales.lineage
+def table_coverage(
+    scales: ScaleTable | None,
+    modalities: Sequence[str],
+    profiles: Sequence[Profile],
+    schedule: Schedule,
+    mode: str,
+) -> TableCoverage:
+    """The parts of a build that its scale table never saw."""
+    lineage = {} if scales is None else scales.lineage
     seen = lineage.get("coverage")
     if not isinstance(seen, Mapping):
-        return TableCoverage(None, job.scales is not None)
-    needed = _needed(job.schedule)
-    found = list(_unseen(seen, job.modalities, job.profiles, needed))
-    found += _unseen_mode(lineage, job.options.mode, needed)
+        return TableCoverage(None, scales is not None)
+    needed = _needed(schedule)
+    found = list(_unseen(seen, modalities, profiles, needed))
+    found += _unseen_mode(lineage, mode, needed)
     return TableCoverage(tuple(found), True)
 
 

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cosmos_export.compiler.forms import Pieces, cut_into_pieces
-from cosmos_export.compiler.job import Job
 from cosmos_export.ir.graph import Graph, Node, is_op
 from cosmos_export.ir.ops import aten
 from cosmos_export.passes.cut_graph import narrow_places
 from cosmos_export.passes.insert_quantization import scheme_of
 from cosmos_export.passes.pipeline import Watch
-from cosmos_export.plan.sizes import largest_part
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.targets.onnx.model import external_nodes
 from cosmos_export.targets.onnx.weights import size_bytes
 from cosmos_export.targets.partition import partition
+from cosmos_export.targets.profiles import Profile
 
 
-def cut_graphs(graphs: Mapping[str, Graph], job: Job, watch: Watch | None = None) -> Pieces:
-    """Every one of ``graphs`` in as many pieces as the job's memory budget needs."""
-    return cut_into_pieces(graphs, lambda name, graph: _places(graph, job), watch=watch)
+def cut_graphs(
+    graphs: Mapping[str, Graph],
+    limit: int | None,
+    profiles: Sequence[Profile],
+    *,
+    external: bool,
+    watch: Watch | None = None,
+) -> Pieces:
+    """Every one of ``graphs`` in as many pieces as it needs, none of which takes more memory to build than ``limit``
+    bytes for its weights; None: whole. ``external``: engines take their large weights as inputs."""
+    return cut_into_pieces(graphs, lambda name, graph: _places(graph, limit, profiles, external), watch=watch)
 
 
-def _places(graph: Graph, job: Job) -> list[Node]:
+def _places(graph: Graph, limit: int | None, profiles: Sequence[Profile], external: bool) -> list[Node]:
     """The nodes of ``graph`` from which on another engine begins."""
-    limit = None if job.memory_budget is None else largest_part(job.memory_budget, job.layers)
-    given = external_nodes(graph) if job.options.weights == "external" else frozenset[Node]()
+    given = external_nodes(graph) if external else frozenset[Node]()
 
     def held(weight: Node) -> float:
         return 0.0 if weight in given else builder_share_bytes(weight)
@@ -34,7 +40,7 @@ def _places(graph: Graph, job: Job) -> list[Node]:
     whole = sum(held(node) for node in graph.weights.values())
     if limit is None or whole <= limit:
         return []
-    sizes = {dim: max(profile.dims[dim].max for profile in job.profiles) for dim in job.profiles[0].dims}
+    sizes = {dim: max(profile.dims[dim].max for profile in profiles) for dim in profiles[0].dims}
     first, places = narrow_places(graph, sizes, held)
     pieces = [first, *(place.weight_size for place in places)]
     cuts = partition(pieces, [0.0, *(float(place.crossing_bytes) for place in places)], limit)

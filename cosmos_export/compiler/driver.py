@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING
 from cosmos_export import units
 from cosmos_export.bundle import BundleWriter
 from cosmos_export.compiler.allocator import keep_freed_memory
-from cosmos_export.compiler.coverage import require_coverage, table_coverage
+from cosmos_export.compiler.coverage import require_coverage
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.options import resolve
-from cosmos_export.compiler.overall import Overall, expected_seconds
-from cosmos_export.compiler.planned import bundle_bytes
-from cosmos_export.compiler.request_record import checkpoint_notes
-from cosmos_export.compiler.selection import tokenizer_bytes
+from cosmos_export.compiler.overall import Overall
+from cosmos_export.compiler.planned import Prediction
 from cosmos_export.diagnostics import FindingError, ToolError
 from cosmos_export.machine.system import free_disk
 from cosmos_export.options import BuildOptions
@@ -28,8 +26,6 @@ from cosmos_export.stamps import blamed
 if TYPE_CHECKING:
     from cosmos_export.compiler.evidence import BuildResult
 
-_DISK_MARGIN = 1.05
-"""Share of the predicted size."""
 _log = logging.getLogger("cosmos_export")
 
 
@@ -52,13 +48,16 @@ def build(
     keep_freed_memory()
     job = resolve(options)
     if options.output is not None and options.quality == "enforce":
-        require_coverage(table_coverage(job))
+        require_coverage(job.coverage)
     begins(job)
-    for note in checkpoint_notes(job.checkpoint):  # now, and again at the end of a long report
+    for note in job.notes:  # now, and again at the end of a long report
         _log.warning("%s", note)
     with blamed("the build", *job.inputs):
         if options.output is not None:
-            return _bundle(job, options.output, progress, fails, found)
+            writer = BundleWriter(
+                options.output, options.force, job.plan.required_bytes, progress, options.resume, job.require_inputs
+            )
+            return _bundle(job, writer, options.resume, progress, fails, found)
         result = _compile_only(job, progress)
         job.require_inputs()
         return result
@@ -66,22 +65,24 @@ def build(
 
 def _bundle(
     job: Job,
-    output: Path,
+    writer: BundleWriter,
+    resume: bool,
     progress: Progress,
     fails: Callable[[Path | None], None],
     found: Callable[[BuildResult, FindingError], None],
 ) -> BuildResult:
-    options = job.options
-    writer = BundleWriter(output, options.force, _required_bytes(job), progress, options.resume, job.require_inputs)
     try:
         with writer:
             from cosmos_export.compiler.stages import build_bundle
 
-            if options.resume:
+            if resume:
                 _log.info("%s", _resumed(writer))
-            expected = expected_seconds(job)
             # Here too, as a finding that a changed input explains costs no file that was kept.
-            with _full_disk(writer, job), blamed("the build", *job.inputs), Overall(progress, expected) as overall:
+            with (
+                _full_disk(writer, job.plan),
+                blamed("the build", *job.inputs),
+                Overall(progress, job.plan.seconds) as overall,
+            ):
                 return build_bundle(job, writer, overall, found)
     except BaseException as error:
         if writer.left is not None:
@@ -93,7 +94,7 @@ def _bundle(
 
 
 @contextmanager
-def _full_disk(writer: BundleWriter, job: Job) -> Iterator[None]:
+def _full_disk(writer: BundleWriter, plan: Prediction) -> Iterator[None]:
     """Says which disk it was, wherever in a build there was no space for something. There was when the build began."""
     try:
         yield
@@ -101,7 +102,7 @@ def _full_disk(writer: BundleWriter, job: Job) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         folder = writer.output.parent
-        free, needed = (size / 2**30 for size in (free_disk(folder), _required_bytes(job)))
+        free, needed = (size / 2**30 for size in (free_disk(folder), plan.required_bytes))
         raise ToolError(
             "CX704",
             f"the disk filled up during the build: {error}; in {folder} {free:.1f} GiB are free",
@@ -121,8 +122,3 @@ def _compile_only(job: Job, progress: Progress) -> BuildResult:
     from cosmos_export.compiler.stages import compile_only
 
     return compile_only(job, progress)
-
-
-def _required_bytes(job: Job) -> int:
-    """Disk in bytes that a bundle is predicted to take, with a margin."""
-    return int(bundle_bytes(job) * _DISK_MARGIN) + tokenizer_bytes(job.checkpoint, job.components)

@@ -70,16 +70,12 @@ def _tensors(checkpoint: Checkpoint, expected: Mapping[str, ExpectedTensor]) -> 
     return found
 
 
-def job_of_part(job: Job, part: Checkpoint, output: Path) -> Job:
+def job_of_part(job: Job, part: Checkpoint) -> Job:
     """``job`` for ``part``, in each respect that its graphs follow from, without engines. A layer has the precision
     that it has in the whole model."""
-    options = replace(
-        job.options, output=output, target="cpu", backend=None, components=("none",), parity="always", kernels=(),
-        weights="embedded", dump=None, force=False, resume=False, cache=None, memory_budget=None,
-    )  # fmt: skip
     return replace(
-        job, options=options, checkpoint=part, target=load_target("cpu"), components=(), memory_budget=None,
-        part_of=job.layers,
+        job, checkpoint=part, target=load_target("cpu"), components=(), parity="always", kernels=(), weights="embedded",
+        dump=None, cache=None, memory_budget=None, part_of=job.layers,
     )  # fmt: skip
 
 
@@ -99,7 +95,7 @@ def compare_first_layers(
         first = f"first {part.geometry.num_hidden_layers} of {job.layers} layers"
         seen, inner = Evidence(), BundleWriter(folder / "bundle", require_inputs=job.require_inputs)
         try:
-            build(job_of_part(job, part, folder / "bundle"), inner, seen)
+            build(job_of_part(job, part), inner, seen)
         except FindingError as error:
             raise FindingError(error.code, f"{first} alone: {error.message}", error.hint) from error
         finally:

@@ -23,7 +23,7 @@ else: a result that is unrelated is 1.4 away, and one of zeros 1."""
 def golden_record(job: Job, root: Path) -> GoldenRecord | None:
     """The golden request through the bundle at ``root``, on the reference backend; None where the build is for another
     mode, or the bundle acts for no robot by itself."""
-    if not MODES[job.options.mode].state:
+    if not MODES[job.mode].state:
         return None
     with LoadedModel(BundleFiles(root), backend=reference_backend().name, device="cpu", resident=False) as model:
         try:

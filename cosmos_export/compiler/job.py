@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 
+from cosmos_export.bundle import RequestRecord
 from cosmos_export.calibration.table import ScaleTable
 from cosmos_export.checkpoint import Checkpoint
-from cosmos_export.options import BuildOptions
-from cosmos_export.precision.recipe import Assignment, Recipe
+from cosmos_export.compiler.coverage import TableCoverage
+from cosmos_export.compiler.planned import Prediction
+from cosmos_export.options import LoopMode, ParityMode, QualityMode, WeightsMode
+from cosmos_export.plan.sizes import largest_part
+from cosmos_export.precision.recipe import Assignment
 from cosmos_export.sampling import Schedule, Segment
 from cosmos_export.stamps import Inputs, require_unchanged
 from cosmos_export.targets import Target
@@ -17,23 +22,44 @@ from cosmos_export.targets.profiles import Profile
 
 @dataclass(frozen=True)
 class Job:
-    """A request that has been found possible."""
+    """A request that has been found possible: what its options resolved to, under their names, and all that follows
+    from them before work begins. Each of it is computed once, in `cosmos_export.compiler.options.resolve`."""
 
-    options: BuildOptions
     checkpoint: Checkpoint
     target: Target
     profiles: tuple[Profile, ...]
     modalities: tuple[str, ...]
     outputs: tuple[str, ...]
     components: tuple[str, ...]
+    mode: str
+    loop: LoopMode
+    weights: WeightsMode
+    kernels: tuple[str, ...]
+    parity: ParityMode
+    quality: QualityMode
+    until: str | None
+    dump: Path | None
+    cache: Path | None
+    graphs: Path | None
+    created_by: str | None
+    memory_budget: int | None
+    """In bytes; None where no engine is built here."""
+
     schedule: Schedule
-    recipe: Recipe
     precision: Assignment
     scales: ScaleTable | None
-    memory_budget: int | None = None
-    """Memory budget in bytes; None where no engine is built here."""
-    scale_files: Inputs = field(default_factory=lambda: Inputs("the scale table", ()))
+    calibration: Path | None
+    """The directory of ``scales``."""
+    scale_files: Inputs
     """The files of ``scales`` as they were when it was read."""
+    request: RequestRecord
+    """For those who will make requests; without the prompt, whose pieces are compiled during the build."""
+    plan: Prediction
+    coverage: TableCoverage
+    notes: tuple[str, ...]
+    """Notes on the checkpoint, for before the build and after it."""
+    remarks: tuple[str, ...]
+    """Remarks on options that do not go together and are allowed, for the end of the build."""
     part_of: int | None = None
     """Layers of the whole model, where ``checkpoint`` is its first ones; None: it is the whole."""
 
@@ -55,20 +81,27 @@ class Job:
         return bool(self.precision.schemes)
 
     @property
-    def generator_engines(self) -> int:
-        """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
-        return len(self.segments) if self.options.loop == "device" else len(set(self.precision.step_keys()))
+    def largest_part(self) -> int | None:
+        """Memory that the weights of one engine may take in the builder, in bytes; None: as much as they need."""
+        return None if self.memory_budget is None else largest_part(self.memory_budget, self.layers)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
-        return self.schedule.segments_by(self.precision.segment_keys(separate=self.backend.separates_weight_only_steps))
+    def external(self) -> bool:
+        """Whether engines take their large weights as inputs."""
+        return self.weights == "external"
 
     @property
     def backend(self) -> Backend:
         return backend_of(self.target)
 
     @property
-    def closed_segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[Segment, ...]:
         """The segments whose loops run on the device by themselves; none where the host runs the loop."""
-        return self.segments if self.options.loop == "device" else ()
+        return closed_segments(self.loop, self.schedule, self.precision, self.backend)
+
+
+def closed_segments(loop: LoopMode, schedule: Schedule, precision: Assignment, backend: Backend) -> tuple[Segment, ...]:
+    """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
+    if loop == "host":
+        return ()
+    return schedule.segments_by(precision.segment_keys(separate=backend.separates_weight_only_steps))

@@ -355,14 +355,14 @@ def write_losses(losses: Losses, precision: Assignment, scales: ScaleTable | Non
         writer.path(LINEAGE, "calibration").write_bytes(scales.document)
 
 
-def precision_record(job: Job) -> PrecisionRecord:
-    """The manifest's record of a quantized build."""
+def precision_record(precision: Assignment, scales: ScaleTable | None, *, stored: bool) -> PrecisionRecord:
+    """The manifest's record of a quantized build. ``stored``: the checkpoint itself is quantized."""
     return PrecisionRecord(
-        recipe=job.precision.recipe,
-        overrides=job.precision.overrides,
-        table=job.precision.table(),
-        rounding=ROUNDING if job.checkpoint.quantization is None else AS_STORED,
-        calibration=_calibration(job.scales),
+        recipe=precision.recipe,
+        overrides=precision.overrides,
+        table=precision.table(),
+        rounding=AS_STORED if stored else ROUNDING,
+        calibration=_calibration(scales),
         report=REPORT_JSON,
     )
 

@@ -1,15 +1,11 @@
-"""The memory that a build may take of its machine, and whether that is enough."""
+"""The memory that a build may take of its machine."""
 
 from __future__ import annotations
 
 import re
 
-from cosmos_export.compiler.job import Job
-from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import UserError
 from cosmos_export.machine.memory import available_bytes
-from cosmos_export.options import BuildOptions
-from cosmos_export.plan.sizes import require_budget
 from cosmos_export.targets.backends import Backend
 
 _MARGIN_BYTES = 1 << 30
@@ -28,7 +24,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def memory_budget(options: BuildOptions, backend: Backend) -> int | None:
+def memory_budget(asked: str | None, backend: Backend) -> int | None:
     """The budget in bytes of a build for ``backend``; None where no engine is built here.
 
     Where none is asked for it is what the machine has free, in whole GiB, so that it is the same again tomorrow.
@@ -36,12 +32,5 @@ def memory_budget(options: BuildOptions, backend: Backend) -> int | None:
     """
     if not backend.builds_here:
         return None
-    asked = None if options.memory_budget is None else parse_size(options.memory_budget)
-    return asked or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)
-
-
-def require_memory(job: Job) -> None:
-    """CX457: an engine needs more than the budget and cannot be cut, or not small enough."""
-    if job.memory_budget is None or job.checkpoint.dtype != "bf16":
-        return
-    require_budget(parts(job), job.layers, job.memory_budget, loop=job.options.loop)
+    size = None if asked is None else parse_size(asked)
+    return size or max(available_bytes() - _MARGIN_BYTES, 1 << 30) // (1 << 30) * (1 << 30)

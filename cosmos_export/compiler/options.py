@@ -13,15 +13,19 @@ from cosmos_export.bundle.provenance import require_builder, time_of_build
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
-from cosmos_export.compiler.job import Job
-from cosmos_export.compiler.memory import memory_budget, require_memory
-from cosmos_export.compiler.request_record import check_request
+from cosmos_export.compiler.coverage import table_coverage
+from cosmos_export.compiler.job import Job, closed_segments
+from cosmos_export.compiler.memory import memory_budget
+from cosmos_export.compiler.planned import predict
+from cosmos_export.compiler.remarks import opening_remarks
+from cosmos_export.compiler.request_record import checkpoint_notes, request_record
 from cosmos_export.compiler.selection import select
 from cosmos_export.compiler.time_table import checkpoint_schedule
 from cosmos_export.diagnostics import UnsupportedError, UserError
 from cosmos_export.kernels.description import PLUGINS
 from cosmos_export.options import BuildOptions, LoopMode, ParityMode, QualityMode, WeightsMode
 from cosmos_export.plan import AUTO, Workload, choose, from_checkpoint, offered_bytes
+from cosmos_export.plan.sizes import require_budget
 from cosmos_export.precision.recipe import Assignment, Recipe, resolve_recipe
 from cosmos_export.precision.schemes import SCHEMES
 from cosmos_export.precision.stored_recipe import recipe_for
@@ -49,7 +53,7 @@ def resolve(options: BuildOptions) -> Job:
     asked = BuildAsked(options.weights == "external", options.kernels, options.memory_budget is not None)
     for refusal in backend.refusals(asked, target):
         raise refusal
-    budget = memory_budget(options, backend)
+    budget = memory_budget(options.memory_budget, backend)
     require_compiler()
     if backend.engines is not None and backend.engines.built_here:
         backend.engines.require()
@@ -73,7 +77,7 @@ def _resolve(
     modalities = available_modalities(options.modalities, checkpoint)
     outputs = _outputs(options.outputs, modalities)
     components = select(options.components, checkpoint, modalities)
-    check_request(checkpoint, modalities)
+    request = request_record(checkpoint, modalities, None)
     asked = Overrides(options.grid, options.steps, options.shift, options.guidance, options.guidance_interval)
     sampling = checkpoint_schedule(checkpoint, options.mode, asked)
     limits = model_limits(checkpoint, modalities)
@@ -81,16 +85,48 @@ def _resolve(
         check_limits(profile, limits)
         _require_rows(profile, outputs)
     recipe = _recipe(options, target, checkpoint, sampling, profiles)
-    precision = _precision(options, recipe, target, checkpoint, sampling, profiles)
+    assignment = _precision(options, recipe, target, checkpoint, sampling, profiles)
     tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
     scale_files = Inputs("the scale table", (), tables)
-    scales = _scales(options, precision, checkpoint)
-    found = Job(
-        options, checkpoint, target, profiles, modalities, outputs, components, sampling, recipe, precision, scales,
-        budget, scale_files,
+    scales = _scales(options, assignment, checkpoint)
+    segments = closed_segments(options.loop, sampling, assignment, backend_of(target))
+    plan = predict(
+        checkpoint, modalities, components, target, [Workload(p.name, options.mode, p, 1, 1) for p in profiles], recipe,
+        assignment, sampling, len(segments), memory_budget=budget, external=options.weights == "external",
     )  # fmt: skip
-    require_memory(found)
-    return found
+    if budget is not None and checkpoint.dtype == "bf16":
+        require_budget(list(plan.engines.values()), assignment.layers, budget, loop=options.loop)
+    coverage = table_coverage(scales, modalities, profiles, sampling, options.mode)
+    return Job(
+        checkpoint=checkpoint,
+        target=target,
+        profiles=profiles,
+        modalities=modalities,
+        outputs=outputs,
+        components=components,
+        mode=options.mode,
+        loop=options.loop,
+        weights=options.weights,
+        kernels=options.kernels,
+        parity=options.parity,
+        quality=options.quality,
+        until=options.until,
+        dump=options.dump,
+        cache=options.cache,
+        graphs=options.graphs,
+        created_by=options.created_by,
+        memory_budget=budget,
+        schedule=sampling,
+        precision=assignment,
+        scales=scales,
+        calibration=None if scales is None else options.calibration,
+        scale_files=scale_files,
+        request=request,
+        plan=plan,
+        coverage=coverage,
+        notes=checkpoint_notes(checkpoint),
+        remarks=opening_remarks(modalities, profiles, scales, coverage, options.mode, sampling),
+    )
 
 
 def _require_kernels(kernels: Sequence[str]) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS
-from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.selection import codec_tensors_bytes
 from cosmos_export.plan.sizes import (
     CAPTURE_S_PER_LAYER,
@@ -75,11 +74,14 @@ class Overall:
         self._inner.update(TASK, self._shown)
 
 
-def expected_seconds(job: Job) -> dict[str, float]:
-    """Seconds that each task of a build is expected to take, by its name, in the order in which they come."""
-    geometry = job.checkpoint.geometry
-    graphs = {name: sum(_stored(job.checkpoint, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
-    codecs = {name: codec_tensors_bytes(job.checkpoint, name) for name in job.components if name in CODECS}
+def expected_seconds(checkpoint: Checkpoint, components: Sequence[str], loops: int | None) -> dict[str, float]:
+    """Seconds that each task of a build is expected to take, by its name, in the order in which they come.
+
+    ``loops``: how many engines are loops on the device; None: there are no engines.
+    """
+    geometry = checkpoint.geometry
+    graphs = {name: sum(_stored(checkpoint, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
+    codecs = {name: codec_tensors_bytes(checkpoint, name) for name in components if name in CODECS}
     found = {"tokenizer": _START_S}
     for name, size in codecs.items():  # their engines are built beside what follows
         stem = name.replace("-", "_")
@@ -88,8 +90,8 @@ def expected_seconds(job: Job) -> dict[str, float]:
     found["capture"] = geometry.num_hidden_layers * typical(CAPTURE_S_PER_LAYER)
     for name, size in graphs.items():
         found[f"weights of {name}"] = size / typical(WEIGHT_BYTES_PER_S)
-    if job.backend.builds_here:
-        for name, size in _engines(len(job.schedule.segments) if job.options.loop == "device" else 0, graphs).items():
+    if loops is not None:
+        for name, size in _engines(loops, graphs).items():
             found[f"build {name}.engine"] = _ENGINE_S + size / typical(ENGINE_BYTES_PER_S)
     found["hashing inputs"] = 0.2 * sum(graphs.values()) / typical(HASH_BYTES_PER_S)
     return found

@@ -1,89 +1,138 @@
-"""The prediction of `plan` for a build, beside the build's own numbers."""
+"""The prediction of `plan` for a build: made once, before any work, and held against the build's own numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cosmos_export.bundle import Planned
-from cosmos_export.compiler.job import Job
+from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.compiler.overall import expected_seconds
+from cosmos_export.compiler.selection import tokenizer_bytes
 from cosmos_export.plan.precision import precision
 from cosmos_export.plan.sizes import BUILDER_BYTES, PlannedEngine, builder_bytes, components, gates_bytes, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
+from cosmos_export.precision.recipe import Assignment, Recipe
+from cosmos_export.sampling import Schedule
+from cosmos_export.targets import Target
+from cosmos_export.targets.backends import backend_of
 
 if TYPE_CHECKING:
     from cosmos_export.compiler.artifacts import Engine
 
 _BLOCK_BYTES = 512
 """Size of a block in the counter of blocks that a file has on the disk."""
+_DISK_MARGIN = 1.05
+"""Share of the predicted size."""
 _BODIES = ("denoise", "generator")
 """Beginning of the names of engines that compute steps; each has the generator's weights."""
 
 
-def planned(job: Job, engines: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
-    """Bytes of every engine and of memory that no file backs. Empty where there are no engines, and for weights that
-    are not bf16 or not in the engines: plans are made for those."""
-    if not engines or job.checkpoint.dtype != "bf16" or job.options.weights == "external":
-        return {}
-    known = {part.name: part for part in parts(job)}
-    found = {}
-    for engine in engines:
-        graph, _, number = engine.graph.partition("_part_")
-        part = known.get("generator" if graph.startswith(_BODIES) else graph)
-        if part is None:
-            continue
-        # The bodies of a host's loop are numbered by how many steps have them, from the second on.
-        body = int(graph.removeprefix("generator").removeprefix("_") or 1) if graph.startswith("generator") else 1
-        form, index = part.forms[body - 1], int(number or 1) - 1
-        if bool(number) == (len(form) > 1) and index < len(form):
-            found[f"engine {engine.graph}"] = Planned(form[index], engine.report.size_bytes)
-    built = host(_subject(job), list(known.values()), job.generator_engines, True, job.memory_budget, job.quantized)
-    peak = built.peak_anonymous_bytes
-    return {**found, "peak anonymous memory": Planned(peak, peak_anonymous_bytes)}
+@dataclass(frozen=True)
+class Prediction:
+    """The sizes, memory and times that are expected of a build."""
+
+    engines: Mapping[str, PlannedEngine]
+    """Every engine of the build by its name in plans: the bodies of a loop are one, ``generator``."""
+    peak_anonymous_bytes: int
+    """Memory that no file backs."""
+    copies: int
+    """Engines that have the generator's weights: one for each way in which steps compute, or for each segment."""
+    bundle_bytes: int
+    """Disk that the bundle takes: models with their weights, and engines."""
+    tokenizer_bytes: int
+    gates_bytes: int
+    """Memory of measuring a quantized model, beside the builders."""
+    seconds: Mapping[str, float]
+    """Seconds of each task of the build, by its name, in the order in which they come."""
+    comparable: bool
+    """Whether plans are made for such weights: bf16 ones, in the engines."""
+
+    @property
+    def required_bytes(self) -> int:
+        """Disk that the bundle is to find, with a margin."""
+        return int(self.bundle_bytes * _DISK_MARGIN) + self.tokenizer_bytes
+
+    def builder_bytes(self, graph: str) -> int:
+        """Memory of the builder of the engine of ``graph``."""
+        part = self._of(graph.partition("_part_")[0])
+        return BUILDER_BYTES if part is None else builder_bytes(part)
+
+    def _of(self, graph: str) -> PlannedEngine | None:
+        return self.engines.get("generator" if graph.startswith(_BODIES) else graph)
+
+    def beside(self, built: Sequence[Engine], peak_anonymous_bytes: int) -> Mapping[str, Planned]:
+        """Bytes of every engine that was ``built`` and of memory that no file backs, each beside what was found. Empty
+        where there are no engines, and where plans are not `comparable`."""
+        if not built or not self.comparable:
+            return {}
+        found = {}
+        for engine in built:
+            graph, _, number = engine.graph.partition("_part_")
+            part = self._of(graph)
+            if part is None:
+                continue
+            # The bodies of a host's loop are numbered by how many steps have them, from the second on.
+            body = int(graph.removeprefix("generator").removeprefix("_") or 1) if graph.startswith("generator") else 1
+            form, index = part.forms[body - 1], int(number or 1) - 1
+            if bool(number) == (len(form) > 1) and index < len(form):
+                found[f"engine {engine.graph}"] = Planned(form[index], engine.report.size_bytes)
+        return {**found, "peak anonymous memory": Planned(self.peak_anonymous_bytes, peak_anonymous_bytes)}
 
 
-def bundle_bytes(job: Job) -> int:
-    """Disk that the bundle takes: models with their weights, and engines; without what are holes in the checkpoint and
-    therefore here."""
-    size = host(_subject(job), parts(job), job.generator_engines, with_engines=job.backend.builds_here).disk_bytes
-    files = [path.stat() for path in job.checkpoint.files()]
-    there = sum(status.st_blocks * _BLOCK_BYTES for status in files) / max(1, sum(s.st_size for s in files))
-    wide = 2 if job.checkpoint.dtype == "fp32" else 1
-    return int(wide * size * min(1.0, there))
+def predict(
+    checkpoint: Checkpoint,
+    modalities: Sequence[str],
+    parts: Sequence[str],
+    target: Target,
+    workloads: Sequence[Workload],
+    recipe: Recipe,
+    assigned: Assignment,
+    schedule: Schedule,
+    segments: int,
+    *,
+    memory_budget: int | None,
+    external: bool,
+) -> Prediction:
+    """The prediction for ``checkpoint`` with the ``modalities`` and components (``parts``) that are built.
+
+    ``assigned``: what ``recipe`` assigns. ``segments``: engines that run the loop on the device; 0: the host does.
+    ``memory_budget`` in bytes; None: nothing is cut. ``external``: engines take their large weights as inputs.
+    """
+    subject, quantized, here = _subject(checkpoint, modalities, parts), bool(assigned.schemes), backend_of(target)
+    distilled = subject.sampling.distilled_sigmas is not None
+    chosen = precision(recipe, assigned.overrides, target, subject.geometry, schedule.steps, distilled=distilled)
+    branches = 2 if segments and any(schedule.guided) else 1
+    engines = components(subject, workloads, chosen, branches, memory_budget, external=external)
+    copies = segments or len(set(assigned.step_keys()))
+    built = host(subject, engines, copies, True, memory_budget, quantized)
+    disk = built if here.builds_here else host(subject, engines, copies, False)
+    loops = len(schedule.segments) if segments else 0
+    return Prediction(
+        engines={part.name: part for part in engines},
+        peak_anonymous_bytes=built.peak_anonymous_bytes,
+        copies=copies,
+        bundle_bytes=_without_holes(disk.disk_bytes, checkpoint),
+        tokenizer_bytes=tokenizer_bytes(checkpoint, parts),
+        gates_bytes=gates_bytes(checkpoint.geometry) if quantized else 0,
+        seconds=expected_seconds(checkpoint, parts, loops if here.builds_here else None),
+        comparable=checkpoint.dtype == "bf16" and not external,
+    )
 
 
-def builder_memory(job: Job) -> Callable[[str], int]:
-    """Expected memory of the builder of an engine, by the name of its graph."""
-    known = {part.name: builder_bytes(part) for part in parts(job)}
-
-    def of(graph: str) -> int:
-        name = graph.partition("_part_")[0]
-        return known.get("generator" if name.startswith(_BODIES) else name, BUILDER_BYTES)
-
-    return of
-
-
-def gates_memory(job: Job) -> int:
-    """Expected memory of measuring a quantized model, beside the builders."""
-    return gates_bytes(job.checkpoint.geometry) if job.quantized else 0
-
-
-def _subject(job: Job) -> Subject:
-    """The checkpoint with the modalities and components that are built."""
-    subject = from_checkpoint(job.checkpoint)
-    geometry = replace(subject.geometry, sound_gen="sound" in job.modalities, action_gen="action" in job.modalities)
-    codecs = {name: count for name, count in subject.codecs.items() if name in job.components}
+def _subject(checkpoint: Checkpoint, modalities: Sequence[str], parts: Sequence[str]) -> Subject:
+    """The subject that ``checkpoint`` is with what is built of it."""
+    subject = from_checkpoint(checkpoint)
+    geometry = replace(subject.geometry, sound_gen="sound" in modalities, action_gen="action" in modalities)
+    codecs = {name: count for name, count in subject.codecs.items() if name in parts}
     return replace(subject, geometry=geometry, codecs=codecs)
 
 
-def parts(job: Job) -> list[PlannedEngine]:
-    """Every engine of the build, as it is planned."""
-    workloads = [Workload(p.name, job.options.mode, p, 1, 1) for p in job.profiles]
-    subject, steps = _subject(job), job.schedule.steps
-    distilled = subject.sampling.distilled_sigmas is not None
-    chosen = precision(job.recipe, job.precision.overrides, job.target, subject.geometry, steps, distilled=distilled)
-    guided = job.options.loop == "device" and any(job.schedule.guided)
-    external = job.options.weights == "external"
-    return components(subject, workloads, chosen, 2 if guided else 1, job.memory_budget, external=external)
+def _without_holes(size_bytes: int, checkpoint: Checkpoint) -> int:
+    """Disk that a bundle of ``size_bytes`` in bf16 takes: what are holes in the checkpoint are holes in it."""
+    files = [path.stat() for path in checkpoint.files()]
+    there = sum(status.st_blocks * _BLOCK_BYTES for status in files) / max(1, sum(s.st_size for s in files))
+    wide = 2 if checkpoint.dtype == "fp32" else 1
+    return int(wide * size_bytes * min(1.0, there))

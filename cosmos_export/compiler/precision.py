@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cosmos_export.calibration.table import read_scale_table
+from cosmos_export.calibration.table import ScaleTable, read_scale_table
 from cosmos_export.checkpoint import Checkpoint, Tower, quantized_linears
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.compiler.job import Job
@@ -35,26 +35,26 @@ _TOWERS = {Tower.REASONER: UND, Tower.GENERATOR: GEN}
 def pass_options(job: Job) -> PassOptions:
     """Options of the passes of a build."""
     if not job.quantized:
-        return PassOptions(job.options.outputs, schedule=job.schedule, kernels=job.options.kernels)
+        return PassOptions(job.outputs, schedule=job.schedule, kernels=job.kernels)
     towers = {name: _TOWERS.get(expected.tower, "") for name, expected in job.checkpoint.expected.items()}
+    ranges = activation_ranges(job.checkpoint, job.scales)
     return PassOptions(
-        job.options.outputs, job.precision.over_steps, towers, activation_ranges(job), schedule=job.schedule,
-        kernels=job.options.kernels,
-    )  # fmt: skip
+        job.outputs, job.precision.over_steps, towers, ranges, schedule=job.schedule, kernels=job.kernels
+    )
 
 
-def require_scales(programs: Iterable[Program], job: Job) -> None:
-    """CX363: an activation of the quantized ``programs`` is scaled by another range than the one the job's table, or
-    its checkpoint, has for it. Both are read again."""
-    if job.scales is None or job.options.calibration is None:
+def require_scales(programs: Iterable[Program], checkpoint: Checkpoint, table: Path | None) -> None:
+    """CX363: an activation of the quantized ``programs`` is scaled by another range than the one in the scale
+    ``table``, or in the ``checkpoint`` where there is none. Both are read again."""
+    if table is None:
         linears = {
             name: E4M3_MAX * stored.input_scale
-            for name, stored in quantized_linears(job.checkpoint).items()
+            for name, stored in quantized_linears(checkpoint).items()
             if stored.input_scale is not None
         }
         attention = {}
     else:
-        amax = read_scale_table(job.options.calibration).amax
+        amax = read_scale_table(table).amax
         linears = {key.removesuffix(_INPUT): value for key, value in amax.items() if key.endswith(_INPUT)}
         attention = _attention_ranges(amax)
     wrong = [line for program in programs for line in wrong_scales(program, linears, attention)]
@@ -62,25 +62,25 @@ def require_scales(programs: Iterable[Program], job: Job) -> None:
         raise InternalError("CX363", f"{len(wrong)} scales of activations are not those of their ranges: {wrong[0]}")
 
 
-def activation_ranges(job: Job) -> Ranges:
-    """The job's scale table, or the scales in its checkpoint, in the words of the pass. Pre-scales that are equal
-    become one source."""
-    if job.scales is None:
-        return Ranges(_stored_ranges(job.checkpoint))
-    entries = job.scales.stored
+def activation_ranges(checkpoint: Checkpoint, scales: ScaleTable | None) -> Ranges:
+    """The scale table ``scales``, or without one the scales in the checkpoint, in the words of the pass. Pre-scales
+    that are equal become one source."""
+    if scales is None:
+        return Ranges(_stored_ranges(checkpoint))
+    entries = scales.stored
     sources: dict[bytes, WeightSource] = {}
     pre_scales = {}
-    for linear, factors in job.scales.pre_scales.items():
+    for linear, factors in scales.pre_scales.items():
         entry = entries[linear + _PRE_SCALE]
         data = np.ascontiguousarray(factors).tobytes()
         source = sources.setdefault(data, _source(linear + _PRE_SCALE, entry))
         pre_scales[linear] = source
     low_rank = {}
-    for linear, (down, _) in job.scales.low_rank.items():
+    for linear, (down, _) in scales.low_rank.items():
         data = np.ascontiguousarray(down).tobytes()
         shared = sources.setdefault(data, _source(linear + _DOWN, entries[linear + _DOWN]))
         low_rank[linear] = shared, _source(linear + _UP, entries[linear + _UP])
-    return Ranges(job.scales.amax, pre_scales, low_rank, _attention_ranges(job.scales.amax))
+    return Ranges(scales.amax, pre_scales, low_rank, _attention_ranges(scales.amax))
 
 
 def _attention_ranges(amax: Mapping[str, float]) -> dict[tuple[int, str], float]:

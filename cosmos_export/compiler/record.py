@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module, metadata
 from itertools import pairwise
 from typing import Any
@@ -28,15 +28,13 @@ from cosmos_export.bundle import (
 )
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.compiler.components import Codec
-from cosmos_export.compiler.coverage import coverage_verdicts, table_coverage
+from cosmos_export.compiler.coverage import coverage_verdicts
 from cosmos_export.compiler.cuts import chains
 from cosmos_export.compiler.evidence import BuildResult
 from cosmos_export.compiler.forms import Forms, Pieces
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.loop import LOOP_TABLES, loop_inputs, loop_outputs
 from cosmos_export.compiler.losses import loss_values, loss_verdicts, precision_record
-from cosmos_export.compiler.planned import planned
-from cosmos_export.compiler.request_record import request_record
 from cosmos_export.ir.graph import Graph, spec_of
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import DTYPE_NAMES, TensorSpec
@@ -104,9 +102,11 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
         ),
         loop=_loop(program, closed, bodies),
         # Its report is of what the gates measured, which do not look at a part.
-        precision=precision_record(job) if job.quantized and job.part_of is None else None,
+        precision=precision_record(job.precision, job.scales, stored=checkpoint.quantization is not None)
+        if job.quantized and job.part_of is None
+        else None,
         streams={codec.stream_name: codec.stream for codec in codecs if codec.stream is not None},
-        request=request_record(checkpoint, job.modalities, contents.prompt),
+        request=replace(job.request, prompt=contents.prompt),
         engines=tuple(
             EngineRecord(e.graph, e.graph, f"engines/{e.report.path.name}", e.profiles, e.weights)
             for e in result.engines
@@ -127,17 +127,16 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
             stage_seconds={name: round(cost.seconds, 3) for name, cost in result.costs.stages.items()},
             measured={name: value for m in (*result.parity, *result.quality) for name, value in m.numbers.items()}
             | ({} if result.losses is None else loss_values(result.losses)),
-            planned=planned(job, result.engines, result.costs.peak_anonymous_bytes),
+            planned=job.plan.beside(result.engines, result.costs.peak_anonymous_bytes),
             golden=contents.golden,
         ),
     )
 
 
 def _recorded(job: Job) -> dict[str, Any]:
-    """The options of the build that say ``options`` for their place in the manifest: as the job resolved them, or else
-    as they were given."""
+    """The options of the build that say ``options`` for their place in the manifest, as the job resolved them."""
     names = [option.name for option in described(BuildOptions) if option.cli.manifest == "options"]
-    return {name: getattr(job if hasattr(job, name) else job.options, name) for name in names}
+    return {name: getattr(job, name) for name in names}
 
 
 def _ignored_adapters(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
@@ -216,4 +215,4 @@ def verdicts(result: BuildResult) -> tuple[Verdict, ...]:
         for e in result.engines
     ]
     lost = () if result.losses is None else loss_verdicts(result.losses)
-    return (*measured, *result.verdicts, *lost, *coverage_verdicts(table_coverage(result.job)), *missing, *engines)
+    return (*measured, *result.verdicts, *lost, *coverage_verdicts(result.job.coverage), *missing, *engines)

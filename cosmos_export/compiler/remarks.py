@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from cosmos_export.calibration.table import ScaleTable
-from cosmos_export.compiler.coverage import coverage_note, table_coverage
-from cosmos_export.compiler.job import Job
-from cosmos_export.compiler.request_record import checkpoint_notes
+from cosmos_export.compiler.coverage import TableCoverage, coverage_note
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets.profiles import Profile
 
@@ -15,11 +13,17 @@ _DIMS = (("sound", "sound_len", "480p-121f+sound"), ("action", "action_len", "po
 """Modality, the dim of a profile that says how much of it a request may have, and a profile that has some."""
 
 
-def opening_remarks(job: Job) -> list[str]:
-    """Everything that can be said of ``job`` before it begins."""
-    found = [*checkpoint_notes(job.checkpoint), *unused_modalities(job.modalities, job.profiles)]
-    found += other_schedule(job.scales, job.options.mode, job.schedule)
-    return [*found, *filter(None, [coverage_note(table_coverage(job))])]
+def opening_remarks(
+    modalities: Sequence[str],
+    profiles: Sequence[Profile],
+    scales: ScaleTable | None,
+    coverage: TableCoverage,
+    mode: str,
+    schedule: Schedule,
+) -> tuple[str, ...]:
+    """Everything that can be said of these options before the build begins."""
+    found = (*unused_modalities(modalities, profiles), *other_schedule(scales, mode, schedule), coverage_note(coverage))
+    return tuple(filter(None, found))
 
 
 def unused_modalities(modalities: Sequence[str], profiles: Sequence[Profile]) -> Iterator[str]:

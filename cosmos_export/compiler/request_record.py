@@ -129,11 +129,6 @@ def policy_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def check_request(checkpoint: Checkpoint, modalities: tuple[str, ...]) -> None:
-    """Raise before any work what `request_record` would raise after it."""
-    request_record(checkpoint, modalities, None)
-
-
 def _sound(channels: int, latent_fps: float, config: Mapping[str, Any]) -> SoundRecord:
     """The published sizes where the checkpoint has no sound tokenizer."""
     strides = config.get("dec_strides", (2, 4, 5, 6, 8))

@@ -42,7 +42,6 @@ from cosmos_export.compiler.loop import loop_tables
 from cosmos_export.compiler.losses import measure_losses, require_losses, write_losses
 from cosmos_export.compiler.metering import Stages
 from cosmos_export.compiler.models import model_dtype, models_of, write_graph_models, write_loop_model
-from cosmos_export.compiler.planned import builder_memory, gates_memory
 from cosmos_export.compiler.precision import pass_options, require_scales
 from cosmos_export.compiler.published import (
     Lowered,
@@ -54,7 +53,6 @@ from cosmos_export.compiler.published import (
     require_parity,
 )
 from cosmos_export.compiler.record import BundleContents, manifest
-from cosmos_export.compiler.remarks import opening_remarks
 from cosmos_export.compiler.selection import TOKENIZER
 from cosmos_export.compiler.time_table import write_schedule_table
 from cosmos_export.diagnostics import FindingError
@@ -73,27 +71,26 @@ from cosmos_export.targets.onnx.weights import read_source
 
 def compile_only(job: Job, progress: Progress) -> BuildResult:
     """The graphs up to ``--until``, and their text; compared with diffusers' after each pass if that is asked for."""
-    passes, until, config = pass_options(job), job.options.until, job.checkpoint.geometry.config
-    require_pass(until, all_passes(passes, job.closed_segments, cut=job.memory_budget is not None))
+    passes, until, config = pass_options(job), job.until, job.checkpoint.geometry.config
+    require_pass(until, all_passes(passes, job.segments, cut=job.memory_budget is not None))
     evidence, parity = Evidence(), None
     with evidence.meter:
         stages = Stages(evidence.meter, progress)
-        if job.options.parity == "always":
+        if job.parity == "always":
             with stages("parity", "reference"):
                 parity = load_published(job.checkpoint, job.modalities, job.outputs, read_weights(read_source))
-        watch = PassWatch(stages, evidence, job.options.dump, parity, each=True)
+        watch = PassWatch(stages, evidence, job.dump, parity, each=True)
         with stages("capture"):
             sources = weight_sources(job.checkpoint.tensors)
-            captured = capture(config, sources, modalities=job.modalities, graphs=job.options.graphs)
+            captured = capture(config, sources, modalities=job.modalities, graphs=job.graphs)
         plain = plain_program(captured, passes, until, watch)
-        keys, segments = job.precision.step_keys(), job.closed_segments
-        forms = make_forms(plain, passes, keys, segments, until=until, watch=watch)
+        forms = make_forms(plain, passes, job.precision.step_keys(), job.segments, until=until, watch=watch)
         if until in AFTER_FORMS:
-            pieces = cut_graphs(forms.graphs, job, watch)
+            pieces = cut_graphs(forms.graphs, job.largest_part, job.profiles, external=job.external, watch=watch)
             if until != CutGraph.name:
                 closed = [segment.graphs[segment.loop.body] for segment in forms.closed.values()]
                 for graph in (*(graph for parts in pieces.values() for graph in parts), *closed):
-                    fuse_kernels(graph, job.options.kernels, watch, until=until)
+                    fuse_kernels(graph, job.kernels, watch, until=until)
         require_parity(evidence.parity)
     return result_of(job, evidence, plain)
 
@@ -123,57 +120,58 @@ def _build(
     job: Job, writer: BundleWriter, evidence: Evidence, stages: Stages, hashes: InputHashes | None, builders: Builders
 ) -> tuple[Program, Manifest]:
     """The plain program, and the manifest of the bundle that was committed."""
-    options, checkpoint, weights = job.options, job.checkpoint, read_weights(read_source)
-    evidence.notes.extend(opening_remarks(job))
-    refusal = parity_refusal(options.parity, checkpoint.tensors)
+    checkpoint, schedule, plan, weights = job.checkpoint, job.schedule, job.plan, read_weights(read_source)
+    evidence.notes.extend((*job.notes, *job.remarks))
+    refusal = parity_refusal(job.parity, checkpoint.tensors)
     if refusal:
         evidence.not_compared[TRANSFORMER] = refusal
-    if refusal and options.parity == "auto":
+    if refusal and job.parity == "auto":
         with stages("first layers"):  # before anything else takes memory
             evidence.not_compared[TRANSFORMER] += compare_first_layers(job, writer, evidence, _build_part)
     with stages("tokenizer"):
         prompt = write_tokenizer(checkpoint, writer) if TOKENIZER in job.components else None
-    settings = EngineSettings(job.target, job.profiles, options.cache)
-    engines = EngineBuilds(settings, writer, builders, builder_memory(job), gates_memory(job))
+    settings = EngineSettings(job.target, job.profiles, job.cache)
+    engines = EngineBuilds(settings, writer, builders, plan.builder_bytes, plan.gates_bytes)
     codecs: list[Codec] = []
     for name in (name for name in job.components if name in CODECS):
         with stages("components", name):
-            codecs.append(write_codec(name, checkpoint, job.backend, writer, stages.progress, options.graphs))
+            codecs.append(write_codec(name, checkpoint, job.backend, writer, stages.progress, job.graphs))
         engines.submit_codec(codecs[-1])
     sources = weight_sources(checkpoint.tensors)
-    parity, few_cases = None, None if job.part_of is None else 1 if options.loop == "device" else 2
+    parity, few_cases = None, None if job.part_of is None else 1 if job.loop == "device" else 2
     if not refusal:
         with stages("parity", "reference"):
             parity = load_published(checkpoint, job.modalities, job.outputs, weights, few_cases)
 
     # The program and the forms that are lowered.
-    passes, watch = pass_options(job), PassWatch(stages, evidence, options.dump, parity, each=job.part_of is None)
+    passes, watch = pass_options(job), PassWatch(stages, evidence, job.dump, parity, each=job.part_of is None)
     with stages("capture"):
         config = checkpoint.geometry.config
-        captured = capture(config, sources, modalities=job.modalities, graphs=options.graphs)
-    plain = plain_program(captured, passes, options.until, watch)
+        captured = capture(config, sources, modalities=job.modalities, graphs=job.graphs)
+    plain = plain_program(captured, passes, job.until, watch)
     if parity is not None and job.part_of is not None:
         with stages("parity", "of the passes"):
             evidence.parity.append(parity.program(plain, "passes"))
     with stages("time table"):
-        write_schedule_table(plain, job.schedule, weights, writer)
+        write_schedule_table(plain, schedule, weights, writer)
     with stages("quantization"):
-        forms = make_forms(plain, passes, job.precision.step_keys(), job.closed_segments, watch=watch)
+        forms = make_forms(plain, passes, job.precision.step_keys(), job.segments, watch=watch)
         if job.quantized:
-            require_scales((forms.program, *forms.variants.values(), *forms.closed.values()), job)
+            programs = (forms.program, *forms.variants.values(), *forms.closed.values())
+            require_scales(programs, checkpoint, job.calibration)
     with stages("cuts"):
-        pieces = cut_graphs(forms.graphs, job, watch)
+        pieces = cut_graphs(forms.graphs, job.largest_part, job.profiles, external=job.external, watch=watch)
         evidence.notes.extend(cut_notes(pieces))
-    compare_codecs(codecs, checkpoint, options.parity, writer, evidence, stages)
+    compare_codecs(codecs, checkpoint, job.parity, writer, evidence, stages)
     if parity is None:
         require_parity(evidence.parity)
 
     # The models, each with its engine as soon as it is there.
-    kernels = options.kernels
+    kernels = job.kernels
     plugins = Plugins(kernels, lambda graph: fuse_kernels(graph, kernels, watch)) if kernels else None
     if plugins is not None:
         plugins.require_places([*forms.program.graphs.values(), *forms.closed_bodies])
-    external, dtype = options.weights == "external", model_dtype(forms.program)
+    external, dtype = job.external, model_dtype(forms.program)
     models = models_of(forms, pieces, external=external)
     with stages("weights and ONNX", shown=False):
         for name in forms.program.graphs:
@@ -183,7 +181,7 @@ def _build(
             if parity is None:  # its memory is not planned: without it builders of one tower run beside the next one
                 engines.submit([model for model in models if model.stem == name and not model.in_loop], dtype)
         for name, closed in forms.closed.items():
-            tables = loop_tables(closed, job.schedule, weights)
+            tables = loop_tables(closed, schedule, weights)
             write_loop_model(name, forms, tables, job.backend, writer, plugins, external=external)
     if plugins is not None:
         with stages("kernels"):
@@ -197,7 +195,7 @@ def _build(
     if parity is not None:
         with stages("parity", "of what is lowered"):
             evidence.parity.extend(compare_lowered(parity, plain, lowered))
-            looped = compare_loop(parity, lowered, job.schedule, checkpoint.scheduler)
+            looped = compare_loop(parity, lowered, schedule, checkpoint.scheduler)
             (evidence.quality if job.quantized else evidence.parity).extend(looped)
             if forms.closed and not looped:
                 evidence.notes.append(
@@ -211,7 +209,7 @@ def _build(
             losses = measure_losses(plain, job, passes, weights, unsampled=why)
             evidence.losses.append(losses)
             write_losses(losses, job.precision, job.scales, writer)
-        require_losses(losses, evidence.quality, enforce=options.quality == "enforce")
+        require_losses(losses, evidence.quality, enforce=job.quality == "enforce")
         return_freed_memory()
         builders.hold(0)
 
@@ -236,14 +234,12 @@ def _build(
 
     def with_requests(root: Path, staged: Manifest) -> Manifest:
         with stages("requests"):
-            evidence.verdicts.append(
-                sampling_verdict(root, staged, job.schedule, options.mode, sampling_of(checkpoint))
-            )
+            evidence.verdicts.append(sampling_verdict(root, staged, schedule, job.mode, sampling_of(checkpoint)))
             why = evidence.not_compared.get(TRANSFORMER, "no case is noisy in the modalities of the outputs alone")
             found: tuple[Measured, ...] = ()
             if parity is not None:
-                evidence.parity.extend(compare_guided(parity, plain, lowered, job.schedule, checkpoint.scheduler))
-                found = compare_requests(parity, root, lowered, job.schedule, checkpoint.scheduler)
+                evidence.parity.extend(compare_guided(parity, plain, lowered, schedule, checkpoint.scheduler))
+                found = compare_requests(parity, root, lowered, schedule, checkpoint.scheduler)
             evidence.parity.extend(found)
             evidence.verdicts.extend(() if found else (not_requested(why),))
             require_requests(evidence.parity)
@@ -256,7 +252,7 @@ def _build(
 
     with stages("commit", shown=False):
         committed = writer.commit(manifest(result_of(job, evidence), contents), with_requests, described)
-    Cache(options.cache).add(cache_entries(writer, committed, created))
+    Cache(job.cache).add(cache_entries(writer, committed, created))
     return plain, committed
 
 

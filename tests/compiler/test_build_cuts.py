@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from cosmos_export.cli import verbs
 from cosmos_export.cli.build import _resume_command
 from cosmos_export.compiler.builders import Builders
 from cosmos_export.compiler.options import resolve
-from cosmos_export.compiler.planned import parts
 from cosmos_export.diagnostics import CosmosExportError, ToolError
 from cosmos_export.plan.sizes import BUILDER_BYTES, builder_bytes, compiler_bytes
 from cosmos_export.progress import Progress, Silent
@@ -67,8 +67,9 @@ def test_a_loop_on_the_device_is_not_cut(checkpoint: Path, tmp_path: Path) -> No
     host = resolve(harness.transformer_only(
         checkpoint, tmp_path / "bundle", target="rtx-pro-6000", modalities=("vision",), memory_budget=budget
     ))  # fmt: skip
-    assert {part.name: part.cut for part in parts(host)}["generator"]
-    assert all(compiler_bytes(3) + builder_bytes(part) <= (host.memory_budget or 0) for part in parts(host))
+    assert host.plan.engines["generator"].cut
+    parts = host.plan.engines.values()
+    assert all(compiler_bytes(3) + builder_bytes(part) <= (host.memory_budget or 0) for part in parts)
 
 
 def test_a_plan_says_what_a_build_refuses() -> None:
@@ -91,14 +92,15 @@ def test_the_command_to_resume_names_the_budget_that_was_found(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["cosmos-export", "build", "x"])
     asked = {"target": "rtx-pro-6000", "modalities": ("vision",)}
-    job = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", **asked))
-    command = _resume_command(job).split()
+    options = harness.transformer_only(checkpoint, tmp_path / "bundle", **asked)
+    job = resolve(options)
+    command = _resume_command(options, job.memory_budget).split()
     assert command[:4] == ["cosmos-export", "build", "x", "--resume"]
-    again = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", memory_budget=command[-1], **asked))
-    assert command[4] == "--memory-budget" and again.memory_budget == job.memory_budget
-    assert "--memory-budget" not in _resume_command(again)
-    on_cpu = resolve(harness.transformer_only(checkpoint, tmp_path / "bundle", target="cpu", modalities=("vision",)))
-    assert "--memory-budget" not in _resume_command(on_cpu)
+    again = replace(options, memory_budget=command[-1])
+    assert command[4] == "--memory-budget" and resolve(again).memory_budget == job.memory_budget
+    assert "--memory-budget" not in _resume_command(again, job.memory_budget)
+    on_cpu = replace(options, target="cpu")
+    assert "--memory-budget" not in _resume_command(on_cpu, resolve(on_cpu).memory_budget)
 
 
 def test_what_is_held_is_not_given_to_builders() -> None:

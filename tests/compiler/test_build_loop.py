@@ -18,10 +18,9 @@ from safetensors import safe_open
 import cosmos_export.compiler.stages as stages
 from cosmos_export.bundle import Manifest, read_bundle, verify_bundle
 from cosmos_export.compiler import forms
-from cosmos_export.compiler.driver import _required_bytes, build
-from cosmos_export.compiler.job import Job
+from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.options import resolve
-from cosmos_export.compiler.planned import bundle_bytes, parts
+from cosmos_export.compiler.planned import Prediction
 from cosmos_export.diagnostics import FindingError, UnsupportedError, UserError
 from cosmos_export.evaluation.cases import CASES
 from cosmos_export.evaluation.reference import Reference, relative_error
@@ -193,14 +192,13 @@ def test_a_segment_that_does_not_go_on_where_the_last_one_ended_is_found(
 
 
 def test_disk_is_asked_for_each_segments_copy_of_the_weights(omni: Path, tmp_path: Path) -> None:
-    def resolved(loop: Any) -> Job:
-        return resolve(BuildOptions(omni, tmp_path / "x", "rtx-pro-6000", mode="t2i", loop=loop))
+    def planned(loop: Any) -> Prediction:
+        return resolve(BuildOptions(omni, tmp_path / "x", "rtx-pro-6000", mode="t2i", loop=loop)).plan
 
-    device, host = resolved("device"), resolved("host")
-    assert (device.generator_engines, host.generator_engines) == (2, 1)
-    (generator,) = (part for part in parts(host) if part.name == "generator")
-    assert bundle_bytes(device) - bundle_bytes(host) == generator.engine_bytes
-    assert _required_bytes(device) > bundle_bytes(device)
+    device, host = planned("device"), planned("host")
+    assert (device.copies, host.copies) == (2, 1)
+    assert device.bundle_bytes - host.bundle_bytes == host.engines["generator"].engine_bytes
+    assert device.required_bytes > device.bundle_bytes
 
 
 def test_the_manifest_says_how_to_run_it(tmp_path: Path, omni: Path) -> None:

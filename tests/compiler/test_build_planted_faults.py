@@ -217,8 +217,8 @@ def test_in_the_ranges_of_inputs(
     """Those of queries, keys and values."""
     made = precision.activation_ranges
 
-    def wrong(plan: Any) -> Any:
-        found = made(plan)
+    def wrong(*sources: Any) -> Any:
+        found = made(*sources)
         every = {k: v * (factor if _QKV.search(k) else 1) for k, v in found.amax.items()}
         assert every != found.amax
         return replace(found, amax=every)

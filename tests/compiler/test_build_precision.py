@@ -17,7 +17,7 @@ import cosmos_export.compiler.published as published
 from cosmos_export.bundle import open_verdicts, read_bundle, verify_bundle
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, write_scale_table
 from cosmos_export.cli.build import _verdict
-from cosmos_export.compiler.coverage import coverage_note, coverage_verdicts, table_coverage
+from cosmos_export.compiler.coverage import coverage_note, coverage_verdicts
 from cosmos_export.compiler.document import _write_evidence
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.evidence import BuildResult
@@ -407,9 +407,9 @@ def test_what_the_scale_table_never_saw(
     profiles = ("256p-9f+sound",)
     asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": profiles}
     job = resolve(harness.transformer_only(omni, tmp_path / "x", quality="report", **asked))
-    note = coverage_note(table_coverage(job))
+    note = coverage_note(job.coverage)
     assert (missing in note) if missing else not note
-    (verdict,) = coverage_verdicts(table_coverage(job))
+    (verdict,) = coverage_verdicts(job.coverage)
     assert verdict.verdict == ("fail" if missing else "pass")
     if missing:
         with pytest.raises(FindingError) as caught:
@@ -435,7 +435,7 @@ def test_a_mode_is_seen_in_every_part_of_its_schedule(
     lineage = {"coverage": SEEN, "modes": modes, "schedules": ["t2v: listed, and perhaps without a pass"]}
     write_scale_table(replace(read_scale_table(scales), lineage=lineage), tmp_path / "table")
     asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": ("256p-9f+sound",)}
-    note = coverage_note(table_coverage(resolve(harness.transformer_only(omni, tmp_path / "x", **asked))))
+    note = coverage_note(resolve(harness.transformer_only(omni, tmp_path / "x", **asked)).coverage)
     assert (missing in note) if missing else not note
 
 
@@ -444,7 +444,7 @@ def test_a_modality_that_no_request_can_have_needs_no_ranges(tmp_path: Path, omn
     write_scale_table(replace(read_scale_table(scales), lineage=lineage), tmp_path / "table")
     asked = {"recipe": "fp8", "calibration": tmp_path / "table", "steps": 8, "profiles": ("256p-9f",)}
     job = resolve(harness.transformer_only(omni, tmp_path / "x", **asked))
-    assert not coverage_note(table_coverage(job))
+    assert not coverage_note(job.coverage)
 
 
 # -- planted mistakes -------------------------------------------------------------------------------------------------

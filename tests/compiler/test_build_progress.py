@@ -9,7 +9,7 @@ import pytest
 from cosmos_export.checkpoint.demo import write_demo_checkpoint
 from cosmos_export.compiler.cache import default_graphs_folder
 from cosmos_export.compiler.options import resolve
-from cosmos_export.compiler.overall import TASK, UNITS, Overall, expected_seconds
+from cosmos_export.compiler.overall import TASK, UNITS, Overall
 from cosmos_export.options import BuildOptions
 
 
@@ -73,7 +73,7 @@ def test_every_long_task_of_a_build_is_expected(loop: str, tmp_path: Path) -> No
         checkpoint, tmp_path / "bundle", target="rtx-pro-6000", parity="never", loop=loop,  # type: ignore[arg-type]
         graphs=default_graphs_folder(),
     )  # fmt: skip
-    expected = expected_seconds(resolve(options))
+    expected = resolve(options).plan.seconds
     recorder = Recorder()
     build(options, recorder)
     told = set(recorder.tasks)

@@ -143,7 +143,7 @@ def test_engines_compute_in_fp8_on_the_bytes_of_the_checkpoint(tmp_path: Path, f
 
 def test_input_scales_are_those_of_the_checkpoint(fp8: Path) -> None:
     job = resolve(harness.transformer_only(fp8, Path("x"), target="cpu"))
-    found = activation_ranges(job).amax
+    found = activation_ranges(job.checkpoint, job.scales).amax
     stored = load_file(fp8 / "transformer" / WEIGHTS)
     scales = {name: value for name, value in stored.items() if name.endswith(".input_scale")}
     assert len(scales) == len(found)
@@ -306,7 +306,7 @@ def test_the_recipe_of_a_checkpoint_needs_one(edge: Path) -> None:
 def test_a_recipe_that_is_chosen(tmp_path: Path, edge: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model waits for its launches whatever it computes in, and keeps all its bits; a real one does not."""
     job = resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="rtx-pro-6000"))
-    assert job.recipe.name == "bf16" and not job.quantized
+    assert job.precision.recipe == "bf16" and not job.quantized
     monkeypatch.setattr(build_options, "from_checkpoint", lambda _: published_subject("nano"))
     with pytest.raises(CosmosExportError) as caught:
         resolve(harness.transformer_only(edge, tmp_path / "x", recipe="auto", target="rtx-pro-6000"))
@@ -320,9 +320,9 @@ def test_a_recipe_that_the_build_could_not_have_is_not_chosen(
     wide, scales = harness.checkpoint(shared, "omni", "float32"), harness.scale_table(edge, tmp_path / "scales")
     options: dict[str, Any] = {"recipe": "auto", "target": "rtx-pro-6000", "modalities": ("vision",)}
     job = resolve(harness.transformer_only(edge, tmp_path / "x", calibration=scales, **options))
-    assert job.recipe.name == "bf16" and job.scales is None
+    assert job.precision.recipe == "bf16" and job.scales is None
     monkeypatch.setattr(build_options, "from_checkpoint", lambda _: published_subject("nano"))
-    assert resolve(harness.transformer_only(wide, tmp_path / "x", **options)).recipe.name == "bf16"
+    assert resolve(harness.transformer_only(wide, tmp_path / "x", **options)).precision.recipe == "bf16"
     with pytest.raises(CosmosExportError) as caught:
         resolve(harness.transformer_only(wide, tmp_path / "x", overrides=("gen.mlp=fp8",), **options))
     assert caught.value.code == "CX358"

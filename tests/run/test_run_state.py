@@ -157,10 +157,10 @@ def test_run_writes_a_trail(policy: Path, tmp_path: Path) -> None:
 
 def test_the_golden_request_of_a_build(policy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded by the build, compared by the server; a backend that computes something else keeps the port closed."""
-    job: Any = SimpleNamespace(options=SimpleNamespace(mode="policy"))
+    job: Any = SimpleNamespace(mode="policy")
     record = golden_record(job, policy)
     assert record is not None and (record.embodiment, len(record.actions)) == ("umi", 8)
-    other: Any = SimpleNamespace(options=SimpleNamespace(mode="t2v"))
+    other: Any = SimpleNamespace(mode="t2v")
     assert golden_record(other, policy) is None
     files = BundleFiles(policy)
     files.manifest = replace(files.manifest, volatile=replace(files.manifest.volatile, golden=record))
