@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -13,11 +13,9 @@ from cosmos_export.ir.ops import Trait, aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
+from cosmos_export.passes.options import OverSteps, PassOptions
 from cosmos_export.precision.schemes import UNQUANTIZED
 from cosmos_export.precision.sites import CORE, DOWN, GATE_UP, GEN, OUT, PROMPT_KV, QKV, UND
-
-OverSteps = Callable[[str, str, int], tuple[str, ...]]
-"""Tower, kind and layer of a site → its scheme at every step; one scheme for the reasoner."""
 
 _ATTENTION = ops.having(Trait.ATTENDS)
 _ACTIVATIONS = ops.having(Trait.ACTIVATION)
@@ -70,11 +68,16 @@ class AssignPrecision(Pass):
     name = "assign_precision"
     law = "labels only: what each product is, and its scheme at each step"
     effect = Effect.LABELS
+    phase = "sites"
 
     def __init__(self, over_steps: OverSteps, towers: Mapping[str, str] | None = None) -> None:
         """``towers``: checkpoint tensor → ``und`` or ``gen``, as the reader of checkpoints says; None: not compared."""
         self._over_steps = over_steps
         self._towers = towers
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return None if options.over_steps is None else cls(options.over_steps, options.towers)
 
     def ensures(self, program: Program) -> None:
         """Dataflow and the reader of checkpoints agree on the tower of every site (InternalError CX360)."""

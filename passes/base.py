@@ -11,6 +11,7 @@ from typing import ClassVar
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.graph import Node
 from cosmos_export.ir.program import Program
+from cosmos_export.passes.options import PassOptions
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class Pass(ABC):
     effect: ClassVar[Effect] = Effect.EXACT
     removes: ClassVar[frozenset[object]] = frozenset()
     """Operations that are illegal in every program after this pass."""
+    phase: ClassVar[str]
+    """The phase of `cosmos_export.passes.pipeline` that runs it."""
+    after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    """Names of passes of its phase that run before it, and after it. Together these leave one order."""
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        """The pass as a build with ``options`` runs it; None where they give it nothing to do."""
+        return cls()
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes need nothing
         """Raise `CannotApply` where ``program`` has not the property that the rewrite needs."""

@@ -15,6 +15,7 @@ from cosmos_export.ir.program import Edge, Program
 from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate, TensorSpec
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
+from cosmos_export.passes.options import PassOptions
 
 NEGATIVE = "negative"
 """The run of the reasoner on the negative prompt; its values carry this prefix."""
@@ -47,6 +48,11 @@ class BatchGuidance(Pass):
     name = "batch_guidance"
     law = "generator(x, K), generator(x, K') = one run on the rows of both, each attending to its own prompt"
     effect = Effect.INTERFACE
+    phase = "loop"
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return cls() if options.segment is not None and options.segment.guided else None
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -15,6 +15,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Edge, Loop, Program
 from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Pass, PassResult
+from cosmos_export.passes.options import Cuts, PassOptions
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,6 @@ def _bytes(node: Node, sizes: Mapping[str, int]) -> int:
     return count * spec.dtype.itemsize
 
 
-Cuts = Callable[[str, Graph], Sequence[Node]]
-"""Name and graph → the nodes from which on a new piece begins; none where the graph stays whole."""
-
-
 class CutGraph(Pass):
     """A graph becomes several that run one after the other.
 
@@ -93,9 +90,14 @@ class CutGraph(Pass):
 
     name = "cut_graph"
     law = "graph(x) = last(x, …, second(x, first(x)))"
+    phase = "cut"
 
     def __init__(self, cuts: Cuts) -> None:
         self._cuts = cuts
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return None if options.cuts is None else cls(options.cuts)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -24,6 +24,8 @@ class FoldSchedule(Pass):
 
     name = "fold_schedule"
     law = "generator(x, t) = generator'(x, schedule(t))"
+    phase = "towers"
+    after = ("split_towers",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -7,8 +7,9 @@ from cosmos_export.ir.graph import spec_of
 from cosmos_export.ir.match import Any_, Call, OneOf, match
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.fusing import fuse
+from cosmos_export.kernels.description import ACTIVATION_QUANTIZE
+from cosmos_export.passes.base import PassResult
+from cosmos_export.passes.fusing import KernelPass, fuse
 
 _RELU = Call(aten.relu.default, Any_("gate"), name="relu")
 _PATTERN = Call(
@@ -22,7 +23,7 @@ _PATTERN = Call(
 )
 
 
-class FuseActivationQuantize(Pass):
+class FuseActivationQuantize(KernelPass):
     """``quantize(swiglu(gate, up))`` and ``quantize(relu(x)²)`` become one operation.
 
     Conditions: rows [N, width]; the activation is quantized and read by nothing else; the scale is one number.
@@ -31,6 +32,8 @@ class FuseActivationQuantize(Pass):
 
     name = "fuse_activation_quantize"
     law = "quantize(swiglu(gate, up)), quantize(relu(x)²) = one operation"
+    kernel = ACTIVATION_QUANTIZE
+    after = ("fuse_norm_quantize",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -10,6 +10,7 @@ from cosmos_export.ir.rates import rates_of
 from cosmos_export.ir.spec import Rate
 from cosmos_export.passes.base import Effect, Pass, PassResult
 from cosmos_export.passes.batch_guidance import NEGATIVE
+from cosmos_export.passes.options import PassOptions
 from cosmos_export.passes.sampler import COEFFICIENTS, MASKS, carried_state, sampler_graph
 from cosmos_export.sampling import Schedule, Segment
 
@@ -33,10 +34,16 @@ class FuseDenoiseLoop(Pass):
     name = "fuse_denoise_loop"
     law = "sampler(x, generator(x)) = one body of a loop that carries the sampler's state in fp32"
     effect = Effect.INTERFACE
+    phase = "loop"
+    after = ("batch_guidance",)
 
     def __init__(self, schedule: Schedule, segment: Segment) -> None:
         self._schedule = schedule
         self._segment = segment
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return None if options.segment is None or options.schedule is None else cls(options.schedule, options.segment)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -24,6 +24,8 @@ class FuseJointAttention(Pass):
 
     name = "fuse_joint_attention"
     law = "attention over joined keys does not depend on their order"
+    phase = "towers"
+    after = ("merge_linears",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

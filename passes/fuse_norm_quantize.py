@@ -7,8 +7,9 @@ from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.match import Any_, Call, OneOf, match
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.fusing import fuse, place, same
+from cosmos_export.kernels.description import NORM_QUANTIZE
+from cosmos_export.passes.base import PassResult
+from cosmos_export.passes.fusing import KernelPass, fuse, place, same
 
 WIDEST = 65_536
 """Elements of a row that one program of the kernel holds."""
@@ -18,7 +19,7 @@ _PATTERN = Call(ops.QUANTIZE, OneOf(Call(aten._to_copy.default, _NORM, name="val
 _SUM = Call(aten.add.Tensor, Any_("a"), Any_("b"))
 
 
-class FuseNormQuantize(Pass):
+class FuseNormQuantize(KernelPass):
     """``quantize(rms_norm(x [+ delta]))`` becomes one operation, with the sum where both of its sides have its shape.
 
     Conditions: rows [N, width] of at most 65,536; the norm is quantized and read by nothing else; it is rounded to the
@@ -28,6 +29,8 @@ class FuseNormQuantize(Pass):
 
     name = "fuse_norm_quantize"
     law = "quantize(rms_norm(x + delta)) = one operation, which returns the sum as well"
+    kernel = NORM_QUANTIZE
+    after = ("fuse_qkv_pack",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

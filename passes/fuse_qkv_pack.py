@@ -10,8 +10,9 @@ from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.match import Any_, Bound, Call, OneOf, match
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.fusing import fuse, place
+from cosmos_export.kernels.description import QKV_PACK
+from cosmos_export.passes.base import PassResult
+from cosmos_export.passes.fusing import KernelPass, fuse, place
 
 _COLUMNS = Call(
     aten.slice.Tensor, Any_("source"), OneOf(1, -1), Any_("start"), Any_("end"), name="columns",
@@ -28,7 +29,7 @@ _TURNED = Call(
 )
 
 
-class FuseQkvPack(Pass):
+class FuseQkvPack(KernelPass):
     """Norm and rotation of query and key, and the value, of one merged projection become one operation.
 
     Conditions: query, key and value are neighbouring columns of one value, from its first on, key and value equally
@@ -39,6 +40,7 @@ class FuseQkvPack(Pass):
 
     name = "fuse_qkv_pack"
     law = "rotary(norm(q)), rotary(norm(k)), v of one projection = one operation"
+    kernel = QKV_PACK
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

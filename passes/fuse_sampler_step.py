@@ -11,8 +11,9 @@ from cosmos_export.ir.graph import Graph, Node, spec_of
 from cosmos_export.ir.match import Any_, Call, OneOf, Pattern, follows_from, match
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.base import Pass, PassResult
-from cosmos_export.passes.fusing import fuse, place
+from cosmos_export.kernels.description import SAMPLER_STEP
+from cosmos_export.passes.base import PassResult
+from cosmos_export.passes.fusing import KernelPass, fuse, place
 from cosmos_export.sampling import COLUMNS
 
 _MASKS = 2
@@ -60,7 +61,7 @@ _HELD = Call(
 """``new`` where a 0/1 mask is 1, ``old`` where it is 0."""
 
 
-class FuseSamplerStep(Pass):
+class FuseSamplerStep(KernelPass):
     """A step of UniPC for one latent becomes one operation, with the masks that hold some of its values.
 
     Conditions: the arithmetic of `passes.sampler`, on float32 state of the latent's shape; up to two masks, each along
@@ -70,6 +71,8 @@ class FuseSamplerStep(Pass):
 
     name = "fuse_sampler_step"
     law = "UniPC(guidance(u, c), state) held by masks = one operation"
+    kernel = SAMPLER_STEP
+    after = ("fuse_activation_quantize",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

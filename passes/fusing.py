@@ -1,12 +1,25 @@
-"""Code shared by passes that put one operation in the place of several: where it goes, and what reads its results."""
+"""Code shared by passes that put one operation in the place of several: kernels, where it goes, what reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node
+from cosmos_export.passes.base import Pass
+from cosmos_export.passes.options import PassOptions
+
+
+class KernelPass(Pass):
+    """A pass that is for one of this project's kernels, and runs where the options name it."""
+
+    phase = "kernels"
+    kernel: ClassVar[str]
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return cls() if cls.kernel in options.kernels else None
 
 
 def place(graph: Graph, operands: Collection[Any], readers: Collection[Node]) -> Node | None:

@@ -3,86 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 
 from cosmos_export.diagnostics import UserError
-from cosmos_export.ir import ops, packing
+from cosmos_export.ir import ops
 from cosmos_export.ir.graph import Graph, Node, is_op, is_weight, spec_of
 from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
-from cosmos_export.ir.spec import LowRank, Transform, WeightBinding, WeightSource, parts_of
+from cosmos_export.ir.spec import Transform, WeightBinding, WeightSource, parts_of
 from cosmos_export.passes.assign_precision import Precision, towers_of
 from cosmos_export.passes.base import Effect, Pass, PassResult
+from cosmos_export.passes.options import PassOptions, Ranges
 from cosmos_export.precision.scheme import Scheme
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
-
-
-@dataclass(frozen=True)
-class Ranges:
-    """The results of calibration, by the name of a linear: its weight's key without ``.weight``."""
-
-    amax: Mapping[str, float] = field(default_factory=dict)
-    """``<linear>.input_amax`` → largest magnitude of its input."""
-    pre_scales: Mapping[str, WeightSource] = field(default_factory=dict)
-    """Linear → place of the factors of its input's channels; equal factors are one source."""
-    low_rank: Mapping[str, tuple[WeightSource, WeightSource]] = field(default_factory=dict)
-    """Linear → place of ``down`` [rank, K] and ``up`` [N, rank] of its part of low rank; equal ``down`` are one."""
-    attention: Mapping[tuple[int, str], float] = field(default_factory=dict)
-    """Layer and operand (``q``, ``k``, ``v``) of the generator's attention → largest magnitude."""
-
-    def input_amax(self, weight: WeightBinding) -> float:
-        """Range of the input of the linear with ``weight``, or of all merged into it; CX312 where one has none."""
-        keys = [f"{linear}.input_amax" for linear in linears_of(weight)]
-        missing = [key for key in keys if key not in self.amax]
-        if missing:
-            raise UserError("CX312", f"there is no {missing[0]}", "calibrate with the towers and modes of the recipe")
-        return max(self.amax[key] for key in keys)
-
-    def attention_scales(self, layer: int, scale: float) -> torch.Tensor:
-        """float32 [3]: FP8 scales of the query times ``scale``, of keys and of values; CX312 for a missing range."""
-        missing = [operand for operand in "qkv" if (layer, operand) not in self.attention]
-        if missing:
-            raise UserError(
-                "CX312",
-                f"there is no {missing[0]}_amax of attention in layer {layer} of the generator",
-                "calibrate with the towers and modes of the recipe",
-            )
-        q, k, v = (self.attention[layer, operand] for operand in "qkv")
-        return packing.fp8_scale(torch.tensor([q * scale, k, v]))
-
-    def pre_scale(self, weight: WeightBinding) -> WeightSource | None:
-        """The factors of the input of ``weight``; CX355 where linears that were merged have different ones."""
-        found = {self.pre_scales.get(linear) for linear in linears_of(weight)}
-        if len(found) > 1:
-            raise UserError(
-                "CX355",
-                f"{', '.join(linears_of(weight))} read one value, and have different pre-scales in the scale table",
-                "calibrate again with one search for linears that read the same value",
-            )
-        return found.pop()
-
-    def part_of_low_rank(self, weight: WeightBinding) -> LowRank | None:
-        """Part of ``weight`` that is not packed; CX355 where linears that were merged were not searched together."""
-        found = [self.low_rank.get(linear) for linear in linears_of(weight)]
-        given = [part for part in found if part is not None]
-        if not given:
-            return None
-        if len(given) < len(found) or len({down for down, _ in given}) > 1:
-            raise UserError(
-                "CX355",
-                f"{', '.join(linears_of(weight))} read one value, and have different parts of low rank in the table",
-                "calibrate again with one search for linears that read the same value",
-            )
-        return LowRank(given[0][0], tuple(up for _, up in given))
-
-
-def linears_of(weight: WeightBinding) -> tuple[str, ...]:
-    """Names of the linears whose weights are in ``weight``."""
-    return tuple(key.removesuffix(".weight") for key in weight.keys)
 
 
 class InsertQuantization(Pass):
@@ -107,10 +44,15 @@ class InsertQuantization(Pass):
     name = "insert_quantization"
     law = "x·Wᵀ = q(x)·q(W)ᵀ up to the scheme; without a quantized site, the same program"
     effect = Effect.ROUNDS
+    phase = "numbers"
 
     def __init__(self, ranges: Ranges | None = None, step: int = 0) -> None:
         self._ranges = ranges or Ranges()
         self._step = step
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return None if options.over_steps is None else cls(options.ranges, options.step)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -25,6 +25,9 @@ class MergeLinears(Pass):
 
     name = "merge_linears"
     law = "x·Aᵀ, x·Bᵀ = parts of x·[A; B]ᵀ"
+    phase = "towers"
+    # A query that needs fewer rows than its key is not merged with it.
+    after = ("slice_outputs",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

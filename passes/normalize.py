@@ -40,6 +40,7 @@ class Normalize(Pass):
         aten.rsqrt.default, aten.mean.dim, aten.scaled_dot_product_attention.default, aten.slice_scatter.default,
         aten.select_scatter.default,
     })  # fmt: skip
+    phase = "form"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

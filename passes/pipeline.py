@@ -1,148 +1,99 @@
-"""Every change of a graph, in phases and in order: the one list, and the one place that runs a pass."""
+"""Every change of a graph, in phases and in order, and the one place that runs a pass."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from inspect import isabstract, isclass
+from pkgutil import iter_modules
 
+from cosmos_export import passes as package
 from cosmos_export.diagnostics import UserError
 from cosmos_export.ir.graph import Graph
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.verifier import verify
-from cosmos_export.kernels.description import ACTIVATION_QUANTIZE, NORM_QUANTIZE, QKV_PACK, SAMPLER_STEP
-from cosmos_export.passes.assign_precision import AssignPrecision, OverSteps
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult, describe
-from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.cut_graph import CutGraph, Cuts, alone
-from cosmos_export.passes.fold_schedule import FoldSchedule
-from cosmos_export.passes.fuse_activation_quantize import FuseActivationQuantize
-from cosmos_export.passes.fuse_denoise_loop import FuseDenoiseLoop
-from cosmos_export.passes.fuse_joint_attention import FuseJointAttention
-from cosmos_export.passes.fuse_norm_quantize import FuseNormQuantize
-from cosmos_export.passes.fuse_qkv_pack import FuseQkvPack
-from cosmos_export.passes.fuse_sampler_step import FuseSamplerStep
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
-from cosmos_export.passes.merge_linears import MergeLinears
-from cosmos_export.passes.normalize import Normalize
-from cosmos_export.passes.quantize_prefix import QuantizePrefix
-from cosmos_export.passes.resolve_packing import ResolvePacking
-from cosmos_export.passes.shift_rope import ShiftRope
-from cosmos_export.passes.slice_outputs import SliceOutputs
-from cosmos_export.passes.split_towers import SplitTowers
-from cosmos_export.sampling import Schedule, Segment
+from cosmos_export.passes.cut_graph import alone
+from cosmos_export.passes.fusing import KernelPass
+from cosmos_export.passes.options import PassOptions
 
 CAPTURE = "capture"
 """Name of the stage before the first pass in lists of stages."""
 
 
 @dataclass(frozen=True)
-class PassOptions:
-    """Options of all passes. The default: every output, nothing quantized, a loop that the host runs, nothing cut."""
-
-    outputs: Collection[str] | None = None
-    """Velocities to keep; None: all."""
-    over_steps: OverSteps | None = None
-    """Scheme of every site at each step; None: no site is quantized."""
-    towers: Mapping[str, str] | None = None
-    """Checkpoint tensor → ``und`` or ``gen``, held against what dataflow says; None: not compared."""
-    ranges: Ranges = field(default_factory=Ranges)
-    """Ranges and factors of calibration."""
-    step: int = 0
-    """The step of the schedule whose schemes the sites compute in."""
-    schedule: Schedule | None = None
-    segment: Segment | None = None
-    """The steps that the loop runs by itself, of ``schedule``; None: the host runs it."""
-    cuts: Cuts | None = None
-    """Where graphs are cut; None: nowhere."""
-    kernels: Collection[str] = ()
-    """Kernels of `FUSIONS` that compute what they can, where the backend of a graph has them."""
-
-
-@dataclass(frozen=True)
 class Phase:
-    """Passes that run one after the other, each made from the options, or None where they give it nothing to do."""
+    """Passes that run one after the other."""
 
     name: str
     purpose: str
-    passes: tuple[tuple[type[Pass], Callable[[PassOptions], Pass | None]], ...]
+    passes: tuple[type[Pass], ...]
 
 
-PHASES: tuple[Phase, ...] = (
-    Phase(
-        "form",
-        "the published forward in the operations of the dialect, with rows where it packs and scatters",
-        ((Normalize, lambda _: Normalize()), (ResolvePacking, lambda _: ResolvePacking())),
-    ),
-    Phase(
-        "towers",
-        "one graph for each rate: prompt, request, step, and what is left in the loop",
-        (
-            # Before the split, both rotary tables are in one graph, and what makes them independent is visible.
-            (ShiftRope, lambda _: ShiftRope()),
-            (SplitTowers, lambda _: SplitTowers()),
-            (FoldSchedule, lambda _: FoldSchedule()),
-            # Before merging: a query that needs fewer rows than its key is not merged with it.
-            (SliceOutputs, lambda o: SliceOutputs(o.outputs)),
-            (MergeLinears, lambda _: MergeLinears()),
-            (FuseJointAttention, lambda _: FuseJointAttention()),
-        ),
-    ),
-    Phase(
-        "sites",
-        "each product labelled with its scheme at every step",
-        # Before the loop is closed: labels follow from the edges between the towers, and outlive copies.
-        ((AssignPrecision, lambda o: None if o.over_steps is None else AssignPrecision(o.over_steps, o.towers)),),
-    ),
-    Phase(
-        "loop",
-        "guidance and sampler inside the body, for a loop that runs by itself",
-        # Before quantization: the second branch of guidance reads keys and values as the first does, in one form.
-        (
-            (BatchGuidance, lambda o: BatchGuidance() if o.segment is not None and o.segment.guided else None),
-            (FuseDenoiseLoop, lambda o: _fuse_denoise_loop(o)),
-        ),
-    ),
-    Phase(
-        "numbers",
-        "products in the schemes of one step",
-        (
-            (InsertQuantization, lambda o: None if o.over_steps is None else InsertQuantization(o.ranges, o.step)),
-            # After attention is in FP8, if it is: both quantize keys and values by one scale.
-            (QuantizePrefix, lambda o: None if o.over_steps is None else QuantizePrefix(o.ranges)),
-        ),
-    ),
-    Phase(
-        "cut",
-        "graphs of consecutive layers, where one engine would take too much memory to build",
-        ((CutGraph, lambda o: None if o.cuts is None else CutGraph(o.cuts)),),
-    ),
-    Phase(
-        "kernels",
-        "this project's kernels in the place of what they compute, in graphs for a backend that has them",
-        (
-            (FuseQkvPack, lambda o: FuseQkvPack() if QKV_PACK in o.kernels else None),
-            (FuseNormQuantize, lambda o: FuseNormQuantize() if NORM_QUANTIZE in o.kernels else None),
-            (FuseActivationQuantize, lambda o: FuseActivationQuantize() if ACTIVATION_QUANTIZE in o.kernels else None),
-            (FuseSamplerStep, lambda o: FuseSamplerStep() if SAMPLER_STEP in o.kernels else None),
-        ),
-    ),
-)
-FUSIONS = frozenset({QKV_PACK, NORM_QUANTIZE, ACTIVATION_QUANTIZE, SAMPLER_STEP})
+_PHASES: Mapping[str, str] = {
+    "form": "the published forward in the operations of the dialect, with rows where it packs and scatters",
+    "towers": "one graph for each rate: prompt, request, step, and what is left in the loop",
+    # Before the loop is closed: labels follow from the edges between the towers, and outlive copies.
+    "sites": "each product labelled with its scheme at every step",
+    # Before quantization: the second branch of guidance reads keys and values as the first does, in one form.
+    "loop": "guidance and sampler inside the body, for a loop that runs by itself",
+    "numbers": "products in the schemes of one step",
+    "cut": "graphs of consecutive layers, where one engine would take too much memory to build",
+    "kernels": "this project's kernels in the place of what they compute, in graphs for a backend that has them",
+}
+"""Phase → its purpose, in order. A pass names its phase and its neighbours there: no list has to name it."""
+
+
+def in_order(passes: Iterable[type[Pass]]) -> tuple[type[Pass], ...]:
+    """``passes`` of one phase in the one order that they state. ValueError where they leave several, or none."""
+    left = {kind.name: kind for kind in passes}
+    earlier = {name: set(kind.after) for name, kind in left.items()}
+    for name, kind in left.items():
+        for other in kind.before:
+            earlier.setdefault(other, set()).add(name)
+    unknown = sorted(({*earlier} | {one for before in earlier.values() for one in before}) - {*left})
+    if unknown:
+        raise ValueError(f"there is no pass {', '.join(unknown)} in this phase")
+    found: list[type[Pass]] = []
+    while left:
+        ready = [name for name in left if not earlier[name] & {*left}]
+        if len(ready) != 1:
+            state = f"{' and '.join(sorted(ready))} in any order" if ready else f"a circle of {', '.join(sorted(left))}"
+            raise ValueError(f"`after` and `before` leave {state}")
+        found.append(left.pop(ready[0]))
+    return tuple(found)
+
+
+def _kinds() -> Iterator[type[Pass]]:
+    """Every pass of this folder."""
+    for info in iter_modules(package.__path__):
+        if f"{package.__name__}.{info.name}" != __name__:
+            module = import_module(f"{package.__name__}.{info.name}")
+            own = (kind for kind in vars(module).values() if isclass(kind) and kind.__module__ == module.__name__)
+            yield from (kind for kind in own if issubclass(kind, Pass) and not isabstract(kind))
+
+
+def _phases() -> tuple[Phase, ...]:
+    kinds = list(_kinds())
+    unknown = {kind.phase for kind in kinds} - set(_PHASES)
+    if unknown:
+        raise ValueError(f"there is no phase {', '.join(sorted(unknown))}")
+    return tuple(
+        Phase(name, purpose, in_order(kind for kind in kinds if kind.phase == name))
+        for name, purpose in _PHASES.items()
+    )
+
+
+PHASES = _phases()
+FUSIONS = frozenset(kind.kernel for phase in PHASES for kind in phase.passes if issubclass(kind, KernelPass))
 """Kernels that a pass of the last phase is for."""
-
-
-def _fuse_denoise_loop(options: PassOptions) -> Pass | None:
-    if options.segment is None or options.schedule is None:
-        return None
-    return FuseDenoiseLoop(options.schedule, options.segment)
-
-
-ORDER: tuple[str, ...] = (CAPTURE, *(kind.name for phase in PHASES for kind, _ in phase.passes))
+ORDER: tuple[str, ...] = (CAPTURE, *(kind.name for phase in PHASES for kind in phase.passes))
 """Names of all passes in order, after `CAPTURE`."""
-AFTER_FORMS = frozenset(kind.name for phase in PHASES if phase.name in ("cut", "kernels") for kind, _ in phase.passes)
+AFTER_FORMS = frozenset(kind.name for phase in PHASES if phase.name in ("cut", "kernels") for kind in phase.passes)
 """Passes that run on one graph at a time, once all forms of the program are made."""
-_REMOVES = {kind.name: kind.removes for phase in PHASES for kind, _ in phase.passes}
+_REMOVES = {kind.name: kind.removes for phase in PHASES for kind in phase.passes}
 
 
 @dataclass(frozen=True)
@@ -166,7 +117,7 @@ def passes_of(options: PassOptions, *phases: str) -> list[Pass]:
     unknown = set(phases) - {phase.name for phase in PHASES}
     if unknown:
         raise ValueError(f"there is no phase {', '.join(sorted(unknown))}")
-    made = (make(options) for phase in PHASES if not phases or phase.name in phases for _, make in phase.passes)
+    made = (kind.made(options) for phase in PHASES if not phases or phase.name in phases for kind in phase.passes)
     return [one for one in made if one is not None]
 
 

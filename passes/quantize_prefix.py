@@ -10,7 +10,7 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.base import CannotApply, Effect, Pass, PassResult
-from cosmos_export.passes.insert_quantization import Ranges
+from cosmos_export.passes.options import PassOptions, Ranges
 from cosmos_export.precision.schemes import UNQUANTIZED
 
 _NARROW = torch.float8_e4m3fn
@@ -34,9 +34,16 @@ class QuantizePrefix(Pass):
     name = "quantize_prefix"
     law = "keys and values of the prompt cross from reasoner to generator in FP8, where asked"
     effect = Effect.ROUNDS
+    phase = "numbers"
+    # Attention is in FP8 by then, if it is: both quantize keys and values by one scale.
+    after = ("insert_quantization",)
 
     def __init__(self, ranges: Ranges) -> None:
         self._ranges = ranges
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return None if options.over_steps is None else cls(options.ranges)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -29,6 +29,8 @@ class ResolvePacking(Pass):
     name = "resolve_packing"
     law = "rows written into one buffer and read back = the rows"
     removes: ClassVar[frozenset[object]] = frozenset({aten.index_put.default, aten.index.Tensor})
+    phase = "form"
+    after = ("normalize",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -51,6 +51,7 @@ class ShiftRope(Pass):
 
     name = "shift_rope"
     law = "positions p + c against i = p against i − c"
+    phase = "towers"
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -11,6 +11,7 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Loop, Program
 from cosmos_export.passes.base import Pass, PassResult
 from cosmos_export.passes.motion import tidy
+from cosmos_export.passes.options import PassOptions
 from cosmos_export.passes.rewriting import Slicer, eliminate_common
 
 
@@ -28,9 +29,15 @@ class SliceOutputs(Pass):
 
     name = "slice_outputs"
     law = "slice(f(x)) = f(slice(x)) for row-wise f"
+    phase = "towers"
+    after = ("fold_schedule",)
 
     def __init__(self, outputs: Collection[str] | None = None) -> None:
         self._outputs = outputs
+
+    @classmethod
+    def made(cls, options: PassOptions) -> Pass | None:
+        return cls(options.outputs)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -34,6 +34,9 @@ class SplitTowers(Pass):
 
     name = "split_towers"
     law = "joint(ids, x, t) = generator(x, t, reasoner(ids), conditioning(request))"
+    phase = "towers"
+    # Until the split both rotary tables are in one graph, and what makes them independent is visible.
+    after = ("shift_rope",)
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()

@@ -30,8 +30,8 @@ from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.assign_precision import Precision
 from cosmos_export.passes.batch_guidance import NEGATIVE, NEGATIVE_LEN
 from cosmos_export.passes.fold_schedule import SCHEDULE
-from cosmos_export.passes.insert_quantization import Ranges, linears_of
-from cosmos_export.passes.pipeline import CAPTURE, PassOptions, passes_of, run_passes
+from cosmos_export.passes.options import PassOptions, Ranges, linears_of
+from cosmos_export.passes.pipeline import CAPTURE, passes_of, run_passes
 from cosmos_export.passes.split_towers import CONDITIONING, REASONER
 from cosmos_export.plan import Workload
 from cosmos_export.precision.recipe import Assignment

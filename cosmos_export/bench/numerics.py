@@ -111,8 +111,8 @@ def check_numerics(
 def quantize_linears(plain: Program, scheme: str, inputs: Tensors, weights: Weights) -> Program:
     """A copy of ``plain`` with every linear of the layers in ``scheme``, scales from one request."""
     from cosmos_export.evaluation.gates import observe_inputs
-    from cosmos_export.passes.insert_quantization import Ranges
-    from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
+    from cosmos_export.passes.options import PassOptions, Ranges
+    from cosmos_export.passes.pipeline import passes_of, run_passes
 
     options = PassOptions(
         over_steps=lambda tower, kind, layer: (scheme if kind in LINEARS else UNQUANTIZED,),

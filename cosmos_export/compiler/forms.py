@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from cosmos_export.ir.graph import Graph, Node
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.cut_graph import Cuts, alone
-from cosmos_export.passes.pipeline import PassOptions, Watch, passes_of, run_passes
+from cosmos_export.passes.cut_graph import alone
+from cosmos_export.passes.options import Cuts, PassOptions
+from cosmos_export.passes.pipeline import Watch, passes_of, run_passes
 from cosmos_export.sampling import Schedule, Segment
 
 DENOISE = "denoise"

@@ -12,7 +12,8 @@ from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.base import Effect
-from cosmos_export.passes.pipeline import CAPTURE, PassOptions, Report, passes_of, run_passes
+from cosmos_export.passes.options import PassOptions
+from cosmos_export.passes.pipeline import CAPTURE, Report, passes_of, run_passes
 from cosmos_export.sampling import Segment
 
 

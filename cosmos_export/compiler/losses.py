@@ -34,7 +34,7 @@ from cosmos_export.evaluation.sampled import negative_ids
 from cosmos_export.ir.interpreter import Weights
 from cosmos_export.ir.packing import AS_STORED, ROUNDING
 from cosmos_export.ir.program import Program
-from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.passes.options import PassOptions
 from cosmos_export.precision.recipe import Assignment
 from cosmos_export.precision.scheme import StepLimits
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED

@@ -21,8 +21,8 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.packing import E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.passes.insert_quantization import Ranges, scheme_of
-from cosmos_export.passes.pipeline import PassOptions
+from cosmos_export.passes.insert_quantization import scheme_of
+from cosmos_export.passes.options import PassOptions, Ranges
 from cosmos_export.precision.sites import GEN, UND
 from cosmos_export.targets.onnx.model import gemm_name
 

@@ -22,7 +22,8 @@ from cosmos_export.ir.packing import E2M1_MAX, E4M3_MAX
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import Transform
 from cosmos_export.passes.assign_precision import Precision
-from cosmos_export.passes.insert_quantization import InsertQuantization, linears_of
+from cosmos_export.passes.insert_quantization import InsertQuantization
+from cosmos_export.passes.options import linears_of
 from cosmos_export.precision.schemes import SCHEMES, UNQUANTIZED
 from cosmos_export.sampling import Schedule
 

@@ -29,7 +29,8 @@ from cosmos_export.evaluation.parity import Parity
 from cosmos_export.ir import ops, packing
 from cosmos_export.ir.spec import WeightBinding
 from cosmos_export.passes.assign_precision import AssignPrecision
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+from cosmos_export.passes.insert_quantization import InsertQuantization
+from cosmos_export.passes.options import Ranges
 
 pytestmark = pytest.mark.xdist_group("builds")
 KEYS_VALUES = "und.attention.kv=fp8"

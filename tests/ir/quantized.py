@@ -17,8 +17,8 @@ from cosmos_export.evaluation.models import OnnxModel, Value
 from cosmos_export.ir.interpreter import read_weights, run_program
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import WeightSource
-from cosmos_export.passes.insert_quantization import Ranges
-from cosmos_export.passes.pipeline import PassOptions, default_passes, passes_of, run_passes
+from cosmos_export.passes.options import PassOptions, Ranges
+from cosmos_export.passes.pipeline import default_passes, passes_of, run_passes
 from cosmos_export.precision import schemes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx.lowering import lower

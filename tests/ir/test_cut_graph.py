@@ -22,7 +22,8 @@ from cosmos_export.ir.program import Program
 from cosmos_export.ir.spec import TensorSpec
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.cut_graph import cut, narrow_places
-from cosmos_export.passes.pipeline import PassOptions, passes_of, run_passes
+from cosmos_export.passes.options import PassOptions
+from cosmos_export.passes.pipeline import passes_of, run_passes
 from cosmos_export.progress import Silent
 from cosmos_export.targets.onnx.lowering import lower
 from cosmos_export.targets.onnx.weights import layout, size_bytes, write_weights

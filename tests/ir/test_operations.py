@@ -277,7 +277,7 @@ def test_blocks_are_of_four_bit_floats(s: Sample) -> None:
 
 
 def test_an_operation_is_lowered_or_a_pass_removes_it() -> None:
-    removed = frozenset[object]().union(*(kind.removes for phase in PHASES for kind, _ in phase.passes))
+    removed = frozenset[object]().union(*(kind.removes for phase in PHASES for kind in phase.passes))
     plugins = Plugins(["norm-quantize"], lambda graph: graph)._rules  # nodes of TensorRT's: plugins
     neither = {str(target) for target in OPERATIONS if not any(target in table for table in (RULES, removed, plugins))}
     assert set(plugins) == ops.having(Trait.FUSED)

@@ -18,7 +18,8 @@ from cosmos_export.ir.text import print_program
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.base import CannotApply
 from cosmos_export.passes.batch_guidance import BatchGuidance
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+from cosmos_export.passes.insert_quantization import InsertQuantization
+from cosmos_export.passes.options import Ranges
 from cosmos_export.passes.pipeline import run_passes
 from cosmos_export.passes.quantize_prefix import QuantizePrefix
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import os
 import random
@@ -25,7 +24,8 @@ from cosmos_export.ir.ops import aten
 from cosmos_export.ir.program import Program
 from cosmos_export.ir.text import print_program
 from cosmos_export.passes.base import CannotApply, Pass, PassResult
-from cosmos_export.passes.pipeline import CAPTURE, ORDER, PHASES, PassOptions, default_passes, passes_of, run_passes
+from cosmos_export.passes.options import PassOptions
+from cosmos_export.passes.pipeline import CAPTURE, ORDER, PHASES, default_passes, in_order, passes_of, run_passes
 from cosmos_export.passes.split_towers import memory_bytes_per_token
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -57,7 +57,7 @@ def test_nothing_is_declined_in_the_published_model(compiled: Any) -> None:
     assert declined == {}
 
 
-@pytest.mark.parametrize("kind", [kind for phase in PHASES for kind, _ in phase.passes], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [kind for phase in PHASES for kind in phase.passes], ids=lambda kind: kind.name)
 def test_every_pass_says_what_it_does_when_not_and_what_it_costs(kind: Any) -> None:
     text = inspect.getdoc(kind) or ""
     assert "Numerical effect:" in text
@@ -72,7 +72,7 @@ def test_the_list_of_passes_in_the_docs_is_that_of_the_code() -> None:
     _, end, tail = rest.partition("<!-- end of passes -->")
     rows = "\n".join(
         f"**{phase.name}**: {phase.purpose}.\n\n| pass | law | numerical effect |\n|---|---|---|\n"
-        + "".join(f"| `{kind.name}` | {kind.law} | {numerical_effect(kind)} |\n" for kind, _ in phase.passes)
+        + "".join(f"| `{kind.name}` | {kind.law} | {numerical_effect(kind)} |\n" for kind in phase.passes)
         for phase in PHASES
     )
     wanted = f"{head} -->\n\n{rows}\n{end}{tail}"
@@ -145,7 +145,7 @@ def test_conditions_are_checked_by_the_frame(compiled: Any) -> None:
 
 def test_nothing_else_runs_a_pass() -> None:
     """Passes are made by `pipeline` and run by `run_passes`, in the product and in its benchmarks."""
-    kinds = {kind.__name__ for phase in PHASES for kind, _ in phase.passes}
+    kinds = {kind.__name__ for phase in PHASES for kind in phase.passes}
     root = Path(cosmos_export.passes.pipeline.__file__).parents[1]
     folders = ("cosmos_export", "passes", "targets", "calibration", "kernels", "benchmarks")
     files = [file for folder in folders for file in (root / folder).rglob("*.py")]
@@ -156,13 +156,33 @@ def test_nothing_else_runs_a_pass() -> None:
         assert not made or file.name == "pipeline.py", f"{file} makes {', '.join(sorted(made))}"
 
 
-def test_every_pass_of_the_folder_is_in_a_phase() -> None:
-    folder = Path(cosmos_export.passes.pipeline.__file__).parent
-    for file in sorted(folder.glob("*.py")):
-        module = importlib.import_module(f"cosmos_export.passes.{file.stem}")
-        own = [kind for kind in vars(module).values() if inspect.isclass(kind) and kind.__module__ == module.__name__]
-        found = {kind.name for kind in own if issubclass(kind, Pass) and kind is not Pass}
-        assert found <= set(ORDER), f"{file.name} has {found - set(ORDER)}, which no phase runs"
+def passes_named(**neighbours: dict[str, tuple[str, ...]]) -> list[type[Pass]]:
+    return [type(name, (Demanding,), {"name": name, **given}) for name, given in neighbours.items()]
+
+
+def test_a_pass_is_placed_by_what_it_says_of_its_neighbours() -> None:
+    """Between two that follow each other it names both: the order is never that of files or of names."""
+    given = passes_named(
+        first={}, third={"after": ("first",)}, second={"after": ("first",), "before": ("third",)},
+        fourth={"after": ("third",)},
+    )  # fmt: skip
+    for kinds in (given, given[::-1]):
+        assert [kind.name for kind in in_order(kinds)] == ["first", "second", "third", "fourth"]
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "said"),
+    [
+        ({"a": {}, "b": {}}, "`after` and `before` leave a and b in any order"),
+        ({"a": {}, "b": {"after": ("a",)}, "c": {"after": ("a",)}}, "leave b and c in any order"),
+        ({"a": {"after": ("b",)}, "b": {"after": ("a",)}}, "leave a circle of a, b"),
+        ({"a": {}, "b": {"before": ("c",)}}, "there is no pass c in this phase"),
+        ({"a": {"after": ("z",)}}, "there is no pass z in this phase"),
+    ],
+)
+def test_passes_that_leave_several_orders_are_refused(neighbours: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        in_order(passes_named(**neighbours))
 
 
 def test_what_has_nothing_to_do_does_not_run() -> None:

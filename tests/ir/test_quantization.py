@@ -27,7 +27,8 @@ from cosmos_export.ir.text import print_program
 from cosmos_export.ir.verifier import verify
 from cosmos_export.passes.assign_precision import AssignPrecision, misplaced
 from cosmos_export.passes.base import CannotApply
-from cosmos_export.passes.insert_quantization import InsertQuantization, Ranges
+from cosmos_export.passes.insert_quantization import InsertQuantization
+from cosmos_export.passes.options import Ranges
 from cosmos_export.passes.pipeline import run_passes
 from cosmos_export.precision import schemes
 from cosmos_export.precision.sites import KINDS
