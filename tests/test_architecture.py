@@ -31,7 +31,8 @@ LEVELS = {
     **dict.fromkeys(["targets", "passes", "capture"], 3),
     "precision": 2,  # a target lists schemes, and a pass asks them what to insert
     "embodiments": 2,  # rows of the bundle's schema
-    **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle", "kernels"], 1),
+    "kernels": 2,  # a kernel of an operation of the dialect is called as that is
+    **dict.fromkeys(["ir", "checkpoint", "sampling", "bundle"], 1),
     **dict.fromkeys(
         [
             "arguments",

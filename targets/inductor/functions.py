@@ -123,13 +123,7 @@ def _kernels(targets: Collection[Any]) -> dict[Any, Callable[..., Any]]:
         return {}
     from cosmos_export.kernels import operators
 
-    return {
-        ops.NORM_QUANTIZE: operators.norm_quantize,
-        ops.ADD_NORM_QUANTIZE: operators.add_norm_quantize,
-        ops.ACTIVATION_QUANTIZE: operators.activation_quantize,
-        ops.QKV_PACK: operators.qkv_pack,
-        ops.UNIPC_STEP: operators.unipc_step,
-    }
+    return operators.KERNELS
 
 
 def _joint(kind: str) -> Callable[..., torch.Tensor]:
