@@ -96,12 +96,9 @@ class Job:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The segments whose loops run on the device by themselves; none where the host runs the loop."""
-        return closed_segments(self.loop, self.schedule, self.precision, self.backend)
-
-
-def closed_segments(loop: LoopMode, schedule: Schedule, precision: Assignment, backend: Backend) -> tuple[Segment, ...]:
-    """Steps that one engine of a loop on the device computes: alike by guidance and by precision."""
-    if loop == "host":
-        return ()
-    return schedule.segments_by(precision.segment_keys(separate=backend.separates_weight_only_steps))
+        """The steps that one engine of a loop on the device computes, alike by guidance and by precision; none where
+        the host runs the loop."""
+        if self.loop == "host":
+            return ()
+        apart = self.backend.separates_weight_only_steps
+        return self.schedule.segments_by(self.precision.segment_keys(separate=apart))

@@ -14,7 +14,7 @@ from cosmos_export.calibration.table import ScaleTable, read_scale_table, requir
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
 from cosmos_export.compiler.coverage import table_coverage
-from cosmos_export.compiler.job import Job, closed_segments
+from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.memory import memory_budget
 from cosmos_export.compiler.planned import predict
 from cosmos_export.compiler.remarks import opening_remarks
@@ -89,10 +89,10 @@ def _resolve(
     tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
     scale_files = Inputs("the scale table", (), tables)
     scales = _scales(options, assignment, checkpoint)
-    segments = closed_segments(options.loop, sampling, assignment, backend_of(target))
+    workloads = [Workload(p.name, options.mode, p, 1, 1) for p in profiles]
     plan = predict(
-        checkpoint, modalities, components, target, [Workload(p.name, options.mode, p, 1, 1) for p in profiles], recipe,
-        assignment, sampling, len(segments), memory_budget=budget, external=options.weights == "external",
+        checkpoint, modalities, components, target, workloads, assignment, sampling, options.loop,
+        memory_budget=budget, external=options.weights == "external",
     )  # fmt: skip
     if budget is not None and checkpoint.dtype == "bf16":
         require_budget(list(plan.engines.values()), assignment.layers, budget, loop=options.loop)

@@ -10,11 +10,12 @@ from cosmos_export.bundle import Planned
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.compiler.overall import expected_seconds
 from cosmos_export.compiler.selection import tokenizer_bytes
-from cosmos_export.plan.precision import precision
+from cosmos_export.options import LoopMode
+from cosmos_export.plan.precision import added_up
 from cosmos_export.plan.sizes import BUILDER_BYTES, PlannedEngine, builder_bytes, components, gates_bytes, host
 from cosmos_export.plan.subject import Subject, from_checkpoint
 from cosmos_export.plan.workload import Workload
-from cosmos_export.precision.recipe import Assignment, Recipe
+from cosmos_export.precision.recipe import Assignment
 from cosmos_export.sampling import Schedule
 from cosmos_export.targets import Target
 from cosmos_export.targets.backends import backend_of
@@ -88,28 +89,25 @@ def predict(
     parts: Sequence[str],
     target: Target,
     workloads: Sequence[Workload],
-    recipe: Recipe,
     assigned: Assignment,
     schedule: Schedule,
-    segments: int,
+    loop: LoopMode,
     *,
     memory_budget: int | None,
     external: bool,
 ) -> Prediction:
     """The prediction for ``checkpoint`` with the ``modalities`` and components (``parts``) that are built.
 
-    ``assigned``: what ``recipe`` assigns. ``segments``: engines that run the loop on the device; 0: the host does.
     ``memory_budget`` in bytes; None: nothing is cut. ``external``: engines take their large weights as inputs.
     """
     subject, quantized, here = _subject(checkpoint, modalities, parts), bool(assigned.schemes), backend_of(target)
-    distilled = subject.sampling.distilled_sigmas is not None
-    chosen = precision(recipe, assigned.overrides, target, subject.geometry, schedule.steps, distilled=distilled)
-    branches = 2 if segments and any(schedule.guided) else 1
+    chosen, on_device = added_up(assigned, subject.geometry), loop == "device"
+    branches = 2 if on_device and any(schedule.guided) else 1
     engines = components(subject, workloads, chosen, branches, memory_budget, external=external)
-    copies = segments or len(set(assigned.step_keys()))
+    copies = chosen.engines(schedule, target, loop)
     built = host(subject, engines, copies, True, memory_budget, quantized)
     disk = built if here.builds_here else host(subject, engines, copies, False)
-    loops = len(schedule.segments) if segments else 0
+    loops = len(schedule.segments) if on_device else 0
     return Prediction(
         engines={part.name: part for part in engines},
         peak_anonymous_bytes=built.peak_anonymous_bytes,

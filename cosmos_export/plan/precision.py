@@ -95,11 +95,16 @@ def _added_up(
     recipe: Recipe, overrides: tuple[str, ...], target: str, geometry: Geometry, steps: int, distilled: bool
 ) -> PlannedPrecision:
     layers = geometry.num_hidden_layers
-    assigned = resolve_recipe(recipe, overrides, load_target(target), layers=layers, steps=steps, distilled=distilled)
-    keys = assigned.step_keys()
+    on = load_target(target)
+    return added_up(resolve_recipe(recipe, overrides, on, layers=layers, steps=steps, distilled=distilled), geometry)
+
+
+def added_up(assigned: Assignment, geometry: Geometry) -> PlannedPrecision:
+    """The schemes that are ``assigned`` to the sites of a model, added up."""
+    keys, layers = assigned.step_keys(), assigned.layers
     counts = Counter(keys)
     return PlannedPrecision(
-        recipe=recipe.name,
+        recipe=assigned.recipe,
         reasoner=_mix(assigned, geometry, UND, 0),
         steps=tuple((_mix(assigned, geometry, GEN, keys.index(key)), counts[key]) for key in sorted(counts)),
         of_step=keys,
