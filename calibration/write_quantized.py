@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from cosmos_export import files, stamps
+from cosmos_export import stamps
 from cosmos_export.calibration.formats import layout_of, quantized_weight
 from cosmos_export.calibration.table import LINEAGE_FILE, ScaleTable
 from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.checkpoint import Checkpoint, ExpectedTensor, Tower
+from cosmos_export.checkpoint.identity import chunks_of
 from cosmos_export.checkpoint.output import give_back, new_directory, require_space
 from cosmos_export.checkpoint.quantization import FIRST_LAST_THREE
 from cosmos_export.checkpoint.reader import WEIGHT_STEMS
@@ -41,7 +42,6 @@ _WRITTEN = (ROOT_INDEX, QUANT_FILE, LINEAGE_COPY)
 """Files at the root that are those of the new checkpoint."""
 _TASK = "quantize"
 _SPARE_BYTES = 4 << 20
-_CHUNK_BYTES = 1 << 24
 _IGNORED = (
     "embed_tokens", "lm_head", "proj_in", "proj_out", "time_embedder*", "audio_proj_in", "audio_proj_out",
     "action_proj_in", "action_proj_out", "model.visual*", "visual*",
@@ -212,7 +212,8 @@ class _Producer:
     def produce(self, spec: TensorHeader) -> Iterable[bytes | memoryview]:
         if spec.name in self._inputs:
             self._pending = self._quantized(spec.name)
-        chunks = self._own(self._pending.pop(spec.name)) if spec.name in self._pending else self._copied(spec.name)
+        own = self._pending.pop(spec.name, None)
+        chunks = chunks_of(self._checkpoint.tensors[spec.name]) if own is None else self._own(own)
         for chunk in chunks:
             self._written += len(chunk)
             yield chunk
@@ -233,18 +234,6 @@ class _Producer:
     @staticmethod
     def _own(tensor: torch.Tensor) -> Iterator[memoryview]:
         yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    def _copied(self, name: str) -> Iterator[bytes]:
-        entry = self._checkpoint.tensors[name]
-        with files.opened(entry.file) as file:
-            file.seek(entry.offset)
-            left = entry.size_bytes
-            while left:
-                chunk = file.read(min(left, _CHUNK_BYTES))
-                if not chunk:
-                    raise OSError(f"{entry.file} ended while it was read")
-                left -= len(chunk)
-                yield chunk
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------

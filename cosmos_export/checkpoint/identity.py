@@ -7,7 +7,7 @@ made on one machine is recognised on another that downloaded other shards of the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from cosmos_export import files
@@ -44,13 +44,16 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None
 
 def _digest(entry: TensorEntry) -> str:
     digest = hashlib.sha256()
-    for chunk in _chunks(entry):
+    for chunk in chunks_of(entry):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _chunks(entry: TensorEntry) -> Iterable[bytes]:
-    """Read, not mapped: pages of a mapping would stay in this process, and a checkpoint is larger than memory."""
+def chunks_of(entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a tensor, 16 MiB at a time; OSError where its file ends before it.
+
+    Read, not mapped: pages of a mapping would stay in this process, and a checkpoint is larger than memory.
+    """
     with files.opened(entry.file) as file:
         file.seek(entry.offset)
         left = entry.size_bytes
