@@ -78,7 +78,7 @@ def _resume_command(options: BuildOptions, memory_budget: int | None) -> str:
 def _print(result: BuildResult) -> None:
     from cosmos_export.cli import console
 
-    parts: list[Table | str] = [_passes(result)]
+    parts: list[Table | str] = [_passes(result)] if result.passes else []
     if result.parity:
         parts.append(_parity(result))
     for m in result.parity:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cosmos_export.cli import app
-from cosmos_export.cli.build import _verdict
+from cosmos_export.cli.build import _print, _verdict
 from cosmos_export.compiler.driver import build
 from cosmos_export.diagnostics import UserError
 from cosmos_export.options import BuildOptions
@@ -60,11 +60,13 @@ def test_a_dump_beside_a_bundle(tmp_path: Path, omni: Path) -> None:
 
 
 @pytest.mark.usefixtures("captured_once")
-def test_until_without_dump(tmp_path: Path, omni: Path) -> None:
+def test_until_without_dump(omni: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = build(BuildOptions(omni, until="capture"))
     assert (result.passes, result.dumps) == ((), ())
     assert result.program is not None
     assert list(result.program.graphs) == ["joint"]
+    _print(result)  # without a table of passes, of which none ran
+    assert "Passes" not in capsys.readouterr().out
 
 
 def test_an_unknown_pass(tmp_path: Path, omni: Path) -> None:
