@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,8 @@ def measure_geometry(request: GeometryRequest, progress: Progress, command: str 
             raise UserError("CX672", "diffusers runs no reasoner without a generator", "leave --baselines out")
         require_diffusers()
     device = _device(request.device)
+    if device.type == "cpu":
+        _interpret_kernels(request)
     modalities = geometries.modalities_of(workload, subject.geometry)
     geometry = geometries.tiny_geometry(subject.geometry) if request.dry_run else subject.geometry
     assignment = resolve_recipe(
@@ -278,6 +281,15 @@ class _Graph:
         del self._executable
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _interpret_kernels(request: GeometryRequest) -> None:
+    """Kernels run on a CPU where Triton interprets them, which a tiny geometry alone is small enough for."""
+    if request.dry_run:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the first kernel is imported
+    elif request.kernels or request.attention == "triton":
+        said = "this project's kernels run on a GPU, and the device is cpu"
+        raise UnsupportedError("CX505", said, "`--dry-run` tries them on the CPU, interpreted, at a tiny size")
 
 
 def _device(name: str) -> torch.device:

@@ -208,6 +208,8 @@ def test_the_products_of_a_geometry_are_those_of_its_recipe(
         ({"dry_run": False, "runs": 5, "warm_up": 1}, "CX671"),
         ({"places": ("gen.mlp=int9",)}, "CX353"),
         ({"kernels": frozenset({"fast"})}, "CX672"), ({"attention": "magic"}, "CX672"),
+        ({"dry_run": False, "runs": 5, "warm_up": 1, "kernels": frozenset({"qkv-pack"})}, "CX505"),
+        ({"dry_run": False, "runs": 5, "warm_up": 1, "attention": "triton"}, "CX505"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: str) -> None:
@@ -216,6 +218,13 @@ def test_what_cannot_be_measured(graphs: Path, options: dict[str, Any], code: st
     assert caught.value.code == code
     with pytest.raises(CosmosExportError, match="no published size"):
         measure_geometry(replace(asked(graphs), size="mega"), Silent())
+
+
+def test_a_dry_run_interprets_kernels(graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(CosmosExportError, match="CX671"):
+        measure_geometry(asked(graphs, kernels=frozenset({"qkv-pack"}), folder=Path("nowhere")), Silent())
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 def measurement(seconds: float, **changes: Any) -> Measurement:
