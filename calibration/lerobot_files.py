@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.checkpoint.strict_json import parse_object
 from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 
@@ -175,9 +175,11 @@ def read_table(root: Path, path: Path) -> pyarrow.Table:
                 refuse(root, f"{what}; allowed: {MAX_ROWS:,} and {MAX_TABLE_BYTES:,}")
             found = table.read()
     except pyarrow.ArrowException as error:
-        refuse(root, f"{name} is not a Parquet file: {str(error)[:120]}")
+        _refuse_table(root, path, error)
     except OSError as error:  # Arrow's own have no number
-        refuse(root, _unread(name, error) if error.errno else f"{name} is not a Parquet file: {str(error)[:120]}")
+        if error.errno:
+            refuse(root, _unread(name, error))
+        _refuse_table(root, path, error)
     twice = next((column for column, times in Counter(found.column_names).items() if times > 1), None)
     if twice is not None:
         refuse(root, f"{name} has two columns {shown(twice)}")
@@ -203,6 +205,8 @@ def _lines(root: Path, path: Path, needed: tuple[str, ...]) -> list[dict[str, An
             try:
                 row = parse_object(line)
             except ValueError as error:
+                if (kind := kinds.of_file(path)) is not None:
+                    refuse(root, f"{path.relative_to(root)} is {kind.what}", kind.hint)
                 refuse(root, f"{path.name}, line {number}: {error}")
             if any(key not in row for key in needed):
                 refuse(root, f"{path.name}, line {number} has no {' or '.join(needed)}")
@@ -212,6 +216,12 @@ def _lines(root: Path, path: Path, needed: tuple[str, ...]) -> list[dict[str, An
 
 def _unread(name: Path, error: OSError) -> str:
     return f"{name} is missing" if isinstance(error, FileNotFoundError) else f"{name}: {files.reason(error)}"
+
+
+def _refuse_table(root: Path, path: Path, error: Exception) -> NoReturn:
+    if (kind := kinds.of_file(path)) is not None:
+        refuse(root, f"{path.relative_to(root)} is not a Parquet file: it is {kind.what}", kind.hint)
+    refuse(root, f"{path.relative_to(root)} is not a Parquet file: {str(error)[:120]}")
 
 
 def refuse(root: Path, found: str, hint: str = _HINT) -> NoReturn:

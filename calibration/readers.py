@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.calibration.entries import PROMPT_KEYS, bad_entry, entry_item, medium_item, model_actions
 from cosmos_export.calibration.items import CLIPS, IMAGES, Item, Options, SourceContent
 from cosmos_export.calibration.lerobot import read_lerobot
@@ -146,8 +146,15 @@ def _checked(path: Path, number: int, entry: Any) -> dict[str, Any]:
 
 def _decoded(path: Path) -> str:
     try:
-        return files.read_bytes(path).decode("utf-8-sig")
+        data = files.read_bytes(path)
     except OSError as error:
         raise UserError("CX340", f"cannot read {path}: {files.reason(error)}") from error
+    kind = kinds.of_bytes(data[: kinds.HEAD_BYTES], path)
+    if kind is not None and kind.placeholder:
+        raise UserError("CX340", f"{path} is {kind.what}", kind.hint)
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if kind is not None:
+            raise UserError("CX340", f"{path} is not UTF-8 text: it is {kind.what}", kind.hint) from error
         raise UserError("CX340", f"{path} is not UTF-8 text") from error

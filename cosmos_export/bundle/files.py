@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from cosmos_export import kinds
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, UserError, shown
@@ -46,7 +47,7 @@ class BundleFiles:
         self.path = Path(path)
         self.descriptor = _open_directory(self.path)
         weakref.finalize(self, os.close, self.descriptor)
-        data = b"" if manifest is not None else _read_manifest(self.descriptor)
+        data = b"" if manifest is not None else _read_manifest(self.descriptor, self.path)
         self.manifest = manifest if manifest is not None else parse_manifest(data)
         self.bundle_id = hashlib.sha256(data or self.manifest.to_bytes()).hexdigest()
         """SHA-256 of the manifest: what names this bundle."""
@@ -197,10 +198,13 @@ def _open_directory(path: Path) -> int:
         return os.open(path, OPEN_DIRECTORY)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         said = getattr(error, "strerror", None) or str(error)
+        kind = kinds.of_file(path)
+        if kind is not None:
+            raise UserError("CX700", f"{path} is not a bundle: it is {kind.what}", kind.hint) from error
         raise UserError("CX700", f"{path} is not a bundle: {said}", "name the directory of a bundle") from error
 
 
-def _read_manifest(root: int) -> bytes:
+def _read_manifest(root: int, path: Path) -> bytes:
     try:
         with opened(root, MANIFEST_NAME) as descriptor, open(descriptor, "rb", closefd=False) as file:
             status = os.fstat(descriptor)
@@ -211,6 +215,10 @@ def _read_manifest(root: int) -> bytes:
                 raise StrictError("", f"larger than the {MAX_MANIFEST_BYTES:,} bytes a manifest may have")
             return file.read(MAX_MANIFEST_BYTES + 1)
     except FileNotFoundError:
-        raise UserError("CX700", f"not a bundle: it has no {MANIFEST_NAME}", "name the directory of a bundle") from None
+        kind = kinds.of_folder(path)
+        what, hint = (f"it has no {MANIFEST_NAME}", "name the directory of a bundle")
+        if kind is not None:
+            what, hint = f"it is {kind.what}", kind.hint
+        raise UserError("CX700", f"{path} is not a bundle: {what}", hint) from None
     except OSError as error:
         raise StrictError("", f"cannot be opened: {reason(error)}") from error

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from cosmos_export import kinds
 from cosmos_export.checkpoint.adapters import MERGE_HINT, is_adapter_key
 from cosmos_export.checkpoint.geometry import Geometry
 from cosmos_export.checkpoint.layout import (
@@ -77,6 +78,10 @@ def _match(
         else:
             unexpected.append(entry.name)
     missing = [name for name in expected if name not in found]
+    kind = kinds.of_names(unexpected, expected, canonical_name) if unexpected else None
+    if kind is not None and not any(map(is_adapter_key, unexpected)):
+        code, lacks = ("CX120", f"; {_count(missing, 'tensor')} missing") if missing else ("CX121", "")
+        raise UserError(code, f"tensors in transformer/ are {kind.what}: {_some(unexpected)}{lacks}", kind.hint)
     if missing:
         also = f"; not recognised: {_some(unexpected)}" if unexpected else ""
         raise UserError(

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+from cosmos_export import kinds
 from cosmos_export.checkpoint import pipeline_config, scheduler_config, variants
-from cosmos_export.checkpoint.adapters import CONFIG, MERGE_HINT, find_adapters
+from cosmos_export.checkpoint.adapters import find_adapters
 from cosmos_export.checkpoint.codec_configs import read_codec_configs
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
 from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
@@ -23,7 +24,7 @@ from cosmos_export.checkpoint.published import published_size
 from cosmos_export.checkpoint.quantization import Quantization, parse_quantization
 from cosmos_export.checkpoint.safetensors_header import TensorEntry
 from cosmos_export.checkpoint.shards import Shards, read_shards
-from cosmos_export.checkpoint.strict_json import optional_object, read_object, require_file
+from cosmos_export.checkpoint.strict_json import optional_object, read_object, require_file, require_itself
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.stamps import Inputs, unchanged
 
@@ -162,20 +163,18 @@ def _require_checkpoint(root: Path) -> None:
         hint = f"download it first: hf download {root}" if repository else "give the path of a local checkpoint"
         _not_a_checkpoint(f"{root} does not exist", hint)
     if not root.is_dir():
-        _not_a_checkpoint(f"{root} is not a directory", "give the directory that contains model_index.json")
+        kind = kinds.of_file(root)
+        what, hint = ("", "") if kind is None else (f": it is {kind.what}", f"; {kind.hint}")
+        _not_a_checkpoint(
+            f"{root} is not a directory{what}", f"give the directory that contains model_index.json{hint}"
+        )
     if (root / "transformer").is_dir():
         return
-    snapshots = sorted(child.name for child in (root / "snapshots").glob("*/") if child.is_dir())
-    if snapshots:
-        hint = f"this is a Hugging Face cache folder: give {root / 'snapshots' / snapshots[-1]}"
-    elif (root / "config.json").is_file() and any(root.glob("diffusion_pytorch_model*")):
-        hint = f"this is one component: give its parent, {root.absolute().parent}"
-    elif (root / CONFIG).is_file() or any(root.glob("*lora*.safetensors")):
-        hint = f"this is an adapter without its model: {MERGE_HINT}"
-    elif (root / "manifest.json").is_file():
-        hint = "this looks like a bundle, which is what a checkpoint compiles to: `cosmos-export bundle show` reads it"
-    else:
-        hint = "give the directory that contains model_index.json and transformer/"
+    pipeline_config.read_pipeline(root)
+    found = kinds.of_folder(root)
+    if found is not None:
+        _not_a_checkpoint(f"{root} is {found.what}, not a Cosmos 3 checkpoint", found.hint)
+    hint = "give the directory that contains model_index.json and transformer/"
     _not_a_checkpoint(f"{root} is not a Cosmos 3 checkpoint: it has no transformer/ folder", hint)
 
 
@@ -215,6 +214,8 @@ def _input_files(root: Path, components: Mapping[str, Path], shards: Mapping[str
     }
     for path in sorted(found):
         require_file(path)  # libraries open some of these by themselves, and would wait for a pipe
+        if path.parent != root:
+            require_itself(path)
     for shard in shards.values():
         found |= {header.file for header in shard.headers}
     return tuple(sorted(found))

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.checkpoint import dtypes
 from cosmos_export.checkpoint.strict_json import DuplicateKeyError, parse_object, require_file
 from cosmos_export.diagnostics import UserError, shown
@@ -125,6 +125,9 @@ def read_header(path: Path) -> Header:
             size = file.seek(0, 2)
             file.seek(0)
             prefix = file.read(LENGTH_BYTES)
+            if not _may_be_safetensors(prefix + file.read(1)):
+                _named(path)
+            file.seek(LENGTH_BYTES)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < LENGTH_BYTES:
                 _corrupt(path, f"{size} bytes is too short to hold a safetensors header")
@@ -140,6 +143,18 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise UserError("CX110", f"cannot read {path}: {error.strerror or error}", "check the permissions") from error
     return _parse(path, text, size)
+
+
+def _may_be_safetensors(first: bytes) -> bool:
+    """The length of a header that is not too long, and the bracket that it begins with."""
+    return first[LENGTH_BYTES:] == b"{" and int.from_bytes(first[:LENGTH_BYTES], "little") <= MAX_HEADER_BYTES
+
+
+def _named(path: Path) -> None:
+    """CX112 where ``path`` is something else that is known."""
+    kind = kinds.of_file(path)
+    if kind is not None and kind.what != kinds.SAFETENSORS:
+        raise UserError("CX112", f"{path} is not a safetensors file: it is {kind.what}", kind.hint)
 
 
 def parse_tensors(path: Path, data: bytes) -> dict[str, NDArray[Any]]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from cosmos_export import kinds
 from cosmos_export.checkpoint.adapters import MERGE_HINT, is_adapter_name
 from cosmos_export.checkpoint.safetensors_header import Header, TensorEntry, read_header
 from cosmos_export.checkpoint.strict_json import read_object, require_file
 from cosmos_export.diagnostics import UserError, shown
 
 INDEX_SUFFIX = ".index.json"
+_SHARD = re.compile(r"(?P<stem>.+)-\d+-of-(?P<all>\d+)\.safetensors")
 PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".npy", ".npz")
 
 
@@ -114,13 +117,26 @@ def _ignored(folder: Path, used: set[Path]) -> Iterable[tuple[Path, str]]:
 def _no_weights(folder: Path, stem: str) -> NoReturn:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     others = sorted(path.name for path in folder.glob("*.safetensors"))
+    shards = [found for name in others if (found := _SHARD.fullmatch(name))]
+    known = kinds.of_folder(folder)
     if any(is_adapter_name(name) for name in (*others, *pickles)):
         detail, hint = f"; {', '.join((*others, *pickles)[:4])} is an adapter", MERGE_HINT
+    elif shards:
+        index = f"{shards[0]['stem']}.safetensors{INDEX_SUFFIX}"
+        detail = f"; it has {len(shards)} of {int(shards[0]['all'])} shards, {shards[0][0]} …, without {index}"
+        hint = f"download the index too: `hf download OWNER/NAME {folder.name}/{index} --local-dir {folder.parent}`"
+        if shards[0]["stem"] != stem:
+            hint = f"the shards and their index must be named {stem}-00001-of-… and {stem}.safetensors{INDEX_SUFFIX}"
     elif others:
         detail, hint = f"; it has {', '.join(others[:4])}", f"the weights must be named {stem}.safetensors"
     elif pickles:
         detail = f"; {', '.join(pickles[:4])} may be pickled and is never opened"
-        hint = "convert the weights to safetensors"
+        hint = (
+            "convert them to safetensors in a trusted place: load the pipeline with diffusers (use_safetensors=False), "
+            "then save_pretrained"
+        )
+    elif known is not None and known.what not in ("one component of a checkpoint", "an empty folder"):
+        detail, hint = f"; it is {known.what}", known.hint
     else:
         detail, hint = "", "the download is incomplete: run it again"
     raise UserError("CX110", f"{folder} has neither {stem}.safetensors nor its index{detail}", hint)

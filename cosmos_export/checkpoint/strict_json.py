@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.diagnostics import UserError, shown
 
 MAX_JSON_BYTES = 16 * files.MIB
@@ -76,6 +76,8 @@ def read_object(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError("CX101", f"cannot read {path}: {error.strerror or error}", "check the permissions") from error
     except ValueError as error:
+        if (kind := kinds.of_file(path)) is not None:
+            raise UserError("CX101", f"{path} is not JSON as it is read here: it is {kind.what}", kind.hint) from error
         raise UserError("CX101", f"{path} is not valid JSON: {error}", "download the file again") from error
 
 
@@ -99,6 +101,12 @@ def require_file(path: Path) -> None:
         ) from error
     if not stat.S_ISREG(mode):
         raise UserError("CX102", f"{path} is not a regular file", "expected a file of the checkpoint")
+
+
+def require_itself(path: Path) -> None:
+    """CX126 where ``path`` is a file, but not the one that it is called: a pointer, or an answer of a server."""
+    if (kind := kinds.placeholder(path)) is not None:
+        raise UserError("CX126", f"{path} is {kind.what}", kind.hint)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

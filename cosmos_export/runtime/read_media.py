@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.diagnostics import UserError
 from cosmos_export.in_memory import InMemory
 from cosmos_export.runtime.media import Frames, missing, require_av
@@ -391,4 +391,7 @@ def _require_size(path: Path, width: int, height: int, pixel_format: Any) -> Non
 
 
 def _refuse(path: Path, found: str) -> NoReturn:
+    kind = kinds.of_file(path)
+    if kind is not None and not kind.picture:
+        raise UserError("CX614", f"{path} is {kind.what}", kind.hint)
     raise UserError("CX614", f"{path}: {found}", "pictures: png, jpg; clips: mp4, and what else FFmpeg reads")

@@ -108,7 +108,7 @@ def test_writer_and_reader_agree_and_the_data_is_aligned(tmp_path: Path) -> None
 
 DATA = b"0123456789"
 BAD = {
-    "empty file": (b"", "CX112", "too short"),
+    "empty file": (b"", "CX112", "an empty file"),
     "no room for the length": (b"\x01\x02", "CX112", "too short"),
     "length beyond the limit": ((MAX_HEADER_BYTES + 1).to_bytes(8, "little") + b"{}", "CX112", "8,388,608 allowed"),
     "length of all ones": (b"\xff" * 8 + b"{}", "CX112", "header claims"),

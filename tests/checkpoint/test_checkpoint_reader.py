@@ -95,7 +95,7 @@ def test_hugging_face_cache_of_links(tmp_path: Path) -> None:
     assert checkpoint.origin.repository == "nvidia/Cosmos3-Nano"
     assert checkpoint.origin.revision == "0123abcd"
     assert all(path.is_relative_to(snapshot) for path in checkpoint.files())
-    assert "snapshots" in refuses(repository, "CX105", "has no transformer/ folder").hint
+    assert "snapshots" in refuses(repository, "CX105", "is a Hugging Face cache folder").hint
     (repository / "blobs" / f"{0:040x}").unlink()
     assert "download is incomplete" in refuses(snapshot, "CX102", "is a symbolic link to a file that is not").hint
 
@@ -254,9 +254,9 @@ def test_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     file.write_text("x")
     refuses(file, "CX105", "is not a directory")
     (tmp_path / "empty").mkdir()
-    refuses(tmp_path / "empty", "CX105", "no transformer/ folder")
+    refuses(tmp_path / "empty", "CX105", "is an empty folder")
     root = write_checkpoint(tmp_path / "real")
-    assert str(root) in refuses(root / "transformer", "CX105", "no transformer/ folder").hint
+    assert str(root) in refuses(root / "transformer", "CX105", "is one component of a checkpoint").hint
 
 
 def test_what_the_system_refuses_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
