@@ -12,32 +12,26 @@ from cosmos_export.calibration.items import IMAGES, ClipPart, Item
 from cosmos_export.calibration.source_options import rate, whole_number
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.embodiments import embodiment
+from cosmos_export.runtime import request_file
 from cosmos_export.runtime.embodiments import ActionFile, read_actions
 from cosmos_export.runtime.prompts import Prompt, text_prompt
-from cosmos_export.sampling import MODES
 
-PROMPT_KEYS = {"prompt", "caption", "caption_json"}
-_MEDIA_KEYS = ("image", "video", "vision_path", "image_path", "video_path")
-_MODES: Mapping[str, str] = {
-    **{name: name for name in MODES},
-    **{alias: mode.name for mode in MODES.values() for alias in mode.aliases},
-}
-_MODE_KEYS = ("mode", "model_mode")
+PROMPT_KEYS = set(request_file.PROMPT_KEYS)
 
 
 def entry_item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
     """An object of a ``.jsonl`` file or of the framework's ``inputs/omni``. Keys that say nothing here are let be."""
-    prompt = next((entry[key] for key in ("prompt", "caption", "caption_json") if entry.get(key) is not None), None)
+    prompt = next((entry[key] for key in request_file.PROMPT_KEYS if entry.get(key) is not None), None)
     if isinstance(prompt, dict):
         prompt = json.dumps(prompt)
     if not isinstance(prompt, str):
-        bad_entry(
-            name, f"prompt = {shown(prompt)} is not text", f"keys with a prompt: {', '.join(sorted(PROMPT_KEYS))}"
-        )
+        what = f"prompt = {shown(prompt)} is not text" if prompt is not None else f"no prompt; keys: {shown([*entry])}"
+        bad_entry(name, what, f"keys with a prompt: {', '.join(request_file.PROMPT_KEYS)}")
     item = Item(_entry_name(name, entry), text_prompt(prompt))
-    if negative := _said(name, entry, "negative_prompt", str):
-        item = replace(item, negative=text_prompt(negative, "negative prompt"))
-    for key in _MEDIA_KEYS:
+    for key in request_file.NEGATIVE_KEYS:
+        if negative := _said(name, entry, key, str):
+            item = replace(item, negative=text_prompt(negative, "negative prompt"))
+    for key in request_file.MEDIA_KEYS:
         if value := _said(name, entry, key, str):
             path = folder / value
             if not path.is_file():
@@ -50,15 +44,16 @@ def entry_item(name: str, entry: Mapping[str, Any], folder: Path) -> Item:
         item = replace(item, actions=file.values, embodiment=file.embodiment, beside=(path,))
     if domain := _said(name, entry, "domain_name", str):
         item = replace(item, embodiment=_same_robot(name, item.embodiment, domain))
-    for key in _MODE_KEYS:
+    for key in request_file.MODE_KEYS:
         if mode := _said(name, entry, key, str):
-            if mode not in _MODES:
-                bad_entry(name, f"{key} = {shown(mode)}", f"known: {', '.join(_MODES)}")
-            item = replace(item, mode=_MODES[mode])
+            if (known := request_file.mode_named(mode)) is None:
+                bad_entry(name, f"{key} = {shown(mode)}", f"known: {request_file.known_modes()}")
+            item = replace(item, mode=known)
     if (fps := _said(name, entry, "fps", int, float)) is not None:
         item = replace(item, fps=rate("fps", str(fps)))
-    if (frames := _said(name, entry, "num_frames", int)) is not None:
-        item = replace(item, frames=whole_number("frames", str(frames)))
+    for key in request_file.FRAMES_KEYS:
+        if (frames := _said(name, entry, key, int)) is not None:
+            item = replace(item, frames=whole_number("frames", str(frames)))
     return item
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from cosmos_export.calibration.lerobot import read_lerobot
 from cosmos_export.checkpoint.strict_json import parse_document, parse_object
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.runtime.prompts import Prompt, read_prompt, text_prompt
+from cosmos_export.runtime.request_file import FRAMES_KEYS
 
 
 def reader(path: Path) -> Callable[[Path, Options], SourceContent]:
@@ -88,12 +91,56 @@ def _read_medium(path: Path, options: Options) -> SourceContent:
     return SourceContent("media", (medium_item(path),), ())
 
 
+def _read_table(path: Path, options: Options) -> SourceContent:
+    """One object a row, whose keys are in the first row."""
+    text = _decoded(path)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True))
+    except csv.Error as error:
+        raise UserError("CX340", f"{path} is not a table of text: {error}", "quote cells that have commas") from error
+    items = []
+    for number, row in enumerate(rows, 2):
+        cells = {key.strip(): value for key, value in row.items() if key and value}
+        for key in _NUMBERS & cells.keys():
+            cells[key] = _number(path, number, key, cells[key])
+        items.append(entry_item(f"{path.name}:{number}", cells, path.parent))
+    return SourceContent("table", tuple(items), (path,))
+
+
+_NUMBERS = {"fps", *FRAMES_KEYS}
+
+
+def _number(path: Path, line: int, key: str, text: str) -> Any:
+    """The cell of a table that has a number: a whole one where it is written as such."""
+    try:
+        return int(text) if text.strip().isdecimal() else float(text)
+    except ValueError:
+        raise UserError("CX340", f"{path}, line {line}: {key} = {shown(text)} is not a number") from None
+
+
+def _read_captions(path: Path, files_there: list[Path], options: Options) -> SourceContent:
+    """A folder of texts and captions without pictures: each file as it is read by itself."""
+    items: list[Item] = []
+    used: list[Path] = []
+    for file in files_there:
+        if file.suffix.lower() in _TEXTS:
+            found = _READERS[file.suffix.lower()](file, options)
+            items += found.items
+            used += found.files
+    left = [file.name for file in files_there if file.suffix.lower() not in _TEXTS and not file.name.startswith(".")]
+    notes = (f"{len(left)} files of {path.name} are not read: {', '.join(left[:4])}",) if left else ()
+    return SourceContent("captions", tuple(items), tuple(used), notes)
+
+
 def _read_folder(path: Path, options: Options) -> SourceContent:
-    """Pictures and clips, each with the text or caption beside it that has its name."""
+    """Pictures and clips, each with the text or caption beside it that has its name; or texts and captions alone."""
     items: list[Item] = []
     beside_them: list[Path] = []
     notes: list[str] = []
     present = sorted(path.rglob("*"))
+    if not any(file.suffix.lower() in (*IMAGES, *CLIPS) for file in present):
+        return _read_captions(path, [file for file in present if file.is_file()], options)
     texts = {(p.with_suffix(""), p.suffix.lower()): p for p in present if p.suffix.lower() in _BESIDE}
     for medium in (p for p in present if p.suffix.lower() in (*IMAGES, *CLIPS)):
         item = medium_item(medium)
@@ -106,6 +153,8 @@ def _read_folder(path: Path, options: Options) -> SourceContent:
     return SourceContent("media", tuple(items), tuple(beside_them), tuple(notes))
 
 
+_TEXTS = (".txt", ".json", ".jsonl", ".csv", ".tsv")
+"""Endings of what is read in a folder without pictures."""
 _BESIDE = (".txt", ".json")
 """Endings of what is beside a picture or a clip; the first comes first."""
 
@@ -126,6 +175,8 @@ def _told(item: Item, beside: Path) -> Item:
 _READERS: Mapping[str, Callable[[Path, Options], SourceContent]] = {
     ".txt": _read_text,
     ".jsonl": _read_lines,
+    ".csv": _read_table,
+    ".tsv": _read_table,
     ".json": _read_json,
     ".safetensors": _read_latents,
 }

@@ -20,7 +20,8 @@ OPTIONS = (
     "licence", "origin", "prompt", "negative", "mode", "embodiment", "video", "fps", "frames", "limit", "camera",
     "cameras", "actions", "state", "stats", "normalization",
 )  # fmt: skip
-_OPTION = re.compile(rf",({'|'.join(OPTIONS)})=")
+_SPELLINGS = {"license": "licence"}
+_OPTION = re.compile(rf",({'|'.join((*OPTIONS, *_SPELLINGS))})=")
 
 
 def parse_source(text: str) -> tuple[Path, Options]:
@@ -28,6 +29,7 @@ def parse_source(text: str) -> tuple[Path, Options]:
     path, *pairs = _OPTION.split(text)
     values: dict[str, Any] = {}
     for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        key = _SPELLINGS.get(key, key)
         if key in values:
             _bad_option(key, value, "given twice")
         values[key] = _CONVERT[key](key, value) if key in _CONVERT else value

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.items import ClipPart, Item, Options
 from cosmos_export.calibration.lerobot import read_lerobot
@@ -61,8 +61,13 @@ def read_source(text: str, policy: Embodiment | None = None) -> Source:
         found = read(path, options)
     items = found.items[: options.limit]
     if not items:
+        kind = kinds.of_folder(path) if path.is_dir() else None
+        if kind is not None:
+            raise UserError("CX340", f"{path} holds nothing to calibrate on: it is {kind.what}", kind.hint)
         raise UserError(
-            "CX340", f"{path} holds nothing to calibrate on ({found.kind})", "name each caption (.json) by itself"
+            "CX340",
+            f"{path} holds nothing to calibrate on ({found.kind})",
+            "folders of pictures, of clips or of captions (.json, .jsonl, .txt, .csv) are read, and LeRobot data sets",
         )
     items = tuple(_with(item, options) for item in items)
     used = [*found.files, *(path for item in items for path in _files(item))]

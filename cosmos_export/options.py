@@ -278,8 +278,9 @@ class GenerateOptions:
     """
 
     prompt: Annotated[str | InMemory[str], Cli("--prompt", "-p", group=_PROMPT, metavar="TEXT")]
-    """Text, or a JSON caption as FILE.json; the task of an action. In memory it is text, whatever it looks like."""
-    negative: Annotated[str | None, Cli(group=_PROMPT, metavar="TEXT")] = None
+    """Text, a JSON caption or a request as FILE.json; the task of an action. In memory it is text, whatever it looks
+    like."""
+    negative: Annotated[str | InMemory[str] | None, Cli(group=_PROMPT, metavar="TEXT")] = None
     """Negative prompt: text or FILE.json. Default: none."""
     mode: Annotated[str | None, Cli(names="modes", metavar="MODE")] = None
     """Mode of the request. Default: the one that the files and the bundle imply."""

@@ -22,7 +22,6 @@ _WRAPPERS: Mapping[str, str] = {
     "shadow_params": "moving average (EMA) of the weights",
     "transformer": "whole pipeline in one file",
     "diffusion_model": "single file of ComfyUI",
-    "omni": "whole pipeline in one file",
     "pipe": "whole pipeline in one file",
     "dit": "training module",
     "state_dict": "training state",

@@ -8,7 +8,7 @@ pipeline (diffusers, ``Cosmos3OmniPipeline``).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from cosmos_export.runtime.generate_options import (
 )
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message, text_prompt
 from cosmos_export.runtime.request import Request
+from cosmos_export.runtime.request_file import with_request
 from cosmos_export.runtime.scenes import Stage, action_stage, video_stage
 from cosmos_export.runtime.scheduling import request_schedule
 from cosmos_export.runtime.tokenize import PromptTokenizer, TokenIds
@@ -76,11 +77,15 @@ def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokeniz
     """
     manifest = files.manifest
     record = request_record(manifest)
+    given = asked
+    asked, read = with_request(asked)
     mode = mode_of(asked, manifest, record)
     require_options(asked, mode)
     require_capabilities(manifest, record, mode, asked.sound)
     require_numbers(asked)
     schedule = request_schedule(asked.sampling, manifest, record, mode.name)
+    if asked.negative is not None and given.negative is None and not any(schedule.guided):
+        asked, read = replace(asked, negative=None), (*read, "its negative prompt is not read: no step is guided")
     if asked.negative is not None and not any(schedule.guided):
         raise UserError(
             "CX616", "a negative prompt where no step is guided", "leave --negative out, or set --guidance above 1"
@@ -117,7 +122,7 @@ def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokeniz
         conversion=stage.conversion,
         state=stage.state,
         beyond=stage.beyond,
-        notes=(*stage.notes, *said),
+        notes=(*read, *stage.notes, *said),
     )
 
 
@@ -143,7 +148,12 @@ def _tokenized(
         raise UnsupportedError("CX605", "this bundle has no tokenizer", "build it from a checkpoint that has one")
     given = asked.prompt
     prompt = text_prompt(given.value) if isinstance(given, InMemory) else read_prompt(given)
-    negative = read_prompt(asked.negative or "", "negative prompt")
+    denied = asked.negative or ""
+    negative = (
+        text_prompt(denied.value, "negative prompt")
+        if isinstance(denied, InMemory)
+        else read_prompt(denied, "negative prompt")
+    )
     task = stage.mode.prompt is PromptForm.TASK
     if task and prompt.caption and asked.viewpoint is not None:
         raise UserError("CX604", "--viewpoint with a JSON caption", "the caption says it in cinematography.framing")
