@@ -275,12 +275,14 @@ def _group(kind: str) -> dict[str, Any]:
 def _take_rest(checkpoint: Checkpoint, folder: Path, take: Callable[[Path, Path], None]) -> None:
     """Every file except the transformer's weights and configuration, what is written anew, and what is never opened:
     pickles."""
-    weights = {entry.file for entry in checkpoint.tensors.values()}
+    weights = {*checkpoint.weight_files(), *checkpoint.folded_files}
+    weights |= {path.with_name("adapter_config.json") for path in checkpoint.folded_files}
     stem = WEIGHT_STEMS["transformer"]
     for path in _files(checkpoint):
         relative = path.relative_to(checkpoint.root)
-        written_anew = relative.parts[0] == "transformer" and (
-            path.name == "config.json" or path.name.startswith(f"{stem}.safetensors") or path in weights
+        written_anew = path in weights or (
+            relative.parts[0] == "transformer"
+            and (path.name == "config.json" or path.name.startswith(f"{stem}.safetensors"))
         )
         if written_anew or path.suffix in PICKLES or relative.as_posix() in _WRITTEN:
             continue

@@ -135,6 +135,12 @@ class BuildOptions:
     memory_budget: Annotated[str | None, Cli(group=_MACHINE, metavar="SIZE", manifest="chains")] = None
     """Memory that the build may take, such as 16GiB. An engine that needs more is split into several. Default: what
     this machine has free, less a margin."""
+    adapters: Annotated[
+        tuple[str, ...],
+        Cli("--adapter", group=_MODEL, reads="repeated", metavar="PATH[:SCALE]", manifest="options.adapters"),
+    ] = ()
+    """LoRA adapter to add to the weights: a file or a folder in the layout of PEFT, diffusers or kohya, and a factor.
+    Repeat it for several."""
     ignore_adapters: Annotated[bool, Cli(group=_MODEL, manifest="options.ignored_adapters")] = False
     """Take the weights without the adapters beside them."""
     created_by: Annotated[str | None, Cli(group=_OUTPUT, metavar="URI", manifest="options")] = None
@@ -235,6 +241,7 @@ class CalibrateOptions:
     """Bits per weight on average for modelopt-auto. Default: 6."""
     seed: Annotated[int, Cli(group=_SAMPLING, metavar="N")] = 0
     """Seed of the noise."""
+    adapters: Annotated[tuple[str, ...], Cli("--adapter", reads="repeated", metavar="PATH[:SCALE]")] = ()
     ignore_adapters: bool = False
     force: Annotated[bool, Cli(group=_OUTPUT)] = False
 
@@ -262,6 +269,7 @@ class QuantizeRequest:
     """Record 16-bit activations in the reasoner and in the first and last three steps, as published."""
     link: Annotated[bool, Cli(group=_OUTPUT)] = False
     """Make hard links to unchanged files in place of copies."""
+    adapters: Annotated[tuple[str, ...], Cli("--adapter", reads="repeated", metavar="PATH[:SCALE]")] = ()
     ignore_adapters: bool = False
     force: Annotated[bool, Cli(group=_OUTPUT)] = False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -51,8 +52,16 @@ def require_no_adapters(root: Path, adapters: Collection[Path], ignore: bool) ->
     raise UserError(
         "CX125",
         f"{root} has an adapter, which is not part of the weights that are read: {', '.join(names[:_SHOWN])}{rest}",
-        f"{MERGE_HINT}; `--ignore-adapters` takes the weights without it",
+        f"`--adapter {shlex.quote(str(_whole(adapters)))}` adds it to the weights (`PATH:0.8` with a factor), "
+        "`--ignore-adapters` takes the weights without it",
     )
+
+
+def _whole(adapters: Collection[Path]) -> Path:
+    """What `--adapter` takes of ``adapters``: the folder of one in the layout of PEFT, or the first file of weights."""
+    found = sorted(adapters)
+    weights = [path for path in found if path.suffix.lower() == ".safetensors"]
+    return weights[0] if weights else found[0].parent
 
 
 def _files(root: Path) -> Iterator[Path]:

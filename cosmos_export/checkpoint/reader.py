@@ -77,6 +77,12 @@ class Checkpoint:
     """The input files as they were when the checkpoint was opened."""
     adapters: tuple[Path, ...] = ()
     """Files of adapters in its folders: `require_no_adapters` refuses to leave them out unasked."""
+    folded: tuple[str, ...] = ()
+    """Adapters that its tensors have in them: one JSON object for each, for the manifest."""
+    folded_files: tuple[Path, ...] = ()
+    """Their files."""
+    scratch: object = None
+    """Keeps the files of tensors that were made of it for as long as it is used."""
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.root)!r}, {self.variant}, {self.precision}, {len(self.tensors)} tensors)"
@@ -84,6 +90,11 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """Every input file, sorted; links are not resolved, so that paths stay relative to ``root``."""
         return self.input_files
+
+    def weight_files(self) -> tuple[Path, ...]:
+        """The transformer's files of tensors, as they were opened."""
+        folder = self.components["transformer"]
+        return tuple(path for path in self.input_files if path.parent == folder and path.suffix == ".safetensors")
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:

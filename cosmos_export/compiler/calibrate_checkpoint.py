@@ -13,6 +13,8 @@ from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.checkpoint.folded import fold, left_out
+from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.options import available_modalities, model_limits, require_compiler
 from cosmos_export.compiler.request_record import request_record
 from cosmos_export.compiler.selection import TOKENIZER_FILE
@@ -97,7 +99,14 @@ def _job(
     from cosmos_export.calibration.sources import read_source
     from cosmos_export.runtime.tokenize import PromptTokenizer
 
-    require_no_adapters(checkpoint.root, checkpoint.adapters, options.ignore_adapters)
+    adapters = tuple(read_adapter(text, checkpoint) for text in options.adapters)
+    require_no_adapters(checkpoint.root, left_out(checkpoint, adapters), options.ignore_adapters)
+    if adapters and options.latents == "rollout":
+        raise UserError(
+            "CX128",
+            "--latents rollout samples with the files of the checkpoint, which do not have the adapters",
+            "show it clips (--data), or merge the adapters into a checkpoint with diffusers first",
+        )
     _require_calibratable(checkpoint)
     if options.latents == "rollout":
         _require_memory(checkpoint)
@@ -128,6 +137,7 @@ def _job(
     samples = plan_samples(works, options.samples)
     found = coverage(works, samples)
     require_coverage(found, modalities)
+    checkpoint = fold(checkpoint, adapters, options.output, progress)
     return CalibrationJob(
         checkpoint=checkpoint,
         identity=checkpoint_identity(checkpoint, progress),
@@ -147,7 +157,7 @@ def _components_digest(checkpoint: Checkpoint) -> str:
     """Digest of every input file that `checkpoint_identity` does not cover and a calibration may read."""
     from cosmos_export.calibration.sources import digest_of
 
-    weights = {entry.file for entry in checkpoint.tensors.values()}
+    weights = set(checkpoint.weight_files())
     unread = checkpoint.components.get("vision_encoder")
     return digest_of([path for path in checkpoint.files() if path not in weights and path.parent != unread])
 

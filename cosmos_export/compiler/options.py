@@ -13,6 +13,8 @@ from cosmos_export.bundle.provenance import require_builder, time_of_build
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.checkpoint.folded import fold, left_out
+from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.coverage import table_coverage
 from cosmos_export.compiler.job import Job
 from cosmos_export.compiler.memory import memory_budget
@@ -66,7 +68,8 @@ def _resolve(
     options: BuildOptions, target: Target, profiles: tuple[Profile, ...], budget: int | None, checkpoint: Checkpoint
 ) -> Job:
     """The part of `resolve` that reads the checkpoint."""
-    require_no_adapters(checkpoint.root, checkpoint.adapters, options.ignore_adapters)
+    adapters = tuple(read_adapter(text, checkpoint) for text in options.adapters)
+    require_no_adapters(checkpoint.root, left_out(checkpoint, adapters), options.ignore_adapters)
     _require_buildable(checkpoint)
     if options.kernels and checkpoint.dtype == "fp32":
         raise UnsupportedError(
@@ -88,6 +91,7 @@ def _resolve(
     assignment = _precision(options, recipe, target, checkpoint, sampling, profiles)
     tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
     scale_files = Inputs("the scale table", (), tables)
+    checkpoint = fold(checkpoint, adapters, options.output)
     scales = _scales(options, assignment, checkpoint)
     workloads = [Workload(p.name, options.mode, p, 1, 1) for p in profiles]
     plan = predict(

@@ -27,6 +27,7 @@ from cosmos_export.bundle import (
     Volatile,
 )
 from cosmos_export.checkpoint import Checkpoint
+from cosmos_export.checkpoint.folded import folded_options
 from cosmos_export.compiler.components import Codec
 from cosmos_export.compiler.coverage import coverage_verdicts
 from cosmos_export.compiler.cuts import chains
@@ -116,6 +117,7 @@ def manifest(result: BuildResult, contents: BundleContents) -> Manifest:
             **_recorded(job),
             **{f"schedule.{name}": value for name, value in asdict(job.schedule).items()},
             "passes": tuple(program.history),
+            **folded_options(checkpoint),
             **_ignored_adapters(checkpoint),
         },
         evaluation=verdicts(result),

@@ -89,7 +89,8 @@ def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on parts of the checkpoint that are not in its bundle, or not as a user may think."""
     names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
     adapters = (f"adapters that are not in this bundle: {names}",) if names else ()
-    return (*adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
+    folded = tuple(f"adapter in the weights: {text}" for text in checkpoint.folded)
+    return (*folded, *adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
 
 
 def _position_notes(checkpoint: Checkpoint) -> tuple[str, ...]:

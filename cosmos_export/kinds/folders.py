@@ -97,8 +97,8 @@ _FOLDERS: tuple[_Folder, ...] = (
     _Folder(
         "an adapter without its model",
         ("adapter_config.json", "adapter_model.*", "*lora*.safetensors", "*LoRA*.safetensors"),
-        "merge it into the checkpoint that it was trained on, with diffusers: load_lora_adapter, fuse_lora "
-        "of the pipeline's transformer, then save_pretrained of the pipeline",
+        "give the checkpoint that it was trained on, and it beside: "
+        "`cosmos-export build CHECKPOINT --adapter {path} -o NAME.bundle`",
     ),
     _Folder(
         "a checkpoint of Lightning or of plain PyTorch",
