@@ -7,7 +7,8 @@ read the same figures.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.resources import files
@@ -17,6 +18,7 @@ from typing import Any
 from cosmos_export.diagnostics import InternalError, UserError
 from cosmos_export.files import parse_toml
 from cosmos_export.precision.schemes import SCHEMES
+from cosmos_export.targets import gpu_names
 
 FP32 = "fp32"
 """The type of a model that is fp32 throughout: a precision besides the schemes, which no recipe chooses."""
@@ -137,15 +139,45 @@ def target_names() -> tuple[str, ...]:
 
 @cache
 def load_target(name: str) -> Target:
-    """The target called ``name``; a `UserError` names the nearest one if there is none."""
-    if name not in target_names():
-        near = difflib.get_close_matches(name.lower(), target_names(), n=1, cutoff=0.5)
-        raise UserError(
-            "CX401",
-            f"unknown target `{name}`; known: {', '.join(target_names())}",
-            f"did you mean `{near[0]}`?" if near else "`cosmos-export targets` describes them",
-        )
+    """The target called ``name``, in any spelling of its own name. A `UserError` says which targets have engines that
+    load on the GPU that is meant, and never suggests another compute capability."""
+    known = target_names()
+    if name not in known:
+        same = [one for one in known if gpu_names.same(name, one)]
+        if not same:
+            raise _unknown(name, known)
+        name = same[0]
     return parse_target(name, (_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def _unknown(name: str, known: Sequence[str]) -> UserError:
+    """CX401 for ``name``, with the target that is meant."""
+    listed = f"known: {', '.join(known)}"
+    if "," in name:
+        return UserError("CX401", f"`{name}` is several targets, and a build has one", "build a bundle for each")
+    if gpu_names.any_gpu(name):
+        hint = (
+            "name its GPU; `nvidia-smi --query-gpu=name,compute_cap --format=csv` shows it, `cosmos-export targets` all"
+        )
+        return UserError("CX401", f"`{name}` is no target: engines are built for one kind of GPU; {listed}", hint)
+    if gpu_names.other_maker(name):
+        return UserError(
+            "CX401", f"`{name}` is not a GPU of NVIDIA; {listed}", "`--target cpu` builds for any processor"
+        )
+    capability = gpu_names.capability_of(name)
+    if capability is not None:
+        fits = [one for one in known if load_target(one).compute_capability == capability]
+        if not fits:
+            what = f"`{name}` has compute capability {capability}, which is not supported; {listed}"
+            return UserError("CX401", what, "`--target cpu` builds for any processor; the others need their own GPU")
+        named = " or ".join(f"`--target {one}`" for one in fits)
+        what = f"`{name}` is not a target by itself; it has compute capability {capability}, as {', '.join(fits)}"
+        return UserError("CX401", what, f"{named}: its engines load there; look whether its memory is enough")
+    digits = re.findall(r"\d+", name)
+    alike = [one for one in known if re.findall(r"\d+", one) == digits and one[0] == name[:1].lower()]
+    near = difflib.get_close_matches(name.lower(), alike, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else "`cosmos-export targets` describes them"
+    return UserError("CX401", f"unknown target `{name}`; {listed}", hint)
 
 
 def parse_target(name: str, text: str) -> Target:

@@ -69,6 +69,7 @@ def raised() -> Iterator[tuple[str, int, str, str]]:
 CODE = re.compile(r"CX\d{3}")
 INDIRECT = {
     "CX002": 130,
+    "CX129": 2,
     "CX131": 2,
     "CX220": 2,
     "CX334": 2,

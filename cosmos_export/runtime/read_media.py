@@ -212,7 +212,7 @@ def _still(path: Path) -> Clip | int:
         except Image.DecompressionBombError:
             _refuse(path, f"more pixels than the {MAX_PIXELS:,} that are allowed")
         except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-            _refuse(path, f"cannot be decoded: {str(error)[:120]}")
+            _refuse_contents(path, f"cannot be decoded: {str(error)[:120]}")
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------------
@@ -356,7 +356,7 @@ def _opened(path: Path, orientation: int = 1) -> Iterator[_Medium]:
         with container:
             streams = container.streams.video
             if not streams:
-                _refuse(path, "no picture or video in it")
+                _refuse_contents(path, "no picture or video in it")
             _prepare(path, streams[0])
             try:
                 yield _Medium(path, streams[0], source, orientation)
@@ -379,7 +379,7 @@ def _decoding(path: Path) -> Iterator[None]:
     try:
         yield
     except (av.error.FFmpegError, ValueError) as error:
-        _refuse(path, f"cannot be decoded: {getattr(error, 'strerror', None) or error}")
+        _refuse_contents(path, f"cannot be decoded: {getattr(error, 'strerror', None) or error}")
 
 
 def _require_size(path: Path, width: int, height: int, pixel_format: Any) -> None:
@@ -390,8 +390,13 @@ def _require_size(path: Path, width: int, height: int, pixel_format: Any) -> Non
         _refuse(path, f"{width} × {height} pixels of {bits} bits; allowed: {MAX_FRAME_BYTES:,} bytes")
 
 
-def _refuse(path: Path, found: str) -> NoReturn:
+def _refuse_contents(path: Path, found: str) -> NoReturn:
+    """`_refuse`, of a file that may be something else than a picture or a clip."""
     kind = kinds.of_file(path)
     if kind is not None and not kind.picture:
         raise UserError("CX614", f"{path} is {kind.what}", kind.hint)
+    _refuse(path, found)
+
+
+def _refuse(path: Path, found: str) -> NoReturn:
     raise UserError("CX614", f"{path}: {found}", "pictures: png, jpg; clips: mp4, and what else FFmpeg reads")

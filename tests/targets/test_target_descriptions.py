@@ -68,12 +68,91 @@ def test_fp4_is_legal_only_where_tensor_cores_have_it() -> None:
     ]
 
 
-def test_unknown_target_names_the_nearest() -> None:
+def unknown(name: str) -> UserError:
     with pytest.raises(UserError) as caught:
-        load_target("rtx-pro-600")
-    assert caught.value.code == "CX401"
-    assert "rtx-pro-6000" in caught.value.hint
-    assert all(name in caught.value.message for name in NAMES)
+        load_target(name)
+    assert caught.value.code == "CX401" and caught.value.hint
+    return caught.value
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    error = unknown("rtx-pr-6000x")
+    assert "rtx-pro-6000" in error.hint
+    assert all(name in error.message for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("5090", "rtx-5090"), ("RTX 5090", "rtx-5090"), ("GeForce RTX 5090", "rtx-5090"), ("GB10", "dgx-spark"),
+        ("spark", "dgx-spark"), ("T5000", "jetson-thor"), ("jetson_agx_thor", "jetson-thor"), ("H100", "h100"),
+        ("nvidia-b200", "b200"), ("RTX PRO 6000", "rtx-pro-6000"), ("L40S", "l40s"),
+    ],
+)  # fmt: skip
+def test_a_target_has_more_than_one_spelling(name: str, target: str) -> None:
+    assert load_target(name).name == target
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "targets"),
+    [
+        ("rtx-4090", "8.9", {"l40s"}),
+        ("4090", "8.9", {"l40s"}),
+        ("rtx4070ti", "8.9", {"l40s"}),
+        ("l4", "8.9", {"l40s"}),
+        ("a6000-ada", "8.9", {"l40s"}),
+        ("rtx-6000-ada", "8.9", {"l40s"}),
+        ("5080", "12.0", {"rtx-5090", "rtx-pro-6000"}),
+        ("rtx-5070-ti", "12.0", {"rtx-5090", "rtx-pro-6000"}),
+        ("sm_120", "12.0", {"rtx-5090", "rtx-pro-6000"}),
+        ("rtx-pro-5000", "12.0", {"rtx-5090", "rtx-pro-6000"}),
+        ("sm_89", "8.9", {"l40s"}),
+        ("9.0", "9.0", {"h100", "h200"}),
+        ("sm90a", "9.0", {"h100", "h200"}),
+        ("gh200", "9.0", {"h100", "h200"}),
+        ("gb200", "10.0", {"b200"}),
+        ("gb300", "10.3", {"b300"}),
+        ("sm_121", "12.1", {"dgx-spark"}),
+        ("h800", "9.0", {"h100", "h200"}),
+        ("a100", "8.0", set()),
+        ("jetson-orin", "8.7", set()),
+        ("orin", "8.7", set()),
+        ("rtx-3090", "8.6", set()),
+        ("a10g", "8.6", set()),
+        ("t4", "7.5", set()),
+        ("v100", "7.0", set()),
+        ("2080ti", "7.5", set()),
+        ("a6000", "8.6", set()),
+        ("sm_86", "8.6", set()),
+    ],
+)
+def test_a_gpu_is_sent_to_targets_whose_engines_load_on_it(name: str, capability: str, targets: set[str]) -> None:
+    error = unknown(name)
+    assert f"compute capability {capability}" in error.message
+    assert {word.strip("`,.:;") for word in error.hint.split()} & set(NAMES) == (targets or {"cpu"})
+    assert all(load_target(one).compute_capability == capability for one in targets)
+    assert ("not supported" in error.message) == (not targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h100,h200", "several targets"),
+        ("cuda", "one kind of GPU"),
+        ("gpu", "one kind of GPU"),
+        ("mi300x", "not a GPU"),
+        ("cuda:0", "one kind of GPU"),
+        ("rtx", "one kind of GPU"),
+        ("m3max", "not a GPU of NVIDIA"),
+    ],
+)
+def test_what_is_no_name_of_a_gpu_gets_a_sentence(name: str, said: str) -> None:
+    assert said in unknown(name).message
+
+
+@pytest.mark.parametrize("name", ["rtx-6090", "h300", "b100x", "rtx-pro-600", "l50s"])
+def test_another_number_is_never_suggested(name: str) -> None:
+    assert "did you mean" not in unknown(name).hint
 
 
 @pytest.mark.parametrize("name", ["../pyproject", "", "zzz"])
