@@ -55,7 +55,8 @@ class BuildOptions:
     """A build request as the user gives it. ``output`` is None with ``until``: dumps only."""
 
     checkpoint: Annotated[Path, Cli(argument=True, metavar="CHECKPOINT", manifest="inputs")]
-    """Checkpoint directory in the published layout."""
+    """Checkpoint directory in the published layout, or the name of one in the Hugging Face cache, such as
+    nvidia/Cosmos3-Nano@fp8."""
     output: Annotated[Path | None, Cli("--output", "-o", group=_OUTPUT, metavar="DIR")] = None
     """Bundle directory to create."""
     target: Annotated[str, Cli(group=_MODEL, names="targets", metavar="TARGET", manifest="target")] = "cpu"

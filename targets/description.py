@@ -150,6 +150,13 @@ def load_target(name: str) -> Target:
     return parse_target(name, (_folder() / f"{name}.toml").read_text(encoding="utf-8"))
 
 
+def _may_be(name: str, target: str) -> bool:
+    """Whether ``name`` has the numbers of ``target``, or one of its digits too few or too many at the end."""
+    first, second = ("".join(re.findall(r"\d+", text)) for text in (name, target))
+    short, long = sorted((first, second), key=len)
+    return long.startswith(short) and len(long) - len(short) <= 1
+
+
 def _unknown(name: str, known: Sequence[str]) -> UserError:
     """CX401 for ``name``, with the target that is meant."""
     listed = f"known: {', '.join(known)}"
@@ -173,8 +180,7 @@ def _unknown(name: str, known: Sequence[str]) -> UserError:
         named = " or ".join(f"`--target {one}`" for one in fits)
         what = f"`{name}` is not a target by itself; it has compute capability {capability}, as {', '.join(fits)}"
         return UserError("CX401", what, f"{named}: its engines load there; look whether its memory is enough")
-    digits = re.findall(r"\d+", name)
-    alike = [one for one in known if re.findall(r"\d+", one) == digits and one[0] == name[:1].lower()]
+    alike = [one for one in known if one[0] == name[:1].lower() and _may_be(name, one)]
     near = difflib.get_close_matches(name.lower(), alike, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else "`cosmos-export targets` describes them"
     return UserError("CX401", f"unknown target `{name}`; {listed}", hint)

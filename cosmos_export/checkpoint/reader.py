@@ -17,6 +17,7 @@ from cosmos_export.checkpoint import pipeline_config, scheduler_config, variants
 from cosmos_export.checkpoint.adapters import find_adapters
 from cosmos_export.checkpoint.codec_configs import read_codec_configs
 from cosmos_export.checkpoint.geometry import Geometry, parse_geometry
+from cosmos_export.checkpoint.hub import local_checkpoint
 from cosmos_export.checkpoint.layout import ExpectedTensor, expected_tensors
 from cosmos_export.checkpoint.mapping import map_tensors
 from cosmos_export.checkpoint.policy import read_policy
@@ -98,9 +99,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Reads and checks the directory ``path``. Raises ``UserError`` CX1xx with what to do."""
+    """Reads and checks the directory ``path``, or the one in the Hugging Face cache that it names.
+
+    Raises ``UserError`` CX1xx with what to do.
+    """
     root = Path(path)
     try:
+        root = local_checkpoint(root)
         _require_checkpoint(root)
         found = _as_they_are(root)
         with unchanged("its opening", found):
@@ -170,9 +175,7 @@ def _as_they_are(root: Path) -> Inputs:
 
 def _require_checkpoint(root: Path) -> None:
     if not root.exists():
-        repository = not root.is_absolute() and len(root.parts) == 2
-        hint = f"download it first: hf download {root}" if repository else "give the path of a local checkpoint"
-        _not_a_checkpoint(f"{root} does not exist", hint)
+        _not_a_checkpoint(f"{root} is a link that leads nowhere", "give the path of a local checkpoint")
     if not root.is_dir():
         kind = kinds.of_file(root)
         what, hint = ("", "") if kind is None else (f": it is {kind.what}", f"; {kind.hint}")
