@@ -22,6 +22,7 @@ from cosmos_export.calibration.table import LINEAGE_FILE, ScaleTable
 from cosmos_export.calibration.weights import read_tensor
 from cosmos_export.checkpoint import Checkpoint, ExpectedTensor, Tower
 from cosmos_export.checkpoint.identity import chunks_of
+from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE
 from cosmos_export.checkpoint.output import give_back, new_directory, require_space
 from cosmos_export.checkpoint.quantization import FIRST_LAST_THREE
 from cosmos_export.checkpoint.reader import WEIGHT_STEMS
@@ -72,6 +73,8 @@ class QuantizeResult:
     size_bytes: int
     """Size of the transformer's files."""
     policy: bool
+    buildable: bool
+    """Whether `build` reads the format."""
 
 
 def write_quantized_checkpoint(
@@ -116,7 +119,8 @@ def write_quantized_checkpoint(
                 _take_rest(checkpoint, folder, _copy)
         if options.link:  # which changes the files' number of links, and so their state
             _take_rest(checkpoint, folder, _link)
-    return QuantizeResult(len(chosen), len(checkpoint.expected) - len(chosen), size, with_policy)
+    buildable = layout_of(options.kind).tensors(1, 1)["weight"][0] == QUANTIZED_DTYPE
+    return QuantizeResult(len(chosen), len(checkpoint.expected) - len(chosen), size, with_policy, buildable)
 
 
 def has_step_policy(checkpoint: Checkpoint) -> bool:

@@ -86,6 +86,7 @@ DOCUMENTS: Mapping[str, Document] = {
             "fp8_rounding": "text: exact or modelopt", "quantized": "count: linears in the format",
             "kept": "count: tensors as they were", "size_bytes": "count: of the transformer",
             "policy": "flag: whether steps are mixed as published",
+            "buildable": "flag: whether `build` reads the format",
         },
     ),
     "run": Document(
@@ -121,6 +122,7 @@ DOCUMENTS: Mapping[str, Document] = {
             "wants_state": "flag|null: whether a policy is given the robot's state",
             "unused_tensors": "list: name and reason", "ignored_files": "list: name and reason",
             "adapters": "list: files", "unknown_config_keys": "list: keys that the model ignores",
+            "conversions": "list: what a build converts, in words",
         },
     ),
     "bundle-verify": Document(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from cosmos_export.checkpoint.converted import conversion_notes
 from cosmos_export.checkpoint.layout import SCALES, ExpectedTensor, TensorPart, Tower
 from cosmos_export.checkpoint.policy import read_policy
 from cosmos_export.checkpoint.reader import Checkpoint
@@ -63,6 +64,8 @@ class Summary:
     adapters: tuple[str, ...]
     """Files of adapters that are not merged."""
     unknown_config_keys: tuple[str, ...]
+    conversions: tuple[str, ...]
+    """What a build converts, in words."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -106,6 +109,7 @@ def describe(checkpoint: Checkpoint) -> Summary:
         ignored_files=tuple((str(path.relative_to(checkpoint.root)), why) for path, why in checkpoint.ignored_files),
         adapters=tuple(str(path.relative_to(checkpoint.root)) for path in checkpoint.adapters),
         unknown_config_keys=tuple(sorted(geometry.unknown_keys)),
+        conversions=conversion_notes(checkpoint),
     )
 
 

@@ -107,7 +107,7 @@ def fold(
         adapters=left_out(checkpoint, adapters),
         folded=describe_adapters(tuple(adapters)),
         folded_files=tuple(adapter.path for adapter in adapters),
-        scratch=scratch,
+        scratch=(*checkpoint.scratch, scratch),
     )
 
 

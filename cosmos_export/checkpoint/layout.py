@@ -53,6 +53,11 @@ class ExpectedTensor:
         return bool(self.kind)
 
     @property
+    def may_be_quantized(self) -> bool:
+        """Whether checkpoints have it in FP8: a linear of a tower, or the language head, which makes no video."""
+        return self.linear or self.part is TensorPart.LM_HEAD
+
+    @property
     def elements(self) -> int:
         return element_count(self.shape)
 

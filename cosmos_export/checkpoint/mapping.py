@@ -62,7 +62,7 @@ def _match(
         name = canonical_name(entry.name)
         module, _, leaf = name.rpartition(".")
         scale_of = expected.get(f"{module}.weight") if leaf in SCALES else None
-        if name in expected or (scale_of is not None and scale_of.linear):
+        if name in expected or (scale_of is not None and scale_of.may_be_quantized):
             if name not in found:
                 found[name] = entry
             elif _same_bytes(found[name], entry):
@@ -122,8 +122,8 @@ def _check_shapes_and_types(tensors: Mapping[str, TensorEntry], expected: Mappin
                 f"the configuration needs {list(want.shape)}",
                 "the configuration and the weights are of different models",
             )
-        if entry.dtype not in WEIGHT_DTYPES and not (entry.dtype == QUANTIZED_DTYPE and want.linear):
-            legal = (*WEIGHT_DTYPES, QUANTIZED_DTYPE) if want.linear else WEIGHT_DTYPES
+        if entry.dtype not in WEIGHT_DTYPES and not (entry.dtype == QUANTIZED_DTYPE and want.may_be_quantized):
+            legal = (*WEIGHT_DTYPES, QUANTIZED_DTYPE) if want.may_be_quantized else WEIGHT_DTYPES
             raise UserError(
                 "CX123",
                 f"{name} in {entry.file.name} has the type {entry.dtype}; legal here: {', '.join(legal)}",
@@ -135,7 +135,7 @@ def _take_scales(
     found: Mapping[str, TensorEntry], expected: Mapping[str, ExpectedTensor], quantization: Quantization | None
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     """Each quantized weight has its scales, and only those; scales of a weight that is not quantized are unused."""
-    quantized = [name for name, want in expected.items() if want.linear and found[name].dtype == QUANTIZED_DTYPE]
+    quantized = [name for name in expected if found[name].dtype == QUANTIZED_DTYPE]
     if quantized and quantization is None:
         _bad_scales(
             f"{_count(quantized, 'weight')} in FP8 ({_some(quantized)}), but the configuration has no "
@@ -147,7 +147,7 @@ def _take_scales(
     kept = {name: found[name] for name in expected}
     for name in quantized:
         module = name.removesuffix("weight")
-        for scale in needed:
+        for scale in needed if expected[name].linear else SCALES[:1]:
             entry = found.get(module + scale)
             if entry is None:
                 _bad_scales(f"{name} is FP8 but has no {scale}")

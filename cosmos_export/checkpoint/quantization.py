@@ -63,7 +63,7 @@ def parse_quantization(config: Mapping[str, Any]) -> Quantization | None:
         _refuse(f"quantization_config = {shown(raw)} is not an object")
     method, algorithm = raw.get("quant_method"), raw.get("quant_algo", raw.get("quant_type"))
     if method != "modelopt" or algorithm not in ("FP8", "FP8_FP8"):
-        _refuse(f"quantization {shown(method)} / {shown(algorithm)} is not supported; supported: modelopt / FP8")
+        _refuse_layout(raw, method, algorithm)
     weight_only = raw.get("weight_only", False)
     ignored = raw.get("ignore", [])
     if not isinstance(weight_only, bool):
@@ -75,6 +75,66 @@ def parse_quantization(config: Mapping[str, Any]) -> Quantization | None:
         _refuse(f"runtime = {shown(runtime)} is not an object")
     policy = runtime.get("diffusion_step_policy") if runtime else None
     return Quantization(weight_only, tuple(ignored), None if policy is None else _step_policy(policy))
+
+
+_BF16 = "build from the BF16 checkpoint, with `calibrate` and `--recipe` (or `quantize --format fp8`)"
+_METHODS: Mapping[str, str] = {
+    "awq": "AWQ: its weights are packed in another order than an engine reads",
+    "gptq": "GPTQ: its weights are packed in another order than an engine reads",
+    "bitsandbytes": "bitsandbytes: its code books are in no engine",
+    "torchao": "torchao: its tensors are Python objects",
+    "quanto": "optimum-quanto: its weights have scales of their own layout",
+    "gguf": "GGUF: its blocks are those of llama.cpp",
+    "hqq": "HQQ: its weights have zero points, and no engine has",
+    "compressed-tensors": "compressed-tensors (llm-compressor): scales per channel or group under other names",
+    "fbgemm_fp8": "FP8 of FBGEMM: a scale per row, and the published layout has one per weight",
+    "fp8": "block-wise FP8: a scale per block of 128 × 128, and the published layout has one per weight",
+    "svdquant": "SVDQuant (nunchaku): low-rank parts in a layout of its own",
+    "nunchaku": "SVDQuant (nunchaku): low-rank parts in a layout of its own",
+    "mxfp4": "MXFP4: blocks of 32 with scales that are powers of two",
+}
+"""Methods of quantization by ``quant_method``, and why a checkpoint of it is not read."""
+_ALGORITHMS: Mapping[str, tuple[str, str]] = {
+    "NVFP4": ("NVFP4", "`build BF16-CHECKPOINT --recipe fp4 --calibration TABLE` makes the same numbers"),
+    "W4A16_AWQ": ("INT4 (AWQ)", "`build BF16-CHECKPOINT --recipe int4 --calibration TABLE` makes the same numbers"),
+    "MIXED_PRECISION": (
+        "several formats",
+        "`calibrate --algorithm modelopt-auto` of the BF16 checkpoint makes a recipe",
+    ),
+    "NVFP4_AWQ": ("NVFP4 with factors of AWQ", _BF16),
+    "W4A8_AWQ": ("INT4 weights with FP8 activations", _BF16),
+    "FP8_PB_WO": ("block-wise FP8", _BF16),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("FP8 with scales per channel", _BF16),
+    "INT8_SQ": ("INT8 (SmoothQuant)", _BF16),
+    "W8A8_SQ": ("INT8 (SmoothQuant)", _BF16),
+    "MXFP8": ("MXFP8", _BF16),
+    "NVFP4_SVDQUANT": ("NVFP4 with low-rank parts", _BF16),
+}
+"""Algorithms of ModelOpt that the reader of checkpoints does not take: what they store, and what helps."""
+
+
+def _refuse_layout(raw: Mapping[str, Any], method: object, algorithm: object) -> NoReturn:
+    """CX124 with what the layout is, and what helps."""
+    where = "transformer/config.json: the weights are quantized"
+    producer = raw.get("producer")
+    own = isinstance(producer, dict) and producer.get("name") == "cosmos-export"
+    if method in ("modelopt", "modelopt_fp4", "modelopt_mixed") and isinstance(algorithm, str):
+        name = algorithm.upper().removesuffix("_NVFP4") if algorithm.upper() == "NVFP4_NVFP4" else algorithm.upper()
+        stored, hint = _ALGORITHMS.get(name, (f"{shown(algorithm)} of ModelOpt", _BF16))
+        by = "by `cosmos-export quantize`" if own else "by ModelOpt"
+        raise UserError(
+            "CX124",
+            f"{where} to {stored} {by}; of quantized checkpoints, `build` reads FP8 with a scale per weight",
+            hint,
+        )
+    if isinstance(method, str) and method.lower().replace("_", "-") in {name.replace("_", "-") for name in _METHODS}:
+        known = next(name for name in _METHODS if name.replace("_", "-") == method.lower().replace("_", "-"))
+        raise UserError("CX124", f"{where} with {_METHODS[known]}", _BF16)
+    raise UserError(
+        "CX124",
+        f"{where} with {shown(method)} / {shown(algorithm)}, which is not known; supported: modelopt / FP8",
+        _BF16,
+    )
 
 
 def _step_policy(raw: Any) -> StepPolicy:

@@ -82,8 +82,10 @@ class Checkpoint:
     """Adapters that its tensors have in them: one JSON object for each, for the manifest."""
     folded_files: tuple[Path, ...] = ()
     """Their files."""
-    scratch: object = None
-    """Keeps the files of tensors that were made of it for as long as it is used."""
+    notes: tuple[str, ...] = ()
+    """What was done to its tensors, in words."""
+    scratch: tuple[object, ...] = ()
+    """Keep the files of tensors that were made of it for as long as it is used."""
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.root)!r}, {self.variant}, {self.precision}, {len(self.tensors)} tensors)"

@@ -77,8 +77,12 @@ def _remarks(summary: Summary) -> list[str]:
     for reason, names in by_reason.items():
         lines.append(f"unused: {len(names)} tensors ({names[0]}{', …' if len(names) > 1 else ''}): {reason}")
     lines += [f"not read: {name}: {reason}" for name, reason in summary.ignored_files]
+    lines += [f"`build` converts: {note}" for note in summary.conversions]
     if summary.adapters:
-        lines.append(f"adapters, not merged and not read: {', '.join(summary.adapters)}; `build` refuses them (CX125)")
+        lines.append(
+            f"adapters, not merged and not read: {', '.join(summary.adapters)}; `build` asks for --adapter or "
+            "--ignore-adapters (CX125)"
+        )
     if summary.wants_state:
         lines.append("this policy is given the robot's state as its first action row: run --state")
     elif summary.policy is not None and summary.wants_state is None:

@@ -18,6 +18,8 @@ def register(app: Verbs) -> None:
     )
     def quantize(request: QuantizeRequest, as_json: bool) -> None:
         """Write a quantized checkpoint in the published ModelOpt layout, with one linear in memory at a time."""
+        import logging
+
         from cosmos_export.cli import console
         from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 
@@ -31,6 +33,12 @@ def register(app: Verbs) -> None:
                     "fp8_rounding": request.fp8_rounding,
                     **vars(result),
                 },
+            )
+        if not result.buildable:
+            console.log(
+                f"`build` does not read checkpoints in {request.format}; it is for other programs. `build --recipe` "
+                "with the same scale table makes a bundle of the same numbers",
+                logging.WARNING,
             )
         mixed = ", steps mixed as published" if result.policy else ""
         what = f"{result.quantized} linears in {request.format}{mixed}"

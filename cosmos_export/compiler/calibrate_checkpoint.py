@@ -13,6 +13,8 @@ from cosmos_export.bundle.embodiment import Embodiment
 from cosmos_export.calibration.table import require_output, write_scale_table
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.checkpoint.converted import conversions, converted
+from cosmos_export.checkpoint.finite import require_finite
 from cosmos_export.checkpoint.folded import fold, left_out
 from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.options import available_modalities, model_limits, require_compiler
@@ -101,11 +103,11 @@ def _job(
 
     adapters = tuple(read_adapter(text, checkpoint) for text in options.adapters)
     require_no_adapters(checkpoint.root, left_out(checkpoint, adapters), options.ignore_adapters)
-    if adapters and options.latents == "rollout":
+    if (adapters or conversions(checkpoint)) and options.latents == "rollout":
         raise UserError(
             "CX128",
-            "--latents rollout samples with the files of the checkpoint, which do not have the adapters",
-            "show it clips (--data), or merge the adapters into a checkpoint with diffusers first",
+            "--latents rollout samples with the files of the checkpoint, without adapters and conversions",
+            "show it clips (--data), or save the checkpoint with them by diffusers first",
         )
     _require_calibratable(checkpoint)
     if options.latents == "rollout":
@@ -137,7 +139,8 @@ def _job(
     samples = plan_samples(works, options.samples)
     found = coverage(works, samples)
     require_coverage(found, modalities)
-    checkpoint = fold(checkpoint, adapters, options.output, progress)
+    require_finite(checkpoint, progress)
+    checkpoint = fold(converted(checkpoint, options.output, progress), adapters, options.output, progress)
     return CalibrationJob(
         checkpoint=checkpoint,
         identity=checkpoint_identity(checkpoint, progress),
@@ -185,10 +188,6 @@ def _require_calibratable(checkpoint: Checkpoint) -> None:
             "CX324",
             f"{checkpoint.root} is quantized ({checkpoint.precision}); its scales are in it",
             "calibrate the bf16 revision",
-        )
-    if checkpoint.precision not in ("bf16", "fp32"):
-        raise UnsupportedError(
-            "CX324", f"{checkpoint.root} has {checkpoint.precision} weights", "calibrate bf16 or fp32 weights"
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cosmos_export import units
 from cosmos_export.bundle import BundleWriter
+from cosmos_export.checkpoint.finite import require_finite
 from cosmos_export.compiler.allocator import keep_freed_memory
 from cosmos_export.compiler.coverage import require_coverage
 from cosmos_export.compiler.job import Job
@@ -50,6 +51,8 @@ def build(
     if options.output is not None and options.quality == "enforce":
         require_coverage(job.coverage)
     begins(job)
+    if options.output is not None:
+        require_finite(job.checkpoint, progress)
     for note in job.notes:  # now, and again at the end of a long report
         _log.warning("%s", note)
     with blamed("the build", *job.inputs):

@@ -13,6 +13,7 @@ from cosmos_export.bundle.provenance import require_builder, time_of_build
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.checkpoint.converted import buildable_dtype, converted
 from cosmos_export.checkpoint.folded import fold, left_out
 from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.coverage import table_coverage
@@ -39,7 +40,6 @@ from cosmos_export.targets.backends.protocol import BuildAsked, PrecisionAsked
 from cosmos_export.targets.profiles import ModelLimits, Profile, check_limits, parse_profile
 
 _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "safetensors")
-_BUILDABLE = ("bf16", "fp32")
 _MAX_PROFILE_NAME = 256
 
 
@@ -70,7 +70,6 @@ def _resolve(
     """The part of `resolve` that reads the checkpoint."""
     adapters = tuple(read_adapter(text, checkpoint) for text in options.adapters)
     require_no_adapters(checkpoint.root, left_out(checkpoint, adapters), options.ignore_adapters)
-    _require_buildable(checkpoint)
     if options.kernels and checkpoint.dtype == "fp32":
         raise UnsupportedError(
             "CX459",
@@ -91,7 +90,7 @@ def _resolve(
     assignment = _precision(options, recipe, target, checkpoint, sampling, profiles)
     tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
     scale_files = Inputs("the scale table", (), tables)
-    checkpoint = fold(checkpoint, adapters, options.output)
+    checkpoint = fold(converted(checkpoint, options.output), adapters, options.output)
     scales = _scales(options, assignment, checkpoint)
     workloads = [Workload(p.name, options.mode, p, 1, 1) for p in profiles]
     plan = predict(
@@ -188,7 +187,7 @@ def _precision(
         recipe=found.recipe,
         schemes=frozenset(found.schemes),
         checkpoint=checkpoint.root,
-        checkpoint_dtype=checkpoint.dtype,
+        checkpoint_dtype=buildable_dtype(checkpoint),
         loop=options.loop,
         steps=schedule.steps,
         weight_only_steps=len(found.weight_only_steps()),
@@ -301,15 +300,6 @@ def _profiles(texts: Sequence[str]) -> tuple[Profile, ...]:
             "CX410", f"profile `{long[0][:40]}…` has {len(long[0])} characters, allowed {_MAX_PROFILE_NAME}"
         )
     return profiles
-
-
-def _require_buildable(checkpoint: Checkpoint) -> None:
-    if checkpoint.dtype not in _BUILDABLE:
-        raise UnsupportedError(
-            "CX150",
-            f"{checkpoint.root} has {checkpoint.dtype} weights; this version takes {' or '.join(_BUILDABLE)}",
-            "build from the published bf16 weights, or convert these",
-        )
 
 
 def all_modalities(checkpoint: Checkpoint) -> tuple[str, ...]:

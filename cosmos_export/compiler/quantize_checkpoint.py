@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 from cosmos_export.calibration.table import read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Tower, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
+from cosmos_export.checkpoint.converted import converted
 from cosmos_export.checkpoint.folded import fold, left_out
 from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.options import require_compiler
@@ -38,7 +39,7 @@ def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = No
     source = open_checkpoint(request.checkpoint)
     adapters = tuple(read_adapter(text, source) for text in request.adapters)
     require_no_adapters(source.root, left_out(source, adapters), request.ignore_adapters)
-    source = fold(source, adapters, request.output, progress)
+    source = fold(converted(source, request.output, progress), adapters, request.output, progress)
     with unchanged("quantization", source.inputs):
         require_checkpoint(table, source, progress)
     options = QuantizeOptions(

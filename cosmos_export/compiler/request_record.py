@@ -90,7 +90,7 @@ def checkpoint_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
     names = ", ".join(path.relative_to(checkpoint.root).as_posix() for path in checkpoint.adapters)
     adapters = (f"adapters that are not in this bundle: {names}",) if names else ()
     folded = tuple(f"adapter in the weights: {text}" for text in checkpoint.folded)
-    return (*folded, *adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
+    return (*checkpoint.notes, *folded, *adapters, *_position_notes(checkpoint), *policy_notes(checkpoint))
 
 
 def _position_notes(checkpoint: Checkpoint) -> tuple[str, ...]:

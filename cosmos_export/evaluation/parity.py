@@ -104,7 +104,7 @@ class Parity:
 
     def _reference(self, dtype: torch.dtype) -> Reference:
         """The stock model; that of a quantized checkpoint with what its bytes and scales stand for."""
-        if self._whole and self._checkpoint.quantization is None and not self._checkpoint.folded:
+        if self._whole and self._checkpoint.quantization is None and not self._checkpoint.scratch:
             return Reference(self._folder, dtype)
         sources = weight_sources(self._checkpoint.tensors)
         model_dtype = sources["proj_in.weight"].dtype

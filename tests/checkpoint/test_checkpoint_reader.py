@@ -467,8 +467,8 @@ def test_step_policy_fails_closed(tmp_path: Path, policy: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"quant_method": "bitsandbytes"}, "'bitsandbytes' / 'FP8' is not supported"),
-        ({"quant_algo": "NVFP4"}, "'modelopt' / 'NVFP4' is not supported"),
+        ({"quant_method": "bitsandbytes"}, "quantized with bitsandbytes"),
+        ({"quant_algo": "NVFP4"}, "quantized to NVFP4 by ModelOpt"),
         ({"weight_only": 1}, "weight_only = 1"),
         ({"ignore": "lm_head"}, "ignore is not a list"),
         ({"runtime": []}, "runtime = []"),

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cosmos_export.compiler.options import resolve
+from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.diagnostics import CosmosExportError, ToolError, UnsupportedError, UserError
 from cosmos_export.options import BuildOptions
 from cosmos_export.targets import target_names
@@ -256,9 +257,9 @@ def test_no_checkpoint_there(tmp_path: Path) -> None:
 
 def test_fp16_weights(tmp_path: Path) -> None:
     root = harness.checkpoint(tmp_path, "omni", "float16")
-    message, hint = refused(tmp_path, "CX150", 3, root, "-o", "x")
-    assert "has fp16 weights; this version takes bf16 or fp32" in message
-    assert "bf16" in hint
+    job = resolve(harness.transformer_only(root, tmp_path / "x", target="cpu"))
+    assert job.checkpoint.dtype == "bf16"
+    assert any("are F16 and are converted to BF16" in note for note in checkpoint_notes(job.checkpoint))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
