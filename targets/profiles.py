@@ -186,11 +186,8 @@ def _named(name: str) -> Mapping[str, DimRange]:
     other = f"or give ranges: frames=1:24:48,height=30,width=52; {_known_dims()}"
     if match is None or match["size"] not in CANVASES or (match["aspect"] or "16:9") not in CANVASES[match["size"]]:
         known = [*CANVASES, "480p-121f", "480p-9:16-121f", "720p-189f+sound", *NAMED_PROFILES]
-        near = difflib.get_close_matches(name, known, n=1)
         raise UserError(
-            "CX410",
-            f"unknown profile `{name}`; examples: {', '.join(known)}",
-            f"did you mean `{near[0]}`?" if near else other,
+            "CX410", f"unknown profile `{name}`; examples: {', '.join(known)}", _meant(name, known) or other
         )
     width, height = CANVASES[match["size"]][match["aspect"] or "16:9"]
     last = int(match["frames"] or MAX_PIXEL_FRAMES)
@@ -233,6 +230,20 @@ def _robot(name: str) -> re.Match[str] | None:
 def is_named(name: str) -> bool:
     """Whether ``name`` is a profile of a robot, whose name begins as a workload's does."""
     return name in NAMED_PROFILES or _robot(name) is not None
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """A hint with the profile that ``name`` means; empty where none is near. Another size is never a spelling of it."""
+    size = re.match(r"(\d+)(p|k)?\b", name.lower())
+    if size is not None:
+        sizes = sorted(CANVASES, key=lambda one: int(one.removesuffix("p")))
+        lines = int(size[1]) * (540 if size[2] == "k" else 1)
+        smaller = [one for one in sizes if int(one.removesuffix("p")) <= lines] or sizes[:1]
+        if smaller[-1] != size[0]:
+            return f"the sizes are {', '.join(sizes)}; the largest up to it is `{smaller[-1]}`"
+        known = [one for one in known if one.startswith(size[0])]
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def _item(text: str, item: str) -> tuple[str, DimRange]:

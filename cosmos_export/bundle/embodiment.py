@@ -6,6 +6,7 @@ A bundle has a row for each robot that its model acts for, so that no runtime ne
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
@@ -114,11 +115,12 @@ def known_embodiment(name: str, known: Mapping[str, Embodiment]) -> Embodiment:
     """The embodiment ``name``. CX610: there is none."""
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=1)
+    parts = [one for one in known if name.lower() in re.split(r"[_-]", one.lower())]
+    near = parts or difflib.get_close_matches(name.lower(), known, n=1)
     raise UserError(
         "CX610",
         f"unknown embodiment {shown(name)}; known: {', '.join(known)}",
-        f"did you mean `{near[0]}`?" if near else "",
+        f"did you mean {' or '.join(f'`{one}`' for one in near)}?" if near else "the one that the model was trained on",
     )
 
 

@@ -27,6 +27,7 @@ from cosmos_export.cli import (
     doctor,
     explain,
     inspect,
+    meanings,
     plan,
     quantize,
     recipes,
@@ -94,9 +95,7 @@ def main() -> None:
         try:
             status = app(prog_name="cosmos-export", standalone_mode=False)
         except typer.TyperException as error:
-            verbs.fail(
-                UserError("CX100", error.format_message().replace("Value error, ", ""), _usage_hint(error)), as_json
-            )
+            verbs.fail(UserError("CX100", *meanings.explained(error)), as_json)
         except (Exception, KeyboardInterrupt) as error:
             verbs.fail_unexpected(error, as_json)
     except typer.Exit as ending:
@@ -113,8 +112,3 @@ def _final(status: int) -> int:
     sys.stderr.write(verbs.message(ending))
     sys.stderr.flush()
     return ExitCode.TOOL
-
-
-def _usage_hint(error: typer.TyperException) -> str:
-    context = getattr(error, "ctx", None)
-    return f"`{context.command_path if context else 'cosmos-export'} --help` lists what there is"

@@ -33,7 +33,8 @@ def quantize_checkpoint(request: QuantizeRequest, progress: Progress | None = No
         *(("tower", tower, tuple(Tower)) for tower in request.towers),
     ):
         if value not in allowed:
-            raise UserError("CX332", f"{name} `{value}`; known: {', '.join(allowed)}")
+            known = ", ".join(allowed)
+            raise UserError("CX332", f"{name} `{value}` is not known; known: {known}", f"choose one of {known}")
     require_output(request.output, request.force)
     table = read_scale_table(request.calibration)
     source = open_checkpoint(request.checkpoint)

@@ -31,6 +31,7 @@ from cosmos_export.runtime.generate_options import (
     require_capabilities,
     require_numbers,
     require_options,
+    sounds,
 )
 from cosmos_export.runtime.prompts import DEFAULT_VIEWPOINT, read_prompt, request_texts, system_message, text_prompt
 from cosmos_export.runtime.request import Request
@@ -80,6 +81,8 @@ def prepare(asked: GenerateOptions, files: BundleFiles, tokenizer: PromptTokeniz
     given = asked
     asked, read = with_request(asked)
     mode = mode_of(asked, manifest, record)
+    if not asked.sound and sounds(manifest, mode):
+        asked, read = replace(asked, sound=True), (*read, "sound is generated: every profile of this bundle has it")
     require_options(asked, mode)
     require_capabilities(manifest, record, mode, asked.sound)
     require_numbers(asked)

@@ -9,6 +9,7 @@ from typing import NoReturn
 from cosmos_export.bundle import Manifest, RequestRecord
 from cosmos_export.diagnostics import UnsupportedError, UserError, shown
 from cosmos_export.options import GenerateOptions
+from cosmos_export.runtime import request_file
 from cosmos_export.sampling import MODES, Mode
 from cosmos_export.sampling.modes import Clue, implied_mode
 
@@ -46,9 +47,14 @@ def request_record(manifest: Manifest) -> RequestRecord:
 def mode_of(asked: GenerateOptions, manifest: Manifest, record: RequestRecord) -> Mode:
     """The mode that is asked for, or the one that the files and the bundle speak of."""
     if asked.mode is not None:
-        if asked.mode not in MODES:
-            raise UserError("CX604", f"mode {shown(asked.mode)}; known: {', '.join(MODES)}")
-        return MODES[asked.mode]
+        known = request_file.mode_named(asked.mode)
+        if known is None:
+            raise UserError(
+                "CX604",
+                f"{shown(asked.mode)} is not a mode; known: {', '.join(MODES)}",
+                "leave --mode out, and the files and the bundle decide; modes that answer in text are not compiled",
+            )
+        return MODES[known]
     only_images = all(profile.dims["frames"].max == 1 for profile in manifest.profiles)
     found = {
         Clue.ACTIONS: asked.actions is not None,
@@ -131,6 +137,14 @@ def require_numbers(asked: GenerateOptions) -> None:
         raise UserError("CX604", f"--keep {shown(asked.keep)}; allowed: first, last")
     if asked.fps is not None and not (math.isfinite(asked.fps) and MIN_FPS <= asked.fps <= MAX_FPS):
         raise UserError("CX615", f"{asked.fps} frames a second; allowed: {MIN_FPS} to {MAX_FPS:.0f}")
+
+
+def sounds(manifest: Manifest, mode: Mode) -> bool:
+    """Whether a video of ``manifest`` has sound in every profile, so that there is none without."""
+    if mode.acts or mode.single or "sound_velocity" not in _names(manifest.options.get("outputs")):
+        return False
+    videos = [profile.dims for profile in manifest.profiles if not profile.dims["action_len"].min]
+    return bool(videos) and all(dims["sound_len"].min > 0 for dims in videos)
 
 
 def has_component(manifest: Manifest, name: str) -> bool:

@@ -64,9 +64,17 @@ def chained(executor: Executor, manifest: Manifest) -> Executor:
 
 def _require_known(backend: str, device: str | None) -> None:
     if backend not in backends():
-        raise UserError("CX504", f"backend {shown(backend)}; known: {', '.join(backends())}")
+        raise UserError(
+            "CX504",
+            f"backend {shown(backend)} is not known; known: {', '.join(backends())}",
+            "leave --backend out for the bundle's own",
+        )
     kind, _, index = (device or "").partition(":")
     allowed = backends()[backend].devices
     if device is not None and (kind not in allowed or (":" in device and whole(index) is None)):
         names = [name if name == "cpu" else f"{name} or {name}:N" for name in allowed]
-        raise UserError("CX504", f"device {shown(device)}; `{backend}` runs on {', '.join(names)}")
+        raise UserError(
+            "CX504",
+            f"device {shown(device)} is not one of `{backend}`; it runs on {', '.join(names)}",
+            f"--device {allowed[0]}",
+        )

@@ -91,7 +91,12 @@ def _given_clip(asked: GenerateOptions, mode: Mode, count: int, scene: Scene) ->
     else:
         assert asked.video is not None
         clip = read_media.read_clip(asked.video, count, last=asked.keep == "last", each=keep)
-    return replace(clip, frames=canvas.placed(_lasting(clip.frames, count), mode.fit, scene.height, scene.width))
+    notes, found = clip.notes, len(clip.frames)
+    if asked.video is not None and found < count:
+        what = "is a still picture" if found == 1 else f"has {found} frames"
+        notes = (*notes, f"{asked.video} {what}; {mode} continues {count} frames: the last one is repeated")
+    frames = canvas.placed(_lasting(clip.frames, count), mode.fit, scene.height, scene.width)
+    return replace(clip, frames=frames, notes=notes)
 
 
 def _sizes_from(
