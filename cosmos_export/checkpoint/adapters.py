@@ -58,7 +58,7 @@ def require_no_adapters(root: Path, adapters: Collection[Path], ignore: bool) ->
 
 
 def _whole(adapters: Collection[Path]) -> Path:
-    """What `--adapter` takes of ``adapters``: the folder of one in the layout of PEFT, or the first file of weights."""
+    """The path for `--adapter` among ``adapters``: the first file of weights, or the folder of an adapter without."""
     found = sorted(adapters)
     weights = [path for path in found if path.suffix.lower() == ".safetensors"]
     return weights[0] if weights else found[0].parent

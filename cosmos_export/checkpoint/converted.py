@@ -44,7 +44,7 @@ def buildable_dtype(checkpoint: Checkpoint) -> str:
 
 
 def conversion_notes(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is converted, in words; empty where nothing is."""
+    """The conversions of a build, in words; empty where there are none."""
     counts: dict[tuple[str, str], int] = {}
     for name, dtype in conversions(checkpoint).items():
         pair = (checkpoint.tensors[name].dtype, dtype)

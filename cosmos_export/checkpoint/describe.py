@@ -65,7 +65,7 @@ class Summary:
     """Files of adapters that are not merged."""
     unknown_config_keys: tuple[str, ...]
     conversions: tuple[str, ...]
-    """What a build converts, in words."""
+    """Conversions of a build, in words."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

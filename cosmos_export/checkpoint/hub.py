@@ -128,7 +128,7 @@ def _revisions(folder: Path) -> list[str]:
 
 
 def _beside(path: Path) -> str:
-    """What is beside ``path``, where its folder exists and has something: the name may be mistyped."""
+    """A hint with the folders beside ``path``, where its folder exists and has something: the name may be mistyped."""
     parent = path.parent
     if not path.name or (str(parent) == "." and len(path.parts) < 2) or not parent.is_dir():
         return ""

@@ -83,7 +83,7 @@ class Checkpoint:
     folded_files: tuple[Path, ...] = ()
     """Their files."""
     notes: tuple[str, ...] = ()
-    """What was done to its tensors, in words."""
+    """Changes of its tensors since they were read, in words."""
     scratch: tuple[object, ...] = ()
     """Keep the files of tensors that were made of it for as long as it is used."""
 

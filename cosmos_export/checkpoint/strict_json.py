@@ -104,9 +104,9 @@ def require_file(path: Path) -> None:
 
 
 def require_itself(path: Path) -> None:
-    """CX126 where ``path`` is a file, but not the one that it is called: a pointer, or an answer of a server."""
+    """CX134 where ``path`` is a file, but not the one that it is called: a pointer, or an answer of a server."""
     if (kind := kinds.placeholder(path)) is not None:
-        raise UserError("CX126", f"{path} is {kind.what}", kind.hint)
+        raise UserError("CX134", f"{path} is {kind.what}", kind.hint)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

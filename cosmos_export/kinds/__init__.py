@@ -1,4 +1,4 @@
-"""What a thing is that a user brings: by its first bytes, by what is in a folder, by the names of its tensors.
+"""Names the thing that a user brings: by its first bytes, by what is in a folder, by the names of its tensors.
 
 Readers ask when they meet something else than they expect, so that a message names it and the command that helps.
 Nothing is parsed and nothing is unpickled here.

@@ -78,7 +78,7 @@ _LOGIN = "log in with `hf auth login` and accept the licence on the page of the 
 
 
 def _stand_in(data: bytes, path: Path) -> Kind | None:
-    """What is in the place of a file when its download failed or was left out."""
+    """The kind of what is in the place of a file when its download failed or was left out."""
     if not data:
         return _absent("an empty file", path)
     if not data.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""What names of tensors tell about the file that they are in."""
+"""The kind of a file of weights, by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 
 
 def of_names(names: Collection[str], expected: Collection[str], canonical: Callable[[str], str] = str) -> Kind | None:
-    """What tensors ``names``, which the model does not have, tell about their file; None where they tell nothing.
+    """The kind of a file whose tensors ``names`` the model does not have; None where they tell nothing.
 
     ``expected`` are the names of the model, ``canonical`` brings other spellings to them.
     """

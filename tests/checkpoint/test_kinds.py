@@ -72,7 +72,7 @@ def test_what_is_in_the_place_of_a_file_is_named_where_it_is(tmp_path: Path, nam
     error = refused(lambda: open_checkpoint(root))
     assert what in error.message and Path(place).name in error.message
     assert hint in error.hint and "damaged" not in error.hint
-    assert error.code == ("CX126" if place.endswith("json") else "CX112")
+    assert error.code == ("CX134" if place.endswith("json") else "CX112")
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
