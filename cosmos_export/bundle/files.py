@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from cosmos_export import kinds
+from cosmos_export.bundle import travel
 from cosmos_export.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileRecord, Manifest, parse_manifest
 from cosmos_export.bundle.strict import StrictError
 from cosmos_export.diagnostics import FindingError, UserError, shown
@@ -158,15 +159,21 @@ def hash_file(descriptor: int, advance: Callable[[int], None] = lambda read: Non
 
 @contextlib.contextmanager
 def opened(root: int, path: str) -> Iterator[int]:
-    """``path`` opened one component at a time, so that no directory on the way is a link either."""
+    """``path`` opened one component at a time, so that no directory on the way is a link either. A link of a snapshot
+    to a blob of its Hugging Face cache is followed."""
     *directories, name = path.split("/")
     with contextlib.ExitStack() as stack:
         current = root
         for directory in directories:
             current = os.open(directory, OPEN_DIRECTORY | os.O_NOFOLLOW, dir_fd=current)
             stack.callback(os.close, current)
-        descriptor = os.open(name, _READ, dir_fd=current)
-        stack.callback(os.close, descriptor)
+        try:
+            descriptor = os.open(name, _READ, dir_fd=current)
+            stack.callback(os.close, descriptor)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            descriptor = stack.enter_context(travel.opened_blob(root, path, current))
         yield descriptor
 
 
@@ -177,8 +184,11 @@ def kind_problem(status: os.stat_result) -> str:
     if not stat.S_ISREG(status.st_mode):
         return "not a regular file"
     # The file can be rewritten through its other name after it was verified.
-    if status.st_nlink != 1:
-        return f"{status.st_nlink} hard links; a file of a bundle has one name (copy the bundle with `cp -r`)"
+    if status.st_nlink != 1 and not travel.fixed(status):
+        return (
+            f"{status.st_nlink} hard links; a file of a bundle has one name, unless nobody may write to it "
+            "(copy the bundle with `cp -r`, or `chmod -R a-w` it)"
+        )
     return ""
 
 

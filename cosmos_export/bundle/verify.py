@@ -14,6 +14,7 @@ from enum import Enum
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+from cosmos_export.bundle import travel
 from cosmos_export.bundle.files import (
     OPEN_DIRECTORY,
     SIGNATURE_NAME,
@@ -130,7 +131,8 @@ def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], lis
     wrong: dict[str, str] = {}
     extra: list[Check] = []
     seen: set[str] = set()
-    for name, status in _walk(root, "", directories):
+    for name, found in _walk(root, "", directories):
+        status = found if isinstance(found, str) else _followed(root, name, found)
         if isinstance(status, str):
             extra.append(Check(name, Status.FAIL, status))
         elif name in listed:
@@ -147,7 +149,7 @@ def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], lis
         elif name == SIGNATURE_NAME:
             if problem := signature_problem(status):
                 extra.append(Check(name, Status.FAIL, problem))
-        elif name != MANIFEST_NAME:
+        elif name != MANIFEST_NAME and not travel.of_repository(name, status):
             extra.append(Check(name, Status.FAIL, "not listed in the manifest"))
     for name in listed:
         if name not in seen:
@@ -157,6 +159,17 @@ def _compare_listing(root: int, manifest: Manifest) -> tuple[dict[str, str], lis
     if more > 0:
         extra[MAX_EXTRA_ENTRIES:] = [Check("...", Status.FAIL, f"{more} more entries that do not belong")]
     return wrong, extra
+
+
+def _followed(root: int, name: str, status: os.stat_result) -> os.stat_result:
+    """``status`` of the entry ``name``, or that of the blob which it leads to in a Hugging Face cache."""
+    if not stat.S_ISLNK(status.st_mode):
+        return status
+    try:
+        with opened(root, name) as descriptor:
+            return os.fstat(descriptor)
+    except OSError:
+        return status
 
 
 def _walk(directory: int, prefix: str, expected: set[str]) -> Iterator[tuple[str, os.stat_result | str]]:
