@@ -154,6 +154,14 @@ DOCUMENTS: Mapping[str, Document] = {
             "size_bytes": "count: of all files", "created": "text: time of the build", "tools": "object: versions",
         },
     ),
+    "bundle-diff": Document(
+        "bundle diff",
+        {
+            "first": "path: as given", "second": "path: as given", "same": "flag: whether nothing differs",
+            "settings": "list: name, first, second", "files": "list: path, role, first_bytes, second_bytes",
+            "same_files": "count: of both with the same bytes", "same_bytes": "count: their size",
+        },
+    ),
     "cache-ls": Document("cache ls", {"entries": "list: recorded engines"}),
     "cache-why": Document(
         "cache why",

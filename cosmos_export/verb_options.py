@@ -161,6 +161,16 @@ class BundleOptions:
 
 
 @dataclass(frozen=True)
+class BundleDiffOptions:
+    """The two bundles that `bundle diff` compares."""
+
+    first: Annotated[Path, Cli(argument=True, metavar="FIRST")]
+    """A bundle."""
+    second: Annotated[Path, Cli(argument=True, metavar="SECOND")]
+    """Another one."""
+
+
+@dataclass(frozen=True)
 class BundleVerifyOptions:
     """The bundle that `bundle verify` checks."""
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cosmos_export.checkpoint.reader import Checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly
@@ -54,6 +55,6 @@ def _count(entry: TensorEntry) -> int:
     return sum(int(np.count_nonzero((block.view(kind) & mask) == mask)) for block in _blocks(entry))
 
 
-def _blocks(entry: TensorEntry) -> Iterator[np.ndarray]:
+def _blocks(entry: TensorEntry) -> Iterator[NDArray[np.uint8]]:
     for start in range(0, entry.size_bytes, _BLOCK_BYTES):
         yield read_exactly(entry.file, entry.offset + start, min(_BLOCK_BYTES, entry.size_bytes - start))

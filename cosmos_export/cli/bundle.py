@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from cosmos_export import units
 from cosmos_export.cli import verbs
 from cosmos_export.cli.tables import facts
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.verb_options import BundleOptions, BundleSignOptions, BundleVerifyOptions
+from cosmos_export.verb_options import BundleDiffOptions, BundleOptions, BundleSignOptions, BundleVerifyOptions
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, Manifest, ProfileRecord, Signed, VerifyReport
+    from cosmos_export.bundle.differences import Differences
 
 
 def register(app: Verbs) -> None:
@@ -104,6 +106,57 @@ def register(app: Verbs) -> None:
             console.emit_json("bundle-show", _data(files))
         else:
             console.show(facts(list(_facts(files.manifest).items()), console.out().width))
+
+    @group.verb(
+        "diff",
+        BundleDiffOptions,
+        "cosmos-export bundle diff nano.bundle nano-style.bundle",
+        "cosmos-export bundle diff nano.bundle nano-style.bundle --json",
+    )
+    def diff(options: BundleDiffOptions, as_json: bool) -> None:
+        """Show in which settings and files two bundles differ; exit code 1 where they do. Reads their manifests.
+
+        Measurements and times of builds are not compared.
+        """
+        from cosmos_export.bundle import open_bundle
+        from cosmos_export.bundle.differences import differences
+        from cosmos_export.cli import console
+        from cosmos_export.diagnostics import ExitCode
+
+        found = differences(open_bundle(options.first).manifest, open_bundle(options.second).manifest)
+        if as_json:
+            bundles = {"first": str(options.first), "second": str(options.second)}
+            console.emit_json("bundle-diff", {**bundles, "same": found.none, **asdict(found)})
+        else:
+            for line in _differences(found):
+                typer.echo(line)
+        same = f"{_files(found.same_files)} of {units.size(found.same_bytes)} are the same"
+        what = (
+            "they do the same"
+            if found.none
+            else f"{len(found.settings)} settings and {_files(len(found.files))} differ"
+        )
+        console.verdict(f"{what}; {same}", found.none)
+        if not found.none:
+            raise typer.Exit(int(ExitCode.FINDING))
+
+
+_LONGEST = 100
+
+
+def _differences(found: Differences) -> Iterator[str]:
+    """A line for each setting and each file."""
+    for setting in found.settings:
+        first, second = (_short(value) for value in (setting.first, setting.second))
+        yield f"{_printable(setting.name)}: {first} → {second}"
+    for file in found.files:
+        sizes = [("none" if size is None else units.size(size)) for size in (file.first_bytes, file.second_bytes)]
+        yield f"{_printable(file.path)} ({file.role}): {sizes[0]} → {sizes[1]}"
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else _printable(str(value))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def _data(files: BundleFiles) -> dict[str, Any]:

@@ -231,15 +231,15 @@ class _Reader:
             self._refuse(f"has {key} = {shown(value)}, which is not text")
         return value
 
-    def _count(self, key: str, value: object) -> int:
+    def _count(self, key: str, value: Any) -> int:
         if type(value) is not int and not (isinstance(value, str) and value.isdecimal()):
             self._refuse(f"has {key} = {shown(value)}, which is not a whole number")
-        return int(value)  # type: ignore[call-overload,no-any-return]
+        return int(value)
 
-    def _number(self, key: str, value: object) -> float:
+    def _number(self, key: str, value: Any) -> float:
         if type(value) not in (int, float):
             self._refuse(f"has {key} = {shown(value)}, which is not a number")
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
 
     def _flag(self, key: str, value: object) -> bool:
         if not isinstance(value, bool):
