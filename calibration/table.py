@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cosmos_export import files
+from cosmos_export import files, kinds
 from cosmos_export.bundle.strict import DIGEST, StrictError, check_seal, parse_object, seal
 from cosmos_export.checkpoint import Checkpoint, checkpoint_identity
 from cosmos_export.checkpoint.output import give_back, new_directory
@@ -172,6 +172,9 @@ def read_scale_table(directory: Path) -> ScaleTable:
 def _read(directory: Path) -> ScaleTable:
     """The table in ``directory``. CX310: it is none, or damaged, or of another version; CX1xx: a file is unreadable."""
     if not (directory / LINEAGE_FILE).is_file():
+        kind = kinds.of_folder(directory) if directory.is_dir() else kinds.of_file(directory)
+        if kind is not None:
+            raise UserError("CX310", f"{directory} is not a scale table: it is {kind.what}", _CALIBRATE)
         raise UserError("CX310", f"{directory} is not a scale table: it has no {LINEAGE_FILE}", _CALIBRATE)
     document, data = _read_lineage(directory / LINEAGE_FILE)
     if not isinstance(document["lineage"], dict) or not isinstance(document["checkpoint"], str):
