@@ -101,7 +101,7 @@ def _read_table(path: Path, options: Options) -> SourceContent:
         raise UserError("CX340", f"{path} is not a table of text: {error}", "quote cells that have commas") from error
     items = []
     for number, row in enumerate(rows, 2):
-        cells = {key.strip(): value for key, value in row.items() if key and value}
+        cells = {key.strip().lower(): value for key, value in row.items() if key and value}
         for key in _NUMBERS & cells.keys():
             cells[key] = _number(path, number, key, cells[key])
         items.append(entry_item(f"{path.name}:{number}", cells, path.parent))

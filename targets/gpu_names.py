@@ -10,26 +10,27 @@ _CHIPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), capability)
     for pattern, capability in (
         (r"(rtx)?(pro)?(4|5|2|4\.5)?[2456]\d00(blackwell|serveredition|workstationedition|maxq)+", "12.0"),
-        (r"rtxpro\d{4}\w*", "12.0"),
+        (r"rtxpro\d{4}\w*|(rtx)?6000pro\w*|gb20[2-7]", "12.0"),
         (r"(rtx)?50[5-9]0(ti|super|d|laptop|mobile)*", "12.0"),
         (r"(dgx)?spark|gb10|n1x?", "12.1"),
         (r"(rtx)?40[5-9]0(ti|super|d|laptop|mobile)*", "8.9"),
         (r"(rtx)?a?[2456]\d00(sff)?ada(generation)?", "8.9"),
-        (r"l4|l40[sg]?|l20|l2", "8.9"),
+        (r"l4|l40[sg]?|l20|l2|ad10\d|ada(lovelace)?", "8.9"),
         (r"(rtx)?30[5-9]0(ti|super|laptop|mobile)*", "8.6"),
-        (r"(rtx)?a[2-6]0?00|a10g?|a16|a2|a40", "8.6"),
-        (r"a100\w*|a30|a800\w*", "8.0"),
+        (r"(rtx)?a[2-6]0?00|a10g?|a16|a2|a40|ga10[2-7]", "8.6"),
+        (r"a100\w*|a30|a800\w*|ga100|ampere", "8.0"),
         (r"(jetson)?(agx)?orin\w*", "8.7"),
         (r"(jetson)?(agx)?xavier\w*", "7.2"),
         (r"(jetson)?(agx)?thor\w*|t5000|t4000", "11.0"),
-        (r"(rtx)?20[5-9]0(ti|super)*|titanrtx|t4|t1000|gtx16\d\d\w*", "7.5"),
-        (r"v100\w*|titanv", "7.0"),
-        (r"gh200|h100\w*|h200\w*|h800\w*|h20", "9.0"),
-        (r"b100|b200|gb200\w*", "10.0"),
+        (r"(rtx)?20[5-9]0(ti|super)*|titanrtx|t4|t1000|gtx16\d\d\w*|tu1\d\d|turing", "7.5"),
+        (r"v100\w*|titanv|gv100|volta", "7.0"),
+        (r"p100\w*|p4|p40|(gtx)?10[5-8]0(ti)?|pascal", "6.1"),
+        (r"gh200|gh100|h100\w*|h200\w*|h800\w*|h20|hopper", "9.0"),
+        (r"b100\w*|b200\w*|gb200\w*|gb10[02]", "10.0"),
         (r"b300|gb300\w*|blackwellultra", "10.3"),
     )
 )
-_MAKERS = re.compile(r"nvidia|geforce|quadro|tesla|tegra|[\s_-]+")
+_MAKERS = re.compile(r"nvidia|geforce|quadro|tesla|tegra|[dh]gx(?!spark|[\s_-]*spark)|[\s_-]+")
 _CAPABILITY = re.compile(r"(sm|compute|cc)?[_-]?(?P<major>1?\d)\.?(?P<minor>\d)[af]?")
 _OTHER_MAKERS = re.compile(r"mi\d{2,3}x?|rx\d{4}\w*|gfx\w+|rocm|arc\w*|gaudi\w*|m[1-4](pro|max|ultra)?|mps|tpu\w*")
 _CHIPS_OF = {"dgxspark": ("gb10", "spark"), "jetsonthor": ("thor", "agxthor", "jetsonagxthor", "t5000", "jetsont5000")}

@@ -184,6 +184,8 @@ def _container(data: bytes, path: Path) -> Kind | None:
     for offset, magic, what, hint in _MAGIC:
         if data[offset:].startswith(magic) and not (magic == b"BM" and data[:32].isascii()):
             return Kind(what, hint, picture=hint is _MEDIA)
+    if re.match(rb"\x08[\x03-\x10][\x12\x1a\x3a]", data):
+        return Kind("an ONNX model", "ONNX models are made and run as parts of a bundle: `cosmos-export build`")
     length = int.from_bytes(data[:8], "little")
     if len(data) > 9 and 0 < length < 1 << 30 and data[8:9] == b"{":
         return Kind(SAFETENSORS, "it holds tensors: weights, latents or actions")

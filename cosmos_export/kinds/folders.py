@@ -49,7 +49,13 @@ _FOLDERS: tuple[_Folder, ...] = (
     _Folder("a LeRobot data set", ("meta/info.json",), "it is for `cosmos-export calibrate CHECKPOINT --data {path}`"),
     _Folder(
         "a sharded checkpoint of DeepSpeed",
-        ("zero_to_fp32.py", "global_step*/*model_states.pt", "*mp_rank_*_model_states.pt"),
+        (
+            "zero_to_fp32.py",
+            "latest global_step*/",
+            "zero/ latest_universal",
+            "global_step*/*model_states.pt",
+            "*mp_rank_*_model_states.pt",
+        ),
         "put it together: `python {path}/zero_to_fp32.py {path} OUT --safe_serialization`, then save the pipeline with "
         "save_pretrained of diffusers",
     ),
@@ -101,6 +107,27 @@ _FOLDERS: tuple[_Folder, ...] = (
         "`cosmos-export build CHECKPOINT --adapter {path} -o NAME.bundle`",
     ),
     _Folder(
+        "a checkpoint whose transformer has another name",
+        (
+            "transformer_ema/ scheduler/",
+            "transformer_ema/ model_index.json",
+            "unet/ scheduler/",
+            "dit/ model_index.json",
+        ),
+        "its transformer must be in transformer/: rename the folder that you want to build",
+    ),
+    _Folder(
+        "a checkpoint that is split for several GPUs",
+        ("model-rank-*-part-*.safetensors", "rank*.safetensors config.json", "mp_rank_*/", "rank*.engine"),
+        _PUBLISHED,
+    ),
+    _Folder("a folder of MLX or NumPy weights", ("*.npz",), _PUBLISHED),
+    _Folder(
+        "a data set of Hugging Face",
+        ("dataset_infos.json", "dataset_info.json", "data/*.parquet", "*.parquet", "*.arrow"),
+        "robot data is read as LeRobot writes it, with meta/info.json",
+    ),
+    _Folder(
         "a checkpoint of Lightning or of plain PyTorch",
         ("*.ckpt !config.json", "*.pt !config.json", "*.pth !config.json"),
         _PUBLISHED + "; pickled files are never opened",
@@ -122,7 +149,14 @@ _FOLDERS: tuple[_Folder, ...] = (
     ),
     _Folder(
         "a download that did not finish",
-        (".cache/huggingface/download/*.incomplete", "*.incomplete", "*.part", "*.crdownload", "*.aria2"),
+        (
+            ".cache/huggingface/download/*.incomplete",
+            "*.incomplete",
+            "*.part",
+            "*.crdownload",
+            "*.aria2",
+            "._____temp/",
+        ),
         "run the same `hf download` again: it goes on where it stopped",
     ),
     _Folder(

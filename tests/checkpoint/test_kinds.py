@@ -53,6 +53,7 @@ CONTAINERS: dict[str, tuple[bytes, str]] = {
     "mp4": (b"\0\0\0\x20ftypisom000", "an MP4 clip"),
     "pdf": (b"%PDF-1.7\n000000", "a PDF document"),
     "engine": (b"ftrt\0\0\0\0aaaa", "a TensorRT engine"),
+    "onnx": (b"\x08\x0a\x12\x07pytorch\x1a\x05", "an ONNX model"),
 }
 
 
@@ -242,6 +243,12 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "unfinished": (touch(".cache/huggingface/download/a.incomplete"), "did not finish", "hf download"),
     "cache": (touch("models--nvidia--Cosmos3-Nano/refs/main"), "several models", "OWNER/NAME"),
     "empty": (lambda root: root.mkdir(exist_ok=True), "an empty folder", "published layout"),
+    "ema": (touch("transformer_ema/config.json", "scheduler/x"), "another name", "transformer/"),
+    "vllm": (touch("model-rank-0-part-0.safetensors", "config.json"), "several GPUs", "published layout"),
+    "deepspeed-latest": (touch("latest", "global_step5/x"), "DeepSpeed", "zero_to_fp32.py"),
+    "mlx": (touch("weights.npz"), "MLX", "published layout"),
+    "dataset": (touch("dataset_infos.json", "train.parquet"), "a data set of Hugging Face", "meta/info.json"),
+    "modelscope": (touch("._____temp/x"), "did not finish", "hf download"),
     "source": (touch("pyproject.toml", "README.md"), "source code", "published layout"),
 }
 

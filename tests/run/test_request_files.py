@@ -227,6 +227,7 @@ FOLDERS: dict[str, tuple[dict[str, str], list[str]]] = {
     "below": ({"sub/a.json": '{"prompt": "A cup."}'}, ["A cup."]),
     "texts": ({"a.txt": "A cup.\nA ball.", "b.TXT": "A box."}, ["A cup.", "A ball.", "A box."]),
     "table": ({"a.csv": 'prompt,num_frames\n"A cup, red.",9\nA ball.,\n'}, ["A cup, red.", "A ball."]),
+    "heads": ({"a.csv": "Prompt,FPS\nA cup.,12\n"}, ["A cup."]),
     "tabs": ({"a.tsv": "prompt_en\tid\nA cup.\t1\n"}, ["A cup."]),
     "mixed": ({"a.jsonl": '{"text": "A cup."}', "b.json": '[{"prompt": "A ball."}]', "notes.md": "x"},
               ["A cup.", "A ball."]),

@@ -84,7 +84,7 @@ def test_unknown_target_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("5090", "rtx-5090"), ("RTX 5090", "rtx-5090"), ("GeForce RTX 5090", "rtx-5090"), ("GB10", "dgx-spark"),
+        ("5090", "rtx-5090"), ("RTX 5090", "rtx-5090"), ("GeForce RTX 5090", "rtx-5090"), ("GB10", "dgx-spark"), ("DGX-H100", "h100"),
         ("spark", "dgx-spark"), ("T5000", "jetson-thor"), ("jetson_agx_thor", "jetson-thor"), ("H100", "h100"),
         ("nvidia-b200", "b200"), ("RTX PRO 6000", "rtx-pro-6000"), ("L40S", "l40s"),
     ],
@@ -124,6 +124,11 @@ def test_a_target_has_more_than_one_spelling(name: str, target: str) -> None:
         ("2080ti", "7.5", set()),
         ("a6000", "8.6", set()),
         ("sm_86", "8.6", set()),
+        ("b200-sxm", "10.0", {"b200"}),
+        ("hopper", "9.0", {"h100", "h200"}),
+        ("ad102", "8.9", {"l40s"}),
+        ("rtx-6000-pro", "12.0", {"rtx-5090", "rtx-pro-6000"}),
+        ("gtx-1080-ti", "6.1", set()),
     ],
 )
 def test_a_gpu_is_sent_to_targets_whose_engines_load_on_it(name: str, capability: str, targets: set[str]) -> None:
