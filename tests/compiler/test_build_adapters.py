@@ -18,9 +18,10 @@ from cosmos_export.checkpoint.folded import fold
 from cosmos_export.checkpoint.read_adapter import read_adapter
 from cosmos_export.compiler.driver import build
 from cosmos_export.compiler.options import resolve
+from cosmos_export.compiler.quantize_checkpoint import quantize_checkpoint
 from cosmos_export.compiler.request_record import checkpoint_notes
 from cosmos_export.diagnostics import UserError
-from cosmos_export.options import BuildOptions
+from cosmos_export.options import BuildOptions, QuantizeRequest
 
 TARGET = "layers.0.self_attn.to_q"
 
@@ -95,3 +96,25 @@ def test_the_bundle_is_that_of_the_merged_checkpoint(omni: Path, adapter: Path, 
     assert "adapters" not in second.options
     assert all(verdict.verdict == "pass" for verdict in first.evaluation if verdict.metric.startswith("relative L2"))
     assert not list(tmp_path.glob(".*folding*"))
+
+
+def test_a_quantized_checkpoint_has_the_sum(omni: Path, adapter: Path, merged: Path, tmp_path: Path) -> None:
+    """Byte for byte as that of the merged checkpoint, and without the adapter, whose place is taken."""
+    own = tmp_path / "own"
+    shutil.copytree(omni, own)
+    (own / "lora").mkdir()
+    shutil.copyfile(adapter, own / "lora/style.safetensors")
+    whole = open_checkpoint(merged)
+    linears = [name.removesuffix(".weight") for name, tensor in whole.expected.items() if tensor.linear]
+    table = ScaleTable({f"{name}.input_amax": 1.0 for name in linears}, {}, checkpoint_identity(whole))
+    write_scale_table(table, tmp_path / "s")
+    request = QuantizeRequest(own, tmp_path / "s", tmp_path / "a", adapters=(f"{own / 'lora'}:0.5",))
+    quantize_checkpoint(request)
+    quantize_checkpoint(QuantizeRequest(merged, tmp_path / "s", tmp_path / "b"))
+    files = [
+        {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+        for root in (tmp_path / "a", tmp_path / "b")
+    ]
+    assert files[0].keys() == files[1].keys() and not [name for name in files[0] if "lora" in name]
+    weights = [name for name in files[0] if name.startswith("transformer/")]
+    assert weights and all(files[0][name] == files[1][name] for name in weights)

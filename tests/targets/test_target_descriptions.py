@@ -84,7 +84,8 @@ def test_unknown_target_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("5090", "rtx-5090"), ("RTX 5090", "rtx-5090"), ("GeForce RTX 5090", "rtx-5090"), ("GB10", "dgx-spark"), ("DGX-H100", "h100"),
+        ("5090", "rtx-5090"), ("RTX 5090", "rtx-5090"), ("GeForce RTX 5090", "rtx-5090"), ("GB10", "dgx-spark"),
+        ("DGX-H100", "h100"),
         ("spark", "dgx-spark"), ("T5000", "jetson-thor"), ("jetson_agx_thor", "jetson-thor"), ("H100", "h100"),
         ("nvidia-b200", "b200"), ("RTX PRO 6000", "rtx-pro-6000"), ("L40S", "l40s"),
     ],
