@@ -154,6 +154,14 @@ DOCUMENTS: Mapping[str, Document] = {
             "size_bytes": "count: of all files", "created": "text: time of the build", "tools": "object: versions",
         },
     ),
+    "bundle-pack": Document(
+        "bundle pack",
+        {"bundle": "path: as given", "archive": "path: that was written", "size_bytes": "count: of the archive"},
+    ),
+    "bundle-unpack": Document(
+        "bundle unpack",
+        {"archive": "path: as given", "bundle": "path: that was written", "files": "count: besides the manifest"},
+    ),
     "bundle-diff": Document(
         "bundle diff",
         {

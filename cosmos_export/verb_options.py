@@ -161,6 +161,26 @@ class BundleOptions:
 
 
 @dataclass(frozen=True)
+class BundlePackOptions:
+    """The bundle that `bundle pack` makes one file of."""
+
+    directory: Annotated[Path, Cli(argument=True, metavar="DIR")]
+    """The bundle."""
+    output: Annotated[Path, Cli("--output", "-o", metavar="FILE.tar")]
+    """Archive to create."""
+
+
+@dataclass(frozen=True)
+class BundleUnpackOptions:
+    """The archive that `bundle unpack` makes a bundle of."""
+
+    archive: Annotated[Path, Cli(argument=True, metavar="FILE.tar")]
+    """Archive of `bundle pack`."""
+    output: Annotated[Path, Cli("--output", "-o", metavar="DIR")]
+    """Directory to create."""
+
+
+@dataclass(frozen=True)
 class BundleDiffOptions:
     """The two bundles that `bundle diff` compares."""
 

@@ -12,7 +12,14 @@ from cosmos_export import units
 from cosmos_export.cli import verbs
 from cosmos_export.cli.tables import facts
 from cosmos_export.cli.verbs import Verbs
-from cosmos_export.verb_options import BundleDiffOptions, BundleOptions, BundleSignOptions, BundleVerifyOptions
+from cosmos_export.verb_options import (
+    BundleDiffOptions,
+    BundleOptions,
+    BundlePackOptions,
+    BundleSignOptions,
+    BundleUnpackOptions,
+    BundleVerifyOptions,
+)
 
 if TYPE_CHECKING:
     from cosmos_export.bundle import BundleFiles, Manifest, ProfileRecord, Signed, VerifyReport
@@ -106,6 +113,30 @@ def register(app: Verbs) -> None:
             console.emit_json("bundle-show", _data(files))
         else:
             console.show(facts(list(_facts(files.manifest).items()), console.out().width))
+
+    @group.verb("pack", BundlePackOptions, "cosmos-export bundle pack nano.bundle -o nano.tar")
+    def pack(options: BundlePackOptions, as_json: bool) -> None:
+        """Verify a bundle and write it as one file: a tar archive with the manifest first."""
+        from cosmos_export.bundle.archive import pack as packed
+        from cosmos_export.cli import console
+
+        size = packed(options.directory, options.output, console.progress())
+        if as_json:
+            document = {"bundle": str(options.directory), "archive": str(options.output), "size_bytes": size}
+            console.emit_json("bundle-pack", document)
+        console.verdict(f"{options.output}: {units.size(size)}", True)
+
+    @group.verb("unpack", BundleUnpackOptions, "cosmos-export bundle unpack nano.tar -o nano.bundle")
+    def unpack(options: BundleUnpackOptions, as_json: bool) -> None:
+        """Make a bundle of an archive of `bundle pack`. Every file is verified as it is written."""
+        from cosmos_export.bundle.archive import unpack as unpacked
+        from cosmos_export.cli import console
+
+        manifest = unpacked(options.archive, options.output, console.progress())
+        if as_json:
+            document = {"archive": str(options.archive), "bundle": str(options.output), "files": len(manifest.files)}
+            console.emit_json("bundle-unpack", document)
+        console.verdict(f"{options.output}: {_files(len(manifest.files))}, verified", True)
 
     @group.verb(
         "diff",

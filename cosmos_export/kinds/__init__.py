@@ -7,6 +7,7 @@ Nothing is parsed and nothing is unpickled here.
 from cosmos_export.kinds.contents import (
     HEAD_BYTES,
     SAFETENSORS,
+    TAR,
     Kind,
     fetch,
     of_bytes,
@@ -19,6 +20,7 @@ from cosmos_export.kinds.names import of_names
 __all__ = [
     "HEAD_BYTES",
     "SAFETENSORS",
+    "TAR",
     "Kind",
     "fetch",
     "of_bytes",

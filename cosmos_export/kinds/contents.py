@@ -122,6 +122,7 @@ def _refused(what: str, path: Path) -> Kind:
 
 
 SAFETENSORS = "a safetensors file"
+TAR = "a tar archive"
 _TORCH = "load it in a trusted place with torch and write it with safetensors.torch.save_file; it is never opened here"
 _UNPACK = "unpack it, and give what was in it"
 _MEDIA = "pictures are for --image, clips for --video"
@@ -140,7 +141,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x04\x22\x4d\x18", "compressed with lz4", f"`unlz4` it: {_UNPACK}"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", _UNPACK),
     (0, b"Rar!", "a RAR archive", _UNPACK),
-    (257, b"ustar", "a tar archive", f"`tar xf` it: {_UNPACK}"),
+    (257, b"ustar", TAR, f"`tar xf` it: {_UNPACK}"),
     (
         0,
         b"\x89HDF",

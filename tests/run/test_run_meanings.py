@@ -11,9 +11,9 @@ from run_samples import MARK, ROBOT, SMALL, manifest
 
 from cosmos_export.bundle import BundleFiles, DimRecord
 from cosmos_export.diagnostics import CosmosExportError
+from cosmos_export.embodiments import embodiment
 from cosmos_export.options import GenerateOptions
 from cosmos_export.runtime import media
-from cosmos_export.embodiments import embodiment
 from cosmos_export.runtime.frontend import prepare
 from cosmos_export.runtime.loading import _require_known
 from cosmos_export.targets.profiles import parse_profile
