@@ -16,8 +16,8 @@ from cosmos_export.checkpoint.strict_json import parse_document
 from cosmos_export.diagnostics import UserError, shown
 from cosmos_export.in_memory import InMemory
 from cosmos_export.options import GenerateOptions, Overrides
-from cosmos_export.runtime import canvas
 from cosmos_export.sampling import MODES
+from cosmos_export.sampling.action_canvas import ACTION_BINS
 
 MAX_BYTES = 16 * files.MIB
 PROMPT_KEYS = ("prompt", "caption", "caption_json", "text", "prompt_en", "positive_prompt")
@@ -188,8 +188,8 @@ class _Reader:
         if "resolution" not in self._entry or "height" in given or "width" in given:
             return {}
         tier = str(self._entry["resolution"]).lower().removesuffix("p")
-        if not tier.isdecimal() or int(tier) not in canvas.ACTION_BINS:
-            known = ", ".join(map(str, canvas.ACTION_BINS))
+        if not tier.isdecimal() or int(tier) not in ACTION_BINS:
+            known = ", ".join(map(str, ACTION_BINS))
             self._refuse(f"has resolution = {shown(self._entry['resolution'])}; known: {known}")
         if acts:
             return {} if "tier" in given else {"tier": int(tier)}
@@ -197,7 +197,7 @@ class _Reader:
         if len(text) != 2 or not all(part.strip().isdecimal() and int(part) for part in text):
             self._refuse(f"has aspect_ratio = {shown(self._entry['aspect_ratio'])}, which is not like 16,9")
         ratio = int(text[1]) / int(text[0])
-        height, width = min(canvas.ACTION_BINS[int(tier)], key=lambda size: abs(size[0] / size[1] - ratio))
+        height, width = min(ACTION_BINS[int(tier)], key=lambda size: abs(size[0] / size[1] - ratio))
         return {"height": height, "width": width}
 
     def _media(self) -> dict[str, Any]:
