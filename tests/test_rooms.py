@@ -82,6 +82,7 @@ ALLOWED: dict[str, dict[tuple[str, str], str]] = {
         ("cosmos_export/ir/spec.py", "*"): "PyTorch's and the IR's names of types",
         ("cosmos_export/checkpoint/mapping.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/checkpoint/converted.py", "bf16"): "the type of a checkpoint's numbers",
+        ("cosmos_export/compiler/options.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/checkpoint/quantization.py", "fp8"): "a method of quantization in the words of other programs",
         ("cosmos_export/compiler/planned.py", "bf16"): "the type of a checkpoint's numbers",
         ("cosmos_export/plan/estimate.py", "*"): "names of recipes",

@@ -14,7 +14,7 @@ _NOT_SETTINGS = frozenset({"files", "volatile", "evaluation", "plan_checks"})
 
 
 @dataclass(frozen=True)
-class Setting:
+class SettingChange:
     """A setting with another value in each bundle; None: the bundle does not have it."""
 
     name: str
@@ -36,7 +36,7 @@ class FileChange:
 class Differences:
     """Everything that tells two bundles apart."""
 
-    settings: tuple[Setting, ...]
+    settings: tuple[SettingChange, ...]
     files: tuple[FileChange, ...]
     same_files: int
     same_bytes: int
@@ -69,14 +69,14 @@ def _plain(manifest: Manifest) -> Mapping[str, Any]:
     return {name: value for name, value in document.items() if name not in _NOT_SETTINGS}
 
 
-def _settings(prefix: str, first: Any, second: Any) -> Iterator[Setting]:
+def _settings(prefix: str, first: Any, second: Any) -> Iterator[SettingChange]:
     """Leaves that differ, by the names on the way to them; lists of objects with a name go by it."""
     first, second = _named(first), _named(second)
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for name in dict.fromkeys([*first, *second]):
             yield from _settings(f"{prefix}.{name}" if prefix else name, first.get(name), second.get(name))
     elif first != second:
-        yield Setting(prefix, first, second)
+        yield SettingChange(prefix, first, second)
 
 
 def _named(value: Any) -> Any:

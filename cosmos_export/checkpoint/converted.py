@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cosmos_export.checkpoint.dtypes import numpy_dtype
-from cosmos_export.checkpoint.folded import BLOCK_BYTES, Scratch
+from cosmos_export.checkpoint.folded import BLOCK_BYTES, ScratchFolder
 from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE, SCALES, TensorPart
 from cosmos_export.checkpoint.output import require_space
 from cosmos_export.checkpoint.reader import Checkpoint
@@ -64,7 +64,7 @@ def converted(checkpoint: Checkpoint, output: Path | None, progress: Progress | 
         return checkpoint
     specs = [TensorHeader(name, dtype, checkpoint.tensors[name].shape) for name, dtype in wanted.items()]
     needed = sum(spec.size_bytes for spec in specs)
-    scratch = Scratch(output)
+    scratch = ScratchFolder(output)
     require_space(
         scratch.path / _STEM, needed, "CX129", "the converted weights", "free some space, or another --output"
     )

@@ -21,7 +21,7 @@ from cosmos_export import directories
 from cosmos_export.checkpoint.adapters import CONFIG
 from cosmos_export.checkpoint.dtypes import numpy_dtype
 from cosmos_export.checkpoint.output import require_space
-from cosmos_export.checkpoint.read_adapter import Adapter, LowRank, describe_adapters
+from cosmos_export.checkpoint.read_adapter import Adapter, AdapterPart, describe_adapters
 from cosmos_export.checkpoint.reader import Checkpoint
 from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly, read_header
 from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_shards
@@ -35,7 +35,7 @@ _KIND = "folding"
 _TASK = "add adapters"
 
 
-class Scratch:
+class ScratchFolder:
     """A directory beside ``output`` that is removed when this object goes, or when the next command finds it left."""
 
     def __init__(self, output: Path | None) -> None:
@@ -73,7 +73,7 @@ def fold(
     """
     if not adapters:
         return checkpoint
-    parts: dict[str, list[LowRank]] = {}
+    parts: dict[str, list[AdapterPart]] = {}
     for adapter in adapters:
         for name, part in adapter.parts.items():
             parts.setdefault(name, []).append(part)
@@ -83,7 +83,7 @@ def fold(
         if name in parts
     ]
     needed = sum(spec.size_bytes for spec in specs)
-    scratch = Scratch(output)
+    scratch = ScratchFolder(output)
     require_space(
         scratch.path / _STEM, needed, "CX129", "the weights with adapters", "free some space, or another --output"
     )
@@ -118,7 +118,7 @@ def left_out(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Path,
     return tuple(path for path in checkpoint.adapters if path.resolve() not in used | configs)
 
 
-def folded_rows(base: TensorEntry, parts: Sequence[LowRank]) -> Iterator[memoryview]:
+def folded_rows(base: TensorEntry, parts: Sequence[AdapterPart]) -> Iterator[memoryview]:
     """The bytes of ``base`` with ``parts`` added in float32, rounded once, in blocks of rows."""
     rows, columns = base.shape
     dtype = numpy_dtype(base.dtype)

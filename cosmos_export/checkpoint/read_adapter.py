@@ -65,7 +65,7 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 
 
 @dataclass(frozen=True)
-class LowRank:
+class AdapterPart:
     """The change of one weight: ``factor · up · down``."""
 
     down: TensorEntry
@@ -87,7 +87,7 @@ class Adapter:
     """Its weight file."""
     sha256: str
     scale: float
-    parts: Mapping[str, LowRank]
+    parts: Mapping[str, AdapterPart]
     """By name of the weight in the model; ``scale`` is in their factors."""
 
     @property
@@ -199,7 +199,7 @@ def _parts(
     config: Mapping[str, Any] | None,
     weights: Mapping[str, tuple[int, ...]],
     scale: float,
-) -> dict[str, LowRank]:
+) -> dict[str, AdapterPart]:
     downs: dict[str, TensorEntry] = {}
     ups: dict[str, TensorEntry] = {}
     alphas: dict[str, float] = {}
@@ -231,7 +231,7 @@ def _parts(
                 f"{name} is {list(shape)}; the adapter has A {list(down.shape)} and B {list(up.shape)}",
                 "it was trained on another model: give the checkpoint that it is for",
             )
-        found[name] = LowRank(down, up, scale * _factor(file, name, down.shape[0], alphas.get(name), config))
+        found[name] = AdapterPart(down, up, scale * _factor(file, name, down.shape[0], alphas.get(name), config))
     return dict(sorted(found.items()))
 
 
@@ -316,7 +316,7 @@ def _of_pattern(patterns: object, module: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def _require_fits(file: Path, parts: Mapping[str, LowRank], checkpoint: Checkpoint) -> None:
+def _require_fits(file: Path, parts: Mapping[str, AdapterPart], checkpoint: Checkpoint) -> None:
     for name, part in parts.items():
         base = checkpoint.tensors[name]
         if base.dtype not in WEIGHT_DTYPES:

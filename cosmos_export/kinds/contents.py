@@ -14,7 +14,7 @@ HEAD_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Kind:
+class Thing:
     """A thing that was recognised: ``what`` it is, with its article, and the ``hint`` with the next command."""
 
     what: str
@@ -25,7 +25,7 @@ class Kind:
     """It is a picture or a clip."""
 
 
-def of_file(path: Path) -> Kind | None:
+def of_file(path: Path) -> Thing | None:
     """The kind of the file ``path``; None where it is not known, or cannot be read."""
     try:
         with files.opened(path) as file:
@@ -34,13 +34,13 @@ def of_file(path: Path) -> Kind | None:
         return None
 
 
-def placeholder(path: Path) -> Kind | None:
+def placeholder(path: Path) -> Thing | None:
     """The kind of ``path`` where it stands in the place of a file that was not downloaded; None for any other."""
     found = of_file(path)
     return found if found is not None and found.placeholder else None
 
 
-def of_bytes(data: bytes, path: Path) -> Kind | None:
+def of_bytes(data: bytes, path: Path) -> Thing | None:
     """The kind of a file that begins with ``data``; ``path`` is for the hint, and is not opened."""
     return _stand_in(data, path) or _container(data, path) or _text(data, path)
 
@@ -77,7 +77,7 @@ _JSON_ERROR = re.compile(
 _LOGIN = "log in with `hf auth login` and accept the licence on the page of the model, then {fetch}"
 
 
-def _stand_in(data: bytes, path: Path) -> Kind | None:
+def _stand_in(data: bytes, path: Path) -> Thing | None:
     """The kind of what is in the place of a file when its download failed or was left out."""
     if not data:
         return _absent("an empty file", path)
@@ -91,9 +91,9 @@ def _stand_in(data: bytes, path: Path) -> Kind | None:
     if start.startswith(b"# xet version"):
         return _absent("a Xet pointer, not the file itself", path)
     if b"annex/objects/" in start and b"\n" not in start.strip():
-        return Kind("a git-annex pointer, not the file itself", f"`git annex get {shlex.quote(str(path))}`", True)
+        return Thing("a git-annex pointer, not the file itself", f"`git annex get {shlex.quote(str(path))}`", True)
     if start.startswith((b"outs:\n", b"md5: ")):
-        return Kind("a DVC pointer, not the file itself", f"`dvc pull {shlex.quote(str(path))}`", True)
+        return Thing("a DVC pointer, not the file itself", f"`dvc pull {shlex.quote(str(path))}`", True)
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
         return _refused("an HTML page, as a server sends it for a gated or a missing file", path)
     if (start.startswith(b"<?xml") and b"<error>" in start) or start.startswith(b"<error>"):
@@ -104,21 +104,21 @@ def _stand_in(data: bytes, path: Path) -> Kind | None:
         return _refused("an error message of a server", path)
     if len(data) < 400 and re.fullmatch(rb"(\.\./)+[\w./-]+", start.strip()):
         what = f"the text of a symbolic link to {start.strip().decode()[:80]}, not the file itself"
-        return Kind(what, f"copy the folder with its links resolved (`cp -rL`), or {fetch(path)}", True)
+        return Thing(what, f"copy the folder with its links resolved (`cp -rL`), or {fetch(path)}", True)
     if data.startswith(b"\0GITCRYPT\0"):
-        return Kind("encrypted by git-crypt", "`git-crypt unlock`", True)
+        return Thing("encrypted by git-crypt", "`git-crypt unlock`", True)
     if data.startswith((b"\x00\x05\x16\x07", b"\x00\x05\x16\x00")):
         what = "an AppleDouble file, which macOS writes beside the file itself"
-        return Kind(what, f"`find {shlex.quote(str(path.parent))} -name '._*' -delete`", True)
+        return Thing(what, f"`find {shlex.quote(str(path.parent))} -name '._*' -delete`", True)
     return None
 
 
-def _absent(what: str, path: Path) -> Kind:
-    return Kind(what, f"download the file itself: {fetch(path)}", True)
+def _absent(what: str, path: Path) -> Thing:
+    return Thing(what, f"download the file itself: {fetch(path)}", True)
 
 
-def _refused(what: str, path: Path) -> Kind:
-    return Kind(what, _LOGIN.format(fetch=fetch(path)), True)
+def _refused(what: str, path: Path) -> Thing:
+    return Thing(what, _LOGIN.format(fetch=fetch(path)), True)
 
 
 SAFETENSORS = "a safetensors file"
@@ -174,31 +174,31 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
 """Offset, bytes there, what they are, what helps."""
 
 
-def _container(data: bytes, path: Path) -> Kind | None:
+def _container(data: bytes, path: Path) -> Thing | None:
     if data.startswith(b"PK\x03\x04"):
         name = data[30 : 30 + int.from_bytes(data[26:28], "little")]
         if name.endswith(b".npy"):
-            return Kind("NumPy arrays in a ZIP (.npz)", "write them with safetensors.numpy.save_file")
+            return Thing("NumPy arrays in a ZIP (.npz)", "write them with safetensors.numpy.save_file")
         if b"data.pkl" in data or name.endswith((b"/version", b"/byteorder", b".format_version")):
-            return Kind("a file of torch.save, which may hold pickled objects", _TORCH)
-        return Kind("a ZIP archive", f"`unzip` it: {_UNPACK}")
+            return Thing("a file of torch.save, which may hold pickled objects", _TORCH)
+        return Thing("a ZIP archive", f"`unzip` it: {_UNPACK}")
     for offset, magic, what, hint in _MAGIC:
         if data[offset:].startswith(magic) and not (magic == b"BM" and data[:32].isascii()):
-            return Kind(what, hint, picture=hint is _MEDIA)
+            return Thing(what, hint, picture=hint is _MEDIA)
     if re.match(rb"\x08[\x03-\x10][\x12\x1a\x3a]", data):
-        return Kind("an ONNX model", "ONNX models are made and run as parts of a bundle: `cosmos-export build`")
+        return Thing("an ONNX model", "ONNX models are made and run as parts of a bundle: `cosmos-export build`")
     length = int.from_bytes(data[:8], "little")
     if len(data) > 9 and 0 < length < 1 << 30 and data[8:9] == b"{":
-        return Kind(SAFETENSORS, "it holds tensors: weights, latents or actions")
+        return Thing(SAFETENSORS, "it holds tensors: weights, latents or actions")
     return None
 
 
-def _text(data: bytes, path: Path) -> Kind | None:
+def _text(data: bytes, path: Path) -> Thing | None:
     name = shlex.quote(str(path))
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return Kind("text in UTF-16", f"`iconv -f UTF-16 -t UTF-8 {name} > new`, then `mv new {name}`")
+        return Thing("text in UTF-16", f"`iconv -f UTF-16 -t UTF-8 {name} > new`, then `mv new {name}`")
     if data.startswith(b"\xef\xbb\xbf"):
-        return Kind(
+        return Thing(
             "text that begins with a byte order mark (BOM)", f"save it without: `sed -i '1s/^\\xEF\\xBB\\xBF//' {name}`"
         )
     return None

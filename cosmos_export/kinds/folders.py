@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cosmos_export import files
-from cosmos_export.kinds.contents import Kind
+from cosmos_export.kinds.contents import Thing
 
 _ENTRIES = 4096
 """Entries of a folder that are looked at."""
@@ -168,7 +168,7 @@ _FOLDERS: tuple[_Folder, ...] = (
 )
 
 
-def of_folder(path: Path) -> Kind | None:
+def of_folder(path: Path) -> Thing | None:
     """The kind of the folder ``path`` by the names in it; None where it is not known, or cannot be read."""
     try:
         return _of_folder(path)
@@ -176,21 +176,21 @@ def of_folder(path: Path) -> Kind | None:
         return None
 
 
-def _of_folder(path: Path) -> Kind | None:
+def _of_folder(path: Path) -> Thing | None:
     snapshot = snapshot_of(path)
     if snapshot is not None:
-        return Kind("a Hugging Face cache folder", f"give {snapshot}")
+        return Thing("a Hugging Face cache folder", f"give {snapshot}")
     with os.scandir(path) as entries:
         if next(entries, None) is None:
-            return Kind("an empty folder", _PUBLISHED)
+            return Thing("an empty folder", _PUBLISHED)
     for folder in _FOLDERS:
         if any(all(_there(path, pattern) for pattern in mark.split()) for mark in folder.marks):
             hint = folder.hint.format(path=shlex.quote(str(path)), parent=path.absolute().parent)
             below = _checkpoint_below(path)
-            return Kind(folder.what, f"{hint}; or give {below}, which is a checkpoint" if below else hint)
+            return Thing(folder.what, f"{hint}; or give {below}, which is a checkpoint" if below else hint)
     below = _checkpoint_below(path)
     if below is not None:
-        return Kind("the folder above a checkpoint", f"give {below}")
+        return Thing("the folder above a checkpoint", f"give {below}")
     return None
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 
-from cosmos_export.kinds.contents import Kind
+from cosmos_export.kinds.contents import Thing
 
 _WRAPPERS: Mapping[str, str] = {
     "_orig_mod": "torch.compile",
@@ -92,7 +92,7 @@ _NAMES: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 )
 
 
-def of_names(names: Collection[str], expected: Collection[str], canonical: Callable[[str], str] = str) -> Kind | None:
+def of_names(names: Collection[str], expected: Collection[str], canonical: Callable[[str], str] = str) -> Thing | None:
     """The kind of a file whose tensors ``names`` the model does not have; None where they tell nothing.
 
     ``expected`` are the names of the model, ``canonical`` brings other spellings to them.
@@ -102,11 +102,11 @@ def of_names(names: Collection[str], expected: Collection[str], canonical: Calla
     for pattern, what, hint in _NAMES:
         found = sum(pattern.search(name) is not None for name in names)
         if found:
-            return Kind(what, hint)
+            return Thing(what, hint)
     return None
 
 
-def _wrapped(names: Collection[str], expected: Collection[str], canonical: Callable[[str], str]) -> Kind | None:
+def _wrapped(names: Collection[str], expected: Collection[str], canonical: Callable[[str], str]) -> Thing | None:
     """Names of the model with something before or among their parts, where that is most of ``names``."""
     added: Counter[str] = Counter()
     for name in names:
@@ -131,7 +131,7 @@ def _wrapped(names: Collection[str], expected: Collection[str], canonical: Calla
         'python -c "from safetensors.torch import load_file, save_file; '
         f"save_file({{k.replace('{prefix}', ''): v for k, v in load_file('FILE').items()}}, 'FILE')\""
     )
-    return Kind(
+    return Thing(
         f"named with `{prefix}`{by} in {count} of {len(names)} names",
         f"take `{prefix}` away in every file and in the index: `{command}`.{choose}",
     )

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cosmos_export.bundle import FileRecord, Manifest
-from cosmos_export.bundle.differences import FileChange, Setting, differences
+from cosmos_export.bundle.differences import FileChange, SettingChange, differences
 from cosmos_export.cli import app
 
 FILES = (FileRecord("onnx/a.weights", 10, "a" * 64, "onnx"), FileRecord("engines/a.plan", 5, "b" * 64, "engine"))
@@ -48,7 +48,7 @@ def test_a_setting_is_named(name: str) -> None:
     (found,) = differences(first, change(first)).settings
     assert found.name == setting and found.first != found.second
     (back,) = differences(change(first), first).settings
-    assert back == Setting(setting, found.second, found.first)
+    assert back == SettingChange(setting, found.second, found.first)
 
 
 def test_a_profile_goes_by_its_name() -> None:
