@@ -2,8 +2,10 @@
 
     python -m benchmarks.microworld.evaluate CHECKPOINT|BUNDLE [--clips N] [--modes t2v,i2v,…] -o FILE
 
-Every request follows from a seed, and its noise too, so that two runs and two implementations see the same noise.
-Captions are combinations that training never saw, unless ``--captions trained`` asks for the others.
+The mode `codec` passes true clips through the video autoencoder: no other mode can score better, and a folder in which
+only the autoencoder is trained has it too. Every request follows from a seed, and its noise too, so that two runs and
+two implementations see the same noise. Captions are combinations that training never saw, unless ``--captions trained``
+asks for the others.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from numpy.typing import NDArray
 
 from benchmarks.microworld import checks, reasoner, text, world
 
-MODES = ("t2v", "i2v", "v2v", "sound", "forward dynamics", "inverse dynamics", "policy", "reasoner")
-SCENES = ("t2v", "i2v", "v2v", "sound")
+MODES = ("t2v", "i2v", "v2v", "sound", "forward dynamics", "inverse dynamics", "policy", "reasoner", "codec")
+SCENES = ("t2v", "i2v", "v2v", "sound", "codec")
 STEPS = 35
 GUIDANCE = {"t2v": 3.0, "sound": 3.0}
 """By mode; 1 elsewhere."""
@@ -214,6 +216,23 @@ def _noise_of(request: Request) -> Iterator[None]:
         module.randn_tensor = original
 
 
+def codec(checkpoint: Path) -> Generate:
+    """Gives the true clip back, encoded and decoded by diffusers' autoencoder."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    vae = AutoencoderKLWan.from_pretrained(checkpoint / "vae", torch_dtype=torch.float32)
+
+    def generate(request: Request) -> Generated:
+        true = world.render(request.clip)
+        pixels = torch.from_numpy(np.moveaxis(true, -1, 0).astype(np.float32) / 127.5 - 1)[None]
+        with torch.no_grad():
+            made = vae.decode(vae.encode(pixels).latent_dist.mode()).sample[0]
+        return Generated(np.rint((np.moveaxis(made.numpy(), 0, -1) + 1) * 127.5).clip(0, 255).astype(np.uint8))
+
+    return generate
+
+
 def stock_reasoner(checkpoint: Path) -> reasoner.Asker:
     """Asks through transformers."""
     import torch
@@ -278,6 +297,8 @@ def run(source: Path, modes: Sequence[str], count: int, held_out: bool, steps: i
     for mode in modes:
         if mode == "reasoner":
             found[mode] = evaluate_reasoner(stock_reasoner(source), count, held_out)
+        elif mode == "codec":
+            found[mode] = evaluate(codec(source), mode, count, held_out)
         else:
             if generate is None:
                 generate = bundle(source, steps) if (source / "manifest.json").is_file() else pipeline(source, steps)
@@ -295,7 +316,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--clips", type=int, default=400)
-    parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--modes", help="names with commas between them; default: all that the source has")
     parser.add_argument("--captions", choices=("held-out", "trained"), default="held-out")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("-o", "--output", type=Path)
@@ -304,7 +325,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     held_out = arguments.captions == "held-out"
-    document = run(arguments.source, arguments.modes.split(","), arguments.clips, held_out, arguments.steps)
+    is_bundle = (arguments.source / "manifest.json").is_file()
+    modes = [mode for mode in MODES if not is_bundle or mode not in ("reasoner", "codec")]
+    modes = arguments.modes.split(",") if arguments.modes else modes
+    document = run(arguments.source, modes, arguments.clips, held_out, arguments.steps)
     if arguments.output:
         arguments.output.write_text(json.dumps(document, indent=1) + "\n")
 

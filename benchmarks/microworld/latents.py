@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from benchmarks.microworld import vae as codec
 from benchmarks.microworld import world
 
+PART = 250
+"""Clips of a part, after which an interrupted run continues."""
 CANVAS = 96
 """Pixels of the canvas of a push here. The pipeline's has 256; ground further away changes nothing that can be seen."""
 
@@ -50,17 +52,26 @@ def clips(scenes: int, pushes: int, seed: int) -> list[world.Clip]:
 
 
 def write(folder: Path, scenes: int, pushes: int, seed: int = 0) -> None:
-    """Encodes the clips of training with ``folder``/vae."""
+    """Encodes the clips of training with ``folder``/vae. Parts that a run before this one finished are kept."""
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(folder / "vae").float()
-    found = [
-        encode(vae, world.render(clip), world.SIZE if clip.actions is None else CANVAS).to(torch.float16)
-        for clip in clips(scenes, pushes, seed)
-    ]
-    save_file(
-        {"latents": torch.stack(found), "count": torch.tensor([scenes, pushes, seed])}, folder / "latents.safetensors"
-    )
+    chosen, parts = clips(scenes, pushes, seed), folder / "latents"
+    parts.mkdir(exist_ok=True)
+    files = [parts / f"{scenes}-{pushes}-{seed}-{begin}.safetensors" for begin in range(0, len(chosen), PART)]
+    for begin, file in zip(range(0, len(chosen), PART), files, strict=True):
+        if file.is_file():
+            continue
+        found = [
+            encode(vae, world.render(clip), world.SIZE if clip.actions is None else CANVAS).to(torch.float16)
+            for clip in chosen[begin : begin + PART]
+        ]
+        temporary = file.with_suffix(".tmp")
+        save_file({"latents": torch.stack(found)}, temporary)
+        temporary.replace(file)
+        print(f"{begin + len(found)} of {len(chosen)} clips", flush=True)
+    latents = torch.cat([load_file(file)["latents"] for file in files])
+    save_file({"latents": latents, "count": torch.tensor([scenes, pushes, seed])}, folder / "latents.safetensors")
 
 
 def main() -> None:
