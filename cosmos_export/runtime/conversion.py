@@ -106,10 +106,14 @@ def _joined(given: object, parts: Mapping[str, Any], robot: Embodiment) -> Any:
         _refuse(given, f"it has {said}", f"all of {wanted}" if names else "a list of numbers: the parts have no names")
     found = []
     for part in robot.parts:
-        value = np.asarray(parts[part.name])
+        try:
+            value = np.asarray(parts[part.name])
+        except (TypeError, ValueError, OverflowError):  # lists of different lengths
+            _refuse(given, f"`{part.name}` is no list of numbers", f"{part.columns} numbers")
+        found_shape = list(value.shape)
         value = value.reshape(1, -1) if value.ndim < 2 else value
         if value.ndim != 2 or value.shape[1] != part.columns or value.dtype.kind not in "iuf":
-            _refuse(given, f"`{part.name}` has shape {list(np.shape(parts[part.name]))}", f"{part.columns} numbers")
+            _refuse(given, f"`{part.name}` has shape {found_shape}", f"{part.columns} numbers")
         found.append(value)
     if len({len(value) for value in found}) > 1:
         _refuse(given, "its parts have different numbers of rows")

@@ -475,6 +475,68 @@ def _state(call: Call) -> None:
         raise _Enough
 
 
+def _limits(call: Call) -> None:
+    import numpy as np
+
+    from cosmos_export.runtime.limits import read_limits, review
+
+    limits = read_limits(call.root / "limits.toml")
+    limits.require(8, "raw")
+    found = review(np.zeros((4, 8), np.float32), limits, fps=15.0, state=np.zeros(8), age_s=0.5)
+    finite = found.actions is None or bool(np.isfinite(found.actions).all())
+    _require(finite, "a review made a value that is not finite")
+
+
+def _trail(call: Call) -> None:
+    """A trail with the digest of its last line, kept where nobody could change it."""
+    anchor = (call.root / "anchor").read_text()
+    path = call.root / "trail.jsonl"
+    command("audit", "verify", path, "--anchor", anchor)
+    _require(path.read_bytes() == (call.root / "kept").read_bytes(), "another trail is accepted")
+
+
+def _signature(call: Call) -> None:
+    """The same statement may be written in several ways; what it is of has one form."""
+    bundle = call.root / "x.bundle"
+    command("bundle", "verify", bundle, "--key", call.root / "public.pem")
+    _require(
+        (bundle / "manifest.json").read_bytes() == (call.root / "kept").read_bytes(), "another manifest is accepted"
+    )
+
+
+def _message(call: Call) -> None:
+    """A message of a robot's client, until the policy is asked."""
+    import numpy as np
+
+    from cosmos_export.embodiments import policy_embodiment
+    from cosmos_export.serve import wire
+    from cosmos_export.serve.observation import from_groot, from_openpi
+
+    name = call.first("*.msgpack")
+    try:
+        data = files.read_bytes(call.root / name, 16 << 20)  # as much as a message may have
+    except OSError as error:  # a message comes through a socket, and no file can be in its place
+        raise Refused(2, "CX641", str(error)) from error
+    message, robot = wire.unpack(data), policy_embodiment("droid_lerobot")
+    if name == "openpi.msgpack":
+        observation = from_openpi(message, robot)
+    else:
+        given = message.get("data") if isinstance(message, dict) else None
+        observation = from_groot(given.get("observation") if isinstance(given, dict) else None, robot)
+    finite = observation.state is None or bool(np.isfinite(observation.state).all())
+    _require(finite, "a state that is not finite")
+
+
+def _robot_state(call: Call) -> None:
+    import numpy as np
+
+    from cosmos_export.embodiments import policy_embodiment
+    from cosmos_export.runtime.conversion import read_state
+
+    state = read_state(call.root / "state.json", policy_embodiment("droid_lerobot"), 8)
+    _require(state.shape[1:] == (8,) and bool(np.isfinite(state).all()), f"a state of shape {state.shape}")
+
+
 READERS = (
     Reader("inspect", seeds.checkpoint, _inspect, confined=False, compared=("*",)),
     Reader(
@@ -545,6 +607,11 @@ READERS = (
     Reader("cache", seeds.cache, _cache, ("cache/*",), writes=True),
     Reader("captured", seeds.captured, _captured, ("step.json",), share=0.6),
     Reader("state", seeds.state, _state, writes=True, tools=("CX707",)),
+    Reader("limits", seeds.limits, _limits),
+    Reader("audit", seeds.trail, _trail, ("trail.jsonl",)),
+    Reader("signature", seeds.signed_bundle, _signature, ("x.bundle/*",), share=0.6),
+    Reader("messages", seeds.messages, _message, ("*.msgpack",)),
+    Reader("robot-state", seeds.messages, _robot_state, ("state.json",)),
 )
 BY_NAME = {reader.name: reader for reader in READERS}
 

@@ -15,7 +15,7 @@ import numpy as np
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
-sys.path[:0] = [str(TESTS / name) for name in ("compiler", "bundle", "calibration", "checkpoint")]
+sys.path[:0] = [str(TESTS / name) for name in ("compiler", "bundle", "calibration", "checkpoint", "serve")]
 
 SIZES = "und_len=1:64:512,frames=1:2:3,height=3:3:4,width=3:5:6,sound_len=0,action_len=0"
 ROBOT = "und_len=1:132:512,frames=5:5:9,height=3:12:40,width=3:20:52,sound_len=0,action_len=16:16:32"
@@ -271,6 +271,64 @@ def state(folder: Path) -> None:
     except KeyboardInterrupt:
         (left,) = folder.glob(".x.bundle.partial-*")
         left.rename(folder / ".x.bundle.partial-1")  # the same name in every run
+
+
+def limits(folder: Path) -> None:
+    """Limits of a robot's actions."""
+    columns = "".join(
+        f'[[column]]\nname = "joint_{i}"\nlow = -2.7\nhigh = 2.7\nmax_step_per_s = 2.0\nmax_jump = 0.2\nclip = true\n'
+        for i in range(7)
+    )
+    head = 'robot = "Franka"\nunits = "raw"\nmax_age_s = 1.0\n'
+    gripper = '[[column]]\nname = "gripper"\nlow = 0.0\nhigh = 1\n'
+    box = '[workspace]\ncolumns = ["joint_0", "joint_1"]\nlow = [-1.0, -1.0]\nhigh = [1.0, 1.0]\n'
+    (folder / "limits.toml").write_text(head + columns + gripper + box)
+
+
+def trail(folder: Path) -> None:
+    """An audit trail, and the digest of its last line, which is kept elsewhere."""
+    from cosmos_export.audit import AuditTrail
+
+    with AuditTrail(folder / "trail.jsonl", clock=lambda: 1.8e9) as found:
+        found.record("verified", bundle="0" * 64, failed=["G2 of the transformer"], not_measured=[])
+        found.record("loaded", backend="onnxruntime", device="cpu", version="0.1.0")
+        for seed in range(4):
+            found.record("request", seed=seed, prompt="1" * 64, seconds=0.25, verdict="pass")
+        found.record("ended", requests=4)
+        (folder / "anchor").write_text(found.head)
+    shutil.copy(folder / "trail.jsonl", folder / "kept")
+
+
+def signed_bundle(folder: Path) -> None:
+    """A bundle that is signed, beside the public key."""
+    import bundle_samples
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from cosmos_export.bundle import open_bundle, sign
+
+    key = ec.derive_private_key(7, ec.SECP256R1())
+    form = serialization.Encoding.PEM
+    secret = key.private_bytes(form, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public = key.public_key().public_bytes(form, serialization.PublicFormat.SubjectPublicKeyInfo)
+    (folder / "private.pem").write_bytes(secret)
+    (folder / "public.pem").write_bytes(public)
+    bundle_samples.write(folder / "x.bundle")
+    sign(open_bundle(folder / "x.bundle"), folder / "private.pem")
+    shutil.copy(folder / "x.bundle/manifest.json", folder / "kept")
+
+
+def messages(folder: Path) -> None:
+    """One observation as clients of both protocols send it, and where a robot is."""
+    import serve_samples
+
+    from cosmos_export.serve import wire
+
+    (folder / "openpi.msgpack").write_bytes(wire.pack(serve_samples.droid()))
+    request = {"endpoint": "get_action", "data": {"observation": serve_samples.groot()}}
+    (folder / "gr00t.msgpack").write_bytes(wire.pack_groot(request))
+    state = {"joint_position": [0.1, -0.2, 0.3, -1.5, 0.5, 1.25, 0.75], "gripper_position": 0.4}
+    (folder / "state.json").write_text(json.dumps(state))
 
 
 def _sha256(path: Path) -> str:

@@ -140,6 +140,7 @@ def test_the_viewpoint_is_the_embodiment_s(files: Path) -> None:
         ({"joint_position": [0.0] * 7}, "it has 'joint_position'"),
         ({"joint_position": [0.0] * 7, "gripper_position": [0.0], "x": [1]}, "'x'"),
         ({"joint_position": [0.0] * 6, "gripper_position": [0.0]}, "`joint_position` has shape [6]"),
+        ({"joint_position": [0.0] * 6 + [[0.0]], "gripper_position": [0.0]}, "`joint_position` is no list of numbers"),
         (["1"] * 8, "shape [8]"),
         ([True] * 8, "shape [8]"),
         ([1e39] * 8, "not a finite number"),
