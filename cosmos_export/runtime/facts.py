@@ -1,4 +1,4 @@
-"""What a manifest says twice, or what this version knows of itself: a target, a schedule, sizes of the model.
+"""Statements of a manifest that are there twice, or that this version knows by itself: target, schedule, model sizes.
 
 A manifest that was changed and sealed again is well formed. Here its statements are held to each other and to what is
 known without the checkpoint. What nothing else tells (names, versions, times, verdicts, texts of the prompt's template)
@@ -31,7 +31,7 @@ _SIGMA_TOLERANCE, _TIMESTEP_TOLERANCE = 2e-6, 1.0
 
 
 def fact_problems(manifest: Manifest) -> Iterator[str]:
-    """What ``manifest`` says wrongly, each with the field."""
+    """Fields of ``manifest`` that are wrong, each with the reason."""
     yield from _target_problems(manifest)
     yield from _recipe_problems(manifest)
     yield from _geometry_problems(manifest)
@@ -106,7 +106,7 @@ def _differs(name: str, geometry: Mapping[str, Any], found: tuple[int | str, ...
 
 
 def _codec_problems(request: RequestRecord, graphs: Mapping[str, GraphContract]) -> Iterator[str]:
-    """What a latent stands for is what the codecs make of one."""
+    """Pixels, frames and samples of a latent are those that the codecs make of one."""
     video, hop = request.video, request.sound.hop if request.sound is not None else None
     for name, graph in graphs.items():
         tensors = {tensor.name: tensor.dims for tensor in (*graph.inputs, *graph.outputs)}

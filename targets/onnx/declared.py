@@ -1,4 +1,4 @@
-"""What an ONNX model declares of its inputs and outputs, read without a library: verification needs none.
+"""Declared inputs and outputs of an ONNX model, read without a library: verification needs none.
 
 A model is a protocol buffer. Read are its one graph, the graph's inputs and outputs, and of those the name, the type
 and the sizes; everything else is skipped.
