@@ -128,7 +128,7 @@ CANVASES: Mapping[str, Mapping[str, tuple[int, int]]] = MappingProxyType(
 )
 _NAMED = re.compile(r"(?P<size>\d+p)(?:-(?P<aspect>\d+:\d+))?(?:-(?P<frames>[0-9]{1,9})f)?(?P<sound>\+sound)?")
 
-_ROBOT = re.compile(r"policy-(?P<robot>[a-z0-9_-]+?)(?:-(?P<width>\d+)x(?P<height>\d+))?")
+_ROBOT = re.compile(r"policy-(?P<robot>[a-z0-9_-]+?)(?:-(?P<width>[0-9]{1,9})x(?P<height>[0-9]{1,9}))?")
 _TASK_LEN = DimRange(1, 132, 4096)
 """The JSON prompt of a one-sentence task has 132 tokens."""
 
@@ -234,7 +234,7 @@ def is_named(name: str) -> bool:
 
 def _meant(name: str, known: Sequence[str]) -> str:
     """A hint with the profile that ``name`` means; empty where none is near. Another size is never a spelling of it."""
-    size = re.match(r"(\d+)(p|k)?\b", name.lower())
+    size = re.match(r"([0-9]{1,9})(p|k)?\b", name.lower())
     if size is not None:
         sizes = sorted(CANVASES, key=lambda one: int(one.removesuffix("p")))
         lines = int(size[1]) * (540 if size[2] == "k" else 1)

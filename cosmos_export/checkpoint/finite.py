@@ -15,7 +15,7 @@ from cosmos_export.machine.system import cores
 from cosmos_export.progress import Progress, Silent
 
 _BLOCK_BYTES = 1 << 24
-_TASK = "look at the weights"
+TASK = "look at the weights"
 # Bits of the exponent, all of which are set in what is not finite; in E4M3 only together with those of the fraction.
 _MASKS: Mapping[str, tuple[str, int]] = {
     "BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000), "F8_E4M3": ("<u1", 0x7F),
@@ -29,15 +29,15 @@ def require_finite(checkpoint: Checkpoint, progress: Progress | None = None) -> 
     entries = [*checkpoint.tensors.values()]
     entries += [entry for tensors in checkpoint.component_tensors.values() for entry in tensors.values()]
     report = progress or Silent()
-    report.begin(_TASK, sum(entry.size_bytes for entry in entries))
+    report.begin(TASK, sum(entry.size_bytes for entry in entries))
     done, bad = 0, []
     with ThreadPoolExecutor(cores()) as pool:
         for entry, count in zip(entries, pool.map(_count, entries), strict=True):
             done += entry.size_bytes
-            report.update(_TASK, done)
+            report.update(TASK, done)
             if count:
                 bad.append(f"{entry.name} ({count:,} of {entry.elements:,} values, in {entry.file.name})")
-    report.end(_TASK)
+    report.end(TASK)
     if bad:
         rest = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise UserError(

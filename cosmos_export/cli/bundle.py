@@ -114,7 +114,12 @@ def register(app: Verbs) -> None:
         else:
             console.show(facts(list(_facts(files.manifest).items()), console.out().width))
 
-    @group.verb("pack", BundlePackOptions, "cosmos-export bundle pack nano.bundle -o nano.tar")
+    @group.verb(
+        "pack",
+        BundlePackOptions,
+        "cosmos-export bundle pack nano.bundle -o nano.tar",
+        "cosmos-export bundle pack nano.bundle -o nano.tar --json",
+    )
     def pack(options: BundlePackOptions, as_json: bool) -> None:
         """Verify a bundle and write it as one file: a tar archive with the manifest first."""
         from cosmos_export.bundle.archive import pack as packed
@@ -126,7 +131,12 @@ def register(app: Verbs) -> None:
             console.emit_json("bundle-pack", document)
         console.verdict(f"{options.output}: {units.size(size)}", True)
 
-    @group.verb("unpack", BundleUnpackOptions, "cosmos-export bundle unpack nano.tar -o nano.bundle")
+    @group.verb(
+        "unpack",
+        BundleUnpackOptions,
+        "cosmos-export bundle unpack nano.tar -o nano.bundle",
+        "cosmos-export bundle unpack nano.tar -o nano.bundle --json",
+    )
     def unpack(options: BundleUnpackOptions, as_json: bool) -> None:
         """Make a bundle of an archive of `bundle pack`. Every file is verified as it is written."""
         from cosmos_export.bundle.archive import unpack as unpacked

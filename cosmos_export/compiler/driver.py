@@ -51,8 +51,6 @@ def build(
     if options.output is not None and options.quality == "enforce":
         require_coverage(job.coverage)
     begins(job)
-    if options.output is not None:
-        require_finite(job.checkpoint, progress)
     for note in job.notes:  # now, and again at the end of a long report
         _log.warning("%s", note)
     with blamed("the build", *job.inputs):
@@ -86,6 +84,7 @@ def _bundle(
                 blamed("the build", *job.inputs),
                 Overall(progress, job.plan.seconds) as overall,
             ):
+                require_finite(job.checkpoint, overall)
                 return build_bundle(job, writer, overall, found)
     except BaseException as error:
         if writer.left is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cosmos_export.checkpoint import Checkpoint
 from cosmos_export.checkpoint.codecs import CODECS
+from cosmos_export.checkpoint.finite import TASK as LOOK_AT_WEIGHTS
 from cosmos_export.compiler.selection import codec_tensors_bytes
 from cosmos_export.plan.sizes import (
     CAPTURE_S_PER_LAYER,
@@ -82,7 +83,8 @@ def expected_seconds(checkpoint: Checkpoint, components: Sequence[str], loops: i
     geometry = checkpoint.geometry
     graphs = {name: sum(_stored(checkpoint, t.name) for t in own) for name, own in graph_tensors(geometry).items()}
     codecs = {name: codec_tensors_bytes(checkpoint, name) for name in components if name in CODECS}
-    found = {"tokenizer": _START_S}
+    read = sum(graphs.values()) + sum(codecs.values())
+    found = {LOOK_AT_WEIGHTS: read / typical(HASH_BYTES_PER_S), "tokenizer": _START_S}
     for name, size in codecs.items():  # their engines are built beside what follows
         stem = name.replace("-", "_")
         found[f"components {name}"] = typical(CODEC_S)  # it is captured first, then its weights are written

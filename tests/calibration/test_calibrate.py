@@ -494,17 +494,26 @@ def test_latents_of_another_model_and_nan(checkpoint: Path, tmp_path: Path) -> N
     refused("CX344", lambda: _job(checkpoint, tmp_path, str(path)))
 
 
-def test_nan_in_a_weight_is_named(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "code", "error", "said"),
+    [
+        (np.nan, "CX133", UserError, "layers.0.mlp_moe_gen.up_proj.weight (1 of "),
+        (3e38, "CX321", FindingError, "layers.0.mlp_moe_gen.down_proj"),
+    ],
+    ids=["NaN", "too large"],
+)
+def test_values_that_are_no_numbers_are_named(
+    tmp_path: Path, data: Path, value: float, code: str, error: type[CosmosExportError], said: str
+) -> None:
+    """NaN in a weight before any work; what a product of finite weights makes where it is made."""
     path = write_demo_checkpoint(tmp_path / "damaged", layers=2)
     entry = open_checkpoint(path).tensors["layers.0.mlp_moe_gen.up_proj.weight"]
     with entry.file.open("r+b") as file:
         file.seek(entry.offset)
-        file.write(np.float32(np.nan).tobytes())
+        file.write(np.full(1 if np.isnan(value) else entry.elements, value, np.float32).tobytes())
     small = {"data": (str(data / "clips"),), "modalities": ("vision",), "samples": 12}
-    message = refused(
-        "CX321", lambda: calibrate_checkpoint(options(path, tmp_path / "scales", data, **small)), FindingError
-    )
-    assert "layers.0.mlp_moe_gen.down_proj" in message
+    message = refused(code, lambda: calibrate_checkpoint(options(path, tmp_path / "scales", data, **small)), error)
+    assert said in message
     assert not (tmp_path / "scales").exists()
 
 

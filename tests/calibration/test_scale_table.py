@@ -103,7 +103,7 @@ def test_a_range_is_a_positive_number(value: float, checkpoint: Checkpoint) -> N
 
 def test_damage_is_found(tmp_path: Path, checkpoint: Checkpoint) -> None:
     scales = tmp_path / "scales"
-    assert LINEAGE_FILE in refused("CX310", lambda: read_scale_table(tmp_path))
+    assert "an empty folder" in refused("CX310", lambda: read_scale_table(tmp_path))
     write_scale_table(table_of(checkpoint), scales)
     lineage, numbers = scales / LINEAGE_FILE, scales / SCALES_FILE
     good_lineage, good_numbers = lineage.read_text(), numbers.read_bytes()

@@ -128,7 +128,7 @@ def test_every_path_that_a_verb_writes_is_looked_at() -> None:
     reads = {
         "actions", "action_stats", "bundle", "cache", "calibration", "checkpoint", "data", "directory", "folder",
         "graphs", "image", "noise", "video", "token_file", "limits", "audit", "file", "key",
-        "require_signature", "state",
+        "require_signature", "state", "archive", "first", "second",
     }  # fmt: skip
     named = {
         name

@@ -241,10 +241,15 @@ def test_a_tokenizer_without_an_end(folder: Path) -> None:
     assert "has no end-of-text token" in refusal(folder, "CX229")
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", '{"model": {"type": "BPE"}}'])
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": {"type": "BPE"}}'])
 def test_a_tokenizer_file_that_is_none(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)
     assert "is no tokenizer" in refusal(folder, "CX229")
+
+
+def test_a_tokenizer_file_that_is_empty(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("")
+    assert "is an empty file" in refusal(folder, "CX134")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +292,7 @@ def test_a_tokenizer_of_the_published_parts_is_accepted(folder: Path) -> None:
 def test_a_tokenizer_file_of_any_size_is_not_read(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with (folder / "tokenizer.json").open("wb") as file:
+        file.write(b"{}")
         file.truncate(20_000_000_000)
     assert "20,000,000,000 bytes; allowed: 67,108,864" in refusal(folder, "CX229")
 
