@@ -102,8 +102,12 @@ def provenance(manifest: Manifest, sources: Sequence[DataSource] = ()) -> dict[s
         "options": encode(manifest.options),
     }
     made_of = [*_dependencies(manifest, sources), *_tools(manifest)]
-    builder = str(manifest.options.get(CREATED_BY) or LOCAL_BUILDER)
-    return _statement(manifest, _files(manifest), parameters, made_of, _checks(manifest), builder)
+    return _statement(manifest, _files(manifest), parameters, made_of, _checks(manifest), builder_of(manifest))
+
+
+def builder_of(manifest: Manifest) -> str:
+    """The URI of who built the bundle."""
+    return str(manifest.options.get(CREATED_BY) or LOCAL_BUILDER)
 
 
 def provenance_of_engines(manifest: Manifest, waiting_id: str) -> dict[str, Any]:

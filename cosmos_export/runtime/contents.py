@@ -10,6 +10,7 @@ from cosmos_export.bundle.manifest import MANIFEST_NAME
 from cosmos_export.runtime.engine_files import engine_problems
 from cosmos_export.runtime.facts import fact_problems
 from cosmos_export.runtime.model_files import model_problems
+from cosmos_export.runtime.provenance_file import provenance_problems
 from cosmos_export.runtime.report_file import report_problems
 from cosmos_export.runtime.schedule_table import schedule_problems
 
@@ -23,6 +24,7 @@ def content_problems(files: BundleFiles) -> Iterator[tuple[str, str]]:
     yield from model_problems(files)
     yield from schedule_problems(files)
     yield from report_problems(files)
+    yield from provenance_problems(files)
 
 
 def with_contents(report: VerifyReport) -> VerifyReport:

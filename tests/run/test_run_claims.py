@@ -49,6 +49,7 @@ REFUSED = (
     "request.video.temporal", "request.video.patch", "request.sound.hop", "graphs.*.inputs.*.name",
     "graphs.*.inputs.*.dtype", "graphs.*.inputs.*.dims.*", "graphs.*.outputs.*.name", "files.*.role",
     "edges.*.instance", "options.schedule.sigmas.*", "options.mode", "options.components.*", "options.kernels",
+    "options.created_by", "options.parity",
 )  # fmt: skip
 
 

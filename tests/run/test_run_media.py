@@ -196,7 +196,7 @@ def test_wrong_kind(tmp_path: Path) -> None:
     media.write_wav(tmp_path / "x.wav", tone(0.1), 48_000, MARK)
     with pytest.raises(UserError, match="several frames"):
         read_media.read_image(tmp_path / "x.mp4")
-    with pytest.raises(UserError, match="no picture or video"):
+    with pytest.raises(UserError, match="is a WAV file"):
         read_media.read_clip(tmp_path / "x.wav", 5)
 
 

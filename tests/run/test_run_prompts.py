@@ -132,11 +132,15 @@ def test_without_metadata(pipeline: Any, tokenizer: PromptTokenizer, scene: Scen
     assert tokenizer("A robot.", prompts.system_message(scene)).tolist() == expected
 
 
-COMPOSED = "wrist_over_two_view"
-"""A perspective that the pipeline does not name: that of several cameras in one picture, as policies are served."""
+COMPOSED = {
+    "wrist_over_two_view": " The top row is from the wrist-mounted camera.",
+    "third_person_beside_wrist_view": " The left half shows the third-person view; the right half shows the wrist",
+}
+"""Perspectives that the pipeline does not name, those of several cameras in one picture as policies are served, and how
+their sentence goes on after that of `concat_view`."""
 
 
-@pytest.mark.parametrize("viewpoint", [name for name in prompts.VIEWPOINTS if name != COMPOSED])
+@pytest.mark.parametrize("viewpoint", [name for name in prompts.VIEWPOINTS if name not in COMPOSED])
 @pytest.mark.parametrize("scene", [Scene(17, 480, 832, 10.0), Scene(61, 832, 480, 10.0), Scene(601, 640, 640, 5.0)])
 def test_actions(pipeline: Any, viewpoint: str, scene: Scene) -> None:
     for task in ["pick up the cup", "  Wait! ", "", "Is it é?"]:
@@ -144,13 +148,14 @@ def test_actions(pipeline: Any, viewpoint: str, scene: Scene) -> None:
         assert prompts.action_caption(task, scene, viewpoint) == expected
 
 
-def test_an_action_of_several_cameras_says_more_of_the_same(pipeline: Any) -> None:
+@pytest.mark.parametrize("viewpoint", COMPOSED)
+def test_an_action_of_several_cameras_says_more_of_the_same(pipeline: Any, viewpoint: str) -> None:
     scene = Scene(33, 540, 640, 15.0)
     expected = json.loads(pipeline._build_action_json_prompt("fold", view_point="concat_view", **arguments(scene)))
-    found = json.loads(prompts.action_caption("fold", scene, COMPOSED))
+    found = json.loads(prompts.action_caption("fold", scene, viewpoint))
     framing = found["cinematography"].pop("framing")
     more = framing.removeprefix(expected["cinematography"].pop("framing"))
-    assert more.startswith(" The top row is from the wrist-mounted camera.") and more != framing
+    assert more.startswith(COMPOSED[viewpoint]) and more != framing
     assert found == expected
 
 
