@@ -27,6 +27,8 @@ import fuzz_values
 from fuzz_readers import Call, Outcome, Reader
 
 from cosmos_export.bundle import strict
+from cosmos_export.bundle.provenance import PROVENANCE_FILE
+from cosmos_export.bundle.writer import DESCRIPTION_ROLE
 from cosmos_export.cli import verbs
 
 MEMORY_BYTES = 1 << 30
@@ -295,10 +297,30 @@ def _reseal(tree: fuzz_tree.Tree) -> None:
                     return
                 record["size_bytes"] = file.stat().st_size
                 record["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        if f"x.bundle/{PROVENANCE_FILE}" not in tree.changed:
+            _describe(tree, document)
         data = strict.seal(document)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return  # it is no manifest any more
     tree.write("x.bundle/manifest.json", data, "resealed")
+
+
+def _describe(tree: fuzz_tree.Tree, manifest: dict[str, Any]) -> None:
+    """Make the provenance say what ``manifest`` says, whose record of it follows."""
+    import hashlib
+
+    name = f"x.bundle/{PROVENANCE_FILE}"
+    found = json.loads(tree.read(name))
+    own = [record for record in manifest["files"] if record["role"] == DESCRIPTION_ROLE]
+    others = [record for record in manifest["files"] if record not in own]
+    found["subject"] = [{"name": one["path"], "digest": {"sha256": one["sha256"]}} for one in others]
+    parameters = found["predicate"]["buildDefinition"]["externalParameters"]
+    parameters |= {"recipe": manifest["recipe"], "options": manifest["options"]}
+    data = strict.canonical(found)
+    for record in own:
+        if record["path"] == PROVENANCE_FILE:
+            record["size_bytes"], record["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    tree.write(name, data, "resealed")
 
 
 def main() -> None:

@@ -20,5 +20,5 @@ def test_no_reader_breaks(tmp_path: Path) -> None:
     assert not found, "\n".join(found)
     assert flipped.kinds == {"refused": FLIPS}
     assert all(row.tried for row in rows)
-    # Not everything is refused, or nothing would have been read.
-    assert sum(row.kinds["accepted"] for row in rows) > len(rows)
+    # The worker requires that each reader accepts its files as they are; some changes leave them good as well.
+    assert sum(row.kinds["accepted"] for row in rows) > len(rows) // 2
