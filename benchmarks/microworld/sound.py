@@ -8,7 +8,6 @@ Encoder and decoder are trained to keep to that.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,15 +96,5 @@ def train(folder: Path, steps: int, seed: int = 0) -> Any:
     return codec
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    train(arguments.folder, arguments.steps, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    state.command(train, __doc__, steps=600)

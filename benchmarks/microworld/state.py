@@ -7,6 +7,7 @@ was not, on the same machine with the same number of threads.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -152,3 +153,14 @@ def adamw(weights: Mapping[str, torch.nn.Parameter], rate: float, decay: float =
     others = [weight for weight in weights.values() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.97), fused=True)
+
+
+def command(train: Callable[[Path, int, int], object], about: str | None, steps: int) -> None:
+    """The command line of a training script: ``train`` of the folder, the number of steps and the seed."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    train(given.folder, given.steps, given.seed)

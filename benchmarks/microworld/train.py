@@ -10,7 +10,6 @@ it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,15 +209,5 @@ def train(folder: Path, steps: int, seed: int = 0) -> Any:
     return transformer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    train(arguments.folder, arguments.steps, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    state.command(train, __doc__, steps=12000)

@@ -9,7 +9,6 @@ zero: it would see 4 positions in training, 16 in a picture and 256 in the canva
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,15 +158,5 @@ def train(folder: Path, steps: int, seed: int = 0) -> Any:
     return vae
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    train(arguments.folder, arguments.steps, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    state.command(train, __doc__, steps=3000)

@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 from cosmos_export.checkpoint.dtypes import numpy_dtype
-from cosmos_export.checkpoint.folded import BLOCK_BYTES, ScratchFolder
 from cosmos_export.checkpoint.layout import QUANTIZED_DTYPE, SCALES, TensorPart
-from cosmos_export.checkpoint.output import require_space
 from cosmos_export.checkpoint.reader import Checkpoint
-from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly, read_header
-from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_shards
-from cosmos_export.progress import Progress, Silent
+from cosmos_export.checkpoint.replaced import BLOCK_BYTES, with_tensors
+from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
+from cosmos_export.progress import Progress
 
 BUILDABLE = ("bf16", "fp32")
-_STEM = "converted"
-_TASK = "convert weights"
 
 
 def conversions(checkpoint: Checkpoint) -> Mapping[str, str]:
@@ -63,33 +59,21 @@ def converted(checkpoint: Checkpoint, output: Path | None, progress: Progress | 
     if not wanted:
         return checkpoint
     specs = [TensorHeader(name, dtype, checkpoint.tensors[name].shape) for name, dtype in wanted.items()]
-    needed = sum(spec.size_bytes for spec in specs)
-    scratch = ScratchFolder(output)
-    require_space(
-        scratch.path / _STEM, needed, "CX129", "the converted weights", "free some space, or another --output"
-    )
-    report = progress or Silent()
-    report.begin(_TASK, needed)
-    done = 0
-
-    def produce(spec: TensorHeader) -> Iterator[memoryview]:
-        nonlocal done
-        for block in _blocks(checkpoint.tensors[spec.name], spec.dtype):
-            done += len(block)
-            report.update(_TASK, done)
-            yield block
-
-    write_shards(scratch.path, _STEM, specs, produce, max(needed, 1))
-    report.end(_TASK)
-    written = read_header(scratch.path / f"{_STEM}.safetensors").tensors
-    quantized = checkpoint.quantization is not None
-    return replace(
+    replaced = with_tensors(
         checkpoint,
-        tensors=MappingProxyType({**checkpoint.tensors, **written}),
+        specs,
+        lambda spec: _blocks(checkpoint.tensors[spec.name], spec.dtype),
+        name="converted",
+        what="the converted weights",
+        task="convert weights",
+        output=output,
+        progress=progress,
+    )
+    return replace(
+        replaced,
         dtype="bf16",
-        precision=checkpoint.precision if quantized else "bf16",
+        precision="bf16" if checkpoint.quantization is None else checkpoint.precision,
         notes=(*checkpoint.notes, *conversion_notes(checkpoint)),
-        scratch=(*checkpoint.scratch, scratch),
     )
 
 

@@ -6,61 +6,21 @@ where they are. Every reader of the checkpoint then reads the sum: capture, quan
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
-from cosmos_export import directories
 from cosmos_export.checkpoint.adapters import CONFIG
 from cosmos_export.checkpoint.dtypes import numpy_dtype
-from cosmos_export.checkpoint.output import require_space
 from cosmos_export.checkpoint.read_adapter import Adapter, AdapterPart, describe_adapters
 from cosmos_export.checkpoint.reader import Checkpoint
-from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly, read_header
-from cosmos_export.checkpoint.safetensors_writer import TensorHeader, write_shards
-from cosmos_export.diagnostics import ToolError, UserError
-from cosmos_export.progress import Progress, Silent
-
-BLOCK_BYTES = 1 << 24
-"""Bytes of a block of rows, in float32."""
-_STEM = "folded"
-_KIND = "folding"
-_TASK = "add adapters"
-
-
-class ScratchFolder:
-    """A directory beside ``output`` that is removed when this object goes, or when the next command finds it left."""
-
-    def __init__(self, output: Path | None) -> None:
-        near = Path(tempfile.gettempdir()) / "cosmos-export" if output is None else output.absolute()
-        near.parent.mkdir(parents=True, exist_ok=True)
-        directories.remove_dead(near, _KIND)
-        path = directories.sibling(near, _KIND)
-        if path is None:
-            raise ToolError("CX707", f"too many unfinished directories beside {near}", "remove them")
-        path.mkdir(0o700)
-        self.path = path
-        weakref.finalize(self, _remove, path, _locked(path))
-
-
-def _locked(path: Path) -> int | None:
-    try:
-        return directories.lock(path)
-    except OSError:  # a file system without locks
-        return None
-
-
-def _remove(path: Path, descriptor: int | None) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    if descriptor is not None:
-        os.close(descriptor)
+from cosmos_export.checkpoint.replaced import BLOCK_BYTES, with_tensors
+from cosmos_export.checkpoint.safetensors_header import TensorEntry, read_exactly
+from cosmos_export.checkpoint.safetensors_writer import TensorHeader
+from cosmos_export.diagnostics import UserError
+from cosmos_export.progress import Progress
 
 
 def fold(
@@ -82,32 +42,21 @@ def fold(
         for name in checkpoint.expected
         if name in parts
     ]
-    needed = sum(spec.size_bytes for spec in specs)
-    scratch = ScratchFolder(output)
-    require_space(
-        scratch.path / _STEM, needed, "CX129", "the weights with adapters", "free some space, or another --output"
-    )
-    report = progress or Silent()
-    report.begin(_TASK, needed)
-    done = 0
-
-    def produce(spec: TensorHeader) -> Iterator[memoryview]:
-        nonlocal done
-        for block in folded_rows(checkpoint.tensors[spec.name], parts[spec.name]):
-            done += len(block)
-            report.update(_TASK, done)
-            yield block
-
-    write_shards(scratch.path, _STEM, specs, produce, max(needed, 1))
-    report.end(_TASK)
-    written = read_header(scratch.path / f"{_STEM}.safetensors").tensors
-    return replace(
+    replaced = with_tensors(
         checkpoint,
-        tensors=MappingProxyType({**checkpoint.tensors, **written}),
+        specs,
+        lambda spec: folded_rows(checkpoint.tensors[spec.name], parts[spec.name]),
+        name="folded",
+        what="the weights with adapters",
+        task="add adapters",
+        output=output,
+        progress=progress,
+    )
+    return replace(
+        replaced,
         adapters=left_out(checkpoint, adapters),
         folded=describe_adapters(tuple(adapters)),
         folded_files=tuple(adapter.path for adapter in adapters),
-        scratch=(*checkpoint.scratch, scratch),
     )
 
 

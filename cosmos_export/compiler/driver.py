@@ -47,7 +47,7 @@ def build(
     """
     progress = progress or Silent()
     keep_freed_memory()
-    job = resolve(options)
+    job = resolve(options, progress)
     if options.output is not None and options.quality == "enforce":
         require_coverage(job.coverage)
     begins(job)

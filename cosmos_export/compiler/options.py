@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import get_args
 
 from cosmos_export.bundle.provenance import require_builder, time_of_build
+from cosmos_export.bundle.staging import require_replaceable
 from cosmos_export.calibration.table import ScaleTable, read_scale_table, require_checkpoint
 from cosmos_export.checkpoint import Checkpoint, open_checkpoint
 from cosmos_export.checkpoint.adapters import require_no_adapters
@@ -32,6 +33,7 @@ from cosmos_export.plan.sizes import require_budget
 from cosmos_export.precision.recipe import Assignment, Recipe, resolve_recipe
 from cosmos_export.precision.schemes import SCHEMES
 from cosmos_export.precision.stored_recipe import recipe_for
+from cosmos_export.progress import Progress
 from cosmos_export.sampling import Overrides, Schedule
 from cosmos_export.stamps import Inputs, unchanged
 from cosmos_export.targets import Target, load_target
@@ -43,8 +45,9 @@ _COMPILE_MODULES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime",
 _MAX_PROFILE_NAME = 256
 
 
-def resolve(options: BuildOptions) -> Job:
-    """Check the request against itself, the target, this installation and the checkpoint, in that order."""
+def resolve(options: BuildOptions, progress: Progress | None = None) -> Job:
+    """Check the request against itself, the target, this installation and the checkpoint, in that order. Weights that
+    adapters or a type of their own change are written when nothing else is wrong."""
     _require_consistent(options)
     require_builder(options.created_by)
     time_of_build()  # or the build would find out at its end
@@ -61,11 +64,16 @@ def resolve(options: BuildOptions) -> Job:
         backend.engines.require()
     checkpoint = open_checkpoint(options.checkpoint)
     with unchanged("the build", checkpoint.inputs):
-        return _resolve(options, target, profiles, budget, checkpoint)
+        return _resolve(options, target, profiles, budget, checkpoint, progress)
 
 
 def _resolve(
-    options: BuildOptions, target: Target, profiles: tuple[Profile, ...], budget: int | None, checkpoint: Checkpoint
+    options: BuildOptions,
+    target: Target,
+    profiles: tuple[Profile, ...],
+    budget: int | None,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
 ) -> Job:
     """The part of `resolve` that reads the checkpoint."""
     adapters = tuple(read_adapter(text, checkpoint) for text in options.adapters)
@@ -90,7 +98,9 @@ def _resolve(
     assignment = _precision(options, recipe, target, checkpoint, sampling, profiles)
     tables = (options.calibration,) if options.calibration is not None and options.calibration.is_dir() else ()
     scale_files = Inputs("the scale table", (), tables)
-    checkpoint = fold(converted(checkpoint, options.output), adapters, options.output)
+    if options.output is not None:  # before weights are written for it
+        require_replaceable(options.output.absolute(), options.force)
+    checkpoint = fold(converted(checkpoint, options.output, progress), adapters, options.output, progress)
     scales = _scales(options, assignment, checkpoint)
     workloads = [Workload(p.name, options.mode, p, 1, 1) for p in profiles]
     plan = predict(

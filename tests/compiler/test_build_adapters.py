@@ -82,6 +82,16 @@ def test_a_job_has_the_sum(omni: Path, adapter: Path, merged: Path, tmp_path: Pa
     assert "style.safetensors" in note and '"scale": 0.5' in note
 
 
+def test_an_output_that_exists_is_refused_before_weights_are_written(
+    omni: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr("cosmos_export.compiler.options.fold", lambda *_: pytest.fail("weights are written"))
+    with pytest.raises(UserError) as caught:
+        resolve(transformer_only(omni, tmp_path / "x", adapters=(str(adapter),), target="cpu"))
+    assert caught.value.code == "CX701"
+
+
 @pytest.mark.slow  # two builds
 def test_the_bundle_is_that_of_the_merged_checkpoint(omni: Path, adapter: Path, merged: Path, tmp_path: Path) -> None:
     options = {"target": "cpu", "parity": "always"}
