@@ -22,7 +22,6 @@ from cosmos_export.checkpoint import demo_components
 from cosmos_export.checkpoint.safetensors_writer import write_json
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
-LICENCE = "Apache-2.0"
 
 
 def averages(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -40,13 +40,13 @@ measure what compilation and quantization cost, and to test with; it generates n
 |---|---|---|
 {files}
 
-Make it again: `python -m benchmarks.microworld.make FOLDER`. The same seed gives the same bytes on the same CPU model
-and version of PyTorch; elsewhere losses agree, bytes need not.
+Make it again: `python -m benchmarks.microworld.make FOLDER --seed {seed}`. The same seed gives the same bytes on the
+same CPU model and version of PyTorch; elsewhere losses agree, bytes need not.
 """
 
 
-def write(folder: Path, checkpoint: Path) -> None:
-    """Writes ``checkpoint``/README.md and the losses as ``checkpoint``/training.json."""
+def write(folder: Path, checkpoint: Path, seed: int) -> None:
+    """Writes ``checkpoint``/README.md, of a training from ``seed``, and the losses as ``checkpoint``/training.json."""
     trainings = {
         name: json.loads((folder / place / "progress.json").read_text())
         for name, place in (
@@ -64,7 +64,7 @@ def write(folder: Path, checkpoint: Path) -> None:
         for path in sorted(checkpoint.rglob("*.safetensors"))
     ]
     text = _TEXT.format(
-        seed=0,
+        seed=seed,
         captions=len(world.COMBINATIONS),
         tasks=len(world.TASKS),
         held_out=sum(what.held_out for what in world.COMBINATIONS),

@@ -31,16 +31,16 @@ def make(folder: Path, steps: int, vae_steps: int, seed: int) -> Path:
     if not (folder / "sound_tokenizer").is_dir():
         sound.train(folder, SOUND_STEPS, seed)
     train.train(folder, steps, seed)
-    return write(folder)
+    return write(folder, seed)
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, seed: int) -> Path:
     """The checkpoint of what is trained so far."""
     output = folder / "checkpoint"
     if output.is_dir():
         shutil.rmtree(output)
     assemble.assemble(folder, output)
-    card.write(folder, output)
+    card.write(folder, output, seed)
     return output
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.so_far:
-        print(write(arguments.folder))
+        print(write(arguments.folder, arguments.seed))
         return
     print(make(arguments.folder, arguments.steps, arguments.vae_steps, arguments.seed))
 
